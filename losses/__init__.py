@@ -1,0 +1,66 @@
+"""Distillation methods by name. To add one: a file with a module like `ACFBCKD`, and a line in KD_METHODS."""
+
+import inspect
+from collections.abc import Mapping
+
+from torch import nn
+
+from losses.acf_bckd import ACFBCKD
+from losses.at import AT
+from losses.cirkd import CIRKD
+from losses.cwd import CWD
+from losses.dist import DIST
+from losses.dkd import DKD
+from losses.emkd import EMKD
+from losses.ifvd import IFVD
+from losses.kd import KD, PRESETS
+from losses.nkd import NKD
+from losses.skd import SKD
+
+KD_METHODS: dict[str, type[nn.Module]] = {
+    "acf_bckd": ACFBCKD,
+    "kd": KD,
+    "at": AT,
+    "nkd": NKD,
+    "skd": SKD,
+    "ifvd": IFVD,
+    "cwd": CWD,
+    "dist": DIST,
+    "dkd": DKD,
+    "cirkd": CIRKD,
+    "emkd": EMKD,
+}
+
+__all__ = ["KD_METHODS", "PRESETS", "build_kd"]
+
+
+def build_kd(
+    name: str,
+    student_channels: Mapping[str, int],
+    teacher_channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    multilabel: bool = False,
+    preset: str = "clean",
+    **method_args,
+) -> nn.Module:
+    """The distillation module `name`, called as `kd(student, teacher, label, progress) -> {term: weighted scalar}`.
+
+    student_channels, teacher_channels: `net.feature_channels` of the two networks, to size adapters and check taps.
+    num_classes: channels of the logits, background included (for multi-label data: the number of regions).
+    multilabel: regions may overlap; probabilities are sigmoids and labels are `(B, num_classes, *spatial)`.
+    preset: 'clean', or 'as_released' for the arithmetic of the released reference code.
+    Raises ValueError for an unknown name, preset or argument, and for a tap that a network lacks.
+    """
+    if name not in KD_METHODS:
+        raise ValueError(f"unknown method '{name}'; choose from {', '.join(sorted(KD_METHODS))}")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset '{preset}'; choose from {', '.join(PRESETS)}")
+    accepted = list(inspect.signature(KD_METHODS[name]).parameters)
+    unknown = [key for key in method_args if key not in accepted]
+    if unknown:
+        raise ValueError(f"method '{name}' has no argument {', '.join(unknown)}; it takes {', '.join(accepted[5:])}")
+    return KD_METHODS[name](
+        student_channels=dict(student_channels), teacher_channels=dict(teacher_channels),
+        num_classes=num_classes, multilabel=multilabel, preset=preset, **method_args,
+    )  # fmt: skip

@@ -1,0 +1,287 @@
+"""CIRKD: the teacher's relations between voxels, within images and to a memory of voxels and regions seen before.
+
+Paper: Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segmentation", CVPR 2022, eq. 3-10.
+On the `penultimate` taps, average-pooled by 2, with unit vectors over the channels (X_S, X_T):
+
+    L_pair   = mean over image pairs (i, j), rows of KL( softmax(X_T,i' X_T,j) || softmax(X_S,i' X_S,j) )     weight 1
+    L_memory = mean over anchors of KL( softmax(X_T' M / 0.1) || softmax(h(X_S)' M / 0.1) )          weights 0.1, 0.1
+    L_kd     = KL(teacher || student) of the class probabilities, per voxel                                   weight 1
+
+h projects the student to the teacher's channels and is trained along. M holds 96 vectors per class, drawn anew at each
+call from a queue of single voxels (`pixel`) and one of per-class means (`region`), both filled with teacher features.
+Anchors are the labelled voxels outside the background. The teacher's feature and the label are brought to the student's
+grid by nearest neighbour.
+
+Overlapping regions (multi-label): the regions are the classes of the memory. A voxel in several regions enters the
+queue of each, and is an anchor once. L_pair is unchanged; L_kd is the KL of [p, 1 - p], summed over the regions.
+
+Presets. 'clean': each image is paired with itself; class 0 has no queue; queued voxels are drawn from the class's own.
+'as_released': only the first image of the batch is paired with itself (multi-label: all pairs, L_kd with a softmax over
+the regions, no memory); the queue of class 0 exists, is never filled, and its random vectors are used as contrast; the
+voxels queued for a class of n voxels are drawn from the first n voxels of the volume, whatever their class. Without any
+anchor the memory terms are 0 in both (the reference gives NaN).
+
+Cost. The similarity map of 24^3 voxels has 13,824^2 entries (0.76 GB). It is made in strips of `chunk` rows, whose
+gradient is taken at once, so that no map is kept: memory grows with chunk * 13,824.
+
+State. The queues are buffers, so they are saved and resumed with the module; each process has its own. They change in
+training mode only. Random draws come from torch's global CPU generator.
+"""
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from losses.kd import (
+    PRESETS,
+    bernoulli_kl,
+    check_choice,
+    check_positive,
+    class_masks,
+    region_masks,
+    softmax_kl,
+    unit_vectors,
+)
+from losses.taps import require_taps, resize_nearest
+
+PAIRS = ("own", "all", "first")
+
+
+class _SimilarityKL(torch.autograd.Function):
+    """Mean over rows of KL(softmax(tq tk'/t) || softmax(sq sk'/t)), with the gradient computed strip by strip."""
+
+    @staticmethod
+    def forward(ctx, student_rows, student_columns, teacher_rows, teacher_columns, temperature, chunk):
+        rows = student_rows.shape[0]
+        needs_rows, needs_columns = ctx.needs_input_grad[:2]
+        grad_rows = torch.zeros_like(student_rows) if needs_rows else None
+        grad_columns = torch.zeros_like(student_columns) if needs_columns else None
+        total = student_rows.new_zeros(())
+        for start in range(0, rows, chunk):
+            strip = slice(start, start + chunk)
+            log_p = (student_rows[strip] @ student_columns.T).div_(temperature).log_softmax(1)
+            log_q = (teacher_rows[strip] @ teacher_columns.T).div_(temperature).log_softmax(1)
+            total += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+            if needs_rows or needs_columns:
+                slope = log_p.exp_().sub_(log_q.exp_()).div_(rows * temperature)  # of the loss, by the similarities
+                if needs_rows:
+                    grad_rows[strip] = slope @ student_columns
+                if needs_columns:
+                    grad_columns.addmm_(slope.T, student_rows[strip])
+        ctx.save_for_backward(grad_rows, grad_columns)
+        return total / rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None, None, None, None
+
+
+def similarity_kl(
+    student_rows: Tensor,
+    student_columns: Tensor,
+    teacher_rows: Tensor,
+    teacher_columns: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+) -> Tensor:
+    """KL between the teacher's and the student's softmax over similarities, mean over rows; scalar float32.
+
+    rows (n, C), columns (m, C), float32; C may differ between student and teacher. chunk: rows at a time.
+    Gradient to the student's rows and columns only, first order only.
+    """
+    with torch.autocast(student_rows.device.type, enabled=False):
+        return _SimilarityKL.apply(
+            student_rows, student_columns, teacher_rows.detach(), teacher_columns.detach(), temperature, chunk
+        )
+
+
+def pooled_vectors(feature: Tensor, pool: int = 2) -> Tensor:
+    """Average-pool (B, C, *spatial) by `pool`, keeping partial windows, and flatten: (B, N, C) float32."""
+    average = F.avg_pool3d if feature.ndim == 5 else F.avg_pool2d
+    return average(feature.float(), pool, pool, ceil_mode=True).flatten(2).transpose(1, 2)
+
+
+def pair_kl(
+    student_vectors: Tensor, teacher_vectors: Tensor, pairs: str = "own", temperature: float = 1.0, chunk: int = 1024
+) -> Tensor:
+    """Mean of `similarity_kl` over image pairs; vectors (B, N, C) of unit length; scalar float32.
+
+    pairs: 'own' (each image with itself), 'all' (B^2 ordered pairs) or 'first' (the first image with itself).
+    """
+    images = range(1 if pairs == "first" else len(student_vectors))
+    couples = [(i, j) for i in images for j in images if pairs == "all" or i == j]
+    student, teacher = student_vectors, teacher_vectors
+    losses = [similarity_kl(student[i], student[j], teacher[i], teacher[j], temperature, chunk) for i, j in couples]
+    return sum(losses) / len(losses)
+
+
+class ProjectionHead(nn.Module):
+    """Pointwise convolution, batch norm, ReLU, pointwise convolution; (B, C, N) -> (B, C', N), any spatial rank.
+
+    Synchronised batch norm when the process group is NCCL at construction (it exists for GPUs only).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        synchronised = distributed and torch.distributed.get_backend() == "nccl"
+        self.reduce = nn.Conv1d(in_channels, out_channels, 1, bias=False)
+        self.norm = (nn.SyncBatchNorm if synchronised else nn.BatchNorm1d)(out_channels)
+        self.project = nn.Conv1d(out_channels, out_channels, 1, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.project(F.relu(self.norm(self.reduce(vectors))))
+
+
+class Memory(nn.Module):
+    """A ring of unit teacher vectors per class, filled by `push`, and a random part of it by `draw`."""
+
+    def __init__(self, num_classes: int, size: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("queue", F.normalize(torch.randn(num_classes, size, channels), dim=2))
+        self.register_buffer("pointer", torch.zeros(num_classes, dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, row: int, vectors: Tensor) -> None:
+        """Write (k, C) `vectors` to the ring of class `row`; a batch that reaches its end goes to the last k slots."""
+        count, size = len(vectors), self.queue.shape[1]
+        start = int(self.pointer[row])
+        if start + count >= size:
+            self.queue[row, size - count :] = vectors
+            self.pointer[row] = 0
+        else:
+            self.queue[row, start : start + count] = vectors
+            self.pointer[row] = start + count
+
+    def draw(self, count: int) -> Tensor:
+        """(num_classes * count, C) vectors: the same random slots of every ring."""
+        slots = torch.randperm(self.queue.shape[1])[:count].to(self.queue.device)
+        return self.queue[:, slots].flatten(0, 1)
+
+
+class CIRKD(nn.Module):
+    """The terms `cirkd_pair`, `cirkd_pixel`, `cirkd_region` and `cirkd_kd`; a weight of 0 leaves its term out.
+
+    pairs: 'own', 'all' or 'first'; None follows the preset. temperature: of L_pair. contrast_temperature: of L_memory.
+    pixel_contrast, region_contrast: vectors per class and call. pixel_queue, region_queue: slots per class.
+    pixels_per_class: voxels queued per sample and class. chunk: rows of a similarity map at a time. pool: side of the
+    averaged windows; students with features on the full grid need 4 to have as many voxels as the others have with 2.
+    """
+
+    def __init__(
+        self,
+        student_channels: dict[str, int],
+        teacher_channels: dict[str, int],
+        num_classes: int,
+        multilabel: bool = False,
+        preset: str = "clean",
+        pair_weight: float = 1.0,
+        pixel_weight: float = 0.1,
+        region_weight: float = 0.1,
+        kd_weight: float = 1.0,
+        pairs: str | None = None,
+        temperature: float = 1.0,
+        contrast_temperature: float = 0.1,
+        pixel_contrast: int = 96,
+        region_contrast: int = 96,
+        pixel_queue: int = 20000,
+        region_queue: int = 2000,
+        pixels_per_class: int = 16,
+        pool: int = 2,
+        chunk: int = 1024,
+    ) -> None:
+        super().__init__()
+        check_choice("cirkd", "preset", preset, PRESETS)
+        check_choice("cirkd", "pairs", pairs, (None, *PAIRS))
+        check_positive(
+            "cirkd", temperature=temperature, contrast_temperature=contrast_temperature, pixel_contrast=pixel_contrast,
+            region_contrast=region_contrast, pixels_per_class=pixels_per_class, pool=pool, chunk=chunk,
+        )  # fmt: skip
+        if pixel_contrast > pixel_queue or region_contrast > region_queue or pixels_per_class > pixel_queue:
+            raise ValueError(
+                f"cirkd: the queues ({pixel_queue} pixels, {region_queue} regions) must hold at least "
+                f"pixel_contrast = {pixel_contrast}, pixels_per_class = {pixels_per_class} and "
+                f"region_contrast = {region_contrast} vectors"
+            )
+        self.student_taps = self.teacher_taps = ("penultimate",)
+        require_taps("cirkd", "student", student_channels, self.student_taps)
+        require_taps("cirkd", "teacher", teacher_channels, self.teacher_taps)
+        self.legacy, self.multilabel, self.num_classes = preset == "as_released", multilabel, num_classes
+        self.pair_weight, self.pixel_weight, self.region_weight = pair_weight, pixel_weight, region_weight
+        self.kd_weight, self.temperature, self.contrast_temperature = kd_weight, temperature, contrast_temperature
+        self.pixel_contrast, self.region_contrast = pixel_contrast, region_contrast
+        self.pixels_per_class, self.pool, self.chunk = pixels_per_class, pool, chunk
+        if pairs is None:
+            pairs = "own" if not self.legacy else "all" if multilabel else "first"
+        self.pairs = pairs
+
+        # A foreground class of index i (0-based) has the queue row first_row + i; the reference has a row 0 to spare.
+        self.first_row = 1 if self.legacy else 0
+        rows = num_classes if multilabel or self.legacy else num_classes - 1
+        has_memory = (pixel_weight or region_weight) and not (multilabel and self.legacy)
+        channels = teacher_channels["penultimate"]
+        self.head = ProjectionHead(student_channels["penultimate"], channels) if has_memory else None
+        self.pixels = Memory(rows, pixel_queue, channels) if has_memory else None
+        self.regions = Memory(rows, region_queue, channels) if has_memory else None
+
+    def _foreground(self, label: Tensor, grid: torch.Size) -> Tensor:
+        """(B, foreground classes, N) bool on the pooled `grid`."""
+        if self.multilabel:
+            return resize_nearest(region_masks(label, self.num_classes).float(), grid).bool().flatten(2)
+        return class_masks(resize_nearest(label.float(), grid), self.num_classes)[:, 1:].flatten(2)
+
+    @torch.no_grad()
+    def _enqueue(self, teacher_vectors: Tensor, foreground: Tensor) -> None:
+        """Queue, per sample and class in it, the mean and a few of its unit teacher vectors (B, N, C)."""
+        for sample, index in foreground.any(2).nonzero().tolist():
+            row = self.first_row + index
+            voxels = foreground[sample, index].nonzero()[:, 0]
+            vectors = teacher_vectors[sample]
+            self.regions.push(row, F.normalize(vectors[voxels].mean(0, keepdim=True), dim=1))
+            chosen = torch.randperm(len(voxels))[: self.pixels_per_class].to(voxels.device)
+            chosen = chosen if self.legacy else voxels[chosen]
+            self.pixels.push(row, F.normalize(vectors[chosen], dim=1))
+
+    def _memory_terms(self, student_pooled: Tensor, teacher_vectors: Tensor, foreground: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(student_pooled.device.type, enabled=False):
+            projected = unit_vectors(self.head(student_pooled.transpose(1, 2)).transpose(1, 2), dim=2)
+        if self.training:
+            self._enqueue(teacher_vectors, foreground)
+        anchors = foreground.any(1)
+        student_anchors, teacher_anchors = projected[anchors], teacher_vectors[anchors]
+
+        def contrast(memory: Memory, count: int) -> Tensor:
+            vectors = memory.draw(count).float()
+            if len(student_anchors) == 0:
+                return 0.0 * projected.sum()  # 0 that the head's parameters still take part in, as DDP needs
+            return similarity_kl(
+                student_anchors, vectors, teacher_anchors, vectors, self.contrast_temperature, self.chunk
+            )
+
+        terms = {}
+        if self.pixel_weight:
+            terms["cirkd_pixel"] = self.pixel_weight * contrast(self.pixels, self.pixel_contrast)
+        if self.region_weight:
+            terms["cirkd_region"] = self.region_weight * contrast(self.regions, self.region_contrast)
+        return terms
+
+    def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
+        student_feature = student.features["penultimate"]
+        teacher_feature = resize_nearest(teacher.features["penultimate"].detach(), student_feature.shape[2:])
+        student_pooled = pooled_vectors(student_feature, self.pool)
+        teacher_vectors = unit_vectors(pooled_vectors(teacher_feature, self.pool), dim=2)
+        terms = {}
+        if self.pair_weight:
+            student_vectors = unit_vectors(student_pooled, dim=2)
+            pair = pair_kl(student_vectors, teacher_vectors, self.pairs, self.temperature, self.chunk)
+            terms["cirkd_pair"] = self.pair_weight * pair
+        if self.head is not None:
+            grid = torch.Size(-(-size // self.pool) for size in student_feature.shape[2:])
+            terms |= self._memory_terms(student_pooled, teacher_vectors, self._foreground(label, grid))
+        if self.kd_weight:
+            divergence = bernoulli_kl if self.multilabel and not self.legacy else softmax_kl
+            terms["cirkd_kd"] = self.kd_weight * divergence(student.logits, teacher.logits, reduction="voxel")
+        return terms

@@ -1,0 +1,100 @@
+"""DKD: KD split into the target class against the rest, and the classes of the rest, with a weight for each.
+
+Paper: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7. With t the label's class, p and q the
+student's and teacher's probabilities at tau, and p^, q^ those of the other classes scaled to sum to 1:
+
+    L = weight * tau^2 * mean_v [ alpha KL([q_t, 1 - q_t] || [p_t, 1 - p_t]) + beta KL(q^ || p^) ]
+    alpha 1, beta 8, tau 4, weight 0.1
+
+Overlapping regions (multi-label). 'clean': a voxel's target classes are the regions that contain it; KL of [p, 1 - p]
+at tau, with alpha on the targets and beta on the other regions, both over the number of all elements: alpha = beta = 1
+is plain KD. Weight 0.1. 'as_released': alpha * MSE(s(z_S), s(z_T)) + beta * MSE(s(z_S m), s(z_T m)), s the sigmoid, m 1
+outside the region and 0 inside, no temperature, weight 1: the MSE with the elements outside weighted alpha + beta.
+
+Deviations: logarithms of probabilities come from log-sum-exp, so none is infinite where the reference's can be. On
+multi-class data both presets are the same.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses.kd import PRESETS, bernoulli_kl_map, check_choice, check_positive, class_masks, region_masks
+from losses.taps import class_map
+
+
+def _split(logits: Tensor, label: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p_t, log(1 - p_t), both (B, 1, *spatial), and log p^ (B, K, *spatial), finite though unused at the target."""
+    everything = logits.logsumexp(1, keepdim=True)
+    others = logits.masked_fill(is_target, -float("inf")).logsumexp(1, keepdim=True)
+    target = logits.gather(1, class_map(label)[:, None])
+    return target - everything, others - everything, logits - others
+
+
+def decoupled_kl(student_logits: Tensor, teacher_logits: Tensor, label: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """tau^2 times the target and non-target divergences, mean over B and voxels; scalars float32.
+
+    logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. Gradient to the student only.
+    """
+    is_target = class_masks(label, student_logits.shape[1])
+    log_p, log_not_p, log_p_rest = _split(student_logits.float() / tau, label, is_target)
+    log_q, log_not_q, log_q_rest = _split(teacher_logits.detach().float() / tau, label, is_target)
+    target = log_q.exp() * (log_q - log_p) + log_not_q.exp() * (log_not_q - log_not_p)
+    probs = log_q_rest.masked_fill(is_target, -float("inf")).exp()
+    rest = (probs * (log_q_rest - log_p_rest)).sum(1)
+    return tau**2 * target.mean(), tau**2 * rest.mean()
+
+
+def decoupled_bernoulli_kl(
+    student_logits: Tensor, teacher_logits: Tensor, label: Tensor, tau: float
+) -> tuple[Tensor, Tensor]:
+    """tau^2 times the two-class divergence inside and outside the regions, each over all elements; scalars float32.
+
+    logits and label: (B, K, *spatial). Gradient to the student only.
+    """
+    inside = region_masks(label, student_logits.shape[1])
+    divergence = tau**2 * bernoulli_kl_map(student_logits.float() / tau, teacher_logits.float() / tau)
+    return (divergence * inside).mean(), (divergence * ~inside).mean()
+
+
+def masked_sigmoid_mse(student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared difference of sigmoids, of all logits and of those set to 0 inside the region; scalars float32."""
+    outside = ~region_masks(label, student_logits.shape[1])
+    student, teacher = student_logits.float(), teacher_logits.detach().float()
+    everything = F.mse_loss(student.sigmoid(), teacher.sigmoid())
+    return everything, F.mse_loss((student * outside).sigmoid(), (teacher * outside).sigmoid())
+
+
+class DKD(nn.Module):
+    """The terms `dkd_target` and `dkd_nontarget`.
+
+    weight: None means 0.1, and 1 for multi-label data with preset 'as_released', whose squared differences have no tau.
+    """
+
+    def __init__(
+        self,
+        student_channels: dict[str, int],
+        teacher_channels: dict[str, int],
+        num_classes: int,
+        multilabel: bool = False,
+        preset: str = "clean",
+        weight: float | None = None,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        tau: float = 4.0,
+    ) -> None:
+        super().__init__()
+        check_choice("dkd", "preset", preset, PRESETS)
+        check_positive("dkd", tau=tau)
+        self.student_taps = self.teacher_taps = ()
+        self.multilabel, self.squared = multilabel, multilabel and preset == "as_released"
+        if weight is None:
+            weight = 1.0 if self.squared else 0.1
+        self.alpha, self.beta, self.tau = weight * alpha, weight * beta, tau
+
+    def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
+        if self.squared:
+            target, rest = masked_sigmoid_mse(student.logits, teacher.logits, label)
+        else:
+            decoupled = decoupled_bernoulli_kl if self.multilabel else decoupled_kl
+            target, rest = decoupled(student.logits, teacher.logits, label, self.tau)
+        return {"dkd_target": self.alpha * target, "dkd_nontarget": self.beta * rest}

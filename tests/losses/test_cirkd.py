@@ -1,0 +1,353 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from losses.cirkd import CIRKD, Memory, pair_kl, pooled_vectors, similarity_kl
+from losses.kd import unit_vectors
+from tests.losses import reference as ref
+
+TAP = "penultimate"
+STUDENT, TEACHER = {TAP: (3, (5, 4, 2))}, {TAP: (4, (5, 4, 2))}
+LARGE = {TAP: (4, (10, 8, 4))}
+FLAT = {TAP: (3, (5, 6))}, {TAP: (4, (10, 3))}
+SMALL = {"pixel_contrast": 5, "region_contrast": 4, "pixel_queue": 12, "region_queue": 7, "pixels_per_class": 3}
+
+
+def make(student=STUDENT, teacher=TEACHER, num_classes=3, seed=0, **arguments):
+    torch.manual_seed(seed)
+    return CIRKD(ref.channels(student), ref.channels(teacher), num_classes, **{**SMALL, **arguments})
+
+
+def example(multilabel=False, student=STUDENT, teacher=TEACHER, spatial=(6, 4, 2), **arguments):
+    return ref.make_case(3, spatial, multilabel, student_taps=student, teacher_taps=teacher, **arguments)
+
+
+class Seeded(torch.nn.Module):
+    """The module in eval mode with the same draws at each call, so that two calls can be compared."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module.eval()
+
+    def forward(self, *inputs):
+        torch.manual_seed(1)
+        return self.module(*inputs)
+
+
+def unit(vector):
+    return vector / np.linalg.norm(vector)
+
+
+def slow_pool(feature):
+    """(B, C, *spatial) -> list of samples, each a list of unit vectors, one per window of 2 (partial windows kept)."""
+    corners = [range(0, size, 2) for size in feature.shape[2:]]
+    samples = []
+    for sample in feature:
+        means = []
+        for corner in np.array(np.meshgrid(*corners, indexing="ij")).reshape(len(corners), -1).T:
+            window = sample[(slice(None), *(slice(c, c + 2) for c in corner))]
+            means.append(window.reshape(len(sample), -1).mean(1))
+        samples.append(means)
+    return samples
+
+
+def slow_rows(ours, our_columns, theirs, their_columns, temperature):
+    total = 0.0
+    for s, t in zip(ours, theirs):
+        p = ref.softmax(np.array([s @ column for column in our_columns]) / temperature)
+        q = ref.softmax(np.array([t @ column for column in their_columns]) / temperature)
+        total += ref.kl(q, p)
+    return total / len(ours)
+
+
+def slow_head(samples, state):
+    """The projection head in training mode on lists of vectors."""
+    first, last = state["head.reduce.weight"][:, :, 0], state["head.project.weight"][:, :, 0]
+    hidden = np.array([first @ vector for sample in samples for vector in sample])
+    hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+    out = [unit(last @ np.maximum(row, 0)) for row in hidden]
+    n = len(samples[0])
+    return [out[i * n : (i + 1) * n] for i in range(len(samples))]
+
+
+def slow_queue(state, name, row, vectors):
+    queue, pointer = state[f"{name}.queue"], state[f"{name}.pointer"]
+    for vector_index, vector in enumerate(vectors):
+        if pointer[row] + len(vectors) >= queue.shape[1]:
+            queue[row, queue.shape[1] - len(vectors) + vector_index] = vector
+        else:
+            queue[row, int(pointer[row]) + vector_index] = vector
+    pointer[row] = 0 if pointer[row] + len(vectors) >= queue.shape[1] else pointer[row] + len(vectors)
+
+
+def slow_cirkd(before, legacy=False, multilabel=False, pairs="own", after=None):
+    """The formulas with every random permutation of n replaced by n - 1 .. 0; `after` receives the new queues."""
+
+    def slow(student, teacher, label):
+        state = {name: value.copy() for name, value in before.items()}
+        grid = student.features[TAP].shape[2:]
+        raw = slow_pool(student.features[TAP])
+        ours = [[unit(v) for v in sample] for sample in raw]
+        theirs = [[unit(v) for v in sample] for sample in slow_pool(ref.nearest(teacher.features[TAP], grid))]
+        batch = range(len(ours))
+        couples = {"own": [(i, i) for i in batch], "all": [(i, j) for i in batch for j in batch], "first": [(0, 0)]}
+        terms = {
+            "cirkd_pair": np.mean([slow_rows(ours[i], ours[j], theirs[i], theirs[j], 1.0) for i, j in couples[pairs]])
+        }
+        kd = []
+        for (_, _, s), (_, _, t) in zip(ref.columns(student.logits), ref.columns(teacher.logits)):
+            if multilabel and not legacy:
+                kd.append(sum(ref.binary_kl(ref.sigmoid(b), ref.sigmoid(a)) for a, b in zip(s, t)))
+            else:
+                kd.append(ref.kl(ref.softmax(t), ref.softmax(s)))
+        if state:
+            pooled_grid = tuple(math.ceil(size / 2) for size in grid)
+            maps = ref.nearest(label.astype(int), pooled_grid)
+            maps = maps.reshape(*maps.shape[:2], -1)
+            members = {}  # (sample, queue row) -> voxels
+            for b in batch:
+                for k in range(3) if multilabel else (1, 2):
+                    inside = maps[b, k] == 1 if multilabel else maps[b, 0] == k
+                    if inside.any():
+                        members[b, k if multilabel or legacy else k - 1] = np.flatnonzero(inside)
+            for (b, row), voxels in members.items():
+                slow_queue(state, "regions", row, [unit(np.mean([theirs[b][v] for v in voxels], axis=0))])
+                chosen = list(range(len(voxels)))[::-1][: SMALL["pixels_per_class"]]
+                chosen = chosen if legacy else [voxels[i] for i in chosen]
+                slow_queue(state, "pixels", row, [theirs[b][v] for v in chosen])
+            if after is not None:
+                after.update(state)
+            projected = slow_head(raw, before)
+            anchors = sorted({(b, v) for (b, _), voxels in members.items() for v in voxels})
+            for name, count in (("pixel", SMALL["pixel_contrast"]), ("region", SMALL["region_contrast"])):
+                queue = state[f"{name}s.queue"]
+                contrast = [row[slot] for row in queue for slot in range(queue.shape[1])[::-1][:count]]
+                rows = [projected[b][v] for b, v in anchors], [theirs[b][v] for b, v in anchors]
+                terms[f"cirkd_{name}"] = 0.1 * slow_rows(rows[0], contrast, rows[1], contrast, 0.1)
+        terms["cirkd_kd"] = np.mean(kd)
+        return terms
+
+    return slow
+
+
+def state_of(module):
+    return {name: value.double().numpy().copy() for name, value in module.state_dict().items() if "norm" not in name}
+
+
+SETTINGS = [
+    ({}, {}),
+    ({"pairs": "all"}, {"pairs": "all"}),
+    ({"preset": "as_released"}, {"legacy": True, "pairs": "first"}),
+    ({"multilabel": True}, {"multilabel": True}),
+    ({"multilabel": True, "preset": "as_released"}, {"legacy": True, "multilabel": True, "pairs": "all"}),
+]
+
+
+@pytest.fixture
+def reversed_draws(monkeypatch):
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n - 1, -1, -1))
+
+
+@pytest.mark.parametrize("teacher", [TEACHER, LARGE])
+@pytest.mark.parametrize("arguments, meaning", SETTINGS)
+def test_equals_slow_reference(arguments, meaning, teacher, reversed_draws):
+    module = make(teacher=teacher, chunk=4, **arguments)
+    case = example(arguments.get("multilabel", False), teacher=teacher)
+    before, after = state_of(module), {}
+    # Differences of log-softmax at temperature 0.1 cost float32 about two digits.
+    slow = slow_cirkd(before, after=after, **meaning)
+    ref.check_values(module, case, slow, rtol=1e-4, entries=3)
+    slow(ref.as_arrays(case.student), ref.as_arrays(case.teacher), case.label.numpy())
+    for name, value in state_of(module).items():
+        np.testing.assert_allclose(value, after[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_2d_equals_slow_reference(reversed_draws):
+    student, teacher = FLAT
+    module = make(student, teacher)
+    case = example(student=student, teacher=teacher, spatial=(6, 5))
+    ref.check_values(module, case, slow_cirkd(state_of(module)), rtol=1e-4, entries=3)
+
+
+@pytest.mark.parametrize("arguments, meaning", SETTINGS)
+def test_contract(arguments, meaning):
+    case = example(arguments.get("multilabel", False), teacher=LARGE)
+
+    def build(**more):
+        return Seeded(make(teacher=LARGE, **arguments, **more))
+
+    ref.check_teacher_constant(build(), case)
+    ref.check_range(build(), case)
+    weights = {"pair": 1.0, "pixel": 0.1, "region": 0.1, "kd": 1.0}
+    ref.check_doubling(build, case, {f"{key}_weight": (value, f"cirkd_{key}") for key, value in weights.items()})
+    ref.check_batch_invariance(build(), case)
+
+
+def test_zero_at_the_teacher_except_for_the_projected_terms():
+    case = ref.same_as_teacher(example(student=TEACHER))
+    terms = ref.evaluate(make(TEACHER), case)
+    assert abs(terms["cirkd_pair"].item()) < 1e-6 and abs(terms["cirkd_kd"].item()) < 1e-6
+    assert terms["cirkd_pixel"].item() > 0
+
+
+def test_a_weight_of_0_leaves_its_term_out():
+    assert set(ref.evaluate(make(pair_weight=0, region_weight=0), example())) == {"cirkd_pixel", "cirkd_kd"}
+    without = make(pixel_weight=0, region_weight=0)
+    assert without.state_dict() == {}
+    assert set(ref.evaluate(without, example())) == {"cirkd_pair", "cirkd_kd"}
+
+
+@pytest.mark.parametrize("preset", ["clean", "as_released"])
+def test_without_anchors_the_memory_terms_are_exactly_0_and_train_nothing(preset):
+    case = example()
+    module = make(preset=preset)
+    before = state_of(module)
+    terms = ref.evaluate(module, case._replace(label=torch.zeros_like(case.label)))
+    assert terms["cirkd_pixel"].item() == 0.0 and terms["cirkd_region"].item() == 0.0
+    (terms["cirkd_pixel"] + terms["cirkd_region"]).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
+    for name, value in state_of(module).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_pooling_by_4_twice_the_grid_is_pooling_by_2():
+    case = example()
+
+    def enlarge(output):
+        double = output.features[TAP].detach()
+        for axis in (2, 3, 4):
+            double = double.repeat_interleave(2, axis)
+        return ref.Output(output.logits, {TAP: double})
+
+    plain = ref.evaluate(Seeded(make()), case)
+    large = ref.Case(enlarge(case.student), enlarge(case.teacher), case.label)
+    pooled = ref.evaluate(Seeded(make(pool=4)), large)
+    torch.testing.assert_close(pooled["cirkd_pair"], plain["cirkd_pair"])
+    assert pooled.keys() == plain.keys()
+
+
+def test_gradient_reaches_the_head():
+    module = make()
+    sum(ref.evaluate(module, example()).values()).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in module.parameters())
+
+
+def test_queues_are_saved_and_resuming_is_exact():
+    cases = [example(seed=seed) for seed in range(3)]
+    module = make()
+    ref.evaluate(module, cases[0])
+    saved, rng = {name: value.clone() for name, value in module.state_dict().items()}, torch.get_rng_state()
+    assert {"pixels.queue", "pixels.pointer", "regions.queue", "regions.pointer"} <= saved.keys()
+    straight = [ref.evaluate(module, case) for case in cases[1:]]
+
+    resumed = make(seed=5)
+    resumed.load_state_dict(saved)
+    torch.set_rng_state(rng)
+    again = [ref.evaluate(resumed, case) for case in cases[1:]]
+    for one, two in zip(straight, again):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_queues_change_in_training_only():
+    module, case = make(), example()
+    before = state_of(module.eval())
+    ref.evaluate(module, case)
+    assert all(np.array_equal(value, before[name]) for name, value in state_of(module).items())
+    ref.evaluate(module.train(), case)
+    assert module.pixels.pointer.any() and module.regions.pointer.any()
+
+
+def test_class_0_has_a_queue_only_as_released():
+    assert make().pixels.queue.shape == (2, 12, 4)
+    assert make(multilabel=True).regions.queue.shape == (3, 7, 4)
+    released = make(preset="as_released")
+    assert released.pixels.queue.shape == (3, 12, 4)
+    first = released.pixels.queue[0].clone()
+    ref.evaluate(released, example())
+    assert torch.equal(released.pixels.queue[0], first) and released.pixels.pointer[0] == 0
+
+
+def test_queued_voxels_belong_to_their_class_in_the_clean_preset():
+    # The teacher's vector names the class: e_k on the voxels of class k.
+    label = torch.randint(0, 3, (1, 1, 6, 6, 6), generator=torch.Generator().manual_seed(2)).float()
+    feature = torch.nn.functional.one_hot(label[0].long(), 3).movedim(-1, 1).float()
+    feature = feature.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    taps = {TAP: (3, (12, 12, 12))}
+    case = ref.make_case(3, (6, 6, 6), batch=1, student_taps=taps, teacher_taps=taps)
+    case = ref.Case(case.student, ref.Output(case.teacher.logits, {TAP: feature}), label)
+    for preset, pure in (("clean", True), ("as_released", False)):
+        module = make(taps, taps, preset=preset, pixels_per_class=10, pixel_queue=30)
+        ref.evaluate(module, case)
+        queued = [module.pixels.queue[module.first_row + k - 1, :10] for k in (1, 2)]
+        assert all(bool((rows[:, k] == 1).all()) for k, rows in zip((1, 2), queued)) == pure
+
+
+def test_memory_is_a_ring_that_restarts():
+    memory = Memory(2, 5, 1)
+    for value, count in ((1.0, 2), (2.0, 2), (3.0, 2), (4.0, 1)):
+        memory.push(1, torch.full((count, 1), value))
+    assert memory.queue[1, :, 0].tolist() == [4.0, 1.0, 2.0, 3.0, 3.0]
+    assert memory.pointer.tolist() == [0, 1]
+    np.testing.assert_allclose(memory.queue[0].norm(dim=1).numpy(), 1.0, rtol=1e-6)
+
+
+def test_similarity_kl_equals_autograd_for_any_chunk():
+    rng = torch.Generator().manual_seed(0)
+    rows, columns, teacher_rows, teacher_columns = (
+        torch.randn(n, c, generator=rng).requires_grad_() for n, c in ((10, 3), (7, 3), (10, 5), (7, 5))
+    )
+    log_p = (rows @ columns.T / 0.5).log_softmax(1)
+    q = (teacher_rows @ teacher_columns.T / 0.5).softmax(1).detach()
+    expected = (q * (q.log() - log_p)).sum() / 10
+    gradients = torch.autograd.grad(3 * expected, [rows, columns])
+    for chunk in (1, 3, 10, 64):
+        found = similarity_kl(rows, columns, teacher_rows, teacher_columns, 0.5, chunk)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(3 * found, [rows, columns]), gradients)
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_no_tensor_is_larger_than_a_strip():
+    student, teacher = torch.randn(1, 400, 4).requires_grad_(), torch.randn(1, 400, 6)
+    with LargestTensor() as largest:
+        pair_kl(student, teacher, chunk=10).backward()
+    assert largest.numel <= 10 * 400
+
+
+@pytest.mark.slow
+def test_pairs_of_a_training_patch_in_one_pass():
+    """13,824 nodes, as from a 96^3 patch with features on 48^3; the loss is blind to the scale of a feature."""
+    rng = torch.Generator().manual_seed(0)
+    student = torch.randn(1, 8, 48, 48, 48, generator=rng).requires_grad_()
+    teacher = unit_vectors(pooled_vectors(torch.randn(1, 16, 48, 48, 48, generator=rng)), 2)
+    loss = pair_kl(unit_vectors(pooled_vectors(student), 2), teacher)
+    loss.backward()
+    assert loss.item() > 0 and student.grad.norm() > 0
+    assert (student.grad * student).sum().abs() < 1e-5 * student.grad.norm() * student.norm()
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="penultimate of the student"):
+        CIRKD({"decoder": 2}, {TAP: 2}, 4)
+    with pytest.raises(ValueError, match="penultimate of the teacher"):
+        CIRKD({TAP: 2}, {}, 4)
+    for bad in ({"preset": "other"}, {"pairs": "some"}, {"temperature": 0}, {"chunk": 0}, {"pool": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            make(**bad)
+    with pytest.raises(ValueError, match="must hold at least"):
+        make(region_contrast=8)
+    with pytest.raises(ValueError, match="one channel per region"):
+        ref.evaluate(make(multilabel=True), example())

@@ -1,0 +1,87 @@
+"""Both distance transforms against SciPy, value for value: squared distances are integers, so nothing may differ."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import distance_transform_edt
+
+from losses.distance import boundary_distance_squared, separable_boundary_distance_squared
+
+PATHS = [boundary_distance_squared, separable_boundary_distance_squared]
+SHAPES = [(7, 7), (1, 9), (23, 4), (6, 6, 6), (3, 17, 5), (19, 1, 2), (2, 3, 24)]
+
+
+def masks(shape):
+    """Masks that are hard in one way each, and noise at four densities."""
+    rng = np.random.default_rng(sum(shape))
+
+    def made(*places):
+        mask = np.zeros(shape, dtype=bool)
+        for place in places:
+            mask[place] = True
+        return mask
+
+    corner, last = (0,) * len(shape), (-1,) * len(shape)
+    middle = tuple(size // 2 for size in shape)
+    border = (slice(None),) * (len(shape) - 1) + (0,)
+    chosen = [made(), ~made(), made(corner), made(last), made(middle), ~made(middle), made(corner, last), made(border)]
+    return np.stack(chosen + [rng.random(shape) < density for density in (0.02, 0.3, 0.7, 0.98)])
+
+
+def scipy_field(mask):
+    if mask.all() or not mask.any():
+        return np.zeros(mask.shape)
+    return distance_transform_edt(mask) ** 2 + distance_transform_edt(~mask) ** 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("path", PATHS)
+def test_equals_scipy(path, shape):
+    stack = masks(shape)
+    field = path(torch.from_numpy(stack))
+    assert field.dtype == torch.float32 and field.shape == stack.shape
+    # SciPy takes a root: rounding to the integer below undoes it.
+    expected = np.stack([np.rint(scipy_field(mask)) for mask in stack])
+    np.testing.assert_array_equal(field.numpy(), expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 31), (20, 24, 17)])
+def test_paths_are_bit_equal_on_blobs(shape):
+    rng = torch.Generator().manual_seed(1)
+    noise = torch.rand(3, 1, *shape, generator=rng)
+    pool = torch.nn.functional.avg_pool2d if len(shape) == 2 else torch.nn.functional.avg_pool3d
+    mask = pool(noise, 5, 1, 2)[:, 0] > 0.4
+    first, second = (path(mask) for path in PATHS)
+    assert first.max() > 4  # the masks are not trivial
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_hand_value(path):
+    mask = torch.tensor([[[False, False, False, True, True]]])
+    assert path(mask).flatten().tolist() == [9.0, 4.0, 1.0, 1.0, 4.0]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_kind_only_is_zero_and_samples_do_not_mix(path):
+    mask = torch.zeros(3, 4, 4, 4, dtype=torch.bool)
+    mask[1] = True
+    mask[2, 0, 0, 0] = True
+    field = path(mask)
+    assert (field[:2] == 0).all()
+    assert field[2, 3, 3, 3] == 27 and field[2, 0, 0, 0] == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_gradient_and_the_mask_is_left_alone(path):
+    probs = torch.rand(2, 5, 6, requires_grad=True)
+    mask = probs > 0.5
+    before = mask.clone()
+    assert not path(mask).requires_grad
+    assert torch.equal(mask, before)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_masks_need_not_be_contiguous(path):
+    mask = torch.from_numpy(masks((5, 6, 7))).permute(0, 3, 1, 2)
+    assert torch.equal(path(mask), path(mask.contiguous()))
