@@ -1,0 +1,168 @@
+"""BraTS: four MRI channels, three overlapping tumour regions as multi-label targets (the BraTS recipe of ACF-BCKD).
+
+Scans stay on their own grid (240 x 240 x 155 voxels of 1 mm): no reorientation, no resampling. Stored ids are 1
+necrotic core, 2 oedema, 3 enhancing tumour (4 in the 2021 release and before).
+
+Training and evaluation see different intensities, as in the reference: a patch is z-scored by itself, a volume that is
+evaluated by itself as a whole. `normalize: volume` gives patches the statistics of their volume instead. The cache
+holds the scans as they are (16-bit where that loses nothing, 72 MB each), and a training step reads only its patch.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from dataloaders import augment
+from dataloaders.cases import Case, DataError, read_image, read_label
+from dataloaders.msd import MSDDataset
+
+CHANNELS = ("t1c", "t1n", "t2f", "t2w")
+REGIONS = ("tumour core", "whole tumour", "enhancing tumour")
+NORMALIZATIONS = ("crop", "volume")
+_SUFFIXES_2021 = {"t1ce": "t1c", "t1": "t1n", "flair": "t2f", "t2": "t2w"}
+
+
+class BraTSDataset(MSDDataset):
+    """Cases of a decathlon JSON whose `image` lists four files, in the order of CHANNELS; lists as for MSDDataset.
+
+    normalize: 'crop' or 'volume', the voxels whose mean and standard deviation normalise a training patch.
+    k_divisible: patches come from the box of the brain, enlarged to multiples of this many voxels per axis; 0 means
+    the patch size (the reference: 96 for both).
+    """
+
+    multilabel = True
+
+    def __init__(
+        self,
+        root: str,
+        datalist: str,
+        class_names: Sequence[str] = REGIONS,
+        in_channels: int = len(CHANNELS),
+        split_dir: str = "",
+        cache_dir: str = "cache",
+        normalize: str = "crop",
+        k_divisible: int = 0,
+    ) -> None:
+        if len(class_names) != len(REGIONS):
+            raise DataError(f"class_names: BraTS has the regions {', '.join(REGIONS)}, got {list(class_names)}")
+        if normalize not in NORMALIZATIONS:
+            raise DataError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got '{normalize}'")
+        if k_divisible < 0:
+            raise DataError(f"k_divisible: a number of voxels, or 0 for the patch size; got {k_divisible}")
+        self.normalize, self.k_divisible = normalize, k_divisible
+        super().__init__(
+            root, datalist, class_names, in_channels, split_dir, cache_dir,
+            orientation="", spacing=(), intensity="none", crop_foreground=False,
+        )  # fmt: skip
+
+    @property
+    def allowed_ids(self) -> tuple[int, ...]:
+        return (0, 1, 2, 3, 4)
+
+    def preprocess(self, case: Case) -> dict:
+        """What the cache holds: `image` (C, H, W, D) as stored, `label` ids (1, H, W, D), per channel the `mean` and
+        `std` of the non-zero voxels, the brain's `box` (first and one past the last voxel), and the grid's keys."""
+        _check_order(case)
+        image, affine = read_image(case, self.in_channels)
+        label = read_label(case, self.allowed_ids, image.shape[1:], affine)
+        brain = (image > 0).any(0)
+        if not brain.any():
+            raise DataError(f"{case.images[0]}: no channel has a value above 0, so there is no brain to crop to")
+        occupied = [np.flatnonzero(brain.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+        inside = [channel[channel != 0].astype(np.float64) for channel in image]
+        short = np.abs(image).max() < 2**15 and bool((image == np.rint(image)).all())
+        return {
+            "image": image.astype(np.int16) if short else image,
+            "label": label[None],
+            "mean": [float(values.mean()) for values in inside],
+            "std": [float(values.std()) or 1.0 for values in inside],
+            "box": [[int(found[0]) for found in occupied], [int(found[-1]) + 1 for found in occupied]],
+            "affine": affine,
+            "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
+            "ids": self._ids(label),
+            "native_affine": affine,
+            "native_shape": list(image.shape[1:]),
+        }
+
+    def read(self, case: Case) -> dict:
+        """The case as it is evaluated: the whole volume, z-scored; label regions (3, H, W, D) uint8."""
+        sample = self.cache.read(case)
+        image = _standardise(np.asarray(sample["image"], np.float32), sample["mean"], sample["std"])
+        return sample | {"image": image, "label": self.encode_label(sample["label"])}
+
+    def training_sample(self, case: Case) -> dict:
+        """The case as patches are cut from it: memory-mapped, not normalised."""
+        return self.cache.read(case)
+
+    def encode_label(self, label: np.ndarray) -> np.ndarray:
+        """Stored ids (1, H, W, D) -> the regions tumour core, whole tumour, enhancing tumour, (3, H, W, D) uint8."""
+        ids = np.asarray(label)[0]
+        enhancing = (ids == 3) | (ids == 4)
+        core = (ids == 1) | enhancing
+        return np.stack([core, core | (ids == 2), enhancing]).astype(np.uint8)
+
+    def decode_prediction(self, prediction: np.ndarray) -> np.ndarray:
+        """Regions (3, H, W, D) -> ids (H, W, D), enhancing tumour as 3; later regions are painted over earlier ones."""
+        core, whole, enhancing = (np.asarray(region) > 0 for region in prediction)
+        ids = np.zeros(core.shape, np.uint8)
+        ids[whole] = 2
+        ids[core] = 1
+        ids[enhancing] = 3
+        return ids
+
+    def patch_function(self, patch_size: Sequence[int], crop: str = "uniform", *probabilities: float, **named: float):
+        """(sample, rng) -> one random training patch, as MSDDataset's; every position in the brain's enlarged box is
+        equally likely, which may reach beyond the volume (zeros)."""
+        if crop != "uniform":
+            raise DataError(f"crop: the data format 'brats' draws patches uniformly, got '{crop}'; set crop: uniform")
+        made = super().patch_function(patch_size, crop, *probabilities, **named)
+        return partial(made, cut=partial(self._cut, size=tuple(patch_size)))
+
+    def _cut(self, sample: dict, rng: np.random.Generator, size: Sequence[int]) -> dict:
+        low, high = enlarge(*sample["box"], [self.k_divisible or side for side in size])
+        start = [int(rng.integers(a, max(b - side, a) + 1)) for a, b, side in zip(low, high, size)]
+        image = crop_padded(sample["image"], start, size).astype(np.float32)
+        if self.normalize == "volume":
+            image = _standardise(image, sample["mean"], sample["std"])
+        else:
+            image = augment.zscore_nonzero(image)
+        return {"image": image, "label": self.encode_label(crop_padded(sample["label"], start, size))}
+
+
+def enlarge(low: Sequence[int], high: Sequence[int], multiple: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The box low..high-1 enlarged to multiples of `multiple` per axis; half of the excess, rounded down, in front."""
+    sides = [-(-(b - a) // k) * k for a, b, k in zip(low, high, multiple)]
+    first = [a - (side - (b - a)) // 2 for a, b, side in zip(low, high, sides)]
+    return first, [a + side for a, side in zip(first, sides)]
+
+
+def crop_padded(array: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """`size` voxels of the trailing three axes from `start`, which may be negative; zeros beyond the array."""
+    inner, padding = [], []
+    for first, want, have in zip(start, size, array.shape[-3:]):
+        begin = min(max(first, 0), have)
+        end = max(min(first + want, have), begin)
+        before = min(max(-first, 0), want)
+        inner.append(slice(begin, end))
+        padding.append((before, want - before - (end - begin)))
+    return np.pad(np.asarray(array[(..., *inner)]), [(0, 0)] * (array.ndim - 3) + padding)
+
+
+def _standardise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """(image - mean) / std per channel where it is not 0; zeros stay zero. A new array."""
+    result = np.zeros_like(image)
+    for channel, target, centre, spread in zip(image, result, mean, std):
+        np.copyto(target, (channel - np.float32(centre)) / np.float32(spread), where=channel != 0)
+    return result
+
+
+def _check_order(case: Case) -> None:
+    """DataError if the file names end in the known channel names, but in another order."""
+    suffixes = [path.name.split(".")[0].replace("_", "-").rsplit("-", 1)[-1].lower() for path in case.images]
+    found = [_SUFFIXES_2021.get(suffix, suffix) for suffix in suffixes]
+    if sorted(found) == sorted(CHANNELS) and tuple(found) != CHANNELS:
+        raise DataError(
+            f"{case.images[0]}: the channels of '{case.name}' are listed as {', '.join(suffixes)}; the order must be "
+            f"t1c, t1n, t2f, t2w (2021 release: t1ce, t1, flair, t2); mend the data list"
+        )

@@ -1,0 +1,117 @@
+"""Preprocessed cases on disk: made once, then memory-mapped, so that a second start is fast and a step reads little.
+
+The key of an entry covers the content of the case's files and every parameter of the deterministic transforms.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataloaders.cases import Case, DataError, file_digest
+
+FORMAT = 1  # raise when the stored layout or the meaning of a transform changes
+
+
+class CaseCache:
+    """Preprocessed samples of cases under `folder`. `preprocess(case)` -> dict of arrays and JSON values."""
+
+    def __init__(self, folder: Path, preprocess: Callable[[Case], dict], parameters: Mapping) -> None:
+        self.folder, self.preprocess = folder, preprocess
+        self.parameters = json.dumps({"format": FORMAT, **parameters}, sort_keys=True)
+        self._digests_path = folder / "digests.json"
+        self._digests: dict[str, list] = {}
+        self.content: dict[str, str] = {}  # case name -> digest of its image files
+        if self._digests_path.is_file():
+            try:
+                self._digests = json.loads(self._digests_path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError:
+                self._digests = {}  # only a memory of digests: made again at the cost of reading the files
+
+    def prepare(self, cases: Sequence[Case], title: str) -> None:
+        """Preprocess what is not there yet, with a progress bar; DataError that lists every faulty case."""
+        problems = []
+        todo = []
+        for case in cases:
+            try:
+                if not self._entry(case).is_dir():
+                    todo.append(case)
+            except DataError as error:
+                problems.append(str(error))
+        for case in tqdm(todo, desc=f"preparing {title}", unit="case", disable=not todo):
+            try:
+                self._make(case)
+            except DataError as error:
+                problems.append(str(error))
+        self._write_digests()
+        if problems:
+            shown = "\n  ".join(problems[:10])
+            more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise DataError(f"{len(problems)} of {len(cases)} {title} cases cannot be used:\n  {shown}{more}")
+
+    def read(self, case: Case) -> dict:
+        """The preprocessed sample; arrays are memory-mapped and read-only."""
+        entry = self._entry(case)
+        if not entry.is_dir():
+            self._make(case)
+        sample = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+        for path in entry.glob("*.npy"):
+            sample[path.stem] = np.load(path, mmap_mode="r")
+        return sample
+
+    def duplicates(self, splits: Mapping[str, Sequence[Case]]) -> None:
+        """DataError if two cases of different lists have the same image content under different names."""
+        owner: dict[str, tuple[str, Case]] = {}
+        for split, cases in splits.items():
+            for case in cases:
+                first_split, first = owner.setdefault(self._image_digest(case), (split, case))
+                if first_split != split:
+                    raise DataError(
+                        f"{case.images[0]} ({split} list) and {first.images[0]} ({first_split} list) are the same "
+                        f"image under two names; every scan may be in one list only"
+                    )
+        self._write_digests()
+
+    def _image_digest(self, case: Case) -> str:
+        return "-".join(file_digest(path, self._digests) for path in case.images)
+
+    def _entry(self, case: Case) -> Path:
+        digests = [self._image_digest(case)]
+        if case.label is not None:
+            digests.append(file_digest(case.label, self._digests))
+        key = hashlib.sha256("\n".join([self.parameters, *digests]).encode()).hexdigest()
+        return self.folder / f"{case.name}-{key[:16]}"
+
+    def _make(self, case: Case) -> None:
+        sample = self.preprocess(case)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".making-"))
+        try:
+            meta = {}
+            for key, value in sample.items():
+                if isinstance(value, np.ndarray) and value.ndim >= 1 and key not in ("affine", "native_affine"):
+                    np.save(temporary / f"{key}.npy", value)
+                else:
+                    meta[key] = value.tolist() if isinstance(value, np.ndarray) else value
+            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            try:
+                os.rename(temporary, self._entry(case))
+            except OSError:
+                if not self._entry(case).is_dir():  # else another process made the same entry meanwhile
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write_digests(self) -> None:
+        if self._digests:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(self._digests, file)
+            os.replace(temporary, self._digests_path)

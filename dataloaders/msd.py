@@ -1,0 +1,228 @@
+"""Decathlon-style NIfTI data sets: BTCV, WORD, MSD tasks and own data in the same format.
+
+Deterministic part, done once per case and cached: reorient, resample, normalise intensity, crop to the foreground
+(MONAI transforms; steps 1-5 of the CT recipe of ACF-BCKD). Random part, per step: dataloaders/augment.py.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    NormalizeIntensityd,
+    Orientationd,
+    ScaleIntensityRanged,
+    Spacingd,
+)
+
+from dataloaders import augment
+from dataloaders.cache import CaseCache
+from dataloaders.cases import Case, DataError, check_disjoint, read_datalist, read_image, read_label, read_split, select
+
+INTENSITIES = ("window", "zscore", "none")
+CROPS = ("pos_neg", "uniform")
+_AXES = (("L", "R"), ("P", "A"), ("I", "S"))
+
+
+class MSDDataset:
+    """Cases of a decathlon JSON and how they are preprocessed.
+
+    root, datalist: folder and JSON name. split_dir: folder with train.txt, val.txt, test.txt of case names; where it
+    is empty the JSON's own lists training, validation, test are used. cache_dir: where preprocessed cases go.
+    orientation: axis codes such as RAS, or "" to keep the stored order. spacing: mm per axis, () to keep the stored.
+    intensity: 'window' maps window[0]..window[1] to 0..1 and clips, 'zscore' normalises each channel over the volume.
+    crop_foreground: cut to the box of voxels above 0 after normalisation.
+    """
+
+    multilabel = False
+
+    def __init__(
+        self,
+        root: str,
+        datalist: str,
+        class_names: Sequence[str],
+        in_channels: int = 1,
+        split_dir: str = "",
+        cache_dir: str = "cache",
+        orientation: str = "RAS",
+        spacing: Sequence[float] = (),
+        intensity: str = "window",
+        window: Sequence[float] = (-175.0, 250.0),
+        crop_foreground: bool = True,
+    ) -> None:
+        if intensity not in INTENSITIES:
+            raise DataError(f"intensity must be one of {', '.join(INTENSITIES)}, got '{intensity}'")
+        if len(window) != 2 or window[0] >= window[1]:
+            raise DataError(f"window must be two rising values, got {tuple(window)}")
+        if len(spacing) not in (0, 3) or any(value <= 0 for value in spacing):
+            raise DataError(f"spacing must be three positive values in mm, or [] to keep the files', got {spacing}")
+        if orientation and sorted(map("LRPAIS".find, orientation)) not in [
+            sorted(map("LRPAIS".find, (a, b, c))) for a in "LR" for b in "PA" for c in "IS"
+        ]:
+            raise DataError(f"orientation must name three axes, such as RAS, got '{orientation}'")
+        self.root, self.datalist, self.split_dir = Path(root), datalist, split_dir
+        self.class_names, self.in_channels = tuple(class_names), in_channels
+        self.orientation, self.spacing = orientation, tuple(spacing)
+        self.intensity, self.window, self.crop_foreground = intensity, tuple(window), crop_foreground
+        self.cache = CaseCache(Path(cache_dir), self.preprocess, self._parameters())
+
+    @property
+    def num_classes(self) -> int:
+        """Channels of the logits: background included, or the number of regions of multi-label data."""
+        return len(self.class_names)
+
+    @property
+    def allowed_ids(self) -> tuple[int, ...]:
+        """Ids that a label file may hold."""
+        return tuple(range(len(self.class_names)))
+
+    def splits(self) -> dict[str, list[Case]]:
+        """The lists train, val and test (the last may be empty), checked to be disjoint and not empty."""
+        sections = read_datalist(self.root, self.datalist)
+        labelled = [case for cases in sections.values() for case in cases if case.label is not None]
+        result = {}
+        for split, section in (("train", "training"), ("val", "validation"), ("test", "test")):
+            if self.split_dir:
+                names = read_split(Path(self.split_dir), split)
+                result[split] = select(labelled, names, f"{self.split_dir}/{split}.txt") if names else []
+            else:
+                result[split] = [case for case in sections.get(section, []) if case.label is not None]
+        for split in ("train", "val"):
+            if not result[split]:
+                where = f"{self.split_dir}/{split}.txt" if self.split_dir else f"{self.root / self.datalist}"
+                raise DataError(
+                    f"{where}: the {split} list is empty; expected at least one labelled case "
+                    f"(tools/make_splits.py draws seeded lists)"
+                )
+        check_disjoint(result)
+        return result
+
+    def find(self, names: Sequence[str]) -> list[Case]:
+        """The labelled cases called `names`, from any list of the JSON; DataError naming those that are not there."""
+        sections = read_datalist(self.root, self.datalist)
+        labelled = [case for cases in sections.values() for case in cases if case.label is not None]
+        return select(labelled, names, str(self.root / self.datalist))
+
+    def prepare(self, splits: dict[str, Sequence[Case]]) -> None:
+        """Preprocess every case of the lists that is not cached yet, and refuse one scan under two names."""
+        for split, cases in splits.items():
+            self.cache.prepare(cases, split)
+        self.cache.duplicates(splits)
+
+    def read(self, case: Case) -> dict:
+        """The preprocessed case: image (C, H, W, D) float32, label (1, H, W, D) uint8 and the keys of `preprocess`."""
+        return self.cache.read(case)
+
+    def training_sample(self, case: Case) -> dict:
+        """The case as training patches are cut from it."""
+        return self.read(case)
+
+    def preprocess(self, case: Case) -> dict:
+        """Read and transform one case. Beside image and label: affine, spacing (mm) and the stored grid's
+        native_affine and native_shape; `foreground` and `background`, flat indices of possible patch centres;
+        `ids`, the label ids that occur."""
+        image, affine = read_image(case, self.in_channels)
+        label = read_label(case, self.allowed_ids, image.shape[1:], affine)
+        native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
+        sample = self._transform({
+            "image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine)),
+            "label": MetaTensor(torch.from_numpy(label[None].astype(np.float32)), affine=torch.from_numpy(affine)),
+        })  # fmt: skip
+        image, label = sample["image"].numpy(), self.encode_label(sample["label"].numpy().astype(np.uint8))
+        affine = sample["image"].affine.numpy()
+        if min(image.shape[1:]) == 0:
+            raise DataError(f"{case.images[0]}: nothing is left after cropping to the foreground; check the window")
+        inside = (image > 0).any(0) if self.crop_foreground else np.ones(image.shape[1:], bool)
+        positive = label.any(0)
+        return {
+            "image": np.ascontiguousarray(image, dtype=np.float32),
+            "label": label,
+            "affine": affine,
+            "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
+            "foreground": np.flatnonzero(positive).astype(np.int32),
+            "background": np.flatnonzero(inside & ~positive).astype(np.int32),
+            "ids": self._ids(label),
+            **native,
+        }
+
+    def encode_label(self, label: np.ndarray) -> np.ndarray:
+        """Stored ids (1, H, W, D) -> what the networks are trained on; the same for multi-class data."""
+        return label
+
+    def native_label(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
+        """The label on its stored grid, ids (H, W, D) or regions (K, H, W, D), and its affine."""
+        image, affine = read_image(case, self.in_channels)
+        label = self.encode_label(read_label(case, self.allowed_ids, image.shape[1:], affine)[None])
+        return (label if self.multilabel else label[0]), affine
+
+    def decode_prediction(self, prediction: np.ndarray) -> np.ndarray:
+        """Prediction on any grid -> ids as label files hold them; the same for multi-class data."""
+        return prediction
+
+    def patch_function(
+        self,
+        patch_size: Sequence[int],
+        crop: str = "pos_neg",
+        flip_prob: float = 0.2,
+        rot90_prob: float = 0.2,
+        scale_prob: float = 0.1,
+        shift_prob: float = 0.1,
+    ):
+        """(sample, rng) -> one random training patch: crop, flips, 90-degree turns, intensity scale and shift."""
+        if crop not in CROPS:
+            raise DataError(f"crop must be one of {', '.join(CROPS)}, got '{crop}'")
+        if rot90_prob and patch_size[0] != patch_size[1]:
+            raise DataError(
+                f"rot90_prob is {rot90_prob}, but a patch of {tuple(patch_size)} changes its shape when turned; "
+                f"set rot90_prob: 0 or make the first two sides equal"
+            )
+        cut = augment.crop_pos_neg if crop == "pos_neg" else augment.crop_uniform
+        return partial(
+            self._patch, cut=partial(cut, size=tuple(patch_size)), flip_prob=flip_prob, rot90_prob=rot90_prob,
+            scale_prob=scale_prob, shift_prob=shift_prob,
+        )  # fmt: skip
+
+    def _patch(self, sample: dict, rng: np.random.Generator, *, cut, flip_prob, rot90_prob, scale_prob, shift_prob):
+        patch = cut(sample, rng)
+        patch = augment.random_flip(patch, rng, flip_prob)
+        patch = augment.random_rot90(patch, rng, rot90_prob)
+        patch = self._normalise_patch(patch)
+        patch = augment.random_scale(patch, rng, scale_prob)
+        return augment.random_shift(patch, rng, shift_prob)
+
+    def _normalise_patch(self, patch: dict) -> dict:
+        return patch
+
+    def _ids(self, label: np.ndarray) -> list[int]:
+        return np.unique(label).tolist()
+
+    def _transform(self, sample: dict) -> dict:
+        keys = ("image", "label")
+        steps = []
+        if self.orientation:
+            steps.append(Orientationd(keys, axcodes=self.orientation, labels=_AXES))
+        if self.spacing:
+            steps.append(Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")))
+        if self.intensity == "window":
+            steps.append(ScaleIntensityRanged("image", *self.window, 0.0, 1.0, clip=True))
+        elif self.intensity == "zscore":
+            steps.append(NormalizeIntensityd("image", channel_wise=True))
+        if self.crop_foreground:
+            steps.append(CropForegroundd(keys, source_key="image", select_fn=_positive, allow_smaller=True))
+        return Compose(steps)(sample)
+
+    def _parameters(self) -> dict:
+        return {
+            "kind": type(self).__name__, "in_channels": self.in_channels, "ids": list(self.allowed_ids),
+            "orientation": self.orientation, "spacing": list(self.spacing), "intensity": self.intensity,
+            "window": list(self.window), "crop_foreground": self.crop_foreground,
+        }  # fmt: skip
+
+
+def _positive(image):
+    return image > 0

@@ -1,0 +1,10 @@
+#!/bin/sh
+# Set up .venv, then run the linter, the quick tests and the slow ones. Arguments go to pytest: sh scripts/test.sh -k dice
+# QUICK=1 leaves the slow tests out.
+set -e
+REQUIREMENTS=requirements-dev.txt
+. "$(dirname "$0")/setup.sh"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread in each of several test processes
+$python -m ruff check .
+$python -m pytest -n auto -m "not slow" "$@"
+[ -n "$QUICK" ] || $python -m pytest -n auto -m slow "$@"

@@ -1,0 +1,212 @@
+"""Score a trained 3D network: per-case, per-class Dice, Jaccard, HD95 and ASD, predictions, overlays.
+
+Needs nothing but the checkpoint and the data. Scores are given on the preprocessed grid (the papers' protocol) and on
+the grid of the original files. Definitions and the policy for empty masks: metrics.py.
+
+    python test_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/best.pt
+    python test_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/last.pt --overlays --tta
+    python test_3d.py --ckpt best.pt --data-root /data/btcv --split val --hd95 directed --published
+"""
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import nibabel as nib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataloaders import DataError, build_dataset
+from dataloaders.native import to_native
+from inference import AMP_MODES, predict_logits, to_labels
+from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, summarise
+from networks import build_network
+from utils import figures
+from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
+from utils.complexity import count_macs, count_parameters
+from utils.config import ConfigError
+from utils.runs import resolve_device
+
+SPACES = ("resampled", "native")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run")
+    parser.add_argument("--split", choices=("test", "val"), help="default: test, or val where there is no test list")
+    parser.add_argument("--data-root", help="folder of the data set, if it is not where the run found it")
+    parser.add_argument("--cache-dir", help="folder of preprocessed cases")
+    parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
+    parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
+    parser.add_argument("--hd95", choices=HD95_DEFINITIONS, default="pooled", help="definition, see metrics.py")
+    parser.add_argument("--empty", choices=EMPTY_POLICIES, default="nan", help="distances where one mask is empty")
+    parser.add_argument("--published", action="store_true", help="add the ACF-BCKD code's own figures (HD95 in voxels)")
+    parser.add_argument("--no-predictions", action="store_true", help="do not write NIfTI files")
+    parser.add_argument("--overlays", action="store_true", help="write a PNG per case: image, label, prediction")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    device = resolve_device(args.device)
+    checkpoint = load_checkpoint(args.ckpt)
+    if checkpoint.get("kind") != "3d" or "dataset" not in checkpoint:
+        raise CheckpointError(f"{args.ckpt}: not a checkpoint of train_3d_distill.py or tools/import_checkpoint.py")
+    config, described = checkpoint["config"], checkpoint["network"]
+    arguments = dict(checkpoint["dataset"])
+    arguments |= {"root": args.data_root} if args.data_root else {}
+    arguments |= {"cache_dir": args.cache_dir} if args.cache_dir else {}
+    dataset = build_dataset(**arguments)
+    split = args.split or ("test" if checkpoint["cases"]["test"] else "val")
+    cases = dataset.find(checkpoint["cases"][split])
+    if not cases:
+        raise DataError(f"{args.ckpt}: the run had no {split} list; choose --split val")
+    dataset.prepare({split: cases})
+    network = build_network(
+        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
+    )
+    load_network_weights(network, checkpoint["weights"], str(args.ckpt))
+    network = network.to(device).eval()
+
+    out = args.out or args.ckpt.parent
+    suffix = "" if args.ckpt.stem == "best" else f"_{args.ckpt.stem}"
+    suffix += "" if split == ("test" if checkpoint["cases"]["test"] else "val") else f"_{split}"
+    predictions = out / f"predictions{suffix}"
+    overlays = out / f"overlays{suffix}"
+    for folder in [out] + [predictions] * (not args.no_predictions) + [overlays] * args.overlays:
+        folder.mkdir(parents=True, exist_ok=True)
+    names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
+    options = {"multilabel": dataset.multilabel, "empty": args.empty}
+    rows: dict[str, list[dict]] = {space: [] for space in SPACES}
+    published, seconds = [], []
+
+    for case in tqdm(cases, desc=f"testing {described['name']} on {split}", unit="case"):
+        sample = dataset.read(case)
+        image = torch.from_numpy(np.array(sample["image"])).to(device)
+        begin = time.perf_counter()
+        logits = predict_logits(
+            network, image, patch_size=config["patch_size"], overlap=config["overlap"],
+            window_batch=config["window_batch"], amp=args.amp, tta=args.tta,
+        )  # fmt: skip
+        prediction = to_labels(logits, dataset.multilabel).cpu().numpy()
+        seconds.append(time.perf_counter() - begin)
+        label = np.array(sample["label"]) if dataset.multilabel else np.array(sample["label"][0])
+        native_label, native_affine = dataset.native_label(case)
+        restored = [
+            to_native(volume, sample["affine"], native_affine, sample["native_shape"])
+            for volume in (prediction if dataset.multilabel else prediction[None])
+        ]
+        native = np.stack(restored) if dataset.multilabel else restored[0]
+        native_spacing = np.linalg.norm(native_affine[:3, :3], axis=0)
+        for space, pair, spacing in (
+            ("resampled", (prediction, label), sample["spacing"]), ("native", (native, native_label), native_spacing)
+        ):  # fmt: skip
+            scores = case_metrics(*pair, dataset.num_classes, spacing=spacing, hd95=args.hd95, **options)
+            rows[space] += [{"case": case.name, "class": name, **row} for name, row in zip(names, scores)]
+        if args.published:
+            published.append(published_case(prediction, label, dataset.num_classes, dataset.multilabel))
+        if not args.no_predictions:
+            ids = dataset.decode_prediction(native).astype(np.uint8)
+            nib.save(nib.Nifti1Image(ids, native_affine), predictions / f"{case.name}.nii.gz")
+        if args.overlays:
+            picture = figures.panel(np.array(sample["image"][0]), label, prediction, len(names) + 1)
+            matplotlib.image.imsave(overlays / f"{case.name}.png", picture)
+
+    write_csv(out / f"metrics{suffix}.csv", rows, args.hd95)
+    # The best checkpoint was chosen on val: scores on val are then the highest of many, not an estimate.
+    selected_on_reported = split == "val" and args.ckpt.stem == "best"
+    summary = {
+        "dataset": config["dataset"], "method": config["method"], "preset": config["preset"],
+        "teacher": None if config["method"] == "supervised" else config["teacher"], "student": described["name"],
+        "seed": config["seed"], "tag": config["tag"], "checkpoint": args.ckpt.name, "step": checkpoint["step"],
+        "max_steps": config["max_steps"], "split": split, "selected_on_reported": selected_on_reported,
+        "hd95_definition": args.hd95, "empty_policy": args.empty, "tta": args.tta, "amp": args.amp,
+        **{space: summarise(rows[space]) for space in SPACES},
+        "parameters": count_parameters(network),
+        "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
+        "patch_size": list(config["patch_size"]),
+        "ms_per_volume": 1000 * statistics.median(seconds),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(), "code": checkpoint["code"],
+    }  # fmt: skip
+    if args.published:
+        summary["published_protocol"] = {
+            key: nan_mean([case[key] for case in published]) for key in ("dice", "hd95_voxels")
+        }
+    (out / f"summary{suffix}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    report(summary, names, selected_on_reported)
+    print(f"results in {out}: metrics{suffix}.csv, summary{suffix}.json")
+    return 0
+
+
+def published_case(prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool) -> dict[str, float]:
+    """One case by the ACF-BCKD code's own protocol: percent, HD95 'directed' in voxels, classes absent from the label
+    left out even where they were predicted, undefined distances dropped, rounded to two decimals."""
+    unit = [1.0] * (label.ndim - multilabel)
+    scores = case_metrics(prediction, label, num_classes, spacing=unit, multilabel=multilabel, hd95="directed")
+    kept = [row for row in scores if not row["absent"] and not row["spurious"]]
+    return {
+        "dice": round(100 * nan_mean([row["dice"] for row in kept]), 2),
+        "hd95_voxels": round(nan_mean([row["hd95"] for row in kept]), 2),
+    }
+
+
+def nan_mean(values: list[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def write_csv(path: Path, rows: dict[str, list[dict]], hd95: str) -> None:
+    """One line per space, case and class; undefined values are empty, distances in mm."""
+    header = ["space", "case", "class", "dice", "jaccard", f"hd95_{hd95}_mm", "asd_mm", "assd_mm"]
+    flags = ["absent", "missed", "spurious"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header + flags)
+        for space, entries in rows.items():
+            for row in entries:
+                values = [row[key] for key in ("dice", "jaccard", "hd95", "asd", "assd")]
+                shown = ["" if math.isnan(value) else f"{value:.6g}" for value in values]
+                writer.writerow([space, row["case"], row["class"], *shown, *(row[flag] for flag in flags)])
+
+
+def report(summary: dict, names: tuple[str, ...], selected_on_reported: bool) -> None:
+    """Print the table of classes, both spaces, and what a reader must know about it."""
+    def cells(entry: dict) -> str:
+        values = [entry["dice"], entry["jaccard"], entry["hd95"], entry["asd"]]
+        return "  ".join("      -" if v is None else f"{v:7.{4 if k < 2 else 2}f}" for k, v in enumerate(values))
+
+    width = max(len(name) for name in (*names, "mean of cases"))
+    print(f"{'':{width}}  resampled grid                      native grid")
+    print(f"{'':{width}}  " + "    ".join(["   Dice  Jaccard  HD95 mm   ASD mm"] * 2))
+    for name in names:
+        print(f"{name:{width}}  " + "    ".join(cells(summary[space]["classes"][name]) for space in SPACES))
+    print(f"{'mean of cases':{width}}  " + "    ".join(cells(summary[space]["mean"]) for space in SPACES))
+    counts = summary["resampled"]["counts"]
+    print(
+        f"of {counts['pairs']} organs in {summary['resampled']['cases']} cases: {counts['missed']} missed, "
+        f"{counts['spurious']} predicted where there is none, {counts['absent']} absent; the distances leave these out"
+        + (" (missed and spurious count as the diagonal)" if summary["empty_policy"] == "diag" else "")
+    )
+    if "published_protocol" in summary:
+        values = summary["published_protocol"]
+        print(f"by the published code's protocol: Dice {values['dice']:.2f} %, HD95 {values['hd95_voxels']:.2f} voxels")
+    if selected_on_reported:
+        print("note: this checkpoint was selected on the cases reported here; report last.pt beside it")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, DataError, CheckpointError) as problem:
+        sys.exit(f"error: {problem}")

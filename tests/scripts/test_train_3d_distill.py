@@ -1,0 +1,234 @@
+"""The training script as a user runs it: every method, exact resume, and errors before the first step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tests.scripts.conftest import ROOT, run, train
+from utils.checkpoint import digest, load_checkpoint
+
+TEACHER = ("--method", "supervised", "--student", "resunet")
+
+
+def weights(folder: Path, name: str = "last.pt") -> str:
+    return digest(load_checkpoint(folder / name)["weights"])
+
+
+def test_teacher_then_distilled_student_then_test(workspace):
+    train(*TEACHER, cwd=workspace)
+    out = train("--teacher", "resunet", cwd=workspace)
+    folder = workspace / "runs/tiny/acf_bckd/resunet-unet/seed0"
+    assert str(folder.relative_to(workspace)) in out.stdout
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["kind"]) for e in log] == [(1, "train"), (1, "val"), (3, "train"), (3, "val")]
+    assert {"seg", "afd", "cfd", "hbd", "sbd", "lr", "loss"} <= log[0].keys()
+    assert log[0]["loss"] == pytest.approx(sum(log[0][k] for k in ("seg", "afd", "cfd", "hbd", "sbd")), rel=1e-5)
+    assert {"dice", "ball", "box"} <= log[1].keys()
+    assert any(p.name.startswith("events.out") for p in folder.iterdir())
+    # The deployed student carries none of the method's adapters.
+    plain = train("--method", "supervised", "--student", "unet", "--show-run", cwd=workspace).stdout.strip()
+    train("--method", "supervised", "--student", "unet", cwd=workspace)
+    keys = load_checkpoint(folder / "best.pt")["weights"].keys()
+    assert keys == load_checkpoint(workspace / plain / "best.pt")["weights"].keys()
+
+    tested = run("test_3d.py", "--ckpt", str(folder / "best.pt"), "--overlays", "--published", cwd=workspace)
+    assert "results in" in tested.stdout
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["split"] == "test"
+    assert summary["selected_on_reported"] is False
+    assert summary["parameters"] == sum(v.numel() for v in load_checkpoint(folder / "best.pt")["weights"].values())
+    stored = nib.load(folder / "predictions/case6.nii.gz")
+    original = nib.load(workspace / "data/labelsTr/case6.nii.gz")
+    assert stored.shape == original.shape
+    assert np.allclose(stored.affine, original.affine)
+    assert (folder / "overlays/case6.png").stat().st_size > 0
+    # The native score is that of the file that was written, against the file that was given.
+    p, g = np.asarray(stored.dataobj), np.asarray(original.dataobj)
+    expected = [2 * ((p == k) & (g == k)).sum() / max((p == k).sum() + (g == k).sum(), 1) for k in (1, 2)]
+    got = [summary["native"]["classes"][name]["dice"] for name in ("ball", "box")]
+    assert got == pytest.approx(expected)
+    table = run("tools/results_table.py", str(folder), cwd=workspace).stdout
+    assert "unet <- resunet, acf_bckd" in table
+    picture = run("tools/figure.py", str(folder), "--out", "figure.png", cwd=workspace)
+    assert "figure.png" in picture.stdout
+    assert (workspace / "figure.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resume_is_bit_identical(workspace, workers):
+    train(*TEACHER, cwd=workspace)
+    options = ("--teacher", "resunet", "--opts", f"workers={workers}")
+    train(*options, "tag=straight", cwd=workspace)
+    # The first half is stopped by the signal that a scheduler sends; the second goes on from what it saved.
+    base = workspace / "runs/tiny/acf_bckd/resunet-unet"
+    stop_after(2, options, workspace, base / "seed0-broken")
+    halfway = load_checkpoint(base / "seed0-broken/last.pt")["step"]
+    assert 0 < halfway < 4
+    train("--resume", *options, "tag=broken", cwd=workspace)
+    straight, broken = (load_checkpoint(base / name / "last.pt") for name in ("seed0-straight", "seed0-broken"))
+    assert digest(straight["weights"]) == digest(broken["weights"])
+    assert digest(straight["method"]) == digest(broken["method"])
+    assert straight["best"] == broken["best"]
+    logs = [(base / name / "log.jsonl").read_text() for name in ("seed0-straight", "seed0-broken")]
+    assert logs[0] == logs[1]
+
+
+def test_the_command_of_the_readme_without_data(tmp_path):
+    """A real process: accepted as printed, and a helpful message instead of a traceback."""
+    command = [sys.executable, "train_3d_distill.py", "--config", "configs/btcv.yaml", "--teacher", "resunet"]
+    result = subprocess.run(
+        [*command, "--opts", f"data_root={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "dataset_0.json: no such data list" in result.stderr and "Traceback" not in result.stderr
+
+
+def stop_after(step: int, options: tuple[str, ...], workspace: Path, folder: Path) -> None:
+    """Start a training and send SIGTERM as soon as it has logged `step` steps; it must save and say how to go on."""
+    command = [sys.executable, str(ROOT / "train_3d_distill.py"), "--config", "tiny.yaml", *options, "tag=broken"]
+    process = subprocess.Popen(
+        command, cwd=workspace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and f'"step": {step - 1}' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-2000:]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors[-2000:]
+    assert "--resume" in errors
+
+
+def test_same_seed_same_weights_other_seed_other_weights(workspace):
+    supervised = ("--method", "supervised", "--student", "unet")
+    for tag, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train(*supervised, "--seed", seed, "--opts", f"tag={tag}", "max_steps=2", cwd=workspace)
+    base = workspace / "runs/tiny/supervised/unet"
+    assert weights(base / "seed0-a") == weights(base / "seed0-b") != weights(base / "seed1-c")
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast(workspace, amp):
+    train("--method", "supervised", "--student", "unet", "--opts", f"amp={amp}", "max_steps=2", cwd=workspace)
+
+
+def test_run_folder_is_not_overwritten_and_not_resumed_with_other_settings(workspace):
+    supervised = ("--method", "supervised", "--student", "unet", "--opts")
+    train(*supervised, "max_steps=2", cwd=workspace)
+    again = train(*supervised, "max_steps=2", cwd=workspace, ok=False)
+    assert again.returncode != 0
+    assert "--resume" in again.stderr and "tag=" in again.stderr
+    changed = train("--resume", *supervised, "max_steps=2", "lr=0.5", cwd=workspace, ok=False)
+    assert "lr: 0.01 then, 0.5 now" in changed.stderr
+    longer = train("--resume", *supervised, "max_steps=4", cwd=workspace)
+    assert "nothing to do" not in longer.stdout
+    assert load_checkpoint(workspace / "runs/tiny/supervised/unet/seed0/last.pt")["step"] == 4
+
+
+def test_missing_teacher_names_the_command_that_makes_it(workspace):
+    result = train("--teacher", "resunet", cwd=workspace, ok=False)
+    assert "--method supervised --student resunet" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_teacher_of_other_classes_is_refused(workspace):
+    config = workspace / "tiny.yaml"
+    train(*TEACHER, "--opts", "max_steps=1", cwd=workspace)
+    config.write_text(config.read_text().replace("[background, ball, box]", "[background, ball, box, cone]"))
+    result = train("--teacher", "resunet", cwd=workspace, ok=False)
+    assert "num_classes 3 instead of 4" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "option, expected",
+    [
+        ("max_step=4", "did you mean 'max_steps'"),
+        ("max_steps=many", "must be an integer"),
+        ("patch_size=[16,16]", "list of 3 values"),
+        ("patch_size=[16,16,20]", "multiples of 8"),
+        ("student=unett", "unknown value 'unett'"),
+        ("flip_prob=1.5", "probability"),
+        ("method_args={acf_bckd: {flor: 1}}", "has no argument flor"),
+        ("data_root=nowhere", "no such data list"),
+        ("network_args={unet: {chanels: [1]}}", "has no argument chanels"),
+        ("lr=.nan", "finite"),
+        ("amp=half", "unknown value 'half'"),
+        ("device=cuda:7", "not usable"),
+    ],
+)
+def test_configuration_errors(workspace, option, expected):
+    if "method_args" in option:
+        train(*TEACHER, "--opts", "max_steps=1", cwd=workspace)
+    key = option.split("=")[0]
+    method = () if key in ("method_args",) else ("--method", "supervised")
+    result = train(*method, "--opts", option, cwd=workspace, ok=False)
+    assert result.returncode != 0
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def _damage(path: Path, change) -> None:
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(*change(np.array(image.dataobj), image.affine)), path)
+
+
+def _with_voxel(values: np.ndarray, value: float) -> np.ndarray:
+    values = values.copy()
+    values[3, 3, 3] = value
+    return values
+
+
+BAD_DATA = {
+    "nan": ("imagesTr", lambda v, a: (_with_voxel(v, np.nan), a), "NaN"),
+    "constant": ("imagesTr", lambda v, a: (np.zeros_like(v), a), "constant image"),
+    "shape": ("labelsTr", lambda v, a: (v[:-1], a), "must be on one grid"),
+    "affine": ("labelsTr", lambda v, a: (v, a + np.eye(4) * [[5], [0], [0], [0]]), "affine"),
+    "ids": ("labelsTr", lambda v, a: (_with_voxel(v, 9), a), "label ids [9], expected only 0..2"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_DATA)
+def test_bad_scans_stop_before_training_and_name_the_file(workspace, fault):
+    folder, change, expected = BAD_DATA[fault]
+    _damage(workspace / "data" / folder / "case2.nii.gz", change)
+    result = train("--method", "supervised", cwd=workspace, ok=False)
+    assert expected in result.stderr and "case2" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(workspace.glob("runs/**/last.pt"))
+
+
+def test_truncated_scan(workspace):
+    path = workspace / "data/imagesTr/case2.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+    result = train("--method", "supervised", cwd=workspace, ok=False)
+    assert "case2" in result.stderr and "truncated" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("fault, expected", [("twice", "in both"), ("copy", "two names"), ("empty", "empty")])
+def test_bad_lists(workspace, fault, expected):
+    path = workspace / "data/dataset_0.json"
+    lists = json.loads(path.read_text())
+    if fault == "twice":
+        lists["test"].append(lists["training"][0])
+    elif fault == "copy":
+        for folder in ("imagesTr", "labelsTr"):
+            source = workspace / f"data/{folder}/case0.nii.gz"
+            (workspace / f"data/{folder}/other.nii.gz").write_bytes(source.read_bytes())
+        lists["test"].append({"image": "imagesTr/other.nii.gz", "label": "labelsTr/other.nii.gz"})
+    else:
+        lists["validation"] = []
+    path.write_text(json.dumps(lists))
+    result = train("--method", "supervised", cwd=workspace, ok=False)
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr

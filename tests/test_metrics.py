@@ -1,0 +1,257 @@
+"""Metrics against medpy and MONAI, and what happens when a mask is empty."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from medpy.metric import binary as medpy
+from monai.metrics import compute_hausdorff_distance
+
+import metrics
+from metrics import METRICS, asd, case_metrics, class_dice, dice, hd95, jaccard, summarise
+
+CUBE, LINE = (9, 8, 7), (13, 11)
+
+
+def blob(shape, *slices):
+    mask = np.zeros(shape, dtype=np.uint8)
+    mask[slices] = 1
+    return mask
+
+
+def pairs():
+    """(name, prediction, label, spacing) of binary masks that both have voxels."""
+    for shape, spacing in ((CUBE, (1.0, 1.0, 1.0)), (CUBE, (0.7, 1.5, 4.0)), (LINE, (1.0, 1.0)), (LINE, (2.5, 0.4))):
+        rng = np.random.default_rng(len(shape))
+        for density in (0.02, 0.3, 0.9):
+            noise = [(rng.random(shape) < density).astype(np.uint8) for _ in range(2)]
+            yield f"noise {density} {shape} {spacing}", *noise, spacing
+        inner, edge = slice(2, 5), slice(0, 4)
+        everything, first = (slice(None),) * len(shape), (0,) * len(shape)
+        last = tuple(size - 1 for size in shape)
+        boxes = {
+            "inside": (inner,) * len(shape), "border": (edge,) * len(shape), "full": everything,
+            "corner": first, "opposite": last, "thin": (3, *everything[1:]),
+        }  # fmt: skip
+        for a, b in (("inside", "border"), ("full", "inside"), ("corner", "opposite"), ("corner", "corner"), ("thin", "border")):
+            yield f"{a}-{b} {shape} {spacing}", blob(shape, *boxes[a]), blob(shape, *boxes[b]), spacing
+
+
+PAIRS = [pytest.param(*values, id=name) for name, *values in pairs()]
+
+
+@pytest.mark.parametrize("prediction, label, spacing", PAIRS)
+def test_equals_medpy(prediction, label, spacing):
+    (row,) = case_metrics(prediction, label, 2, spacing=spacing)
+    expected = {
+        "dice": medpy.dc(prediction, label), "jaccard": medpy.jc(prediction, label),
+        "hd95": medpy.hd95(prediction, label, spacing), "asd": medpy.asd(prediction, label, spacing),
+        "assd": medpy.assd(prediction, label, spacing), "absent": 0, "missed": 0, "spurious": 0,
+    }  # fmt: skip
+    assert row == pytest.approx(expected, abs=1e-9)
+    assert dice(prediction, label) == pytest.approx(expected["dice"])
+    assert jaccard(prediction, label) == pytest.approx(expected["jaccard"])
+    assert hd95(prediction > 0, label > 0, spacing=spacing) == pytest.approx(expected["hd95"], abs=1e-9)
+    assert asd(prediction > 0, label > 0, spacing=spacing) == pytest.approx(expected["asd"], abs=1e-9)
+    assert asd(prediction, label, spacing=spacing, symmetric=True) == pytest.approx(expected["assd"], abs=1e-9)
+
+
+@pytest.mark.parametrize("prediction, label, spacing", PAIRS)
+def test_directed_hd95_equals_monai(prediction, label, spacing):
+    tensors = [torch.from_numpy(mask)[None, None] for mask in (prediction, label)]
+    expected = compute_hausdorff_distance(
+        *tensors, include_background=True, percentile=95, directed=False, spacing=list(spacing)
+    ).item()
+    assert hd95(prediction, label, spacing=spacing, definition="directed") == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    (row,) = case_metrics(prediction, label, 2, spacing=spacing, hd95="directed")
+    assert row["hd95"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_hand_values():
+    # A line of 10 voxels of 2 mm: voxels 0-4 against 0-8. Surfaces are whole masks in one row.
+    prediction, label = blob((1, 10), 0, slice(0, 5)), blob((1, 10), 0, slice(0, 9))
+    (row,) = case_metrics(prediction, label, 2, spacing=(1.0, 2.0))
+    assert row["dice"] == pytest.approx(10 / 14) and row["jaccard"] == pytest.approx(5 / 9)
+    back = [0, 0, 0, 0, 0, 2, 4, 6, 8]
+    assert row["asd"] == 0.0 and row["assd"] == pytest.approx(np.mean(back) / 2)
+    assert row["hd95"] == pytest.approx(np.percentile([0] * 5 + back, 95))
+    assert hd95(prediction, label, spacing=(1.0, 2.0), definition="directed") == pytest.approx(np.percentile(back, 95))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+@pytest.mark.parametrize("shape, spacing", [(CUBE, (0.7, 1.5, 4.0)), (LINE, (2.5, 0.4))])
+def test_label_maps_are_scored_class_by_class(shape, spacing, dtype):
+    rng = np.random.default_rng(4)
+    prediction, label = (rng.integers(0, 5, shape).astype(dtype) for _ in range(2))
+    rows = case_metrics(prediction, label, 5, spacing=spacing)
+    assert len(rows) == 4
+    for k, row in enumerate(rows, start=1):
+        p, g = prediction == k, label == k
+        expected = [f(p, g) for f in (medpy.dc, medpy.jc)] + [
+            f(p, g, spacing) for f in (medpy.hd95, medpy.asd, medpy.assd)
+        ]
+        assert [row[key] for key in METRICS] == pytest.approx(expected, abs=1e-9)
+    assert class_dice(prediction, label, 5) == pytest.approx([row["dice"] for row in rows])
+
+
+@pytest.mark.parametrize("shape, spacing", [(CUBE, (0.7, 1.5, 4.0)), (LINE, (2.5, 0.4))])
+def test_touching_classes_have_their_own_surfaces(shape, spacing):
+    label = np.full(shape, 1)
+    label[4:] = 2
+    prediction = np.full(shape, 2)
+    prediction[:6] = 1
+    rows = case_metrics(prediction, label, 3, spacing=spacing)
+    for k, row in enumerate(rows, start=1):
+        assert row["hd95"] == pytest.approx(medpy.hd95(prediction == k, label == k, spacing))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_multilabel_scores_overlapping_regions(dtype):
+    rng = np.random.default_rng(5)
+    prediction, label = (np.stack([rng.random(CUBE) < d for d in (0.6, 0.3, 0.1)]).astype(dtype) for _ in range(2))
+    rows = case_metrics(prediction, label, 3, spacing=(1.0, 2.0, 3.0), multilabel=True)
+    assert len(rows) == 3
+    for region, row in enumerate(rows):
+        assert row["dice"] == pytest.approx(medpy.dc(prediction[region], label[region]))
+        assert row["hd95"] == pytest.approx(medpy.hd95(prediction[region], label[region], (1.0, 2.0, 3.0)))
+    assert class_dice(prediction, label, 3, multilabel=True) == pytest.approx([row["dice"] for row in rows])
+
+
+# Empty masks
+
+DIAGONAL = math.sqrt(9**2 + 16**2 + 21**2)  # CUBE in voxels of (1, 2, 3) mm
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("policy", ["nan", "diag"])
+@pytest.mark.parametrize("kind", ["absent", "missed", "spurious"])
+def test_empty_masks(kind, policy, multilabel):
+    full, nothing = blob(CUBE, slice(2, 5), slice(2, 5), slice(2, 5)), np.zeros(CUBE, dtype=np.uint8)
+    pair = {"absent": (nothing, nothing), "missed": (nothing, full), "spurious": (full, nothing)}[kind]
+    if multilabel:
+        pair = [mask[None] for mask in pair]
+    (row,) = case_metrics(
+        *pair, 1 if multilabel else 2, spacing=(1.0, 2.0, 3.0), empty=policy, multilabel=multilabel
+    )
+    overlap = math.nan if kind == "absent" else 0.0
+    distance = DIAGONAL if policy == "diag" and kind != "absent" else math.nan
+    expected = {"dice": overlap, "jaccard": overlap, "hd95": distance, "asd": distance, "assd": distance}
+    assert row == pytest.approx(expected | {"absent": 0, "missed": 0, "spurious": 0, kind: 1}, nan_ok=True)
+    assert class_dice(*pair, len(pair[0]) if multilabel else 2, multilabel) == pytest.approx([overlap], nan_ok=True)
+
+
+def test_empty_masks_by_the_single_functions():
+    full, nothing = np.ones((3, 3), bool), np.zeros((3, 3), bool)
+    assert dice(full, nothing) == jaccard(nothing, full) == 0.0
+    assert all(math.isnan(value) for value in (
+        dice(nothing, nothing), jaccard(nothing, nothing), hd95(full, nothing, spacing=(1, 1)),
+        asd(nothing, nothing, spacing=(1, 1)),
+    ))  # fmt: skip
+
+
+# Summary
+
+
+def row(case, name, dice, hd95=1.0, **flags):
+    values = dict.fromkeys(METRICS, math.nan) | {"dice": dice, "hd95": hd95}
+    return {"case": case, "class": name, **values, "absent": 0, "missed": 0, "spurious": 0, **flags}
+
+
+def test_summary_is_the_mean_of_case_means():
+    nan = math.nan
+    rows = [
+        row("a", "liver", 0.8, 2.0), row("a", "spleen", 0.4, 4.0),
+        row("b", "liver", 0.9, 6.0), row("b", "spleen", nan, nan, absent=1),
+        row("c", "liver", 0.0, nan, missed=1), row("c", "spleen", 0.0, nan, spurious=1),
+        row("d", "liver", nan, nan, absent=1), row("d", "spleen", nan, nan, absent=1),
+    ]  # fmt: skip
+    result = summarise(rows)
+    assert result["cases"] == 4
+    assert result["counts"] == {"pairs": 8, "absent": 3, "missed": 1, "spurious": 1}
+    assert result["mean"]["dice"] == pytest.approx((0.6 + 0.9 + 0.0) / 3)
+    assert result["std"]["dice"] == pytest.approx(np.std([0.6, 0.9, 0.0]))
+    assert result["mean"]["hd95"] == pytest.approx((3.0 + 6.0) / 2)
+    assert result["classes"]["liver"]["dice"] == pytest.approx((0.8 + 0.9 + 0.0) / 3)
+    assert result["classes"]["spleen"]["dice"] == pytest.approx((0.4 + 0.0) / 2)
+    assert result["classes"]["spleen"]["hd95"] == pytest.approx(4.0)
+    # Never defined: None, not NaN, so that the summary is valid JSON; and no warning about empty means.
+    assert result["mean"]["asd"] is None and result["classes"]["liver"]["assd"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert summarise([])["mean"]["dice"] is None
+
+
+@pytest.mark.parametrize("policy", ["nan", "diag"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_missed_or_invented_organ_never_improves_the_score(seed, policy):
+    rng = np.random.default_rng(seed)
+    labels = [rng.integers(0, 4, (6, 5, 4)) for _ in range(3)]
+    labels[1][labels[1] == 3] = 0  # class 3 is absent from this case
+    predictions = [np.where(rng.random(label.shape) < 0.6, label, rng.integers(0, 4, label.shape)) for label in labels]
+    predictions[1][predictions[1] == 3] = 0
+
+    def mean(predictions):
+        rows = [
+            {"case": case, "class": k, **scores}
+            for case, (p, g) in enumerate(zip(predictions, labels))
+            for k, scores in enumerate(case_metrics(p, g, 4, spacing=(1, 1, 1), empty=policy))
+        ]
+        return summarise(rows)
+
+    before = mean(predictions)
+    for case, k in ((0, 1), (0, 3), (2, 2)):
+        failed = [p.copy() for p in predictions]
+        failed[case][failed[case] == k] = 0
+        after = mean(failed)
+        assert after["mean"]["dice"] < before["mean"]["dice"] and after["mean"]["jaccard"] < before["mean"]["jaccard"]
+        assert after["counts"]["missed"] == before["counts"]["missed"] + 1
+        if policy == "diag":
+            assert after["mean"]["hd95"] > before["mean"]["hd95"]
+    invented = [p.copy() for p in predictions]
+    place = tuple(np.argwhere((labels[1] == 0) & (predictions[1] == 0))[0])
+    invented[1][place] = 3
+    after = mean(invented)
+    assert after["mean"]["dice"] < before["mean"]["dice"] and after["counts"]["spurious"] == 1
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "shape_p, shape_g, spacing, options, message",
+    [
+        ((3, 3), (3, 4), (1, 1), {}, r"prediction \(3, 3\) and label \(3, 4\)"),
+        ((3, 3), (3, 3), (1, 1, 1), {}, "spacing has 3 values for a volume of 2 axes"),
+        ((2, 3, 3), (2, 3, 3), (1, 1, 1), {"multilabel": True}, "spacing has 3 values for a volume of 2 axes"),
+        ((3, 3), (3, 3), (1, 1), {"hd95": "max"}, "hd95 must be one of .*got max"),
+        ((3, 3), (3, 3), (1, 1), {"empty": "zero"}, "empty one of .*zero"),
+    ],
+)
+def test_shape_spacing_and_option_errors(shape_p, shape_g, spacing, options, message):
+    with pytest.raises(ValueError, match=message):
+        case_metrics(np.zeros(shape_p, int), np.zeros(shape_g, int), 2, spacing=spacing, **options)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+@pytest.mark.parametrize("which", ["prediction", "label"])
+def test_id_errors(which, wrong):
+    good, bad = np.zeros((3, 3), int), np.zeros((3, 3), int)
+    bad[1, 1] = wrong
+    pair = (bad, good) if which == "prediction" else (good, bad)
+    for score in (lambda: case_metrics(*pair, 3, spacing=(1, 1)), lambda: class_dice(*pair, 3)):
+        with pytest.raises(ValueError, match=rf"{which} has ids .*{wrong}.*expected 0\.\.2"):
+            score()
+
+
+def test_spacing_is_required():
+    with pytest.raises(TypeError, match="spacing"):
+        metrics.case_metrics(np.zeros((3, 3), int), np.zeros((3, 3), int), 2)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_multilabel_region_count_must_fit(count):
+    masks = np.zeros((3, 4, 4), np.uint8)
+    with pytest.raises(ValueError, match="3"):
+        case_metrics(masks, masks, count, spacing=(1, 1), multilabel=True)

@@ -1,0 +1,211 @@
+r"""Turn a checkpoint released with ACF-BCKD into one of ours: for test_3d.py, or as a teacher for train_3d_distill.py.
+
+    python tools/import_checkpoint.py --ckpt best_Dice_81-69_epoch_800.pth --config configs/btcv.yaml --network resunet
+    python tools/import_checkpoint.py --ckpt distilled.pth --role student --config configs/btcv.yaml --network unet \
+        --teacher resunet --method acf_bckd --opts preset=as_released
+    python tools/import_checkpoint.py --ckpt distilled.pth --role teacher --config configs/btcv.yaml --network resunet
+
+The first two write best.pt to the run folder that train_3d_distill.py would use; --out names another file. Without
+--method the network counts as trained alone, which is where a teacher is looked for.
+
+Nothing in the file is executed: it is read with PyTorch's restricted unpickler, and what such files hold beside tensors
+and plain values (NumPy scalars, MMEngine's log buffers) is replaced by empty placeholders.
+"""
+
+import argparse
+import dataclasses
+import pickle
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from dataloaders import DataError, build_dataset
+from losses import KD_METHODS
+from networks import NETWORKS, build_network
+from train_3d_distill import Config, dataset_arguments, validate
+from utils.checkpoint import CheckpointError, atomic_save, code_version, load_network_weights
+from utils.config import ConfigError, load_config
+from utils.runs import run_folder
+
+PREFIXES = {
+    "student": "architecture.segmentor.backbone.",  # of a distillation run
+    "teacher": "teacher.segmentor.backbone.",  # of a distillation run
+    "teacher-run": "segmentor.backbone.",  # any network trained alone
+    "plain": "",
+}
+
+
+class Placeholder:
+    """Stands for any object of a foreign checkpoint that is not wanted."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What released checkpoints name beside tensors; `getattr` is how their log buffers store references to methods.
+_IGNORED = (
+    "builtins.getattr", "__builtin__.getattr", "_codecs.encode", "numpy.dtype", "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float16", "Float32", "Float64", "Int32", "Int64", "UInt8", "Bool")),
+    "mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.ConfigDict",
+)  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, type=Path, help="the released file")
+    parser.add_argument("--config", required=True, help="YAML file of the data set that it was trained on")
+    parser.add_argument("--network", required=True, help=f"one of {', '.join(NETWORKS)}")
+    parser.add_argument("--role", choices=tuple(PREFIXES), help="which network of the file; needed if it holds several")
+    parser.add_argument("--method", default="supervised", help=f"how it was trained: supervised, {', '.join(KD_METHODS)}")
+    parser.add_argument("--teacher", help="for a distilled student: the network that taught it")
+    parser.add_argument("--seed", type=int, default=0, help="number of the run folder")
+    parser.add_argument("--out", type=Path, help="file to write; default: best.pt in the run folder")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    flags = {"student": args.network, "method": args.method, "teacher": args.teacher, "seed": args.seed}
+    cfg = load_config(Config, args.config, args.opts, flags)
+    validate(cfg)
+    networks = cfg.student if cfg.method == "supervised" else f"{cfg.teacher}-{cfg.student}"
+    folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    out = args.out or folder / "best.pt"
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; remove it, or choose --out, another --seed or --opts tag=NAME")
+
+    content = read_foreign(args.ckpt)
+    role, state = choose_role(network_state(content, args.ckpt), args.role, args.ckpt)
+    cls = NETWORKS[cfg.student]
+    weights = without_aliases(state, getattr(cls, "alias_keys", ()), args.ckpt)
+    weights, dropped = without_unused(weights, getattr(cls, "unused_keys", ()))
+
+    dataset = build_dataset(**dataset_arguments(cfg))
+    arguments = dict(cfg.network_args.get(cfg.student, {}))
+    network = build_network(cfg.student, cfg.in_channels, dataset.num_classes, **arguments)
+    try:
+        load_network_weights(network, weights, str(args.ckpt))
+    except CheckpointError as problem:
+        raise CheckpointError(f"{problem}; {diagnosis(weights, cfg.student)}") from None
+    meta = content.get("meta")
+    step = meta.get("iter") if isinstance(meta, dict) else None
+    atomic_save({
+        "kind": "3d",
+        "network": {"name": cfg.student, "in_channels": cfg.in_channels, "num_classes": dataset.num_classes,
+                    "arguments": arguments},
+        "class_names": list(cfg.class_names), "config": dataclasses.asdict(cfg), "dataset": dataset_arguments(cfg),
+        "cases": {split: [case.name for case in cases] for split, cases in dataset.splits().items()},
+        "code": code_version(), "weights": network.state_dict(), "step": step if isinstance(step, int) else 0,
+        "imported": {"file": args.ckpt.name, "role": role},
+    }, out)  # fmt: skip
+    print(
+        f"{len(weights)} tensors of {cfg.student} (role {role}) written to {out}; left out: {len(state) - len(weights)} "
+        f"tensors under a second name or unused ({dropped} unused)"
+    )
+    return 0
+
+
+def read_foreign(path: Path) -> dict[str, Any]:
+    """The content of a released checkpoint; CheckpointError if it is damaged or asks for code to be run."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals([(Placeholder, name) for name in _IGNORED]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path}: refused, reading it would run or build {found[1] if found else 'an unknown object'}, which a "
+            f"checkpoint does not need; nothing was executed. Get the file from its authors again"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0] if str(error) else error!r}); "
+            f"download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dictionary with 'state_dict', got {type(content).__name__}")
+    return content
+
+
+def network_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors under 'state_dict', or those of the top level."""
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: 'state_dict' is {type(state).__name__}, expected a dictionary of tensors")
+    tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path}: no tensors under 'state_dict' or at the top; keys: {list(content)[:8]}")
+    return tensors
+
+
+def choose_role(state: dict[str, Tensor], role: str | None, path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The role, given or the only one there is, and its tensors by their names in the network."""
+    found = {
+        name: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for name, prefix in PREFIXES.items() if prefix
+    }  # fmt: skip
+    found = {name: tensors for name, tensors in found.items() if tensors} or {"plain": state}
+    there = ", ".join(f"{name} ({len(tensors)} tensors)" for name, tensors in found.items())
+    if role is None and len(found) > 1:
+        raise CheckpointError(f"{path}: holds several networks: {there}; choose one with --role")
+    if role is not None and role not in found:
+        raise CheckpointError(f"{path}: holds no {role}; there is: {there}; keys look like {list(state)[:2]}")
+    role = role or next(iter(found))
+    return role, found[role]
+
+
+def without_aliases(
+    state: dict[str, Tensor], aliases: tuple[tuple[str, str], ...], path: Path
+) -> dict[str, Tensor]:
+    """`state` with every tensor under its registered name only; CheckpointError if its two copies differ."""
+    result = {}
+    for key, value in state.items():
+        name = key
+        for pattern, replacement in aliases:
+            name = re.sub(pattern, replacement, name)
+        if name in result or (name != key and name in state):
+            other = state[name] if name in state else result[name]
+            if other.shape != value.shape or not torch.equal(other, value):
+                raise CheckpointError(f"{path}: {key} and {name} should be one tensor under two names, but differ")
+        result.setdefault(name, value)
+    return result
+
+
+def without_unused(state: dict[str, Tensor], unused: tuple[str, ...]) -> tuple[dict[str, Tensor], int]:
+    """`state` without the tensors that no forward pass uses, and how many those were."""
+    kept = {key: value for key, value in state.items() if not any(re.search(pattern, key) for pattern in unused)}
+    return kept, len(state) - len(kept)
+
+
+def diagnosis(weights: dict[str, Tensor], wanted: str) -> str:
+    """What the names of `weights` say about why they do not fit the network `wanted`."""
+    for name in NETWORKS:
+        own = build_network(name, 1, 2).state_dict().keys()
+        if own == weights.keys():
+            if name == wanted:
+                return (
+                    f"the names are those of {name}, the sizes are not: check class_names, in_channels and network_args "
+                    f"of the configuration"
+                )
+            return f"these are weights of {name}: use --network {name}"
+    return f"the names are of none of {', '.join(NETWORKS)}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, DataError, CheckpointError, ValueError) as problem:
+        sys.exit(f"error: {problem}")

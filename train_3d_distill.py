@@ -1,0 +1,356 @@
+"""Train a 3D segmentation network: a light student under a frozen teacher, or any one network by itself.
+
+Distillation methods live in losses/, one file each; ACF-BCKD is the default. A step: the teacher and the student see
+the same patches, the student's loss is the segmentation loss plus the weighted terms of the method.
+
+    python train_3d_distill.py --config configs/btcv.yaml --method supervised --student resunet   # the teacher
+    python train_3d_distill.py --config configs/btcv.yaml --teacher resunet                       # ACF-BCKD, U-Net
+    python train_3d_distill.py --config configs/btcv.yaml --teacher resunet --student unet --method supervised --seed 1
+
+Results go to runs/<dataset>/<method>/<teacher>-<student>/seed<k>/; `python test_3d.py --ckpt .../best.pt` scores them.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataloaders import DATASETS, DataError, build_dataset
+from dataloaders.samplers import DrawSampler, PatchDataset, collate
+from inference import AMP_MODES, autocast, predict_logits, to_labels
+from losses import KD_METHODS, PRESETS, build_kd
+from losses.segmentation import SegmentationLoss
+from metrics import class_dice, mean_dice
+from networks import NETWORKS, build_network, init_weights
+from utils import figures
+from utils.checkpoint import (
+    PREVIOUS,
+    CheckpointError,
+    atomic_save,
+    code_version,
+    load_checkpoint,
+    load_last,
+    load_network_weights,
+    save_last,
+)
+from utils.config import ConfigError, constructing, load_config
+from utils.runlog import RunLog
+from utils.runs import StopSignal, open_run, resolve_device, run_folder
+from utils.schedules import poly_lr, set_lr
+from utils.seed import rng_state, seed_everything, set_rng_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Data. How each key is used: dataloaders/msd.py
+    dataset: str  # name of the data set: names the run folder
+    data_root: str  # folder that holds the data list
+    datalist: str  # decathlon JSON in it
+    class_names: tuple[str, ...]  # by label id, background first
+    patch_size: tuple[int, int, int]  # voxels of the preprocessed grid
+    max_steps: int  # optimiser updates
+    format: str = "msd"  # class in dataloaders.DATASETS
+    split_dir: str = ""  # folder with train.txt, val.txt, test.txt; "": the JSON's own lists
+    cache_dir: str = "cache"  # preprocessed cases
+    in_channels: int = 1
+    orientation: str = "RAS"
+    spacing: tuple[float, ...] = ()  # mm; []: as stored
+    intensity: str = "window"  # window | zscore | none
+    window: tuple[float, float] = (-175.0, 250.0)  # HU, for intensity: window
+    crop_foreground: bool = True
+    crop: str = "pos_neg"  # pos_neg: half of the patches are centred on foreground; uniform
+    flip_prob: float = 0.2  # each axis
+    rot90_prob: float = 0.2
+    scale_prob: float = 0.1  # intensity x U(0.9, 1.1)
+    shift_prob: float = 0.1  # intensity + U(-0.1, 0.1)
+    cases_per_batch: int = 1
+    crops_per_case: int = 4  # batch size = cases_per_batch x crops_per_case
+    workers: int = 4  # loader processes; 0 loads in the main one
+    # Networks and method
+    student: str = "unet"
+    teacher: str = "resunet"
+    method: str = "acf_bckd"  # losses.KD_METHODS, or supervised
+    preset: str = "clean"  # clean | as_released: the reference code's arithmetic
+    network_args: dict = dataclasses.field(default_factory=dict)  # {network: {argument: value}}
+    method_args: dict = dataclasses.field(default_factory=dict)  # {method[@teacher[-student]]: {argument: value}}
+    recipe: dict = dataclasses.field(default_factory=dict)  # {network: {key: value}} when that network trains alone
+    teacher_checkpoint: str = ""  # "": best.pt of the supervised run of `teacher`
+    teacher_seed: int = 0
+    # Optimisation: SGD with momentum, poly schedule
+    lr: float = 0.01
+    min_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    amp: str = "off"  # off | bf16 | fp16
+    # Validation, output
+    val_start: int = 0  # first step at which to validate
+    val_interval: int = 500  # steps
+    overlap: float = 0.5  # of neighbouring windows
+    window_batch: int = 4
+    log_interval: int = 20  # steps
+    save_interval: int = 500  # steps
+    seed: int = 0
+    device: str = "auto"
+    runs_dir: str = "runs"
+    tag: str = ""  # told apart from other runs of the same cell
+
+
+def parse_args() -> tuple[argparse.Namespace, Config]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the data set, for example configs/btcv.yaml")
+    parser.add_argument("--teacher", help=f"one of {', '.join(NETWORKS)}")
+    parser.add_argument("--student", help="the network to train, from the same names")
+    parser.add_argument("--method", help=f"supervised, {', '.join(KD_METHODS)}")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
+    parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
+    args = parser.parse_args()
+    flags = {key: getattr(args, key) for key in ("teacher", "student", "method", "seed", "device")}
+    cfg = load_config(Config, args.config, args.opts, flags)
+    if cfg.method == "supervised" and cfg.student in cfg.recipe:
+        own = [f"{key}={value}" for key, value in cfg.recipe[cfg.student].items()]
+        cfg = load_config(Config, args.config, [*own, *args.opts], flags)
+    validate(cfg)
+    return args, cfg
+
+
+def validate(cfg: Config) -> None:
+    """Raise ConfigError for values that could only fail later."""
+    choices = {
+        "format": DATASETS, "student": NETWORKS, "teacher": NETWORKS, "method": ["supervised", *KD_METHODS],
+        "preset": PRESETS, "amp": AMP_MODES,
+    }  # fmt: skip
+    for key, allowed in choices.items():
+        if getattr(cfg, key) not in allowed:
+            raise ConfigError(f"{key}: unknown value '{getattr(cfg, key)}'; choose from {', '.join(allowed)}")
+    for key in ("max_steps", "cases_per_batch", "crops_per_case", "val_interval", "log_interval", "save_interval"):
+        if getattr(cfg, key) < 1:
+            raise ConfigError(f"{key}: must be at least 1, got {getattr(cfg, key)}")
+    for key in ("flip_prob", "rot90_prob", "scale_prob", "shift_prob"):
+        if not 0 <= getattr(cfg, key) <= 1:
+            raise ConfigError(f"{key}: a probability lies in [0, 1], got {getattr(cfg, key)}")
+    if not 0 <= cfg.overlap < 1 or cfg.workers < 0 or cfg.lr <= 0 or min(cfg.patch_size) < 1 or cfg.seed < 0:
+        raise ConfigError("out of range: overlap in [0, 1), workers >= 0, lr > 0, patch_size >= 1, seed >= 0")
+    if len(cfg.class_names) < 2 or len(set(cfg.class_names)) != len(cfg.class_names):
+        raise ConfigError(f"class_names: at least two different names, background first; got {list(cfg.class_names)}")
+    for network in (cfg.student, cfg.teacher):
+        stride = NETWORKS[network].stride
+        if any(side % stride for side in cfg.patch_size):
+            raise ConfigError(f"patch_size: {list(cfg.patch_size)} must be multiples of {stride} for {network}")
+
+
+def dataset_arguments(cfg: Config) -> dict:
+    """What the data set's class takes from the configuration; a departed-from default that it ignores is an error."""
+    accepted = set(inspect.signature(DATASETS[cfg.format].__init__).parameters)
+    values = {"root": cfg.data_root, "format": cfg.format}
+    for field in dataclasses.fields(cfg):
+        if field.name in accepted:
+            values[field.name] = getattr(cfg, field.name)
+        elif field.name in ("orientation", "spacing", "intensity", "window", "crop_foreground"):
+            if getattr(cfg, field.name) != field.default:
+                raise ConfigError(f"{field.name}: the data format '{cfg.format}' does not use this key; remove it")
+    return values
+
+
+def method_arguments(cfg: Config) -> dict:
+    """`method_args` of this cell: those of the method, then of method@teacher, then of method@teacher-student."""
+    keys = (cfg.method, f"{cfg.method}@{cfg.teacher}", f"{cfg.method}@{cfg.teacher}-{cfg.student}")
+    return {name: value for key in keys for name, value in (cfg.method_args.get(key) or {}).items()}
+
+
+def load_teacher(args: argparse.Namespace, cfg: Config, dataset) -> torch.nn.Module:
+    """The frozen teacher, in eval mode; CheckpointError if it is missing or was trained for other classes."""
+    folder = run_folder(cfg.runs_dir, cfg.dataset, "supervised", cfg.teacher, cfg.teacher_seed, "clean", "")
+    path = Path(cfg.teacher_checkpoint or folder / "best.pt")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no teacher weights; train the teacher first:\n"
+            f"  python train_3d_distill.py --config {args.config} --method supervised --student {cfg.teacher} "
+            f"--seed {cfg.teacher_seed}\n"
+            f"or name a checkpoint with --opts teacher_checkpoint=FILE"
+        )
+    checkpoint = load_checkpoint(path)
+    network = checkpoint["network"]
+    expected = {"name": cfg.teacher, "in_channels": cfg.in_channels, "num_classes": dataset.num_classes}
+    wrong = [f"{k} {network[k]} instead of {v}" for k, v in expected.items() if network[k] != v]
+    if checkpoint.get("class_names") and list(checkpoint["class_names"]) != list(cfg.class_names):
+        wrong.append(f"classes {list(checkpoint['class_names'])} instead of {list(cfg.class_names)}")
+    if wrong:
+        raise CheckpointError(f"{path}: this teacher does not fit ({'; '.join(wrong)}); train one on this data set")
+    teacher = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
+    load_network_weights(teacher, checkpoint["weights"], str(path))
+    return teacher.eval().requires_grad_(False)
+
+
+def evaluate(network: torch.nn.Module, dataset, cases: list, cfg: Config) -> tuple[dict[str, float], np.ndarray]:
+    """Mean Dice over `cases` and of each class, and a picture of the first case: image, label, prediction."""
+    names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
+    device = next(network.parameters()).device
+    scores, picture = [], None
+    for case in tqdm(cases, desc="validating", unit="case", leave=False):
+        sample = dataset.read(case)
+        logits = predict_logits(
+            network, torch.from_numpy(np.array(sample["image"])).to(device), patch_size=cfg.patch_size,
+            overlap=cfg.overlap, window_batch=cfg.window_batch, amp=cfg.amp,
+        )  # fmt: skip
+        prediction = to_labels(logits, dataset.multilabel).cpu().numpy()
+        label = np.array(sample["label"] if dataset.multilabel else sample["label"][0])
+        scores.append(class_dice(prediction, label, dataset.num_classes, dataset.multilabel))
+        if picture is None:
+            picture = figures.panel(np.array(sample["image"][0]), label, prediction, len(names) + 1)
+    return mean_dice(scores, names), picture
+
+
+def main() -> int:
+    args, cfg = parse_args()
+    supervised = cfg.method == "supervised"
+    networks = cfg.student if supervised else f"{cfg.teacher}-{cfg.student}"
+    folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    if args.show_run:
+        print(folder)
+        return 0
+    resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
+    device = resolve_device(cfg.device)
+
+    # Data: three disjoint lists, everything read and checked before the first step
+    dataset = build_dataset(**dataset_arguments(cfg))
+    splits = dataset.splits()
+    augment = dataset.patch_function(
+        cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
+    )
+
+    # Networks and objective
+    teacher = None if supervised else load_teacher(args, cfg, dataset).to(device)
+    seed_everything(cfg.seed)
+    arguments = cfg.network_args.get(cfg.student, {})
+    kd = None
+    with constructing(f"{args.config}: network_args or method_args"):
+        student = init_weights(build_network(cfg.student, cfg.in_channels, dataset.num_classes, **arguments)).to(device)
+        if teacher is not None:
+            kd = build_kd(
+                cfg.method, student.feature_channels, teacher.feature_channels, dataset.num_classes,
+                multilabel=dataset.multilabel, preset=cfg.preset, **method_arguments(cfg),
+            ).to(device)  # fmt: skip
+    seg_loss = SegmentationLoss(dataset.multilabel)
+    dataset.prepare(splits)
+    open_run(folder, cfg, resume)
+    trained = [p for module in (student, kd) if module is not None for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+
+    # Resume
+    start, best, totals, counted = 0, {"dice": -1.0, "step": -1}, {}, 0
+    if resume:
+        state, warning = load_last(folder)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+        load_network_weights(student, state["weights"], str(folder))
+        if kd is not None:
+            kd.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        set_rng_state(state["rng"])
+        start, best, totals, counted = state["step"], state["best"], state["totals"], state["counted"]
+    log = RunLog(folder, start)
+    stop = StopSignal()
+    described = {
+        "kind": "3d",
+        "network": {
+            "name": cfg.student, "in_channels": cfg.in_channels, "num_classes": dataset.num_classes,
+            "arguments": dict(arguments),
+        },
+        "class_names": list(cfg.class_names), "config": dataclasses.asdict(cfg), "dataset": dataset_arguments(cfg),
+        "cases": {split: [case.name for case in cases] for split, cases in splits.items()}, "code": code_version(),
+    }  # fmt: skip
+
+    def save(step: int) -> None:
+        save_last({
+            **described, "weights": student.state_dict(), "method": kd.state_dict() if kd is not None else {},
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(),
+            "step": step, "best": best, "totals": totals, "counted": counted,
+        }, folder)  # fmt: skip
+
+    loader = DataLoader(
+        PatchDataset(splits["train"], dataset.read, augment, cfg.seed, cfg.crops_per_case),
+        batch_size=cfg.cases_per_batch, num_workers=cfg.workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        sampler=DrawSampler(
+            len(splits["train"]), cfg.seed, start * cfg.cases_per_batch, cfg.max_steps * cfg.cases_per_batch
+        ),
+    )  # fmt: skip
+    batches = iter(loader)
+    steps = range(start, cfg.max_steps)
+    bar = tqdm(steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step")
+    for step in bar:  # one step = one optimiser update
+        batch = next(batches)
+        image = batch["image"].to(device, non_blocking=True)  # (B, C, H, W, D)
+        label = batch["label"].to(device, non_blocking=True)  # (B, 1 or K, H, W, D)
+        lr = poly_lr(step, cfg.lr, cfg.max_steps, cfg.min_lr)
+        set_lr(optimizer, lr)
+        with autocast(device, cfg.amp):
+            student_out = student(image, return_features=True)
+            terms = {"seg": seg_loss(student_out.logits, label)}
+            if kd is not None:
+                with torch.no_grad():
+                    teacher_out = teacher(image, return_features=True)
+                terms |= kd(student_out, teacher_out, label, progress=step / cfg.max_steps)
+            loss = sum(terms.values())
+        if device.type == "cpu" or (step + 1) % cfg.log_interval == 0:  # on a GPU .item() waits, so only at log time
+            if not math.isfinite(loss.item()):
+                values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+                raise FloatingPointError(f"step {step}: the loss is not finite ({values}); cases {batch['case']}")
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if cfg.grad_clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+
+        done = step + 1
+        totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
+        counted += 1
+        if done % cfg.log_interval == 0 or done == cfg.max_steps:
+            means = {name: value.item() / counted for name, value in totals.items()}
+            log.scalars(step, "train", {"loss": sum(means.values()), **means, "lr": lr})
+            bar.set_postfix(loss=f"{sum(means.values()):.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
+            totals, counted = {}, 0
+        last = done == cfg.max_steps
+        validated = last or (done >= cfg.val_start and done % cfg.val_interval == 0)
+        if validated:
+            scores, picture = evaluate(student, dataset, splits["val"], cfg)
+            log.scalars(step, "val", scores)
+            log.image(step, "val/image, label, prediction", picture)
+            if scores["dice"] > best["dice"]:
+                best = {"dice": scores["dice"], "step": done}
+                chosen = {**described, "weights": student.state_dict(), "step": done, "val": scores}
+                atomic_save(chosen, folder / "best.pt")
+        if validated or done % cfg.save_interval == 0 or stop:
+            save(done)
+        if stop and not last:
+            log.close()
+            command = shlex.join(["python", *[argument for argument in sys.argv if argument != "--resume"], "--resume"])
+            print(f"\nstopped after step {done}; go on with: {command}", file=sys.stderr)
+            return stop.exit_code
+    if start >= cfg.max_steps:
+        print(f"nothing to do: {folder} has all {cfg.max_steps} steps")
+    log.close()
+    print(f"best validation Dice {best['dice']:.4f} at step {best['step']}; results in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, DataError, CheckpointError, FloatingPointError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,64 @@
+"""Overlays of label maps on slices, for logs and for pictures of results."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no display on servers
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """RGB in [0, 1] for ids 0..num_classes-1, (num_classes, 3); 0 is black. Colour-blind safe for few classes."""
+    # Okabe and Ito's eight colours first, then the paler half of tab20.
+    okabe = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+    colours = [matplotlib.colors.to_rgb(c) for c in okabe]
+    colours += [tuple(c[:3]) for c in matplotlib.colormaps["tab20"](np.linspace(0, 1, 20))]
+    repeated = [colours[i % len(colours)] for i in range(max(num_classes - 1, 0))]
+    return np.array([(0.0, 0.0, 0.0), *repeated])
+
+
+def regions_to_ids(regions: np.ndarray) -> np.ndarray:
+    """Overlapping regions (K, *spatial) -> one id per voxel for display; smaller regions are painted over larger."""
+    ids = np.zeros(regions.shape[1:], np.uint8)
+    for k in np.argsort([-np.count_nonzero(region) for region in regions]):
+        ids[regions[k] > 0] = k + 1
+    return ids
+
+
+def overlay(image: np.ndarray, label: np.ndarray, num_classes: int, alpha: float = 0.45) -> np.ndarray:
+    """Grey axial RAS slice (H, W) of any range with label (H, W) in colour -> (W, H, 3) uint8.
+
+    Shown as radiologists do: the patient's right on the left, front up. The class borders are drawn opaque, so that thin structures stay visible.
+    """
+    low, high = np.percentile(image, [0.5, 99.5])
+    grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None].repeat(3, -1)
+    colours = palette(num_classes)[label]
+    border = np.zeros(label.shape, bool)
+    border[:-1] |= label[:-1] != label[1:]
+    border[:, :-1] |= label[:, :-1] != label[:, 1:]
+    weight = np.where(label > 0, np.where(border, 1.0, alpha), 0.0)[..., None]
+    mixed = grey * (1 - weight) + colours * weight
+    return (np.rot90(mixed)[:, ::-1] * 255).round().astype(np.uint8)
+
+
+def fullest_slice(label: np.ndarray, axis: int = 2) -> int:
+    """Index along `axis` of the slice with the most classes, and among those the most labelled voxels."""
+    moved = np.moveaxis(label, axis, 0)
+    score = [(len(np.unique(s)), np.count_nonzero(s)) for s in moved]
+    return max(range(len(score)), key=score.__getitem__)
+
+
+def side_by_side(pictures: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
+    """Pictures of one height in a row with a white gap."""
+    bar = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
+    row = [part for picture in pictures for part in (picture, bar)]
+    return np.concatenate(row[:-1], axis=1)
+
+
+def panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    """Image (H, W, D), label and prediction (ids, or regions (K, H, W, D)) side by side at the fullest slice, uint8."""
+    label, prediction = (regions_to_ids(v) if v.ndim == 4 else v for v in (label, prediction))
+    z = fullest_slice(label)
+    slices = (np.zeros_like(label[..., z]), label[..., z], prediction[..., z])
+    return side_by_side([overlay(image[..., z], s, num_classes) for s in slices])

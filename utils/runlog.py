@@ -1,0 +1,48 @@
+"""The log of a run: one JSON object per line in log.jsonl, the same scalars in TensorBoard."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """Writes `log.jsonl` and TensorBoard events in `folder`; on resume, lines from `start_step` on are dropped first.
+
+    log.jsonl holds no wall-clock time, so that two equal runs write equal logs.
+    """
+
+    def __init__(self, folder: Path, start_step: int = 0) -> None:
+        self.path = folder / "log.jsonl"
+        kept = []
+        if start_step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # a line cut off by a crash
+                    break
+                if entry["step"] < start_step:
+                    kept.append(line + "\n")
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(folder), purge_step=start_step if start_step else None)
+
+    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """One line {"step", "kind", ...values}; NaN becomes null. TensorBoard tags are kind/name."""
+        clean = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def image(self, step: int, tag: str, picture: np.ndarray) -> None:
+        """Add an RGB picture (H, W, 3) uint8 to TensorBoard."""
+        self.board.add_image(tag, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()

@@ -1,0 +1,98 @@
+"""Run folders, devices, and stopping on a signal."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from utils.config import ConfigError
+
+# Keys that may differ when a run is resumed: they change neither the data nor the arithmetic of a step already taken.
+# max_steps is among them: from the resumed step on, schedules follow the new length.
+RESUMABLE = frozenset({
+    "data_root", "cache_dir", "runs_dir", "device", "workers", "log_interval", "save_interval", "val_interval",
+    "val_start", "max_steps", "teacher_checkpoint",
+})  # fmt: skip
+
+
+def run_folder(runs_dir: str, dataset: str, method: str, networks: str, seed: int, preset: str, tag: str) -> Path:
+    """runs/<dataset>/<method>/<teacher>-<student>/seed<k>; another preset than 'clean' and a tag show in the names."""
+    method = method if preset == "clean" or method == "supervised" else f"{method}-{preset}"
+    return Path(runs_dir) / dataset / method / networks / (f"seed{seed}-{tag}" if tag else f"seed{seed}")
+
+
+def open_run(folder: Path, config: Any, resume: bool) -> None:
+    """Make the folder and write config.yaml; ConfigError if a run is there already and `resume` does not fit it."""
+    values = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+    path = folder / "config.yaml"
+    if (folder / "last.pt").exists() and not resume:
+        raise ConfigError(
+            f"{folder}: holds a run already; go on with --resume, remove the folder, or name another with "
+            f"--opts tag=NAME"
+        )
+    if resume and path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        differ = sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k))
+        refused = [key for key in differ if key not in RESUMABLE]
+        if refused:
+            shown = "; ".join(f"{key}: {before.get(key)!r} then, {values.get(key)!r} now" for key in refused)
+            raise ConfigError(
+                f"{folder}: cannot resume with another configuration ({shown}); only these may differ: "
+                f"{', '.join(sorted(RESUMABLE))}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".yaml.tmp")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what YAML gives back."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' takes a GPU if there is one; ConfigError for a device that does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name}: not usable here ({reason}); use --device cpu") from error
+    return device
+
+
+class StopSignal:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that the training loop looks at after each step.
+
+    A second SIGINT stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number, as shells report it."""
+        return 128 + (self.received or 0)
