@@ -88,7 +88,8 @@ class BraTSDataset(MSDDataset):
     def read(self, case: Case) -> dict:
         """The case as it is evaluated: the whole volume, z-scored; label regions (3, H, W, D) uint8."""
         sample = self.cache.read(case)
-        image = _standardise(np.asarray(sample["image"], np.float32), sample["mean"], sample["std"])
+        image = _standardise(np.asarray(sample["image"], np.float32), sample.pop("mean"), sample.pop("std"))
+        del sample["box"]  # what is normalised already must not serve as a training sample
         return sample | {"image": image, "label": self.encode_label(sample["label"])}
 
     def training_sample(self, case: Case) -> dict:
@@ -120,6 +121,8 @@ class BraTSDataset(MSDDataset):
         return partial(made, cut=partial(self._cut, size=tuple(patch_size)))
 
     def _cut(self, sample: dict, rng: np.random.Generator, size: Sequence[int]) -> dict:
+        if "box" not in sample:
+            raise ValueError("BraTS patches are cut from training_sample(case), not from read(case)")
         low, high = enlarge(*sample["box"], [self.k_divisible or side for side in size])
         start = [int(rng.integers(a, max(b - side, a) + 1)) for a, b, side in zip(low, high, size)]
         image = crop_padded(sample["image"], start, size).astype(np.float32)

@@ -125,6 +125,13 @@ def test_patches(root, normalize):
             assert np.isin(patch["image"], np.append(full, 0)).all()
 
 
+def test_patches_are_not_cut_from_the_evaluation_sample(root):
+    dataset = make(root)
+    case = dataset.splits()["train"][0]
+    with pytest.raises(ValueError, match="training_sample"):
+        dataset.patch_function((16, 16, 16))(dataset.read(case), np.random.default_rng(0))
+
+
 def test_patches_cover_the_box_evenly(root):
     dataset = make(root)
     sample = dataset.training_sample(dataset.splits()["train"][0])
