@@ -8,7 +8,6 @@ import hashlib
 import os
 import pickle
 import subprocess
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,27 +21,53 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, unsafe or does not fit; the message names the file and the fix."""
 
 
-def atomic_save(content: dict[str, Any], path: Path) -> None:
-    """Write `content` to `path` by way of a temporary file in the same folder."""
+def atomic_save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Write `content` to `path` by way of a temporary file in the same folder.
+
+    previous: where the file that stood at `path` goes once the new one is safe on disk.
+    """
+    _check_plain(content, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames in `folder` survive a power cut; where folders cannot be opened (Windows), nothing to do."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """TypeError for anything that safe loading would refuse later, such as a NumPy scalar."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif not (isinstance(value, torch.Tensor) or type(value) in (int, float, str, bool, bytes, type(None))):
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
 
 
 def save_last(content: dict[str, Any], folder: Path) -> None:
     """Write `last.pt` in `folder`; the one that was there becomes `last.previous.pt`."""
-    last = folder / "last.pt"
-    if last.exists():
-        os.replace(last, folder / PREVIOUS)
-    atomic_save(content, last)
+    atomic_save(content, folder / "last.pt", previous=folder / PREVIOUS)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -50,18 +75,18 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    damaged = f"{path}: damaged or not a checkpoint (%s); restore it, or resume from the previous one"
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(damaged % "not in torch.save's format")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values ({str(error).splitlines()[0]}); "
+            f"{path}: refused, it holds more than tensors and plain values, so loading it could run code; "
             f"checkpoints of other programs are converted by tools/import_checkpoint.py"
         ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0]}); "
-            f"restore it, or resume from the previous one"
-        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(damaged % (" ".join(str(error).split())[:200] or type(error).__name__)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return content

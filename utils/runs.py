@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from utils.checkpoint import PREVIOUS
 from utils.config import ConfigError
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic of a step already taken.
@@ -29,7 +30,7 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
     """Make the folder and write config.yaml; ConfigError if a run is there already and `resume` does not fit it."""
     values = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
     path = folder / "config.yaml"
-    if (folder / "last.pt").exists() and not resume:
+    if not resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS)):
         raise ConfigError(
             f"{folder}: holds a run already; go on with --resume, remove the folder, or name another with "
             f"--opts tag=NAME"

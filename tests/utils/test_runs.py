@@ -1,0 +1,123 @@
+"""Run folders: derived names, no run overwritten, no resume under another configuration."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from utils.checkpoint import PREVIOUS, save_last
+from utils.config import ConfigError
+from utils.runs import RESUMABLE, StopSignal, open_run, resolve_device, run_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    lr: float = 1e-6
+    max_steps: int = 10
+    workers: int = 4
+    patch_size: tuple[int, ...] = (8, 8, 8)
+    args: dict = dataclasses.field(default_factory=lambda: {"unet": {"channels": (8, 16)}})
+    names: tuple[str, ...] = ("background", "Leber ä")
+
+
+@pytest.mark.parametrize(
+    "method, networks, preset, tag, expected",
+    [
+        ("acf_bckd", "resunet-unet", "clean", "", "acf_bckd/resunet-unet/seed3"),
+        ("acf_bckd", "resunet-unet", "as_released", "", "acf_bckd-as_released/resunet-unet/seed3"),
+        ("acf_bckd", "resunet-unet", "clean", "wide", "acf_bckd/resunet-unet/seed3-wide"),
+        ("supervised", "unet", "clean", "", "supervised/unet/seed3"),
+        ("supervised", "unet", "as_released", "", "supervised/unet/seed3"),
+    ],
+)
+def test_run_folder(method, networks, preset, tag, expected):
+    assert run_folder("runs", "btcv", method, networks, 3, preset, tag) == Path("runs/btcv") / expected
+
+
+def test_new_run_writes_its_configuration(tmp_path):
+    folder = tmp_path / "a" / "b"
+    open_run(folder, Config(), resume=False)
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    assert stored == {
+        "lr": 1e-6, "max_steps": 10, "workers": 4, "patch_size": [8, 8, 8],
+        "args": {"unet": {"channels": [8, 16]}}, "names": ["background", "Leber ä"],
+    }  # fmt: skip
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    open_run(tmp_path, Config(), resume=False)
+    open_run(tmp_path, Config(), resume=False)  # nothing saved yet: no loss
+    save_last({"step": 1}, tmp_path)
+    with pytest.raises(ConfigError, match=r"holds a run already; go on with --resume.*tag=NAME"):
+        open_run(tmp_path, Config(lr=0.1), resume=False)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 1e-6
+
+
+def test_a_run_of_which_only_the_previous_checkpoint_is_left_is_not_overwritten(tmp_path):
+    open_run(tmp_path, Config(), resume=False)
+    save_last({"step": 1}, tmp_path)
+    os.replace(tmp_path / "last.pt", tmp_path / PREVIOUS)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        open_run(tmp_path, Config(lr=0.1), resume=False)
+
+
+def test_resume_with_the_same_configuration(tmp_path):
+    open_run(tmp_path, Config(), resume=False)
+    save_last({"step": 1}, tmp_path)
+    open_run(tmp_path, Config(), resume=True)
+
+
+def test_resume_with_what_may_change(tmp_path):
+    open_run(tmp_path, Config(), resume=False)
+    open_run(tmp_path, Config(workers=0, max_steps=20), resume=True)
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (stored["workers"], stored["max_steps"]) == (0, 20)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lr": 0.1}, r"lr: 1e-06 then, 0\.1 now"),
+        ({"patch_size": (8, 8, 4)}, r"patch_size: \[8, 8, 8\] then, \[8, 8, 4\] now"),
+        ({"args": {"unet": {"channels": (8, 17)}}}, r"args: .*16.* then, .*17.* now"),
+    ],
+)
+def test_resume_with_another_configuration_is_refused(tmp_path, change, message):
+    open_run(tmp_path, Config(), resume=False)
+    with pytest.raises(ConfigError, match="cannot resume with another configuration.*" + message):
+        open_run(tmp_path, Config(workers=0, **change), resume=True)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["workers"] == 4
+
+
+def test_resumable_keys_leave_the_arithmetic_alone():
+    forbidden = {"lr", "seed", "patch_size", "cases_per_batch", "crops_per_case", "method", "student", "teacher", "amp"}
+    assert not RESUMABLE & forbidden
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ConfigError, match="--device quantum: not usable here"):
+        resolve_device("quantum")
+    with pytest.raises(ConfigError, match=r"--device cuda:99: not usable here.*use --device cpu"):
+        resolve_device("cuda:99")
+
+
+def test_stop_signal():
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    try:
+        stop = StopSignal()
+        assert not stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stop and stop.exit_code == 128 + signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
