@@ -5,7 +5,7 @@ r"""Turn a checkpoint released with ACF-BCKD into one of ours: for test_3d.py, o
         --teacher resunet --method acf_bckd --opts preset=as_released
     python tools/import_checkpoint.py --ckpt distilled.pth --role teacher --config configs/btcv.yaml --network resunet
 
-The first two write best.pt to the run folder that train_3d_distill.py would use; --out names another file. Without
+They write best.pt to the run folder that train_3d_distill.py would use; --out names another file. Without
 --method the network counts as trained alone, which is where a teacher is looked for.
 
 Nothing in the file is executed: it is read with PyTorch's restricted unpickler, and what such files hold beside tensors
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file of the data set that it was trained on")
     parser.add_argument("--network", required=True, help=f"one of {', '.join(NETWORKS)}")
     parser.add_argument("--role", choices=tuple(PREFIXES), help="which network of the file; needed if it holds several")
-    parser.add_argument("--method", default="supervised", help=f"how it was trained: supervised, {', '.join(KD_METHODS)}")
+    parser.add_argument("--method", default="supervised", help=f"that trained it: supervised, {', '.join(KD_METHODS)}")
     parser.add_argument("--teacher", help="for a distilled student: the network that taught it")
     parser.add_argument("--seed", type=int, default=0, help="number of the run folder")
     parser.add_argument("--out", type=Path, help="file to write; default: best.pt in the run folder")
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         "imported": {"file": args.ckpt.name, "role": role},
     }, out)  # fmt: skip
     print(
-        f"{len(weights)} tensors of {cfg.student} (role {role}) written to {out}; left out: {len(state) - len(weights)} "
-        f"tensors under a second name or unused ({dropped} unused)"
+        f"{len(weights)} tensors of {cfg.student} (role {role}) written to {out}; left out: {dropped} that no forward "
+        f"pass uses, {len(state) - len(weights) - dropped} under a second name"
     )
     return 0
 
@@ -197,8 +197,8 @@ def diagnosis(weights: dict[str, Tensor], wanted: str) -> str:
         if own == weights.keys():
             if name == wanted:
                 return (
-                    f"the names are those of {name}, the sizes are not: check class_names, in_channels and network_args "
-                    f"of the configuration"
+                    f"the names are those of {name}, the sizes are not: check class_names, in_channels and "
+                    f"network_args of the configuration"
                 )
             return f"these are weights of {name}: use --network {name}"
     return f"the names are of none of {', '.join(NETWORKS)}"

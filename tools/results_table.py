@@ -1,29 +1,48 @@
-"""One table of tested runs: accuracy beside size and speed.
+"""Tables of tested runs: accuracy beside size and speed.
 
     python tools/results_table.py runs/btcv/supervised/resunet/seed0 runs/btcv/acf_bckd/resunet-unet/seed0
     python tools/results_table.py runs/btcv/*/*/seed0 --space native --csv table.csv
+    python tools/results_table.py --layout kd --runs-dir runs --dataset btcv --csv btcv.csv
+
+--layout kd gathers every summary.json of best.pt under --runs-dir, averages over the seeds and prints the tables of the
+ACF-BCKD paper in Markdown, each cell beside the published figure (tools/published_kd.yaml).
 """
 
 import argparse
 import csv
 import json
+import statistics
 import sys
 from pathlib import Path
 
+import yaml
+
 COLUMNS = ("run", "Dice", "Jaccard", "HD95 mm", "ASD mm", "missed", "parameters", "GMACs", "ms/volume")
+TEACHERS = {"resunet": "T1 ResU-Net", "segresnet": "T2 SegResNet"}
+STUDENTS = {"unet": "U-Net", "espnetv2": "ESPNetV2", "mobile_unet": "Mobile U-Net", "lcovnet": "LCOV-Net"}
+RIVALS = ("kd", "at", "nkd", "skd", "ifvd", "cwd", "dist", "dkd", "cirkd")
+PUBLISHED = Path(__file__).with_name("published_kd.yaml")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders with a summary.json, or summary files")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders with a summary.json, or summary files")
     parser.add_argument("--space", choices=("resampled", "native"), default="resampled")
     parser.add_argument("--csv", type=Path, help="also write the table there")
+    parser.add_argument("--layout", choices=("runs", "kd"), default="runs", help="kd: the published tables")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="for --layout kd")
+    parser.add_argument("--dataset", help="for --layout kd; default: every data set with published figures")
     args = parser.parse_args()
+    if args.layout == "kd":
+        return published_layout(args)
+    if not args.runs:
+        parser.error("name the run folders, or take --layout kd")
     summaries = []
     for run in args.runs:
         path = run if run.suffix == ".json" else run / "summary.json"
         if not path.is_file():
-            sys.exit(f"error: {path}: no such summary; make it with: python test_3d.py --ckpt {path.parent / 'best.pt'}")
+            best = path.parent / "best.pt"
+            sys.exit(f"error: {path}: no such summary; make it with: python test_3d.py --ckpt {best}")
         summaries.append(json.loads(path.read_text(encoding="utf-8")))
     rows = [cells(summary, args.space) for summary in summaries]
     widths = [max(len(row[k]) for row in [COLUMNS, *rows]) for k in range(len(COLUMNS))]
@@ -75,7 +94,174 @@ def notes(summaries: list[dict]) -> list[str]:
         f"Checkpoint steps: {steps}.",
     ]
     if any(summary["selected_on_reported"] for summary in summaries):
-        lines.append("This data set has no third list: best.pt was selected on the cases reported here; see last.pt too.")
+        lines.append(
+            "This data set has no third list: best.pt was selected on the cases reported here; see last.pt too."
+        )
+    return lines
+
+
+def published_layout(args: argparse.Namespace) -> int:
+    """Print the tables of the paper, and write their cells to --csv, one per line."""
+    published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    runs, tagged = gather(args.runs_dir)
+    written = []
+    for dataset in [args.dataset] if args.dataset else list(published):
+        own = {key[1:]: summaries for key, summaries in runs.items() if key[0] == dataset}
+        written += dataset_tables(dataset, own, published.get(dataset, {}), args.space)
+    used = [summary for row in written for summary in row.pop("summaries")]
+    for note in layout_notes(used, tagged, args.space):
+        print(note)
+    if args.csv:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(written[0]))
+            writer.writeheader()
+            writer.writerows(written)
+        print(f"cells in {args.csv}")
+    return 0
+
+
+def gather(runs_dir: Path) -> tuple[dict[tuple, list[dict]], int]:
+    """(dataset, method, teacher or None, student, preset) -> summaries of its seeds; and how many tagged runs were
+    left out: their settings are not those of the cell. A network trained alone has no preset."""
+    cells_found: dict[tuple, dict[int, dict]] = {}
+    tagged = 0
+    for path in sorted(runs_dir.rglob("summary.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if summary.get("checkpoint") != "best.pt" or "student" not in summary:
+            continue
+        if summary["tag"]:
+            tagged += 1
+            continue
+        preset = "-" if summary["teacher"] is None else summary["preset"]
+        key = (summary["dataset"], summary["method"], summary["teacher"], summary["student"], preset)
+        seeds = cells_found.setdefault(key, {})
+        if summary["seed"] in seeds:
+            name = "/".join(map(str, key))
+            sys.exit(f"error: {path}: a second run of {name} with seed {summary['seed']}; remove one")
+        seeds[summary["seed"]] = summary
+    return {key: [seeds[seed] for seed in sorted(seeds)] for key, seeds in cells_found.items()}, tagged
+
+
+def dataset_tables(dataset: str, runs: dict[tuple, list[dict]], published: dict, space: str) -> list[dict]:
+    """Print the three tables of one data set; -> the cells as CSV rows, with their `summaries`.
+
+    runs: (method, teacher or None, student, preset) -> summaries.
+    """
+    written = []
+
+    def cell(method: str, teacher: str | None, student: str, preset: str) -> list[str]:
+        summaries = runs.get((method, teacher, student, preset), [])
+        alone = published.get("alone", {}).get(student)
+        taught = published.get("distilled", {}).get(method, {}).get(student, {}).get(teacher)
+        figure = alone if teacher is None else taught
+        written.append({
+            "dataset": dataset, "method": method, "teacher": teacher or "", "student": student, "preset": preset,
+            **statistics_of(summaries, space), **published_fields(figure), "summaries": summaries,
+        })  # fmt: skip
+        return [shown(written[-1]), str(len(summaries)) if summaries else "-", shown_published(figure)]
+
+    def size(*keys: tuple) -> list[str]:
+        summary = next((runs[key][0] for key in keys if key in runs), None)
+        return [f"{summary['parameters']:,}", f"{summary['gmacs']:.2f}"] if summary else ["-", "-"]
+
+    def pair(method: str, student: str, preset: str) -> list[str]:
+        keys = [(method, teacher, student, preset) for teacher in TEACHERS]
+        return [*size(*keys), preset, *(part for key in keys for part in cell(*key))]
+
+    def presets(method: str, student: str) -> list[str]:
+        found = {key[3] for key in runs if key[0] == method and key[2] == student}
+        return ["clean", *sorted(found - {"clean"})]
+
+    results = ("Dice % / HD95", "runs", "published")
+    both = [f"{teacher}: {column}" for teacher in ("T1", "T2") for column in results]
+    rows = [
+        [title_, *size(("supervised", None, network, "-")), *cell("supervised", None, network, "-")]
+        for network, title_ in (TEACHERS | STUDENTS).items()
+    ]
+    print_markdown(f"{dataset}: trained alone", ["network", "parameters", "GMACs", *results], rows)
+    rows = [
+        [title_, *pair("acf_bckd", student, preset)]
+        for student, title_ in STUDENTS.items() for preset in presets("acf_bckd", student)
+    ]  # fmt: skip
+    print_markdown(f"{dataset}: ACF-BCKD", ["student", "parameters", "GMACs", "preset", *both], rows)
+    # Data sets without published figures show the rivals that were run.
+    known = published.get("distilled") or {key[0]: None for key in runs}
+    rows = [
+        [method.upper(), *pair(method, "unet", preset)]
+        for method in RIVALS if method in known for preset in presets(method, "unet")
+    ]  # fmt: skip
+    if rows:
+        print_markdown(f"{dataset}: methods, student U-Net", ["method", "parameters", "GMACs", "preset", *both], rows)
+    return written
+
+
+def statistics_of(summaries: list[dict], space: str) -> dict:
+    """Mean and population standard deviation over seeds, as the paper's; Dice in %, HD95 in mm and, where test_3d.py
+    ran with --published, in voxels. Empty where there are no runs."""
+    fields = {"runs": len(summaries), "seeds": " ".join(str(summary["seed"]) for summary in summaries)}
+    values = {
+        "dice": [100 * summary[space]["mean"]["dice"] for summary in summaries],
+        "hd95_mm": [summary[space]["mean"]["hd95"] for summary in summaries],
+        "hd95_voxels": [summary.get("published_protocol", {}).get("hd95_voxels") for summary in summaries],
+    }
+    for name, entries in values.items():
+        complete = entries and all(value is not None and value == value for value in entries)  # neither None nor NaN
+        fields[name] = f"{statistics.fmean(entries):.2f}" if complete else ""
+        fields[f"{name}_std"] = f"{statistics.pstdev(entries):.2f}" if complete and len(entries) > 1 else ""
+    return fields | {name: summaries[0][name] if summaries else "" for name in ("parameters", "gmacs")}
+
+
+def published_fields(figure: list[float] | None) -> dict:
+    """The published figure as CSV fields."""
+    names = ("published_dice", "published_dice_std", "published_hd95_voxels")
+    return dict(zip(names, [*(figure or []), "", "", ""]))
+
+
+def shown(fields: dict) -> str:
+    """76.21 ± 0.30 / 12.40 ± 1.10 (10.80 vox), or 'not run'."""
+    if not fields["runs"]:
+        return "not run"
+
+    def with_std(name: str) -> str:
+        std = fields[f"{name}_std"]
+        return (fields[name] or "-") + (f" ± {std}" if std else "")
+
+    voxels = f" ({fields['hd95_voxels']} vox)" if fields["hd95_voxels"] else ""
+    return f"{with_std('dice')} / {with_std('hd95_mm')}{voxels}"
+
+
+def shown_published(figure: list[float] | None) -> str:
+    if not figure:
+        return "-"
+    dice, std, hd95 = [*figure, None, None][:3]
+    return f"{dice:.2f}" + (f" ± {std:.2f}" if std is not None else "") + (f" / {hd95:.2f} vox" if hd95 else "")
+
+
+def print_markdown(title_: str, header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    print(f"### {title_}\n")
+    for row in [header, ["-" * width for width in widths], *rows]:
+        print(f"| {' | '.join(value.ljust(width) for value, width in zip(row, widths))} |")
+    print()
+
+
+def layout_notes(summaries: list[dict], tagged: int, space: str) -> list[str]:
+    """What a reader must know to compare our figures with the published ones."""
+    lines = [
+        f"Ours: Dice in % and HD95 in mm on the {space} grid, mean ± population standard deviation over the runs "
+        f"(seeds) of best.pt; 'vox': HD95 in voxels by the published protocol, where test_3d.py ran with --published.",
+        "Published: HD95 is in voxels of the resampled grid (CT: 1.5 x 1.5 x 2.0 mm; BraTS: 1 mm), and organs that "
+        "were not found at all are left out of it; mean of three runs.",
+        "Parameters are those that a forward pass uses; GMACs of one patch.",
+    ]
+    if summaries:
+        definitions = ", ".join(sorted({summary["hd95_definition"] for summary in summaries}))
+        splits = ", ".join(sorted({summary["split"] for summary in summaries}))
+        lines.append(f"HD95 definition: {definitions}; scored on: {splits}.")
+    if any(summary["selected_on_reported"] for summary in summaries):
+        lines.append("Where there is no third list, best.pt was selected on the reported cases, as in the paper.")
+    if tagged:
+        lines.append(f"{tagged} tagged run(s) left out.")
     return lines
 
 

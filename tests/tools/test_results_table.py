@@ -1,0 +1,123 @@
+"""Tables: explicit runs, and the published layout with means over seeds, presets apart and published figures."""
+
+import csv
+import json
+import sys
+
+import pytest
+import yaml
+
+from losses import KD_METHODS
+from networks import NETWORKS
+from tools import results_table
+
+
+def summary(dice=0.7, hd95=10.0, seed=0, method="supervised", teacher=None, student="unet", **values):
+    mean = {"dice": dice, "jaccard": dice / 2, "hd95": hd95, "asd": 1.0}
+    space = {"mean": mean, "cases": 6, "counts": {"missed": 1, "pairs": 78}}
+    return {
+        "dataset": "btcv", "method": method, "teacher": teacher, "student": student, "seed": seed, "preset": "clean",
+        "tag": "", "checkpoint": "best.pt", "step": 90, "max_steps": 100, "split": "val", "selected_on_reported": True,
+        "hd95_definition": "pooled", "resampled": space, "native": space, "parameters": 1961012, "gmacs": 8.1219,
+        "patch_size": [96, 96, 96], "ms_per_volume": 12.0, "device": "CPU", "threads": 1, **values,
+    }  # fmt: skip
+
+
+def write(folder, **values):
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary(**values)), encoding="utf-8")
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["results_table.py", *map(str, arguments)])
+    assert results_table.main() == 0
+    return capsys.readouterr().out
+
+
+def row(output, title, start):
+    """Cells of the line that begins with `start` in the table under the heading `title`."""
+    table = output.split(f"### {title}\n")[1].split("###")[0]
+    return [[part.strip() for part in line.strip("|").split("|")] for line in table.splitlines() if start in line]
+
+
+def test_explicit_runs(tmp_path, monkeypatch, capsys):
+    first = write(tmp_path / "a")
+    second = write(tmp_path / "b", method="kd", teacher="resunet", dice=0.75, preset="as_released")
+    output = run(monkeypatch, capsys, first, second / "summary.json", "--csv", tmp_path / "x.csv")
+    lines = output.splitlines()
+    assert lines[2].split("|")[1].strip() == "unet, supervised"
+    assert lines[3].split("|")[1].strip() == "unet <- resunet, kd, as_released"
+    values = [cell.strip() for cell in lines[3].split("|")[2:8]]
+    assert values == ["75.00", "37.50", "10.00", "1.00", "1/78", "1,961,012"]
+    assert (tmp_path / "x.csv").read_text().count("\n") == 3
+    with pytest.raises(SystemExit, match="no such summary"):
+        run(monkeypatch, capsys, tmp_path / "missing")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys)
+
+
+def test_published_layout(tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
+    for seed, dice in enumerate((0.64, 0.66)):
+        write(runs / f"btcv/supervised/unet/seed{seed}", dice=dice, seed=seed)
+    taught = {"method": "acf_bckd", "teacher": "resunet"}
+    write(
+        runs / "btcv/acf_bckd/resunet-unet/seed0", dice=0.762, hd95=20.0,
+        published_protocol={"dice": 76.0, "hd95_voxels": 11.25}, **taught,
+    )  # fmt: skip
+    write(runs / "btcv/acf_bckd-as_released/resunet-unet/seed0", dice=0.75, preset="as_released", **taught)
+    write(runs / "btcv/acf_bckd/resunet-unet/seed0-wide", dice=0.1, tag="wide", **taught)
+    write(runs / "btcv/cwd/segresnet-unet/seed0", method="cwd", teacher="segresnet", hd95=None)
+    write(runs / "word/supervised/unet/seed0", dataset="word", dice=0.5)
+    layout = ("--layout", "kd", "--runs-dir", runs, "--dataset", "btcv")
+    output = run(monkeypatch, capsys, *layout, "--csv", tmp_path / "x")
+    assert row(output, "btcv: trained alone", "| U-Net") == [
+        ["U-Net", "1,961,012", "8.12", "65.00 ± 1.00 / 10.00 ± 0.00", "2", "65.08 ± 0.87 / 31.55 vox"]
+    ]
+    assert row(output, "btcv: trained alone", "LCOV-Net")[0][3] == "not run"
+    assert row(output, "btcv: ACF-BCKD", "| U-Net") == [
+        ["U-Net", "1,961,012", "8.12", "clean", "76.20 / 20.00 (11.25 vox)", "1", "76.28", "not run", "-", "76.33"],
+        ["U-Net", "1,961,012", "8.12", "as_released", "75.00 / 10.00", "1", "76.28", "not run", "-", "76.33"],
+    ]
+    assert row(output, "btcv: methods, student U-Net", "CWD") == [
+        ["CWD", "1,961,012", "8.12", "clean", "not run", "-", "75.84", "70.00 / -", "1", "75.76"]
+    ]
+    assert "voxels of the resampled grid" in output
+    assert "1 tagged run(s) left out" in output
+    assert "word" not in output
+    with (tmp_path / "x").open(encoding="utf-8") as file:
+        cells = list(csv.DictReader(file))
+    assert len(cells) == 6 + 2 * (4 + 1) + 2 * 9
+    alone = next(cell for cell in cells if cell["method"] == "supervised" and cell["student"] == "unet")
+    assert (alone["dice"], alone["dice_std"], alone["seeds"]) == ("65.00", "1.00", "0 1")
+    assert (alone["published_dice"], alone["published_hd95_voxels"]) == ("65.08", "31.55")
+
+
+def test_a_dataset_without_published_figures(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "runs/own/kd/resunet-unet/seed0", dataset="own", method="kd", teacher="resunet")
+    output = run(monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path / "runs", "--dataset", "own")
+    assert row(output, "own: methods, student U-Net", "KD")[0][4:7] == ["70.00 / 10.00", "1", "-"]
+
+
+def test_two_runs_of_one_cell_and_seed_are_an_error(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    with pytest.raises(SystemExit, match="a second run"):
+        run(monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path)
+
+
+def test_published_figures_are_complete():
+    published = yaml.safe_load(results_table.PUBLISHED.read_text(encoding="utf-8"))
+    assert list(published) == ["btcv", "word", "brats21"]
+    assert {*results_table.TEACHERS, *results_table.STUDENTS} <= set(NETWORKS)
+    assert set(results_table.RIVALS) <= set(KD_METHODS)
+    for name, tables in published.items():
+        assert list(tables["alone"]) == [*results_table.TEACHERS, *results_table.STUDENTS]
+        assert list(tables["distilled"]["acf_bckd"]) == list(results_table.STUDENTS)
+        rivals = [method for method in tables["distilled"] if method != "acf_bckd"]
+        assert rivals == list(results_table.RIVALS[:2] if name == "brats21" else results_table.RIVALS)
+        for students in tables["distilled"].values():
+            for taught in students.values():
+                assert list(taught) == list(results_table.TEACHERS)
+                assert all(50 < figure[0] < 100 for figure in taught.values())
