@@ -32,8 +32,8 @@ def predict_logits(
     """Logits (K, H, W, D), float32, of one image (C, H, W, D), on the image's device.
 
     Windows of `patch_size` that overlap by the fraction `overlap` are averaged with equal weight (the papers'
-    protocol); a volume smaller than a window is padded with zeros, so any size can be segmented. The network runs where its
-    weights are. tta: mean over the eight mirrored copies.
+    protocol); a volume smaller than a window is padded with zeros, so any size can be segmented. The network runs where
+    its weights are. tta: mean over the eight mirrored copies.
     """
     device = next(network.parameters()).device
 
@@ -47,7 +47,7 @@ def predict_logits(
             padding_mode="constant", sw_device=device, device=volume.device,
         )  # fmt: skip
 
-    was_training = network.training
+    was_training = [module for module in network.modules() if module.training]
     network.eval()
     try:
         volume = image[None]
@@ -60,7 +60,8 @@ def predict_logits(
             total = logits if total is None else total.add_(logits)
         return total[0] / 8
     finally:
-        network.train(was_training)
+        for module in was_training:
+            module.training = True
 
 
 def to_labels(logits: Tensor, multilabel: bool = False) -> Tensor:

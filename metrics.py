@@ -4,7 +4,7 @@ Definitions. The surface of a mask is the mask minus its erosion by the 6-neighb
 of the volume belong to it. d(X -> Y) are the Euclidean distances in mm from the surface voxels of X to those of Y.
 - hd95, definition 'pooled': 95th percentile of d(P -> G) and d(G -> P) together (as medpy).
 - hd95, definition 'directed': the larger of the two directed 95th percentiles (as MONAI).
-- asd: mean of d(P -> G), one-sided (as medpy's asd). assd: mean of the two directed means, symmetric.
+- asd: mean of d(P -> G), one-sided (as medpy's asd). assd: mean of d(P -> G) and d(G -> P) together, symmetric.
 
 Empty masks. Both empty: every metric is NaN, left out of means and counted (`absent`). Exactly one empty: Dice and
 Jaccard are 0, the distances are undefined (NaN), and the case is counted: `missed` if the prediction is empty,
@@ -45,6 +45,7 @@ def case_metrics(
     if hd95 not in HD95_DEFINITIONS or empty not in EMPTY_POLICIES:
         raise ValueError(f"hd95 must be one of {HD95_DEFINITIONS}, empty one of {EMPTY_POLICIES}; got {hd95}, {empty}")
     if multilabel:
+        _check_regions(label, num_classes)
         rows = []
         for region in range(num_classes):
             masks = (prediction[region].astype(np.uint8), label[region].astype(np.uint8))
@@ -102,9 +103,14 @@ def _score(
             else:
                 row["hd95"] = float(max(np.percentile(forward, 95), np.percentile(backward, 95)))
             row["asd"] = float(forward.mean())
-            row["assd"] = float((forward.mean() + backward.mean()) / 2)
+            row["assd"] = float(np.concatenate([forward, backward]).mean())
         rows.append({key: float(value) if key in METRICS else int(value) for key, value in row.items()})
     return rows
+
+
+def _check_regions(masks: np.ndarray, num_classes: int) -> None:
+    if len(masks) != num_classes:
+        raise ValueError(f"expected masks of {num_classes} regions, (num_classes, *spatial), got {masks.shape}")
 
 
 def _counts(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -186,6 +192,8 @@ def _nan_mean(values: Sequence[float]) -> float | None:
 def class_dice(prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool = False) -> list[float]:
     """Dice of each foreground class (or region), shapes as in `case_metrics`; NaN where both masks are empty."""
     if multilabel:
+        _check_regions(prediction, num_classes)
+        _check_regions(label, num_classes)
         return [dice(p, g) for p, g in zip(prediction, label)]
     size_p, size_g, both = (counts[1:] for counts in _counts(prediction, label, num_classes))
     total = size_p + size_g

@@ -140,7 +140,7 @@ def main() -> int:
     }  # fmt: skip
     if args.published:
         summary["published_protocol"] = {
-            key: nan_mean([case[key] for case in published]) for key in ("dice", "hd95_voxels")
+            key: none_if_nan(nan_mean([case[key] for case in published])) for key in ("dice", "hd95_voxels")
         }
     (out / f"summary{suffix}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     report(summary, names, selected_on_reported)
@@ -164,6 +164,11 @@ def nan_mean(values: list[float]) -> float:
     """Mean of the values that are not NaN; NaN if there is none."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.fmean(known) if known else math.nan
+
+
+def none_if_nan(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def write_csv(path: Path, rows: dict[str, list[dict]], hd95: str) -> None:
@@ -200,7 +205,8 @@ def report(summary: dict, names: tuple[str, ...], selected_on_reported: bool) ->
     )
     if "published_protocol" in summary:
         values = summary["published_protocol"]
-        print(f"by the published code's protocol: Dice {values['dice']:.2f} %, HD95 {values['hd95_voxels']:.2f} voxels")
+        shown = {key: "undefined" if value is None else f"{value:.2f}" for key, value in values.items()}
+        print(f"by the published code's protocol: Dice {shown['dice']} %, HD95 {shown['hd95_voxels']} voxels")
     if selected_on_reported:
         print("note: this checkpoint was selected on the cases reported here; report last.pt beside it")
 

@@ -47,6 +47,9 @@ from utils.runs import StopSignal, open_run, resolve_device, run_folder
 from utils.schedules import poly_lr, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
 
+# Keys that only some data formats have a use for
+PREPROCESSING = ("orientation", "spacing", "intensity", "window", "crop_foreground", "normalize", "k_divisible")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -66,6 +69,8 @@ class Config:
     intensity: str = "window"  # window | zscore | none
     window: tuple[float, float] = (-175.0, 250.0)  # HU, for intensity: window
     crop_foreground: bool = True
+    normalize: str = "crop"  # BraTS: crop | volume, the voxels whose statistics normalise a patch
+    k_divisible: int = 0  # BraTS: patches come from the brain's box enlarged to multiples of this; 0: the patch size
     crop: str = "pos_neg"  # pos_neg: half of the patches are centred on foreground; uniform
     flip_prob: float = 0.2  # each axis
     rot90_prob: float = 0.2
@@ -157,7 +162,7 @@ def dataset_arguments(cfg: Config) -> dict:
     for field in dataclasses.fields(cfg):
         if field.name in accepted:
             values[field.name] = getattr(cfg, field.name)
-        elif field.name in ("orientation", "spacing", "intensity", "window", "crop_foreground"):
+        elif field.name in PREPROCESSING:
             if getattr(cfg, field.name) != field.default:
                 raise ConfigError(f"{field.name}: the data format '{cfg.format}' does not use this key; remove it")
     return values
@@ -220,6 +225,10 @@ def main() -> int:
     if args.show_run:
         print(folder)
         return 0
+    if not (folder / "last.pt").exists() and (folder / "best.pt").exists():
+        if "imported" in load_checkpoint(folder / "best.pt"):
+            print(f"nothing to do: {folder} holds imported weights")
+            return 0
     resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
     device = resolve_device(cfg.device)
 
@@ -282,7 +291,7 @@ def main() -> int:
         }, folder)  # fmt: skip
 
     loader = DataLoader(
-        PatchDataset(splits["train"], dataset.read, augment, cfg.seed, cfg.crops_per_case),
+        PatchDataset(splits["train"], dataset.training_sample, augment, cfg.seed, cfg.crops_per_case),
         batch_size=cfg.cases_per_batch, num_workers=cfg.workers, collate_fn=collate, pin_memory=device.type == "cuda",
         sampler=DrawSampler(
             len(splits["train"]), cfg.seed, start * cfg.cases_per_batch, cfg.max_steps * cfg.cases_per_batch
@@ -305,10 +314,15 @@ def main() -> int:
                     teacher_out = teacher(image, return_features=True)
                 terms |= kd(student_out, teacher_out, label, progress=step / cfg.max_steps)
             loss = sum(terms.values())
-        if device.type == "cpu" or (step + 1) % cfg.log_interval == 0:  # on a GPU .item() waits, so only at log time
-            if not math.isfinite(loss.item()):
-                values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-                raise FloatingPointError(f"step {step}: the loss is not finite ({values}); cases {batch['case']}")
+        done = step + 1
+        last = done == cfg.max_steps
+        validates = last or (done >= cfg.val_start and done % cfg.val_interval == 0)
+        saves = validates or done % cfg.save_interval == 0 or bool(stop)
+        logs = last or done % cfg.log_interval == 0
+        # .item() makes a GPU wait, so there the loss is looked at only when it is logged, or about to be saved.
+        if (device.type == "cpu" or logs or saves) and not math.isfinite(loss.item()):
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            raise FloatingPointError(f"step {step}: the loss is not finite ({values}); cases {batch['case']}")
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         if cfg.grad_clip:
@@ -317,17 +331,14 @@ def main() -> int:
         scaler.step(optimizer)
         scaler.update()
 
-        done = step + 1
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
         counted += 1
-        if done % cfg.log_interval == 0 or done == cfg.max_steps:
+        if logs:
             means = {name: value.item() / counted for name, value in totals.items()}
             log.scalars(step, "train", {"loss": sum(means.values()), **means, "lr": lr})
             bar.set_postfix(loss=f"{sum(means.values()):.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
             totals, counted = {}, 0
-        last = done == cfg.max_steps
-        validated = last or (done >= cfg.val_start and done % cfg.val_interval == 0)
-        if validated:
+        if validates:
             scores, picture = evaluate(student, dataset, splits["val"], cfg)
             log.scalars(step, "val", scores)
             log.image(step, "val/image, label, prediction", picture)
@@ -335,9 +346,9 @@ def main() -> int:
                 best = {"dice": scores["dice"], "step": done}
                 chosen = {**described, "weights": student.state_dict(), "step": done, "val": scores}
                 atomic_save(chosen, folder / "best.pt")
-        if validated or done % cfg.save_interval == 0 or stop:
+        if saves:
             save(done)
-        if stop and not last:
+        if stop and saves and not last:
             log.close()
             command = shlex.join(["python", *[argument for argument in sys.argv if argument != "--resume"], "--resume"])
             print(f"\nstopped after step {done}; go on with: {command}", file=sys.stderr)

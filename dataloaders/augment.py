@@ -52,7 +52,7 @@ def crop_uniform(sample: dict, rng: np.random.Generator, size: Sequence[int]) ->
 def random_flip(sample: dict, rng: np.random.Generator, prob: float) -> dict:
     """Mirror each spatial axis independently with probability `prob`."""
     axes = [axis for axis in (-3, -2, -1) if rng.random() < prob]
-    return {key: np.flip(value, axes) for key, value in sample.items()} if axes else sample
+    return {key: np.flip(sample[key], axes) for key in ("image", "label")} if axes else sample
 
 
 def random_rot90(sample: dict, rng: np.random.Generator, prob: float) -> dict:
@@ -60,7 +60,7 @@ def random_rot90(sample: dict, rng: np.random.Generator, prob: float) -> dict:
     if rng.random() >= prob:
         return sample
     turns = int(rng.integers(1, 4))
-    return {key: np.rot90(value, turns, axes=(-3, -2)) for key, value in sample.items()}
+    return {key: np.rot90(sample[key], turns, axes=(-3, -2)) for key in ("image", "label")}
 
 
 def random_scale(sample: dict, rng: np.random.Generator, prob: float, amount: float = 0.1) -> dict:

@@ -3,11 +3,11 @@
 The key of an entry covers the content of the case's files and every parameter of the deterministic transforms.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,12 +27,11 @@ class CaseCache:
         self.parameters = json.dumps({"format": FORMAT, **parameters}, sort_keys=True)
         self._digests_path = folder / "digests.json"
         self._digests: dict[str, list] = {}
-        self.content: dict[str, str] = {}  # case name -> digest of its image files
         if self._digests_path.is_file():
-            try:
-                self._digests = json.loads(self._digests_path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                self._digests = {}  # only a memory of digests: made again at the cost of reading the files
+            # Only a memory of digests: where it is damaged, the files are read again.
+            with contextlib.suppress(ValueError):
+                known = json.loads(self._digests_path.read_text(encoding="utf-8"))
+                self._digests = known if isinstance(known, dict) else {}
 
     def prepare(self, cases: Sequence[Case], title: str) -> None:
         """Preprocess what is not there yet, with a progress bar; DataError that lists every faulty case."""
@@ -66,15 +65,15 @@ class CaseCache:
         return sample
 
     def duplicates(self, splits: Mapping[str, Sequence[Case]]) -> None:
-        """DataError if two cases of different lists have the same image content under different names."""
+        """DataError if two cases have the same image files, byte for byte, under different names."""
         owner: dict[str, tuple[str, Case]] = {}
         for split, cases in splits.items():
             for case in cases:
                 first_split, first = owner.setdefault(self._image_digest(case), (split, case))
-                if first_split != split:
+                if first.name != case.name:
                     raise DataError(
                         f"{case.images[0]} ({split} list) and {first.images[0]} ({first_split} list) are the same "
-                        f"image under two names; every scan may be in one list only"
+                        f"image under two names; every scan may be listed once"
                     )
         self._write_digests()
 
@@ -91,7 +90,9 @@ class CaseCache:
     def _make(self, case: Case) -> None:
         sample = self.preprocess(case)
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".making-"))
+        temporary = self.folder / f".making-{case.name}-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         try:
             meta = {}
             for key, value in sample.items():
@@ -111,7 +112,6 @@ class CaseCache:
     def _write_digests(self) -> None:
         if self._digests:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self._digests, file)
+            temporary = self._digests_path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(self._digests), encoding="utf-8")
             os.replace(temporary, self._digests_path)

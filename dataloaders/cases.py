@@ -43,7 +43,7 @@ def read_datalist(root: Path, datalist: str) -> dict[str, list[Case]]:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object with a list 'training', got {type(content).__name__}")
-    sections = {}
+    sections: dict[str, list[Case]] = {}
     for section, entries in content.items():
         if section not in ("training", "validation", "test", "testing") or not isinstance(entries, list):
             continue
@@ -51,6 +51,14 @@ def read_datalist(root: Path, datalist: str) -> dict[str, list[Case]]:
         sections[name] = [_entry(path, section, index, entry) for index, entry in enumerate(entries)]
     if not sections.get("training"):
         raise DataError(f"{path}: the list 'training' is missing or empty; expected entries with 'image' and 'label'")
+    for section, cases in sections.items():
+        names = [case.name for case in cases]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise DataError(
+                f"{path}: '{section}' has {len(repeated)} case names more than once, for example '{repeated[0]}'; "
+                f"every scan needs a file name (with several channel files: a folder) of its own"
+            )
     return sections
 
 
@@ -112,7 +120,7 @@ def check_disjoint(splits: dict[str, Sequence[Case]]) -> None:
     owner: dict[str, str] = {}
     for split, cases in splits.items():
         for case in cases:
-            for key in {case.name, *(str(path.resolve()) for path in case.images)}:
+            for key in (case.name, *(str(path.resolve()) for path in case.images)):
                 if owner.setdefault(key, split) != split:
                     raise DataError(
                         f"'{case.name}' is in both the {owner[key]} and the {split} list ({key}); "
@@ -126,11 +134,17 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{path}: no such file; restore it or take the case out of the lists")
     try:
         image = nib.load(path)
-        return np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
+        voxels, affine = np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
     except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             f"{path}: unreadable or truncated ({type(error).__name__}: {error}); copy the file again"
         ) from error
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise DataError(
+            f"{path}: its affine maps no volume ({affine[:3].tolist()}); expected finite, independent axes in mm, "
+            f"repair the header"
+        )
+    return voxels, affine
 
 
 def read_image(case: Case, in_channels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -191,12 +191,8 @@ class MSDDataset:
         patch = cut(sample, rng)
         patch = augment.random_flip(patch, rng, flip_prob)
         patch = augment.random_rot90(patch, rng, rot90_prob)
-        patch = self._normalise_patch(patch)
         patch = augment.random_scale(patch, rng, scale_prob)
         return augment.random_shift(patch, rng, shift_prob)
-
-    def _normalise_patch(self, patch: dict) -> dict:
-        return patch
 
     def _ids(self, label: np.ndarray) -> list[int]:
         return np.unique(label).tolist()

@@ -76,7 +76,7 @@ def hard_boundary_loss(
         foreground = label > 0.5 if label.is_floating_point() else label.bool()
         divergence = (student_logits.sigmoid() - teacher_logits.sigmoid()).square().sum(1)
     else:
-        ids = torch.arange(label_classes or num_classes, device=label.device)
+        ids = torch.arange(num_classes if label_classes is None else label_classes, device=label.device)
         foreground = class_map(label)[:, None] == ids.view(1, -1, *[1] * (label.ndim - 2))
         teacher_log_probs = F.log_softmax(teacher_logits, dim=1)
         divergence = teacher_log_probs - F.log_softmax(student_logits, dim=1)
@@ -85,7 +85,8 @@ def hard_boundary_loss(
     sizes = shells.sum(2)
     per_class = (1.0 / sizes.clamp(min=1)).masked_fill(sizes == 0, 0.0)
     # One divergence map serves all shells: a voxel weighs the sum of 1/size over the shells that it lies on.
-    weight = torch.einsum("bc,bcv->bv", per_class, shells.to(per_class.dtype))
+    with torch.autocast(student_logits.device.type, enabled=False):
+        weight = torch.einsum("bc,bcv->bv", per_class, shells.to(per_class.dtype))
     loss = (divergence.flatten(1) * weight).sum()
     return loss / num_classes if reduction == "mean" else loss
 
@@ -210,6 +211,10 @@ class ACFBCKD(nn.Module):
                 raise ValueError(f"acf_bckd: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         if not 0.0 <= floor <= 1.0:
             raise ValueError(f"acf_bckd: floor must lie in [0, 1], got {floor}")
+        if min(afd, cfd, hbd, sbd) < 0:
+            raise ValueError(f"acf_bckd: weights must not be negative, got afd {afd}, cfd {cfd}, hbd {hbd}, sbd {sbd}")
+        if label_classes is not None and not 1 <= label_classes <= num_classes:
+            raise ValueError(f"acf_bckd: label_classes must lie in 1..{num_classes}, got {label_classes}")
         if correction_source is None:
             # A network in whose reference hook the sum had overwritten f(X) says so by a `hooked_residual` tap.
             hooked = preset == "as_released" and "hooked_residual" in teacher_channels

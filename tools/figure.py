@@ -67,7 +67,8 @@ def draw(
     """Write a row of overlays with a legend of the classes that occur."""
     plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
     count = len(labels)
-    fig, axes = plt.subplots(1, count, figsize=(3.2 * count, 4.1), layout="constrained")
+    height = 3.2 * aspect * grey.shape[1] / grey.shape[0] + 1.1  # inches; the rest is for titles and legend
+    fig, axes = plt.subplots(1, count, figsize=(3.2 * count, height), layout="constrained")
     present = sorted({int(k) for label in labels if label is not None for k in np.unique(label)} - {0})
     for ax, label, text in zip(np.atleast_1d(axes), labels, titles):
         ids = np.zeros(grey.shape, np.uint8) if label is None else label

@@ -119,13 +119,15 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         # PyYAML reads 1e-6 as text: YAML 1.1 wants 1.0e-6.
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise wrong from None
         if number != number or abs(number) == float("inf"):
             raise wrong
         return number
     if hint is int and isinstance(value, bool):
         raise wrong
+    if hint is str and value is None:  # `tag=` on the command line, `tag:` in a file
+        return ""
     if not isinstance(value, hint):
         raise wrong
     return value

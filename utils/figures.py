@@ -29,7 +29,8 @@ def regions_to_ids(regions: np.ndarray) -> np.ndarray:
 def overlay(image: np.ndarray, label: np.ndarray, num_classes: int, alpha: float = 0.45) -> np.ndarray:
     """Grey axial RAS slice (H, W) of any range with label (H, W) in colour -> (W, H, 3) uint8.
 
-    Shown as radiologists do: the patient's right on the left, front up. The class borders are drawn opaque, so that thin structures stay visible.
+    Shown as radiologists do: the patient's right on the left, front up. The class borders are drawn opaque, so that
+    thin structures stay visible.
     """
     low, high = np.percentile(image, [0.5, 99.5])
     grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None].repeat(3, -1)

@@ -474,7 +474,7 @@ def test_each_feature_term_reads_its_own_teacher_tap(tap):
     ],
 )
 def test_preset_and_source_choose_the_correction(preset, hooked, source, tap):
-    maps = {"corrected": (5, (4, 4, 4)), "residual": (5, (4, 4, 4))} | ({"hooked_residual": (5, (4, 4, 4))} if hooked else {})
+    maps = TEACHER | ({"hooked_residual": TEACHER["residual"]} if hooked else {})
     case = blob_case(spatial=(8, 8, 8), student_taps=STUDENT, teacher_taps=maps)
     torch.manual_seed(5)
     kd = build_kd(
@@ -500,7 +500,8 @@ def test_without_the_feature_terms_no_tap_is_needed():
     kd = ACFBCKD({}, {}, 4, afd=0.0, cfd=0.0)
     assert list(kd.parameters()) == []
     case = blob_case()
-    terms = kd(SimpleNamespace(logits=case.student.logits), SimpleNamespace(logits=case.teacher.logits), case.label, 0.5)
+    student, teacher = (SimpleNamespace(logits=output.logits) for output in (case.student, case.teacher))
+    terms = kd(student, teacher, case.label, 0.5)
     assert terms["afd"].item() == terms["cfd"].item() == 0.0 and terms["hbd"] > 0 and terms["sbd"] > 0
 
 
@@ -521,7 +522,7 @@ def test_bad_arguments(arguments, message):
 
 def test_build_kd_errors():
     channels = ref.channels(STUDENT), ref.channels(TEACHER), 4
-    with pytest.raises(ValueError, match="unknown method 'acf'; choose from .*acf_bckd"):
+    with pytest.raises(ValueError, match=r"unknown method 'acf'; choose from .*acf_bckd"):
         build_kd("acf", *channels)
     with pytest.raises(ValueError, match="unknown preset 'released'; choose from clean, as_released"):
         build_kd("acf_bckd", *channels, preset="released")

@@ -96,14 +96,19 @@ def write_case(folder: Path, name: str, rng: np.random.Generator, affine: np.nda
     return {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
 
 
-@pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    """A folder with data/ (five training, one validation, one test case) and tiny.yaml."""
+def make_workspace(folder: Path) -> Path:
+    """Fill `folder` with data/ (five training, one validation, one test case) and tiny.yaml."""
     rng = np.random.default_rng(0)
     flipped = np.diag([-2.0, -2.0, 2.0, 1.0])
     names = [f"case{k}" for k in range(7)]
-    entries = [write_case(tmp_path / "data", n, rng, flipped if n == "case6" else None) for n in names]
+    entries = [write_case(folder / "data", n, rng, flipped if n == "case6" else None) for n in names]
     lists = {"training": entries[:5], "validation": entries[5:6], "test": entries[6:]}
-    (tmp_path / "data" / "dataset_0.json").write_text(json.dumps(lists))
-    (tmp_path / "tiny.yaml").write_text(CONFIG)
-    return tmp_path
+    (folder / "data" / "dataset_0.json").write_text(json.dumps(lists))
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """What `make_workspace` makes, in a folder of the test's own."""
+    return make_workspace(tmp_path)
