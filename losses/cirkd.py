@@ -104,6 +104,12 @@ def pooled_vectors(feature: Tensor, pool: int = 2) -> Tensor:
     return average(feature.float(), pool, pool, ceil_mode=True).flatten(2).transpose(1, 2)
 
 
+def default_pool(grid: torch.Size) -> int:
+    """Side of the averaging windows for features on `grid`: 2 as in the reference, more where an axis would keep more
+    than 24 nodes (students with features on the full 96^3 grid), since the cost grows with their sixth power."""
+    return max(2, *(-(-size // 24) for size in grid))
+
+
 def pair_kl(
     student_vectors: Tensor, teacher_vectors: Tensor, pairs: str = "own", temperature: float = 1.0, chunk: int = 1024
 ) -> Tensor:
@@ -168,7 +174,7 @@ class CIRKD(nn.Module):
     pairs: 'own', 'all' or 'first'; None follows the preset. temperature: of L_pair. contrast_temperature: of L_memory.
     pixel_contrast, region_contrast: vectors per class and call. pixel_queue, region_queue: slots per class.
     pixels_per_class: voxels queued per sample and class. chunk: rows of a similarity map at a time. pool: side of the
-    averaged windows; students with features on the full grid need 4 to have as many voxels as the others have with 2.
+    averaged windows; None follows `default_pool`.
     """
 
     def __init__(
@@ -190,7 +196,7 @@ class CIRKD(nn.Module):
         pixel_queue: int = 20000,
         region_queue: int = 2000,
         pixels_per_class: int = 16,
-        pool: int = 2,
+        pool: int | None = None,
         chunk: int = 1024,
     ) -> None:
         super().__init__()
@@ -198,7 +204,8 @@ class CIRKD(nn.Module):
         check_choice("cirkd", "pairs", pairs, (None, *PAIRS))
         check_positive(
             "cirkd", temperature=temperature, contrast_temperature=contrast_temperature, pixel_contrast=pixel_contrast,
-            region_contrast=region_contrast, pixels_per_class=pixels_per_class, pool=pool, chunk=chunk,
+            region_contrast=region_contrast, pixels_per_class=pixels_per_class, chunk=chunk,
+            **({} if pool is None else {"pool": pool}),
         )  # fmt: skip
         if pixel_contrast > pixel_queue or region_contrast > region_queue or pixels_per_class > pixel_queue:
             raise ValueError(
@@ -271,15 +278,16 @@ class CIRKD(nn.Module):
     def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
         student_feature = student.features["penultimate"]
         teacher_feature = resize_nearest(teacher.features["penultimate"].detach(), student_feature.shape[2:])
-        student_pooled = pooled_vectors(student_feature, self.pool)
-        teacher_vectors = unit_vectors(pooled_vectors(teacher_feature, self.pool), dim=2)
+        pool = self.pool or default_pool(student_feature.shape[2:])
+        student_pooled = pooled_vectors(student_feature, pool)
+        teacher_vectors = unit_vectors(pooled_vectors(teacher_feature, pool), dim=2)
         terms = {}
         if self.pair_weight:
             student_vectors = unit_vectors(student_pooled, dim=2)
             pair = pair_kl(student_vectors, teacher_vectors, self.pairs, self.temperature, self.chunk)
             terms["cirkd_pair"] = self.pair_weight * pair
         if self.head is not None:
-            grid = torch.Size(-(-size // self.pool) for size in student_feature.shape[2:])
+            grid = torch.Size(-(-size // pool) for size in student_feature.shape[2:])
             terms |= self._memory_terms(student_pooled, teacher_vectors, self._foreground(label, grid))
         if self.kd_weight:
             divergence = bernoulli_kl if self.multilabel and not self.legacy else softmax_kl

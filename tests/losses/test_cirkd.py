@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses.cirkd import CIRKD, Memory, pair_kl, pooled_vectors, similarity_kl
+from losses.cirkd import CIRKD, Memory, default_pool, pair_kl, pooled_vectors, similarity_kl
 from losses.kd import unit_vectors
 from tests.losses import reference as ref
 
@@ -351,3 +351,8 @@ def test_bad_arguments():
         make(region_contrast=8)
     with pytest.raises(ValueError, match="one channel per region"):
         ref.evaluate(make(multilabel=True), example())
+
+
+@pytest.mark.parametrize("grid, expected", [((48, 48, 48), 2), ((96, 96, 96), 4), ((10, 8), 2), ((96, 96, 48), 4)])
+def test_default_pool_keeps_at_most_24_nodes_per_axis(grid, expected):
+    assert default_pool(torch.Size(grid)) == expected
