@@ -227,7 +227,7 @@ def main() -> int:
         return 0
     if not (folder / "last.pt").exists() and (folder / "best.pt").exists():
         if "imported" in load_checkpoint(folder / "best.pt"):
-            print(f"nothing to do: {folder} holds imported weights")
+            print(f"nothing to do: {folder} holds imported weights; remove it to train anew")
             return 0
     resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
     device = resolve_device(cfg.device)

@@ -121,3 +121,19 @@ def test_stop_signal():
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
+
+
+def test_a_run_from_before_a_key_existed_can_go_on(tmp_path):
+    @dataclasses.dataclass
+    class Before:
+        lr: float = 0.1
+
+    @dataclasses.dataclass
+    class Now:
+        lr: float = 0.1
+        added: str = "default"
+
+    open_run(tmp_path, Before(), resume=False)
+    open_run(tmp_path, Now(), resume=True)
+    with pytest.raises(ConfigError, match="added: 'default' then, 'other' now"):
+        open_run(tmp_path, Now(added="other"), resume=True)
