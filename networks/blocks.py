@@ -1,6 +1,9 @@
 """Building blocks, weight initialisation and input checks that several networks share."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from monai.networks.blocks import Convolution, ResidualUnit
 from torch import Tensor, nn
 
@@ -43,17 +46,27 @@ def init_weights(module: nn.Module) -> nn.Module:
     return module
 
 
-def check_input(name: str, image: Tensor, in_channels: int, stride: int) -> None:
+def drop_channels(features: Sequence[Tensor], probability: float) -> list[Tensor]:
+    """Zero whole channels of each map (B, C, *spatial), each with `probability`, and scale the rest by 1 / (1 - p).
+
+    Every map and sample draws on its own. Active whatever mode a network is in. Draws from torch's global generator.
+    """
+    drop = {4: F.dropout2d, 5: F.dropout3d}
+    return [drop[feature.ndim](feature, probability, training=True) for feature in features]
+
+
+def check_input(name: str, image: Tensor, in_channels: int, stride: int, dims: int = 3) -> None:
     """Raise ValueError unless `image` is `(B, in_channels, H, W, D)` with every side a multiple of `stride`.
 
+    dims: 3, or 2 for images `(B, in_channels, H, W)`.
     Under torch.compile or export the sizes are symbols, not numbers, so the check is left out there.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if image.ndim != 5 or image.shape[1] != in_channels:
+    if image.ndim != dims + 2 or image.shape[1] != in_channels:
         raise ValueError(
-            f"{name}: expected an image of shape (B, {in_channels}, H, W, D), got {tuple(image.shape)}; "
-            f"check in_channels in the configuration"
+            f"{name}: expected an image of shape (B, {in_channels}, {', '.join('HWD'[:dims])}), got "
+            f"{tuple(image.shape)}; check in_channels in the configuration"
         )
     if any(size % stride for size in image.shape[2:]):
         raise ValueError(
