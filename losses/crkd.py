@@ -1,0 +1,390 @@
+"""CRKD: cross reciprocal knowledge distillation between an image-perturbed and a feature-perturbed view.
+
+Semi-supervised segmentation. Source: the loss functions of the CRKD repository's history; its training script was never
+released. P_s are the logits of the strongly augmented image, P_fp those of the weak image whose encoder features lose
+channels; both images have been mixed by the same symmetric CutMix, so the views show the same content.
+
+    LEC   low-entropy consistency        both views are drawn to their confidence-weighted mean
+    CSD   class semantic distillation    labelled features are anchors, unlabelled ones their contrast
+    CKD   cross distillation             at each voxel the view that fits the pseudo-label better teaches the other
+
+Presets. 'clean', the default, mends three things that 'as_released' reproduces: the mean row of a class in CSD is not
+of unit length; CKD divides the cosine by 0.07 before it is taken from 1, which makes that term negative; and in CKD's
+feature term neither view is held constant, so that the two directions are one function. In either, an empty selection
+gives a 0 that has a graph, labels are mixed without arithmetic, and the boxes of 3D CutMix lie on the axes that their
+extents were drawn for.
+
+Random draws come from the `generator` argument, or from torch's global one without it. All arithmetic is float32.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses.consistency import without_channel
+from losses.kd import PRESETS, check_choice, check_positive, unit_vectors
+from losses.taps import resize_nearest
+
+
+def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, C, *spatial) -> class ids (B, *spatial) int64 and their probabilities float32; no gradient."""
+    confidence, label = logits.detach().float().softmax(1).max(1)
+    return label, confidence
+
+
+# --- low-entropy consistency ---
+
+
+def low_entropy_consistency(logits_s: Tensor, logits_fp: Tensor, beta: float = 1.0, distance: str = "kl") -> Tensor:
+    """LEC: weighted distance of the two class distributions to their weighted mean, averaged over voxels.
+
+    logits: (B, C, *spatial). Weight of a view at a voxel: exp(-entropy) * (largest probability)^beta, normalised over
+    the two views. distance: 'kl' or 'l1', of each view to the mean. Scalar float32, gradient to both logits, through
+    weights and mean alike. The KL form is a generalised Jensen-Shannon divergence: between 0 (equal views) and ln 2.
+    """
+    check_choice("low_entropy_consistency", "distance", distance, ("kl", "l1"))
+    eps = 1e-8
+    probs = [logits.float().softmax(1) for logits in (logits_s, logits_fp)]
+    logs = [(p + eps).log() for p in probs]
+    # exp(sum p log p) is exp(-entropy).
+    raw = [(p * log).sum(1).exp() * p.amax(1).pow(beta) for p, log in zip(probs, logs)]
+    total = raw[0] + raw[1] + eps
+    weights = [r / total for r in raw]
+    mean = weights[0].unsqueeze(1) * probs[0] + weights[1].unsqueeze(1) * probs[1]
+    if distance == "kl":
+        log_mean = (mean + eps).log()
+        distances = [(p * (log - log_mean)).sum(1) for p, log in zip(probs, logs)]
+    else:
+        distances = [(p - mean).abs().sum(1) for p in probs]
+    per_voxel = weights[0] * distances[0] + weights[1] * distances[1]
+    return (per_voxel / (weights[0] + weights[1] + eps)).mean()
+
+
+# --- class semantic distillation ---
+
+
+class ProjectionHead(nn.Module):
+    """Pointwise layers to unit vectors of `channels`: (B, in_channels, *spatial) maps, or rows (N, in_channels).
+
+    Rows go through the same layers as the voxels of a map: batch norm then takes its statistics over the rows.
+    num_layers: pointwise convolutions, all but the last with batch norm and ReLU. dims: 2 or 3, the kernels' rank only;
+    names and shapes are those of released checkpoints. Output float32.
+    """
+
+    def __init__(self, in_channels: int = 16, channels: int = 256, num_layers: int = 3, dims: int = 3) -> None:
+        super().__init__()
+        check_choice("projection head", "dims", dims, (2, 3))
+        check_positive("projection head", num_layers=num_layers)
+        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        layers: list[nn.Module] = []
+        for k in range(num_layers - 1):
+            layers += [conv(channels if k else in_channels, channels, 1), norm(channels), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.final_conv = conv(channels if num_layers > 1 else in_channels, channels, 1)
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            as_map = x.T.reshape(1, x.shape[1], x.shape[0], *[1] * (self.dims - 1))  # N voxels of one image
+            return self.forward(as_map)[0].flatten(1).T
+        return F.normalize(self.final_conv(self.layers(x)).float(), dim=1, eps=1e-12)
+
+
+def class_semantic_distillation(
+    features_l: Tensor,
+    features_s: Tensor,
+    features_fp: Tensor,
+    pred_l: Tensor,
+    label_l: Tensor,
+    pred_u: Tensor,
+    conf_u: Tensor,
+    num_classes: int,
+    head: nn.Module | None = None,
+    samples: int = 256,
+    tau: float = 0.1,
+    threshold: float | None = None,
+    use_tp: bool = True,
+    split_streams: bool = True,
+    preset: str = "clean",
+    normalise_mean: bool | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """CSD: supervised contrastive loss, labelled rows as anchors against unlabelled rows of both views.
+
+    features: (B, c, *grid) of the labelled batch and of the two unlabelled views. head: module (N, c) -> (N, d) unit
+    rows that projects the sampled rows, all in one call; None if the features are projected already. pred_l, label_l:
+    ids of the labelled batch; pred_u, conf_u: pseudo-label and its confidence, at any resolution (ids are resized to
+    the grid by nearest neighbour, confidences linearly).
+    samples: rows per stream, shared out equally among the classes (the last one takes the remainder), drawn with
+    replacement; a class with fewer rows has each of them repeated. Each class also adds the mean of its rows.
+    threshold: lowest confidence of an unlabelled row; None takes the mean confidence of the batch. use_tp: anchors only
+    where prediction and label agree. split_streams: the rows of a class are divided at random between the two views, so
+    that no voxel occurs in both. tau: temperature. normalise_mean: unit length for the means; None follows the preset
+    (True if clean).
+    Mean over the anchors, scalar float32, gradient to all features and the head. 0 with a graph if a side is empty.
+
+    With a `head` only sampled rows are projected, which keeps the memory independent of the grid. The mean of a class
+    is then that of its projected samples, not of all its voxels.
+    """
+    check_choice("class_semantic_distillation", "preset", preset, PRESETS)
+    check_positive("class_semantic_distillation", samples=samples, tau=tau)
+    if samples < num_classes:
+        raise ValueError(
+            f"class_semantic_distillation: samples must be at least num_classes = {num_classes}, got {samples}"
+        )
+    if normalise_mean is None:
+        normalise_mean = preset == "clean"
+    grid = features_l.shape[2:]
+    with torch.no_grad():
+        pred_l, label_l, pred_u = (_on_grid(ids, features_l.ndim, grid) for ids in (pred_l, label_l, pred_u))
+        conf_u = _on_grid(conf_u, features_l.ndim, grid, linear=True)
+        reliable = conf_u >= (conf_u.mean() if threshold is None else threshold)
+        correct = (pred_l == label_l) if use_tp else torch.ones_like(pred_l, dtype=torch.bool)
+
+        # Which voxels of which stream stand for which class: (stream, class, all candidate indices, rows wanted).
+        groups = []
+        for k in range(num_classes):
+            wanted = samples // num_classes + (samples % num_classes if k == num_classes - 1 else 0)
+            anchors = ((pred_l == k) & correct).nonzero()[:, 0]
+            contrast = ((pred_u == k) & reliable).nonzero()[:, 0]
+            first = second = contrast
+            if split_streams:
+                order = contrast[_permutation(len(contrast), generator).to(contrast.device)]
+                first, second = order[: len(order) // 2], order[len(order) // 2 :]
+            for stream, rows in enumerate((anchors, first, second)):
+                if len(rows):
+                    groups.append((stream, k, rows, wanted))
+        groups.sort(key=lambda group: group[0])
+        drawn = [_draw(rows, wanted, generator) for _, _, rows, wanted in groups]
+
+    features = (features_l, features_s, features_fp)
+    streams = {stream for stream, *_ in groups}
+    if 0 not in streams or not streams & {1, 2}:
+        # An empty slice is a 0 in whose graph every input, and the head for DDP's sake, takes part.
+        inputs = [*features, *(head.parameters() if head is not None else ())]
+        return sum(tensor[:0].sum(dtype=torch.float32) for tensor in inputs)
+
+    with torch.autocast(features_l.device.type, enabled=False):
+        # One gather per stream: the gradient of each is a tensor of the size of the whole feature map.
+        of_stream = [[index for (s, *_), index in zip(groups, drawn) if s == stream] for stream in sorted(streams)]
+        rows = torch.cat([_rows(features[s], torch.cat(index)) for s, index in zip(sorted(streams), of_stream)])
+        rows = (rows if head is None else head(rows)).split([len(index) for index in drawn])
+        vectors: dict[bool, list[Tensor]] = {True: [], False: []}
+        classes: dict[bool, list[int]] = {True: [], False: []}
+        for (stream, k, candidates, wanted), row in zip(groups, rows):
+            mean = (row if head is not None else _rows(features[stream], candidates)).mean(0, keepdim=True)
+            if normalise_mean:
+                mean = unit_vectors(mean, dim=1)
+            repeated = row.repeat(-(-wanted // len(row)), 1)[:wanted]
+            vectors[stream == 0] += [repeated, mean]
+            classes[stream == 0] += [k] * (wanted + 1)
+        return _contrast(
+            torch.cat(vectors[True]),
+            torch.cat(vectors[False]),
+            torch.tensor(classes[True], device=features_l.device),
+            torch.tensor(classes[False], device=features_l.device),
+            tau,
+        )
+
+
+def _contrast(anchors: Tensor, contrast: Tensor, anchor_class: Tensor, contrast_class: Tensor, tau: float) -> Tensor:
+    """Mean over anchors (n, d) of -log softmax(similarities / tau) at the contrast rows (m, d) of the same class."""
+    log_p = (anchors @ contrast.T / tau).log_softmax(1)
+    positive = anchor_class[:, None] == contrast_class
+    # An anchor without positives contributes 0 and counts.
+    return -(log_p.where(positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+
+def _on_grid(values: Tensor, ndim: int, grid: torch.Size, linear: bool = False) -> Tensor:
+    """A map (B, 1, *spatial) or (B, *spatial) on `grid`, flattened to (B * voxels,); ids int64 or floats."""
+    values = (values if values.ndim == ndim else values[:, None]).float()
+    if linear and values.shape[2:] != grid:
+        # The reference aligns the corners in 2D and does not in 3D.
+        mode = {"mode": "bilinear", "align_corners": True} if ndim == 4 else {"mode": "trilinear"}
+        values = F.interpolate(values, size=tuple(grid), **mode)
+    values = resize_nearest(values, grid).flatten()
+    return values if linear else values.long()
+
+
+def _rows(feature: Tensor, index: Tensor) -> Tensor:
+    """Vectors (n, C) float32 of (B, C, *grid) at flat indices (n,) over batch and voxels; no copy of the whole map."""
+    voxels = feature[0, 0].numel()
+    return feature.flatten(2)[index // voxels, :, index % voxels].float()
+
+
+def _draw(rows: Tensor, wanted: int, generator: torch.Generator | None) -> Tensor:
+    """`wanted` entries of `rows` with replacement, or `rows` itself if there are fewer."""
+    if len(rows) < wanted:
+        return rows
+    return rows[_integers(len(rows), wanted, generator).to(rows.device)]
+
+
+def _device(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _integers(high: int, count: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(high, (count,), generator=generator, device=_device(generator))
+
+
+def _permutation(count: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randperm(count, generator=generator, device=_device(generator))
+
+
+def _uniform(low: float, high: float, generator: torch.Generator | None) -> float:
+    draw = torch.rand((), dtype=torch.float64, generator=generator, device=_device(generator))
+    return low + (high - low) * draw.item()
+
+
+# --- cross distillation ---
+
+
+def comparison_mask(ce_s: Tensor, ce_fp: Tensor) -> Tensor:
+    """M = [ce_s < ce_fp], bool: where the image-perturbed view fits the pseudo-label better; equality counts as not."""
+    return ce_s < ce_fp
+
+
+def divergence_map(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 q (log q - log p), q of the teacher and p of the student at temperature T; (B, C, *spatial) float32.
+
+    Its sum over C is T^2 KL(teacher || student). Gradient to the student only.
+    """
+    log_p = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_q = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True)
+
+
+def cross_distillation(
+    logits_s: Tensor,
+    logits_fp: Tensor,
+    features_s: Tensor,
+    features_fp: Tensor,
+    s_better: Tensor,
+    valid: Tensor,
+    temperature: float = 1.0,
+    preset: str = "clean",
+    feature_tau: float | None = None,
+    detach_better: bool | None = None,
+) -> dict[str, Tensor]:
+    """CKD: unweighted terms `pixel_s_to_fp`, `pixel_fp_to_s`, `feature_s_to_fp`, `feature_fp_to_s` (teacher first).
+
+    logits: (B, C, *spatial). features: (B, c, *grid). s_better: M of `comparison_mask`; valid: V, confidence above its
+    threshold; both (B, *spatial) or (B, 1, *spatial), bool or 0/1. View s teaches where M and V hold, view fp where V
+    holds alone. Each term is a mean over the voxels where its teacher teaches, and 0 with a graph if there are none.
+    Pixel terms: T^2 / C KL(teacher || student), gradient to the student only. Feature terms: 1 - cosine / feature_tau,
+    masks resized to the grid by nearest neighbour.
+    feature_tau: None follows the preset, 1 if clean (terms in [0, 2]), 0.07 as released. detach_better: hold the
+    teaching view's feature constant; None follows the preset, True if clean.
+    """
+    check_choice("cross_distillation", "preset", preset, PRESETS)
+    if feature_tau is None:
+        feature_tau = 1.0 if preset == "clean" else 0.07
+    if detach_better is None:
+        detach_better = preset == "clean"
+    check_positive("cross_distillation", temperature=temperature, feature_tau=feature_tau)
+    s_better, valid = (without_channel(mask, logits_s).bool() for mask in (s_better, valid))
+    masks = {"s_to_fp": s_better & valid, "fp_to_s": ~s_better & valid}
+    logits = {"s": logits_s, "fp": logits_fp}
+    unit = {"s": unit_vectors(features_s.float(), dim=1), "fp": unit_vectors(features_fp.float(), dim=1)}
+
+    terms = {}
+    for direction, mask in masks.items():
+        teacher, student = direction.split("_to_")
+        divergence = divergence_map(logits[student], logits[teacher], temperature).mean(1)
+        terms[f"pixel_{direction}"] = _masked_mean(divergence, mask)
+    for direction, mask in masks.items():
+        teacher, student = direction.split("_to_")
+        target = unit[teacher].detach() if detach_better else unit[teacher]
+        distance = 1.0 - (unit[student] * target).sum(1) / feature_tau
+        mask = resize_nearest(mask[:, None].float(), distance.shape[1:])[:, 0] > 0
+        terms[f"feature_{direction}"] = _masked_mean(distance, mask)
+    return terms
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return values.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+# --- symmetric CutMix ---
+
+
+def draw_box(
+    shape: Sequence[int],
+    generator: torch.Generator | None = None,
+    fraction: tuple[float, float] = (0.02, 0.4),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+) -> tuple[slice, ...]:
+    """A random box inside a 2D or 3D `shape`, one slice per axis, none empty.
+
+    fraction: range of the box's share of the image; ratio: range of its proportions r; both uniform. 2D: extents
+    sqrt(a r) and sqrt(a / r) for area a, r drawn among the values that fit (where none of the range fits, the nearest
+    that does). 3D: (v / r)^(1/3), (v r)^(1/3), v^(1/3) for volume v, each clipped to its axis. Position uniform.
+    """
+    size = math.prod(shape) * _uniform(*fraction, generator)
+    if len(shape) == 2:
+        height, width = shape
+        # Extents are rounded down, so they fit as long as they stay below the side plus one.
+        fits = (size / (width + 1) ** 2, (height + 1) ** 2 / size)
+        low, high = (min(max(bound, fits[0]), fits[1]) for bound in ratio)
+        r = _uniform(low, high, generator)
+        extents = (math.sqrt(size * r), math.sqrt(size / r))
+    elif len(shape) == 3:
+        r = _uniform(*ratio, generator)
+        extents = ((size / r) ** (1 / 3), (size * r) ** (1 / 3), size ** (1 / 3))
+    else:
+        raise ValueError(f"draw_box: the shape must have 2 or 3 axes, got {tuple(shape)}")
+    box = []
+    for side, wanted in zip(shape, extents):
+        extent = min(max(int(wanted), 1), side)
+        start = int(_integers(side - extent + 1, 1, generator))
+        box.append(slice(start, start + extent))
+    return tuple(box)
+
+
+def draw_exchange(
+    batch: int, shape: Sequence[int], prob: float = 0.5, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which samples exchange which box: partner indices (batch,) int64 and mask (batch, *shape) bool, on the CPU.
+
+    The batch is paired at random (an odd one out is its own partner); each pair exchanges one box with probability
+    `prob`, the same for both members. `shape`: the spatial sizes.
+    """
+    partner = torch.arange(batch)
+    mask = torch.zeros(batch, *shape, dtype=torch.bool)
+    order = _permutation(batch, generator).tolist()
+    for a, b in zip(order[::2], order[1::2]):
+        partner[a], partner[b] = b, a
+        if _uniform(0.0, 1.0, generator) < prob:
+            box = draw_box(shape, generator)
+            mask[(a, *box)] = mask[(b, *box)] = True
+    return partner, mask
+
+
+def exchange(values: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
+    """`values` (B, *spatial) or (B, C, *spatial) of any dtype, with those of the partner where `mask` (B, *spatial)."""
+    mask = mask.to(values.device)
+    if values.ndim == mask.ndim + 1:
+        mask = mask[:, None]
+    return torch.where(mask, values[partner.to(values.device)], values)
+
+
+def symmetric_cutmix(
+    weak: Tensor,
+    strong: Tensor,
+    pred: Tensor,
+    conf: Tensor,
+    prob: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exchange boxes within random pairs of the unlabelled batch; the same boxes for all four tensors.
+
+    weak, strong: the two views (B, C, *spatial), 2D or 3D, of the same geometry. pred, conf: pseudo-label and its
+    confidence (`pseudo_label`), (B, *spatial) or (B, 1, *spatial). Returns the four mixed: new tensors of the same
+    dtypes and shapes. prob: probability that a pair is mixed.
+    """
+    partner, mask = draw_exchange(len(weak), weak.shape[2:], prob, generator)
+    mixed = (exchange(values, partner, mask) for values in (weak, strong, pred, conf))
+    return tuple(mixed)

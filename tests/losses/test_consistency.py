@@ -1,0 +1,172 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from losses.consistency import (
+    ce_dice_loss,
+    cross_entropy_loss,
+    cross_entropy_map,
+    dice_loss,
+    sigmoid_rampup,
+    without_channel,
+)
+from tests.losses import reference as ref
+
+GRIDS = [(5, 4), (4, 3, 2)]
+FORMS = [
+    {},
+    {"background": True, "average": True},
+    {"background": True, "average": True, "eps": 1e-4},
+    {"average": True, "eps": 0.5},
+]
+
+
+def slow_cross_entropy(logits, label, mask):
+    label, mask = label.reshape(len(logits), -1), mask.reshape(len(logits), -1)
+    values = [-np.log(ref.softmax(x)[label[b, v]]) for b, v, x in ref.columns(logits) if mask[b, v]]
+    return sum(values) / max(len(values), 1)
+
+
+def slow_dice(logits, label, mask, background=False, average=False, eps=1e-5):
+    label, mask = label.reshape(len(logits), -1), mask.reshape(len(logits), -1)
+    counted = range(0 if background else 1, logits.shape[1])
+    losses = []
+    for k in counted:
+        overlap = total = 0.0
+        for b, v, x in ref.columns(logits):
+            if mask[b, v]:
+                p, y = ref.softmax(x)[k], float(label[b, v] == k)
+                overlap += p * y
+                total += p * p + y * y
+        losses.append(1 - (2 * overlap + eps) / (total + eps))
+    return sum(losses) / (len(losses) if average else 1)
+
+
+def check_gradients(slow, array, gradient, entries=6):
+    """The central differences of `slow(array)`, float64, at a few entries and at the largest gradient."""
+    flat, gradient = array.reshape(-1), gradient.reshape(-1)
+    scale = gradient.abs().max().item()
+    step = 1e-4
+    for index in [int(gradient.abs().argmax()), *np.random.default_rng(3).choice(flat.size, entries, replace=False)]:
+        before, sums = flat[index], []
+        for delta in (step, -step):
+            flat[index] = before + delta
+            sums.append(slow(array))
+        flat[index] = before
+        assert abs(gradient[index].item() - (sums[0] - sums[1]) / (2 * step)) <= 2e-4 * scale + 1e-7, index
+
+
+def make(grid, classes=4, batch=2, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    logits = 2.0 * torch.randn(batch, classes, *grid, generator=rng)
+    label = torch.randint(0, classes, (batch, *grid), generator=rng)
+    mask = torch.rand(batch, *grid, generator=rng) < 0.6
+    return logits, label, mask
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_slow_reference(grid, form, classes, masked):
+    logits, label, mask = make(grid, classes)
+    if not masked:
+        mask = torch.ones_like(mask)
+    array, ids, valid = logits.double().numpy(), label.numpy(), mask.numpy()
+
+    def slow(x):
+        return 0.5 * (slow_cross_entropy(x, ids, valid) + slow_dice(x, ids, valid, **form))
+
+    logits.requires_grad_()
+    loss = ce_dice_loss(logits, label[:, None], mask=mask if masked else None, **form)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(slow(array), rel=1e-5)
+    dice = dice_loss(logits, label, mask=mask, **form)
+    assert dice.item() == pytest.approx(slow_dice(array, ids, valid, **form), rel=1e-5)
+    loss.backward()
+    check_gradients(slow, array, logits.grad)
+
+
+def test_forms_of_label_and_mask_are_one():
+    logits, label, mask = make((4, 3, 2))
+    expected = ce_dice_loss(logits, label, mask=mask)
+    for ids in (label, label[:, None], label.float()[:, None], label.to(torch.uint8)):
+        for valid in (mask, mask[:, None], mask.float()):
+            assert torch.equal(ce_dice_loss(logits, ids, mask=valid), expected)
+
+
+def test_mask_equals_leaving_the_voxels_out():
+    logits, label, mask = make((6, 5), batch=1)
+    kept = [logits.flatten(2)[:, :, mask.flatten()][..., None], label.flatten()[mask.flatten()][None, :, None]]
+    for form in FORMS:
+        torch.testing.assert_close(ce_dice_loss(logits, label, mask=mask, **form), ce_dice_loss(*kept, **form))
+
+
+def test_known_values():
+    # One half everywhere, half of the voxels foreground: overlap n/4, squares n/4, label n/2.
+    logits, label = torch.zeros(1, 2, 8, 8), (torch.arange(64) % 2).view(1, 8, 8)
+    assert cross_entropy_loss(logits, label).item() == pytest.approx(math.log(2))
+    assert dice_loss(logits, label).item() == pytest.approx(1 - 2 * 16 / (16 + 32), abs=1e-6)
+    # A perfect prediction, and one that has every voxel wrong.
+    perfect = 50.0 * torch.nn.functional.one_hot(label, 2).movedim(-1, 1).float()
+    assert ce_dice_loss(perfect, label).item() == pytest.approx(0.0, abs=1e-6)
+    assert dice_loss(-perfect, label, background=True).item() == pytest.approx(2.0, abs=1e-5)
+    assert dice_loss(-perfect, label, background=True, average=True).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_absent_classes():
+    logits, label = torch.full((1, 3, 4, 4), -50.0), torch.zeros(1, 4, 4)
+    logits[:, 0] = 50.0
+    assert dice_loss(logits, label).item() == pytest.approx(0.0, abs=1e-6)
+    logits[:, 1] = 150.0  # class 1 predicted everywhere and nowhere present
+    assert dice_loss(logits, label).item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_empty_mask_gives_zero_with_a_graph(form):
+    logits, label, mask = make((5, 4))
+    logits.requires_grad_()
+    loss = ce_dice_loss(logits, label, mask=torch.zeros_like(mask), **form)
+    assert loss.item() == 0.0
+    loss.backward()
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("change", [lambda x: x.half(), lambda x: x.bfloat16(), lambda x: (1e4 * x.sign()).half()])
+def test_half_precision_is_finite(change):
+    logits, label, mask = make((4, 3, 2))
+    logits = change(logits).requires_grad_()
+    loss = ce_dice_loss(logits, label, mask=mask)
+    loss.backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = ce_dice_loss(logits.detach().float(), label, mask=mask)
+    torch.testing.assert_close(mixed, loss.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_map_is_unreduced():
+    logits, label, mask = make((4, 3, 2))
+    values = cross_entropy_map(logits, label)
+    assert values.shape == label.shape
+    torch.testing.assert_close(values[mask].mean(), cross_entropy_loss(logits, label, mask))
+
+
+def test_maps_of_other_sizes_are_refused():
+    logits = torch.zeros(2, 3, 4, 5)
+    assert without_channel(torch.zeros(2, 1, 4, 5), logits).shape == (2, 4, 5)
+    for shape in [(2, 3, 4, 5), (2, 5, 4), (1, 1, 4, 5), (2, 4, 5, 1)]:
+        with pytest.raises(ValueError, match="one channel"):
+            without_channel(torch.zeros(shape), logits)
+
+
+def test_sigmoid_rampup():
+    assert sigmoid_rampup(0, 200) == pytest.approx(math.exp(-5))
+    assert sigmoid_rampup(20, 40) == pytest.approx(math.exp(-1.25))
+    assert sigmoid_rampup(40, 40) == sigmoid_rampup(500, 40) == 1.0
+    assert sigmoid_rampup(-3, 40) == sigmoid_rampup(0, 40)
+    assert sigmoid_rampup(0, 0) == 1.0
+    assert sigmoid_rampup(0.3, 0.6) == pytest.approx(sigmoid_rampup(300, 600))
+    values = [sigmoid_rampup(t, 50) for t in range(60)]
+    assert values == sorted(values)
