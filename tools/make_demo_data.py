@@ -1,12 +1,17 @@
-"""Write a demo data set of generated scans in the layout of a real one: BTCV, WORD or BraTS 2021/2023.
+"""Write a demo data set of generated scans in the layout of a real one; the same arguments give the same bytes.
 
     python tools/make_demo_data.py --dataset btcv --out data/btcv_phantom --cases 16 --seed 0
     python tools/make_demo_data.py --dataset word --out data/word_phantom --cases 8
     python tools/make_demo_data.py --dataset brats21 --out data/brats21_phantom --cases 8 --shape 96 112 88
+    python tools/make_demo_data.py --dataset acdc --out data/acdc_phantom --cases 20
+    python tools/make_demo_data.py --dataset kvasir --cases 100 --shape 128 150
 
-Files are NIfTI with a decathlon JSON; the same arguments give the same bytes. Voxel sizes vary between the CT cases,
-and three training cases are awkward in ways that real ones are: an oblique affine, an axis order other than RAS, and a
-missing gallbladder. One BraTS training case has no enhancing tumour.
+btcv, word, brats21: NIfTI with a decathlon JSON. Voxel sizes vary between the CT cases, and three training cases are
+awkward in ways that real ones are: an oblique affine, an axis order other than RAS, and a missing gallbladder. One
+BraTS training case has no enhancing tumour.
+acdc: HDF5 volumes of two frames per patient in data/, their slices in data/slices/, lists of patients in splits/.
+la: <ID>/mri_norm2.h5, lists in splits/. isic2018, kvasir: train/ and val/ with images/ (JPEG) and masks/ (PNG), and
+lists per share of labelled images.
 """
 
 import argparse
@@ -15,9 +20,11 @@ import json
 import sys
 from pathlib import Path
 
+import h5py
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, ornt_transform
+from PIL import Image
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
@@ -25,6 +32,7 @@ from tqdm import tqdm
 # The repository is not installed, so its root goes on the path before its own modules are imported.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataloaders.images2d import draw
 from dataloaders.phantoms import (
     BRATS_LABELS,
     BRATS_MODALITIES,
@@ -34,11 +42,18 @@ from dataloaders.phantoms import (
     btcv_phantom,
     word_phantom,
 )
+from dataloaders.phantoms2d import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
+from dataloaders.semi import labelled_count
 
 GENERATORS = {"btcv": btcv_phantom, "word": word_phantom, "brats21": brats_phantom}
+PHOTOGRAPHS = {"isic2018": isic_phantom, "kvasir": kvasir_phantom}
 LABELS = {"btcv": BTCV_LABELS, "word": WORD_LABELS, "brats21": BRATS_LABELS}
 JSON_NAMES = {"btcv": "dataset_0.json", "word": "dataset.json", "brats21": "dataset_0.json"}
-SHAPES = {"btcv": (128, 96, 56), "word": (128, 96, 96), "brats21": (96, 112, 88)}
+SHAPES = {
+    "btcv": (128, 96, 56), "word": (128, 96, 96), "brats21": (96, 112, 88), "acdc": (144, 120), "la": (96, 80, 56),
+    "isic2018": (240, 320), "kvasir": (256, 300),
+}  # fmt: skip
+CASES = {"acdc": 20, "la": 16, "isic2018": 100, "kvasir": 100}
 FIELD_OF_VIEW = {"btcv": (358, 269, 224), "word": (358, 269, 432)}  # mm
 ODD_CASES = ("oblique", "reordered", "no gallbladder")  # the second to fourth training case
 
@@ -46,16 +61,20 @@ ODD_CASES = ("oblique", "reordered", "no gallbladder")  # the second to fourth t
 def parse_args(argv=None):
     """Command line -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, choices=sorted(GENERATORS))
+    parser.add_argument("--dataset", required=True, choices=sorted(SHAPES))
     parser.add_argument("--out", type=Path, help="folder to write (default: data/<dataset>_phantom)")
-    parser.add_argument("--cases", type=int, default=16)
+    parser.add_argument("--cases", type=int, help="scans, patients (acdc) or images (default: 16; 20 acdc, 100 images)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--shape", type=int, nargs=3, metavar=("H", "W", "D"), help="voxels in RAS order; the field of view stays"
-    )
+        "--shape", type=int, nargs="+", metavar="N",
+        help="three numbers, voxels in RAS order, or two, rows and columns (acdc, images); the field of view stays",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     args.out = args.out or Path("data") / f"{args.dataset}_phantom"
     args.shape = tuple(args.shape or SHAPES[args.dataset])
+    args.cases = CASES.get(args.dataset, 16) if args.cases is None else args.cases
+    if len(args.shape) != len(SHAPES[args.dataset]):
+        parser.error(f"--shape is {args.shape}; {args.dataset} takes {len(SHAPES[args.dataset])} numbers")
     if args.cases < 1:
         parser.error(f"--cases is {args.cases}; expected at least 1")
     if args.seed < 0:
@@ -137,19 +156,8 @@ def write_brats(args, number, no_enhancing):
     return {"image": [f"{stem}-{m}.nii.gz" for m in BRATS_MODALITIES], "label": f"{stem}-seg.nii.gz"}
 
 
-def main(argv=None):
-    """Write the data set unless an identical one is there already."""
-    args = parse_args(argv)
-    arguments = {"dataset": args.dataset, "cases": args.cases, "seed": args.seed, "shape": list(args.shape)}
-    record = args.out / "generator.json"
-    if args.out.exists() and any(args.out.iterdir()):
-        found = json.loads(record.read_text()) if record.exists() else None
-        if found == arguments:
-            print(f"already there: {args.out}")
-            return
-        reason = f"was made with {found}, not {arguments}" if found else "is not empty and holds no finished demo data"
-        sys.exit(f"{args.out} {reason}; remove it or choose another --out")
-
+def write_decathlon(args):
+    """Write NIfTI cases and their JSON -> what was written, in words."""
     sections = split_cases(args.cases)
     odd = dict(zip(sections["training"][1:], ODD_CASES))
     entries = {section: [] for section in sections}
@@ -173,9 +181,107 @@ def main(argv=None):
         **entries,
     }
     (args.out / JSON_NAMES[args.dataset]).write_text(json.dumps(datalist, indent=2) + "\n")
-    record.write_text(json.dumps(arguments) + "\n")  # last: an interrupted run is not taken for a finished one
     counts = ", ".join(f"{len(numbers)} {section}" for section, numbers in entries.items())
-    print(f"wrote {counts} cases; datalist: {args.out / JSON_NAMES[args.dataset]}")
+    return f"{counts} cases; datalist: {args.out / JSON_NAMES[args.dataset]}"
+
+
+def save_h5(path, image, label):
+    """Write image and label as the public HDF5 files have them; no time of writing is stored."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for key, array in (("image", image), ("label", label)):
+            file.create_dataset(key, data=array, compression="gzip", track_times=False)
+
+
+def write_list(path, lines):
+    """One item per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_case_lists(args, name):
+    """splits/{train,val,test}.txt of the cases that `name` formats -> their number and place, in words."""
+    sections = split_cases(args.cases)
+    for split, section in (("train", "training"), ("val", "validation"), ("test", "test")):
+        if sections[section]:
+            write_list(args.out / "splits" / f"{split}.txt", [name.format(number) for number in sections[section]])
+    counts = ", ".join(f"{len(numbers)} {section}" for section, numbers in sections.items())
+    return f"{counts} cases; lists: {args.out / 'splits'}"
+
+
+def write_acdc(args):
+    """Write both frames of each patient, as volumes and as slices -> what was written, in words."""
+    for number in tqdm(range(1, args.cases + 1), desc=args.dataset, unit="patient"):
+        rng = np.random.default_rng([args.seed, number, 1])
+        in_plane = [int(n * scale) for n, scale in zip(args.shape, rng.uniform(0.93, 1.07, 2))]
+        frames = acdc_phantom([args.seed, number], (int(rng.integers(6, 13)), *in_plane))
+        for frame, (image, label) in frames.items():
+            stem = f"patient{number:03d}_{frame}"
+            save_h5(args.out / "data" / f"{stem}.h5", image, label)
+            for z in range(len(image)):
+                save_h5(args.out / "data" / "slices" / f"{stem}_slice_{z + 1}.h5", image[z], label[z])
+    return write_case_lists(args, "patient{:03d}")
+
+
+def write_la(args):
+    """Write one folder per scan -> what was written, in words."""
+    name = "PHANTOM{:04d}"
+    for number in tqdm(range(1, args.cases + 1), desc=args.dataset, unit="scan"):
+        shape = np.array(args.shape)
+        shape[:2] += np.random.default_rng([args.seed, number, 1]).integers(-4, 9, 2)  # the third is the same for all
+        image, label = la_phantom([args.seed, number], tuple(shape.tolist()))
+        save_h5(args.out / name.format(number) / "mri_norm2.h5", image, label)
+    return write_case_lists(args, name)
+
+
+def write_photographs(args):
+    """Write images, masks and the lists of 5, 10 and 20 % labelled images -> what was written, in words."""
+    stem = {"isic2018": "ISIC_{:07d}", "kvasir": "polyp{:04d}"}[args.dataset]
+    held_out = max(args.cases // 5, int(args.cases >= 2))
+    lines = {"train": [], "val": []}
+    for number in tqdm(range(1, args.cases + 1), desc=args.dataset, unit="image"):
+        split = "train" if number <= args.cases - held_out else "val"
+        scale = np.random.default_rng([args.seed, number, 1]).uniform(0.85, 1.15, 2)
+        shape = tuple(int(n * factor) for n, factor in zip(args.shape, scale))
+        image, mask = PHOTOGRAPHS[args.dataset]([args.seed, number], shape)
+        files = [f"{split}/images/{stem.format(number)}.jpg", f"{split}/masks/{stem.format(number)}.png"]
+        for file, pixels in zip(files, (image, 255 * mask)):
+            path = args.out / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path, **({"quality": 92} if path.suffix == ".jpg" else {}))
+        lines[split].append(" ".join(files))
+    for split in lines:
+        write_list(args.out / f"{split}.txt", lines[split])
+    for percent in (5, 10, 20):
+        if percent * len(lines["train"]) < 100:
+            continue
+        labelled = set(draw(lines["train"], labelled_count(percent / 100, len(lines["train"]), "train.txt", "image")))
+        folder = args.out / f"ratio_{percent}%"
+        write_list(folder / "labeled.txt", [line for line in lines["train"] if line in labelled])
+        write_list(folder / "unlabeled.txt", [line for line in lines["train"] if line not in labelled])
+        write_list(folder / "val.txt", lines["val"])
+    return f"{len(lines['train'])} train, {len(lines['val'])} val images; lists: {args.out}"
+
+
+WRITERS = {"acdc": write_acdc, "la": write_la, "isic2018": write_photographs, "kvasir": write_photographs}
+
+
+def main(argv=None):
+    """Write the data set unless an identical one is there already."""
+    args = parse_args(argv)
+    arguments = {"dataset": args.dataset, "cases": args.cases, "seed": args.seed, "shape": list(args.shape)}
+    record = args.out / "generator.json"
+    if args.out.exists() and any(args.out.iterdir()):
+        found = json.loads(record.read_text()) if record.exists() else None
+        if found == arguments:
+            print(f"already there: {args.out}")
+            return
+        reason = f"was made with {found}, not {arguments}" if found else "is not empty and holds no finished demo data"
+        sys.exit(f"{args.out} {reason}; remove it or choose another --out")
+
+    summary = WRITERS.get(args.dataset, write_decathlon)(args)
+    record.write_text(json.dumps(arguments) + "\n")  # last: an interrupted run is not taken for a finished one
+    print(f"wrote {summary}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""ACDC: short-axis cardiac cine MRI as SSL4MIS distributes it; trained on slices, scored on volumes.
+
+    <root>/data/patientXXX_frameYY.h5                 volumes: image (S, H, W) in 0..1, label (S, H, W) 0..3
+    <root>/data/slices/patientXXX_frameYY_slice_Z.h5  the same slice by slice, Z from 1
+
+Where there is no slices/ folder the slices are read from the volumes. Lists name patients, so that no patient can be
+labelled and unlabelled, or trained and tested on, at once. The frames of a patient are whatever its files say, because
+own conversions of patient090 start at another frame number. The files carry no voxel size: spacing is 1 along each
+axis, although slices lie about 10 mm apart, and distances are in voxels, as in every published table of this setting.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from dataloaders import augment_ssl
+from dataloaders.cases import Case, DataError, select
+from dataloaders.semi import SemiDataset, read_h5
+
+_VOLUME = re.compile(r"((.+)_frame\d+)\.h5")
+_SLICE = re.compile(r"((.+)_frame\d+)_slice_(\d+)\.h5")
+
+
+@dataclass(frozen=True)
+class SliceCase(Case):
+    """One slice: of a file of its own, or number `index` (from 0) of a volume."""
+
+    index: int | None = None
+
+
+class ACDCDataset(SemiDataset):
+    """ACDC slices and volumes; splits/acdc has the 70, 10 and 20 patients of SSL4MIS in their order.
+
+    The first 1, 3, 7, 14 patients of train.txt are the published labelled sets (5 % = 3, 10 % = 7). patch_size: what
+    every slice is resized to, nearest neighbour.
+    """
+
+    unit = "patient"
+    in_channels = 1
+
+    def __init__(
+        self,
+        root: str,
+        split_dir: str = "splits/acdc",
+        patch_size: Sequence[int] = (256, 256),
+        class_names: Sequence[str] = ("background", "right ventricle", "myocardium", "left ventricle"),
+        memory_gb: float = 2.0,
+    ) -> None:
+        super().__init__(root, split_dir, patch_size, class_names, memory_gb)
+        if len(patch_size) != 2:
+            raise DataError(f"patch_size must be two numbers, height and width, got {list(patch_size)}")
+
+    def find(self, names: Sequence[str]) -> list[Case]:
+        """The volumes called `names`, such as patient028_frame01."""
+        volumes = self._volumes()
+        return select([case for cases in volumes.values() for case in cases], names, str(self.root / "data"))
+
+    def read_volume(self, case: Case) -> dict:
+        """A volume: image (1, H, W, D) float32, label (1, H, W, D) uint8, D slices; spacing 1 and affine identity."""
+        image, label = read_h5(case.images[0], self.num_classes, 3)
+        _check_range(case.images[0], image)
+        return {
+            "image": np.moveaxis(image, 0, -1)[None],
+            "label": np.moveaxis(label, 0, -1)[None],
+            "spacing": [1.0, 1.0, 1.0],
+            "affine": np.eye(4),
+            "name": case.name,
+        }
+
+    def network_slices(self, volume: dict) -> np.ndarray:
+        """The slices of a volume as the network takes them: (D, 1, *patch_size) float32."""
+        return augment_ssl.resize_nearest(np.moveaxis(volume["image"], -1, 0), self.patch_size)
+
+    def native_prediction(self, prediction: np.ndarray, volume: dict) -> np.ndarray:
+        """Label maps (D, *patch_size) -> (H, W, D), nearest neighbour."""
+        return np.moveaxis(augment_ssl.resize_nearest(prediction, volume["label"].shape[1:3]), 0, -1)
+
+    def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
+        """Half the time rot_flip, a quarter a turn of up to 20 degrees, a quarter nothing; then resized."""
+        if rng.random() > 0.5:
+            sample = augment_ssl.rot_flip(sample, rng)
+        elif rng.random() > 0.5:
+            sample = augment_ssl.rotate_small(sample, rng)
+        return sample | {key: augment_ssl.resize_nearest(sample[key], self.patch_size) for key in ("image", "label")}
+
+    def weak(self, sample: dict, rng: np.random.Generator) -> dict:
+        """As `labelled_patch`, with the image cut to 8 bits, which the strong view starts from."""
+        patch = self.labelled_patch(sample, rng)
+        return patch | {"image": augment_ssl.quantise(patch["image"])}
+
+    def strong(self, sample: dict, rng: np.random.Generator) -> dict:
+        """Jitter of brightness and contrast, and blur, of a weak view."""
+        return augment_ssl.strong_grey(sample, rng)
+
+    def _load(self, case: Case) -> dict[str, np.ndarray]:
+        index = case.index if isinstance(case, SliceCase) else None
+        image, label = read_h5(case.images[0], self.num_classes, 2 if index is None else 3, index)
+        _check_range(case.images[0], image)
+        return {"image": image[None], "label": label[None]}
+
+    def _volumes(self) -> dict[str, list[Case]]:
+        """Patient -> its volumes, by frame."""
+        volumes: dict[str, list[Case]] = {}
+        for path in sorted((self.root / "data").glob("*.h5")):
+            if match := _VOLUME.fullmatch(path.name):
+                volumes.setdefault(match[2], []).append(Case(match[1], (path,), path))
+        return volumes
+
+    def _evaluation_cases(self, names: Sequence[str]) -> list[Case]:
+        volumes = self._volumes() if names else {}
+        self._require(names, volumes, self.root / "data", "patientXXX_frameYY.h5")
+        return [case for name in names for case in volumes[name]]
+
+    def _training_cases(self, names: Sequence[str]) -> list[Case]:
+        folder = self.root / "data" / "slices"
+        if not folder.is_dir():
+            cases = self._evaluation_cases(names)
+            return [
+                SliceCase(f"{case.name}_slice_{index + 1}", case.images, case.label, index)
+                for case in cases
+                for index in range(_num_slices(case.images[0], self.num_classes))
+            ]
+        slices: dict[str, list[tuple]] = {}
+        for path in folder.glob("*.h5"):
+            if match := _SLICE.fullmatch(path.name):
+                slices.setdefault(match[2], []).append((match[1], int(match[3]), path))
+        self._require(names, slices, folder, "patientXXX_frameYY_slice_Z.h5")
+        return [SliceCase(path.stem, (path,), path) for name in names for _, _, path in sorted(slices[name])]
+
+    def _require(self, names: Sequence[str], found: dict, folder: Path, pattern: str) -> None:
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise DataError(
+                f"{folder}: no files of {len(missing)} of {len(names)} patients, for example '{missing[0]}'; expected "
+                f"{pattern}, complete the data or set split_dir to lists of the patients that are there"
+            )
+
+
+def _num_slices(path: Path, num_classes: int) -> int:
+    try:
+        with h5py.File(path) as file:
+            return len(file["label"])
+    except (OSError, KeyError, TypeError, RuntimeError):
+        return len(read_h5(path, num_classes, 3)[0])  # says what is wrong with the file
+
+
+def _check_range(path: Path, image: np.ndarray) -> None:
+    # Eight-bit views are cut from 0..1; anything else would wrap around.
+    if image.min() < -1e-6 or image.max() > 1 + 1e-6:
+        raise DataError(
+            f"{path}: intensities {image.min():.4g}..{image.max():.4g}, expected 0..1; scale each volume with "
+            f"(x - min) / (max - min)"
+        )

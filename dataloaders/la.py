@@ -1,0 +1,83 @@
+"""LA: the 2018 left-atrium challenge (late-enhancement MRI) in the HDF5 files of UA-MT.
+
+One file per scan with `image` (H, W, D) float32, z-scored over the scan, and `label` 0 or 1, in one of the layouts
+
+    <root>/<ID>/mri_norm2.h5    <root>/data/<ID>.h5    <root>/2018LA_Seg_Training Set/<ID>/mri_norm2.h5
+
+The files carry no voxel size; spacing is 1 along each axis (the scans are 0.625 mm isotropic), so distances are in
+voxels, as in every published table. They were cropped around the atrium by means of the labels, those of unlabelled
+and test scans too: all numbers on this data share that. There is no validation list: published rows choose the best
+checkpoint on the 20 test scans. To keep the test scans out of that choice, add a val.txt with ids taken from train.txt.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dataloaders import augment_ssl
+from dataloaders.cases import Case, DataError
+from dataloaders.semi import SemiDataset, read_h5
+
+LAYOUTS = ("{}/mri_norm2.h5", "data/{}.h5", "2018LA_Seg_Training Set/{}/mri_norm2.h5")
+
+
+class LADataset(SemiDataset):
+    """LA volumes; splits/la has the 80 and 20 scans of UA-MT in their order, and no val.txt (then val is empty).
+
+    The first 4, 8, 16 scans of train.txt are the published labelled sets. last_start: crops may start at the last
+    admissible voxel, which the released code never draws (False).
+    """
+
+    unit = "scan"
+    needs_val = False
+    in_channels = 1
+
+    def __init__(
+        self,
+        root: str,
+        split_dir: str = "splits/la",
+        patch_size: Sequence[int] = (112, 112, 80),
+        class_names: Sequence[str] = ("background", "left atrium"),
+        memory_gb: float = 2.0,
+        last_start: bool = True,
+    ) -> None:
+        super().__init__(root, split_dir, patch_size, class_names, memory_gb)
+        if len(patch_size) != 3:
+            raise DataError(f"patch_size must be three numbers, got {list(patch_size)}")
+        self.last_start = last_start
+
+    def find(self, names: Sequence[str]) -> list[Case]:
+        """The scans called `names`."""
+        return self._evaluation_cases(names)
+
+    def read_volume(self, case: Case) -> dict:
+        """A scan: image (1, H, W, D) float32, label (1, H, W, D) uint8; spacing 1 and affine identity."""
+        return self._load(case) | {"spacing": [1.0, 1.0, 1.0], "affine": np.eye(4), "name": case.name}
+
+    def weak(self, sample: dict, rng: np.random.Generator) -> dict:
+        """Quarter turns and a mirror in the axial plane, then a random crop."""
+        return augment_ssl.crop_padded(augment_ssl.rot_flip(sample, rng), rng, self.patch_size, self.last_start)
+
+    def strong(self, sample: dict, rng: np.random.Generator) -> dict:
+        """Bias field, gamma and blur of a weak view."""
+        return augment_ssl.strong_volume(sample, rng)
+
+    def _load(self, case: Case) -> dict[str, np.ndarray]:
+        image, label = read_h5(case.images[0], self.num_classes, 3)
+        return {"image": image[None], "label": label[None]}
+
+    def _evaluation_cases(self, names: Sequence[str]) -> list[Case]:
+        cases = []
+        for name in names:
+            paths = [self.root / layout.format(name) for layout in LAYOUTS]
+            path = next((path for path in paths if path.is_file()), None)
+            if path is None:
+                raise DataError(
+                    f"{paths[0]}: no such file, nor {paths[1].relative_to(self.root)} or "
+                    f"{paths[2].relative_to(self.root)}; complete the data or set split_dir to lists of the scans that "
+                    f"are there"
+                )
+            cases.append(Case(name, (path,), path))
+        return cases
+
+    _training_cases = _evaluation_cases

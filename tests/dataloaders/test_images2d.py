@@ -1,0 +1,350 @@
+"""RGB images with masks on tiny files: layouts, lists, mask decoding, views, the way back, bad input, drawn lists."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataloaders.augment_ssl import resize_rgb
+from dataloaders.cases import DataError
+from dataloaders.images2d import Images2DDataset, draw
+from tools.make_splits_2d import main as make_splits
+
+SHAPE = (24, 30)
+
+
+def pixels(seed, shape=SHAPE):
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3)).astype(np.uint8)
+
+
+def mask_of(seed, shape=SHAPE):
+    mask = np.zeros(shape, np.uint8)
+    mask[4 : 10 + seed % 5, 6:20] = 255
+    return mask
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def add(root, folder, names, suffix=".jpg", mask_suffix=".png"):
+    """Images with masks in `folder`/images and `folder`/masks."""
+    for seed, name in enumerate(names):
+        save(root / folder / "images" / f"{name}{suffix}", pixels(seed))
+        save(root / folder / "masks" / f"{name}{mask_suffix}", mask_of(seed))
+
+
+def dataset(root, **arguments):
+    return Images2DDataset(str(root), **{"patch_size": (16, 16)} | arguments)
+
+
+def names(cases):
+    return [case.name for case in cases]
+
+
+TRAIN = [f"t{k:02d}" for k in range(20)]
+VAL = ["v0", "v1"]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """train/ and val/ folders, no lists."""
+    add(tmp_path, "train", TRAIN)
+    add(tmp_path, "val", VAL)
+    return tmp_path
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """images/ and masks/ as Kvasir-SEG comes: both JPEG."""
+    add(tmp_path, ".", TRAIN, mask_suffix=".jpg")
+    return tmp_path
+
+
+def line(name, folder="train"):
+    return f"{folder}/images/{name}.jpg {folder}/masks/{name}.png"
+
+
+# Lists
+
+
+@pytest.mark.parametrize("labelled,count", [(1, 1), (5, 5), (0.05, 1), (0.1, 2), (0.33, 6), (None, 20)])
+def test_lists_from_folders(tree, labelled, count):
+    splits = dataset(tree).splits(labelled)
+    chosen = names(splits["labelled"])
+    assert len(chosen) == count
+    assert sorted(chosen + names(splits["unlabelled"])) == TRAIN
+    assert names(splits["val"]) == VAL
+    assert splits["test"] == []
+    if labelled is not None:
+        assert chosen == random.Random(1337).sample(TRAIN, count)
+    assert names(dataset(tree).splits(labelled)["labelled"]) == chosen
+
+
+def test_released_lists_of_pairs(tree):
+    """ratio_10%/labeled.txt decides, its unlabeled.txt is computed, and train.txt can be absent."""
+    folder = tree / "ratio_10%"
+    folder.mkdir()
+    (folder / "labeled.txt").write_text("\n".join(map(line, ("t07", "t03"))))
+    (folder / "unlabeled.txt").write_text("\n".join(line(name) for name in TRAIN[:10] if name not in ("t07", "t03")))
+    (folder / "val.txt").write_text(line("v1", "val"))
+    splits = dataset(tree).splits(0.1)
+    assert names(splits["labelled"]) == ["t07", "t03"]
+    assert names(splits["unlabelled"]) == [name for name in TRAIN[:10] if name not in ("t07", "t03")]
+    assert names(splits["val"]) == ["v1"]
+    (tree / "train.txt").write_text("\n".join(map(line, TRAIN)))
+    (tree / "val.txt").write_text(line("v0", "val"))
+    splits = dataset(tree).splits(0.1)
+    assert names(splits["labelled"]) == ["t07", "t03"]
+    assert len(splits["unlabelled"]) == 18
+    assert names(splits["val"]) == ["v0"]
+    assert names(dataset(tree).splits(2)["labelled"]) == draw(TRAIN, 2)  # a count takes no list of a share
+
+
+def test_lists_of_names_in_a_folder_of_their_own(flat, tmp_path):
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    for name, chosen in {"train": TRAIN[:15], "val": TRAIN[15:18], "test": TRAIN[18:], "labelled_3": TRAIN[:3]}.items():
+        (folder / f"{name}.txt").write_text("\n".join(chosen))
+    data = dataset(flat, split_dir=str(folder))
+    splits = data.splits(3)
+    assert names(splits["labelled"]) == TRAIN[:3]
+    assert [len(splits[key]) for key in ("unlabelled", "val", "test")] == [12, 3, 2]
+    assert names(dataset(flat, split_dir=str(folder)).find(["t19", "t00"])) == ["t19", "t00"]
+    (folder / "labelled_3.txt").write_text("t00\nt01\nt17")
+    with pytest.raises(DataError, match=r"labelled_3.txt: 1 of 3 images are not in the train list, for example 't17'"):
+        data.splits(3)
+    (folder / "val.txt").write_text("t15\nt01")
+    with pytest.raises(DataError, match=r"'t01' is in both the train and the val list"):
+        data.splits(2)
+
+
+def test_the_isic_archive_as_it_is(tmp_path):
+    for seed, name in enumerate(("ISIC_1", "ISIC_2", "ISIC_3")):
+        save(tmp_path / "ISIC2018_Task1-2_Training_Input" / f"{name}.jpg", pixels(seed))
+        save(tmp_path / "ISIC2018_Task1_Training_GroundTruth" / f"{name}_segmentation.png", mask_of(seed))
+    (tmp_path / "ISIC2018_Task1-2_Training_Input" / "LICENSE.txt").write_text("not an image")
+    assert make_splits(["--data-root", str(tmp_path), "--out", str(tmp_path), "--val", "1", "--ratios", "50"]) == 0
+    splits = dataset(tmp_path).splits(0.5)
+    assert [len(splits[key]) for key in ("labelled", "unlabelled", "val")] == [1, 1, 1]
+    assert splits["labelled"][0].label.name == f"{splits['labelled'][0].name}_segmentation.png"
+
+
+@pytest.mark.parametrize("content,message", [
+    ("t00\nt99", r"train.txt: there is no image 't99' in .*; names look like t00"),
+    ("t00\nt00", "listed twice: t00"),
+    ("t00\ntrain/images/t00.jpg train/masks/t00.png", "listed twice: t00"),
+    ("a b c", "has 3 words"),
+    ("# nothing", "the list is empty"),
+    ("train/images/t99.jpg train/masks/t99.png", r"train.images.t99.jpg: no such file"),
+    ("train/images/t00.jpg train/masks/t99.png", r"train.masks.t99.png: no such file"),
+])  # fmt: skip
+def test_bad_lists(tree, content, message):
+    (tree / "train.txt").write_text(content)
+    with pytest.raises(DataError, match=message):
+        dataset(tree).splits(1)
+
+
+def test_missing_parts(flat, tmp_path):
+    with pytest.raises(DataError, match=r"train.txt: no such list, and .* has images; .*make_splits_2d"):
+        dataset(flat).splits(1)
+    with pytest.raises(DataError, match="no such folder"):
+        dataset(tmp_path / "nowhere").splits(1)
+    with pytest.raises(DataError, match=r"1 of 1 images not found, for example 'x'"):
+        dataset(flat).find(["x"])
+    (flat / "masks" / "t04.jpg").unlink()
+    (flat / "train.txt").write_text("\n".join(TRAIN[:10]))
+    (flat / "val.txt").write_text("\n".join(TRAIN[10:]))
+    with pytest.raises(DataError, match=r"t04.jpg: has no mask"):
+        dataset(flat).splits(1)
+
+
+def test_one_name_for_two_images(tree):
+    add(tree, "val", ["t00"])
+    with pytest.raises(DataError, match="have the same name"):
+        dataset(tree).splits(1)
+
+
+@pytest.mark.parametrize("labelled", [0, 21, 0.04, 1.5])
+def test_impossible_counts(tree, labelled):
+    with pytest.raises(DataError, match="labelled is"):
+        dataset(tree).splits(labelled)
+
+
+# Reading and views
+
+
+def test_read_resizes_once_and_volumes_keep_their_size(tree):
+    data = dataset(tree)
+    case = data.splits(1)["labelled"][0]
+    sample, volume = data.read(case), data.read_volume(case)
+    assert (sample["image"].shape, sample["label"].shape) == ((3, 16, 16), (1, 16, 16))
+    assert (volume["image"].shape, volume["label"].shape) == ((3, *SHAPE), (1, *SHAPE))
+    assert sample["image"].dtype == volume["image"].dtype == np.float32
+    assert sample["label"].dtype == volume["label"].dtype == np.uint8
+    with Image.open(case.images[0]) as stored:
+        expected = np.asarray(stored.resize((16, 16), Image.Resampling.BILINEAR))
+        assert np.array_equal(np.rint(sample["image"] * 255), np.moveaxis(expected, -1, 0))
+        assert np.array_equal(np.rint(volume["image"] * 255), np.moveaxis(np.asarray(stored), -1, 0))
+    assert volume["spacing"] == [1.0, 1.0]
+    assert np.array_equal(data.network_slices(volume)[0], sample["image"])
+    nearest = dataset(tree, eval_resize="nearest").network_slices(volume)
+    assert nearest.shape == (1, 3, 16, 16)
+    assert nearest[0, :, 0, 0].tolist() == volume["image"][:, 0, 0].tolist()
+
+
+def test_prediction_back_at_full_size(tree):
+    data = dataset(tree, patch_size=(96, 96), eval_resize="nearest")
+    volume = data.read_volume(data.splits(1)["val"][0])
+    prediction = data.network_slices(volume | {"image": volume["label"]})[:, 0]
+    assert np.array_equal(data.native_prediction(prediction, volume), volume["label"][0])
+
+
+def test_masks_are_cut_at_half(tree):
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    save(tree / "val" / "images" / "v0.jpg", pixels(0, ramp.shape))
+    save(tree / "val" / "masks" / "v0.png", ramp)
+    data = dataset(tree)
+    label = data.read_volume(data.find(["v0"])[0])["label"]
+    assert np.array_equal(label[0], (ramp > 127).astype(np.uint8))
+    save(tree / "val" / "masks" / "v0.png", np.stack([ramp] * 3, -1))  # Kvasir's masks have three equal channels
+    assert np.array_equal(data.read_volume(data.find(["v0"])[0])["label"], label)
+
+
+def test_jpeg_masks_come_back_clean(flat):
+    data = dataset(flat)
+    with Image.open(flat / "masks" / "t01.jpg") as stored:
+        assert len(np.unique(np.asarray(stored))) > 2
+    label = data.read_volume(data.find(["t01"])[0])["label"][0]
+    assert (label != (mask_of(1) > 0)).mean() < 0.01
+
+
+def test_empty_masks_are_kept(tree):
+    save(tree / "val" / "masks" / "v0.png", np.zeros(SHAPE, np.uint8))
+    data = dataset(tree)
+    assert not data.read_volume(data.find(["v0"])[0])["label"].any()
+
+
+def test_views_are_functions_of_sample_and_rng(tree):
+    data = dataset(tree)
+    label = np.random.default_rng(0).integers(0, 2, (1, 16, 16)).astype(np.uint8)
+    sample = {"image": np.repeat(label, 3, 0).astype(np.float32), "label": label}
+    for seed in range(10):
+        weak, again = (data.weak(sample, np.random.default_rng(seed)) for _ in range(2))
+        assert np.array_equal(weak["image"], again["image"])
+        assert all(np.array_equal(channel, weak["label"][0]) for channel in weak["image"])
+        assert np.array_equal(data.labelled_patch(sample, np.random.default_rng(seed))["image"], weak["image"])
+        strong, repeated = (data.strong(weak, np.random.default_rng(seed)) for _ in range(2))
+        assert np.array_equal(strong["image"], repeated["image"])
+        assert np.array_equal(strong["label"], weak["label"])
+
+
+def test_the_supervised_recipe_reads_whole_images_and_keeps_a_quarter_as_they_are(tree):
+    data = dataset(tree, recipe="supervised")
+    sample = data.read(data.splits(1)["labelled"][0])
+    assert sample["image"].shape == (3, *SHAPE)
+    assert data.labelled_patch(sample, np.random.default_rng(0))["image"].shape == (3, 16, 16)
+    plain = resize_rgb(sample, (16, 16))["image"]
+    generator = np.random.default_rng(0)
+    same = sum(np.array_equal(data.labelled_patch(sample, generator)["image"], plain) for _ in range(400))
+    assert 75 < same < 130
+    assert data.weak(sample, generator)["image"].shape == (3, 16, 16)
+
+
+def test_memory_holds_eight_bit_pixels(tree, monkeypatch):
+    data = dataset(tree)
+    splits = data.splits(2)
+    data.prepare(splits)
+    assert len(data._memory) == 20
+    assert all(array.dtype == np.uint8 for stored in data._memory.values() for array in stored.values())
+    first = data.read(splits["labelled"][0])
+    monkeypatch.setattr(data, "_load", None)
+    assert np.array_equal(data.read(splits["labelled"][0])["image"], first["image"])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("which,array,message", [
+    ("masks", mask_of(0, (24, 31)), r"v0.png: 31 x 24 pixels, but its image v0.jpg has 30 x 24"),
+    ("masks", mask_of(0) // 255, r"v0.png: its largest value is 1, expected 0 and 255"),
+    ("images", np.full((*SHAPE, 3), 40, np.uint8), r"v0.jpg: constant image .*40, 40, 40"),
+])  # fmt: skip
+def test_bad_pairs(tree, which, array, message):
+    save(next((tree / "val" / which).glob("v0.*")), array)
+    data = dataset(tree)
+    case = data.splits(1)["val"][0]
+    for read in (data.read, data.read_volume):
+        with pytest.raises(DataError, match=message):
+            read(case)
+
+
+@pytest.mark.parametrize("which", ["images", "masks"])
+@pytest.mark.parametrize("size", [0, 20, 0.6])
+def test_truncated_files(tree, which, size):
+    path = next((tree / "train" / which).glob("t00.*"))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(size * len(content)) if size < 1 else size])
+    with pytest.raises(DataError, match=rf"1 of 20 training files cannot be used:\n  .*{path.name}: unreadable"):
+        dataset(tree).prepare(dataset(tree).splits(1))
+
+
+def test_sixteen_bit_images(tree):
+    Image.fromarray(np.arange(720, dtype=np.uint16).reshape(SHAPE)).save(tree / "val" / "images" / "v0.png")
+    (tree / "val" / "images" / "v0.jpg").unlink()
+    data = dataset(tree)
+    with pytest.raises(DataError, match="expected 8 bits"):
+        data.read(data.find(["v0"])[0])
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ({"patch_size": (16, 20)}, "two equal numbers"),
+    ({"class_names": ("a", "b", "c")}, "masks are binary"),
+    ({"recipe": "weak"}, "recipe must be one of semi, supervised"),
+    ({"eval_resize": "cubic"}, "eval_resize must be one of"),
+])  # fmt: skip
+def test_bad_arguments(tree, arguments, message):
+    with pytest.raises(DataError, match=message):
+        dataset(tree, **arguments)
+
+
+# tools/make_splits_2d.py
+
+
+def test_drawn_lists_are_read_back(flat, tmp_path, capsys):
+    out = tmp_path / "lists"
+    arguments = ["--data-root", str(flat), "--out", str(out), "--val", "4", "--ratios", "10", "25"]
+    make_splits(arguments)
+    assert "train 16, val 4, labelled_10% 1, labelled_25% 4" in capsys.readouterr().out
+    data = dataset(flat, split_dir=str(out))
+    splits = data.splits(0.25)
+    train = sorted(names(splits["labelled"] + splits["unlabelled"]))
+    assert sorted(names(splits["labelled"])) == sorted(draw(train, 4))  # listed or drawn, they are the same
+    assert not set(train) & set(names(splits["val"]))
+    with pytest.raises(DataError, match="exists already"):
+        make_splits(arguments)
+    make_splits([*arguments[:3], str(tmp_path / "other"), *arguments[4:], "--seed", "5"])
+    assert (tmp_path / "other" / "val.txt").read_text() != (out / "val.txt").read_text()
+
+
+def test_folders_make_the_lists(tree, tmp_path):
+    out = tmp_path / "lists"
+    with pytest.raises(DataError, match="leave it out"):
+        make_splits(["--data-root", str(tree), "--out", str(out), "--val", "4"])
+    make_splits(["--data-root", str(tree), "--out", str(out)])
+    splits = dataset(tree, split_dir=str(out)).splits(0.2)
+    assert sorted(names(splits["labelled"])) == sorted(draw(TRAIN, 4))
+    assert names(splits["val"]) == VAL
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--val", "20"], "expected 1..19"),
+    ([], "--val is None"),
+    (["--val", "4", "--ratios", "100"], "percentages of 1 to 99"),
+    (["--val", "4", "--ratios", "5"], "less than one image of the 16"),
+])  # fmt: skip
+def test_lists_that_cannot_be_drawn(flat, tmp_path, arguments, message):
+    with pytest.raises(DataError, match=message):
+        make_splits(["--data-root", str(flat), "--out", str(tmp_path / "lists"), *arguments])

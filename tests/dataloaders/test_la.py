@@ -1,0 +1,181 @@
+"""LA on tiny HDF5 files: the three layouts, lists and labelled prefixes, views, bad input."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from dataloaders.cases import DataError, read_split
+from dataloaders.la import LAYOUTS, LADataset
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, TEST = ["D", "A", "C", "B"], ["T1", "T2"]
+SHAPE = (14, 12, 9)
+
+
+def save(path, image, label):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["image"], file["label"] = image, label
+
+
+def scan(seed, shape=SHAPE):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=shape).astype(np.float32), (rng.random(shape) > 0.7).astype(np.uint8)
+
+
+def build(root, layout=LAYOUTS[0], **arguments):
+    """A data set of six scans in one layout."""
+    for seed, name in enumerate(TRAIN + TEST):
+        save(root / layout.format(name), *scan(seed))
+    (root / "splits").mkdir(exist_ok=True)
+    for split, names in (("train", TRAIN), ("test", TEST)):
+        (root / "splits" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return LADataset(str(root), str(root / "splits"), **{"patch_size": (8, 8, 6)} | arguments)
+
+
+def names(cases):
+    return [case.name for case in cases]
+
+
+def test_the_committed_lists_are_the_published_ones():
+    train, val, test = (read_split(ROOT / "splits" / "la", split) for split in ("train", "val", "test"))
+    assert (len(train), val, len(test)) == (80, None, 20)
+    assert not set(train) & set(test)
+    assert all(len(name) == 20 for name in train + test)
+    assert (train[0], train[3], train[7], train[15]) == (
+        "06SR5RBREL16DQ6M8LWS", "1GU15S0GJ6PFNARO469W", "38CWS74285MFGZZXR09Z", "5BHTH9RHH3PQT913I59W",
+    )  # fmt: skip
+    assert [int(share * 80) for share in (0.05, 0.1, 0.2)] == [4, 8, 16]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_labelled_prefixes(tmp_path, layout):
+    data = build(tmp_path, layout)
+    for labelled, count in ((1, 1), (3, 3), (0.5, 2), (None, 4)):
+        splits = data.splits(labelled)
+        assert names(splits["labelled"]) == TRAIN[:count]
+        assert names(splits["unlabelled"]) == TRAIN[count:]
+        assert (splits["val"], names(splits["test"])) == ([], TEST)
+    sample = data.read(splits["labelled"][1])
+    image, label = scan(1)
+    assert np.array_equal(sample["image"][0], image) and np.array_equal(sample["label"][0], label)
+
+
+def test_a_val_list_is_taken_if_there_is_one(tmp_path):
+    data = build(tmp_path)
+    (tmp_path / "splits" / "val.txt").write_text("B\n")
+    with pytest.raises(DataError, match=r"'B' is in both the train and the val list"):
+        data.splits(1)
+    (tmp_path / "splits" / "train.txt").write_text("D\nA\nC\n")
+    splits = data.splits(1)
+    assert (names(splits["val"]), names(splits["unlabelled"])) == (["B"], ["A", "C"])
+
+
+def test_lists_that_are_wrong(tmp_path):
+    data = build(tmp_path)
+    with pytest.raises(DataError, match=r"labelled is 5, but .*train.txt has only 4 scans"):
+        data.splits(5)
+    (tmp_path / "splits" / "test.txt").write_text("T1\nA\n")
+    with pytest.raises(DataError, match=r"'A' is in both the train and the test list"):
+        data.splits(1)
+    (tmp_path / "splits" / "test.txt").write_text("T1\nT9\n")
+    with pytest.raises(DataError, match=r"T9.mri_norm2.h5: no such file, nor data/T9.h5"):
+        data.splits(1)
+    (tmp_path / "splits" / "train.txt").write_text("# none\n")
+    with pytest.raises(DataError, match="empty"):
+        data.splits(1)
+    (tmp_path / "splits" / "train.txt").unlink()
+    with pytest.raises(DataError, match=r"train.txt: no such list; expected one scan per line"):
+        data.splits(1)
+
+
+def test_volumes(tmp_path):
+    data = build(tmp_path)
+    volume = data.read_volume(data.find(["T2"])[0])
+    assert volume["image"].shape == volume["label"].shape == (1, *SHAPE)
+    assert volume["spacing"] == [1.0, 1.0, 1.0]
+    assert np.array_equal(volume["affine"], np.eye(4))
+    assert volume["name"] == "T2"
+
+
+def test_views_are_functions_of_sample_and_rng(tmp_path):
+    data = build(tmp_path)
+    label = (np.random.default_rng(0).random((1, *SHAPE)) > 0.5).astype(np.uint8)
+    sample = {"image": label * np.float32(2) - 1, "label": label}
+    different = set()
+    for seed in range(10):
+        weak = data.weak(sample, np.random.default_rng(seed))
+        assert weak["image"].shape == weak["label"].shape == (1, 8, 8, 6)
+        assert np.array_equal(weak["image"] > 0, weak["label"] > 0)
+        again = data.labelled_patch(sample, np.random.default_rng(seed))
+        assert np.array_equal(again["image"], weak["image"])
+        strong = data.strong(weak, np.random.default_rng(seed))
+        assert strong["image"].dtype == np.float32
+        assert np.array_equal(strong["label"], weak["label"])
+        different.add(weak["image"].tobytes())
+    assert len(different) == 10
+
+
+def test_strong_views_stay_aligned(tmp_path):
+    data = build(tmp_path)
+    half = np.ones((1, 24, 8, 6), np.float32)
+    half[:, :12] = -1
+    for seed in range(30):  # bias field and gamma keep every sign; the widest blur moves the edge by less than 3 voxels
+        strong = data.strong({"image": half, "label": np.zeros_like(half, np.uint8)}, np.random.default_rng(seed))
+        assert (strong["image"][:, :9] < 0).all()
+        assert (strong["image"][:, 15:] > 0).all()
+
+
+@pytest.mark.parametrize("last_start", [True, False])
+def test_scans_smaller_than_the_patch_are_padded(tmp_path, last_start):
+    data = build(tmp_path, patch_size=(16, 8, 12), last_start=last_start)
+    weak = data.weak(data.read(data.splits(1)["labelled"][0]), np.random.default_rng(0))
+    assert weak["image"].shape == (1, 16, 8, 12)
+    assert (weak["image"] == 0).mean() > 0.2
+
+
+def spoiled(root, image=None, label=None, **arrays):
+    data = build(root)
+    good = scan(0)
+    path = root / "D" / "mri_norm2.h5"
+    if arrays:
+        with h5py.File(path, "w") as file:
+            for key, array in arrays.items():
+                file[key] = array
+    else:
+        save(path, good[0] if image is None else image, good[1] if label is None else label)
+    return data
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ({"data": np.zeros(3)}, r"no array 'image', found \['data'\]; expected the keys"),
+    ({"label": np.full(SHAPE, 255, np.uint8)}, r"label ids \[255\], expected only 0..1"),
+    ({"label": np.zeros((14, 12, 8))}, r"image has shape \(14, 12, 9\), label \(14, 12, 8\)"),
+    ({"image": np.full(SHAPE, np.nan)}, "1512 voxels are NaN or infinite"),
+    ({"image": np.full(SHAPE, 2.0)}, "constant image"),
+    ({"image": np.zeros((3, 3)), "label": np.zeros((3, 3))}, "expected the same 3 axes"),
+])  # fmt: skip
+def test_bad_scans(tmp_path, arguments, message):
+    data = spoiled(tmp_path, **arguments)
+    case = data.splits(1)["labelled"][0]
+    for read in (data.read, data.read_volume):
+        with pytest.raises(DataError, match=message) as caught:
+            read(case)
+        assert "D/mri_norm2.h5" in str(caught.value)
+
+
+def test_a_truncated_scan_is_reported_by_prepare(tmp_path):
+    data = build(tmp_path)
+    path = tmp_path / "A" / "mri_norm2.h5"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"(?s)1 of 4 training files.*A/mri_norm2.h5: unreadable or truncated"):
+        data.prepare(data.splits(1))
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(DataError, match="three numbers"):
+        build(tmp_path, patch_size=(8, 8))
+    with pytest.raises(DataError, match="no such folder"):
+        LADataset(str(tmp_path / "nowhere")).splits(4)
