@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +19,21 @@ class ConfigError(ValueError):
 
 
 def load_config(
-    schema: type[T], path: str | Path, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+    schema: type[T],
+    path: str | Path,
+    opts: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> T:
     """Read the YAML file `path` into the dataclass `schema`; `opts` are 'key=value' strings and win over the file.
 
-    overrides: values that win over everything (command-line flags; None means not given). Values are checked against
-    the fields' types; an unknown key is an error that suggests the nearest one.
+    overrides: values that win over everything (command-line flags; None means not given). recipe: values that win over
+    the file alone. Values are checked against the fields' types; an unknown key is an error that suggests the nearest.
     """
     values = {key: (value, str(path)) for key, value in read_yaml(path).items()}
+    if recipe is not None and not isinstance(recipe, Mapping):
+        raise ConfigError(f"{path}: an entry of 'recipe' must be a mapping of keys to values, got {recipe!r}")
+    values |= {key: (value, f"{path}, recipe") for key, value in (recipe or {}).items()}
     for option in opts:
         key, separator, text = option.partition("=")
         if not separator or not key.strip():
@@ -39,6 +46,15 @@ def load_config(
         if value is not None:
             values[key] = (value, f"--{key.replace('_', '-')}")
     return build(schema, values)
+
+
+def check_names(source: str | Path, key: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """ConfigError for a name under `key` that is none of `known`: it would be ignored."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
+            raise ConfigError(f"{source}: {key}: unknown name '{name}'; {hint}")
 
 
 @contextlib.contextmanager
@@ -126,6 +142,8 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         return number
     if hint is int and isinstance(value, bool):
         raise wrong
+    if hint is str and type(value) is int:  # a tag or a folder may be a number
+        return str(value)
     if hint is str and value is None:  # `tag=` on the command line, `tag:` in a file
         return ""
     if not isinstance(value, hint):

@@ -63,3 +63,37 @@ def panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, num_clas
     z = fullest_slice(label)
     slices = (np.zeros_like(label[..., z]), label[..., z], prediction[..., z])
     return side_by_side([overlay(image[..., z], s, num_classes) for s in slices])
+
+
+def as_arrays(image, ids) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Two tensors, or None in place of one, as arrays for `views`."""
+    return tuple(None if value is None else value.detach().float().cpu().numpy() for value in (image, ids))
+
+
+def views(pairs: Sequence[tuple[np.ndarray | None, np.ndarray | None]], num_classes: int) -> np.ndarray:
+    """Pictures of (image (C, H, W) or (C, H, W, D), ids (H, W) or (H, W, D) or None) in a row, uint8 (h, w, 3).
+
+    One channel is shown grey, three as colours; classes by their borders and a tint. All volumes show one slice, the
+    fullest of the first ids. Without an image the ids lie on black.
+    """
+    labels = [ids for _, ids in pairs if ids is not None]
+    z = fullest_slice(labels[0].astype(int)) if labels and labels[0].ndim == 3 else None
+    pictures = []
+    for image, ids in pairs:
+        if image is None:
+            image = np.zeros((1, *ids.shape))  # black
+        if image.ndim == 4:
+            middle = image.shape[-1] // 2 if z is None else z
+            image, ids = image[..., middle], None if ids is None else ids[..., middle]
+        ids = np.zeros(image.shape[1:], int) if ids is None else ids.astype(int)
+        low, high = (0.0, 1.0) if len(image) == 3 else np.percentile(image, [0.5, 99.5])
+        shown = np.clip((np.moveaxis(image[:3], 0, -1) - low) / max(high - low, 1e-6), 0, 1)
+        colours = palette(num_classes)[ids]
+        border = np.zeros(ids.shape, bool)
+        border[:-1] |= ids[:-1] != ids[1:]
+        border[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+        weight = np.where(border & (ids >= 0), 1.0, np.where(ids > 0, 0.3, 0.0))[..., None]
+        colours[border & (ids == 0)] = (1.0, 1.0, 1.0)
+        mixed = shown * (1 - weight) + colours * weight
+        pictures.append((mixed * 255).round().astype(np.uint8))
+    return side_by_side(pictures)

@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -46,3 +48,31 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.board.close()
+
+
+class Averages:
+    """Running means of scalar tensors between two lines of the log, each name over the steps that had it; NaN is left
+    out. Nothing waits for the device until `take`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().double()
+            known = ~value.isnan()
+            self.sums[name] = self.sums.get(name, 0.0) + value.where(known, 0.0)
+            self.counts[name] = self.counts.get(name, 0) + known.long()
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call; NaN for a name without a value."""
+        means = {name: (value / self.counts[name]).item() for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+    def state_dict(self) -> dict:
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])

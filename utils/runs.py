@@ -1,6 +1,7 @@
 """Run folders, devices, and stopping on a signal."""
 
 import dataclasses
+import math
 import os
 import signal
 from pathlib import Path
@@ -16,7 +17,7 @@ from utils.config import ConfigError
 # max_steps is among them: from the resumed step on, schedules follow the new length.
 RESUMABLE = frozenset({
     "data_root", "cache_dir", "runs_dir", "device", "workers", "log_interval", "save_interval", "val_interval",
-    "val_start", "max_steps", "teacher_checkpoint",
+    "val_start", "max_steps", "teacher_checkpoint", "memory_gb", "eval_batch", "window_batch",
 })  # fmt: skip
 
 
@@ -24,6 +25,27 @@ def run_folder(runs_dir: str, dataset: str, method: str, networks: str, seed: in
     """runs/<dataset>/<method>/<teacher>-<student>/seed<k>; another preset than 'clean' and a tag show in the names."""
     method = method if preset == "clean" or method == "supervised" else f"{method}-{preset}"
     return Path(runs_dir) / dataset / method / networks / (f"seed{seed}-{tag}" if tag else f"seed{seed}")
+
+
+def parse_labelled(text: str) -> int | float:
+    """'3' -> 3 units; '0.05' and '5%' -> 0.05, a share; 'all' -> 1.0. ValueError for anything else."""
+    if text == "all":
+        return 1.0
+    value = float(text.removesuffix("%"))
+    if text.endswith("%"):
+        if not 0 < value <= 100:
+            raise ValueError(f"a share of labels lies above 0 % and at most at 100 %, got {text}")
+        return value / 100
+    if not 0 < value < math.inf or (value > 1 and not value.is_integer()):
+        raise ValueError(f"labels are a number of units or a share above 0 and up to 1, got {text}")
+    return int(value) if value > 1 or text.isdecimal() else value
+
+
+def labelled_name(labelled: int | float | None) -> str:
+    """How a number or share of labelled units shows in the name of a run folder: '3', '5%', 'all'."""
+    if labelled is None or (isinstance(labelled, float) and labelled == 1):
+        return "all"
+    return f"{labelled:g}" if labelled >= 1 else f"{100 * labelled:g}%"
 
 
 def open_run(folder: Path, config: Any, resume: bool) -> None:

@@ -82,7 +82,7 @@ def test_options_are_yaml(file, option, key, value):
         ("lr: .inf", "'lr' must be a finite number"),
         ("lr: false", "'lr' must be a finite number, got False"),
         ("flag: 1", "'flag' must be true or false, got 1"),
-        ("name: 5", "'name' must be text, got 5"),
+        ("name: [5]", "'name' must be text, got [5]"),
         ("window: [1]", "'window' must be a list of 2 values: a finite number, a finite number, got [1]"),
         ("window: 3", "'window' must be a list of 2 values"),
         ("window: [1, a]", "'window' must be a finite number, got 'a'"),

@@ -3,8 +3,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from utils.runlog import RunLog
+from utils.runlog import Averages, RunLog
 
 
 def lines(folder):
@@ -75,3 +76,66 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
 def test_resume_without_a_log(tmp_path):
     write(tmp_path, [7], start=7)
     assert [entry["step"] for entry in lines(tmp_path)] == [7]
+
+
+def added(*steps):
+    averages = Averages()
+    for step in steps:
+        averages.add({name: torch.tensor(value) for name, value in step.items()})
+    return averages
+
+
+def test_averages_are_means_per_name():
+    assert added({"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 8.0}).take() == {"a": 1.5, "b": 6.0}
+
+
+def test_averages_leave_nan_out():
+    assert added({"a": 1.0}, {"a": math.nan}, {"a": 3.0}).take() == {"a": 2.0}
+    assert math.isnan(added({"a": math.nan}).take()["a"])
+
+
+def test_a_name_is_averaged_over_the_steps_that_had_it():
+    assert added({"a": 1.0}, {"a": 3.0, "b": 5.0}, {"b": 7.0}).take() == {"a": 2.0, "b": 6.0}
+
+
+def test_averages_start_anew_after_they_are_taken():
+    averages = added({"a": 1.0, "b": 2.0})
+    averages.take()
+    assert averages.take() == {}
+    averages.add({"a": torch.tensor(9.0)})
+    assert averages.take() == {"a": 9.0}
+
+
+def test_averages_take_no_graph_and_any_dtype_along():
+    averages = Averages()
+    averages.add({"a": torch.tensor(2.0, requires_grad=True) ** 2, "b": torch.tensor(3), "c": torch.tensor(1.5).half()})
+    assert not any(value.requires_grad for value in averages.sums.values())
+    assert averages.take() == {"a": 4.0, "b": 3.0, "c": 1.5}
+
+
+def test_averages_of_many_small_numbers_are_exact():
+    averages = Averages()
+    for _ in range(1000):
+        averages.add({"a": torch.tensor(0.1)})
+    assert averages.take()["a"] == pytest.approx(torch.tensor(0.1).item(), rel=1e-12)
+
+
+def test_averages_go_on_after_a_round_trip(tmp_path):
+    averages, steps = added({"a": 1.0, "b": math.nan}), [{"a": 2.0}, {"b": 3.0, "c": 4.0}]
+    torch.save(averages.state_dict(), tmp_path / "state.pt")
+    resumed = Averages()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for each in (averages, resumed):
+        for step in steps:
+            each.add({name: torch.tensor(value) for name, value in step.items()})
+    assert resumed.take() == averages.take() == {"a": 1.5, "b": 3.0, "c": 4.0}
+
+
+def test_a_stored_state_of_averages_does_not_change_afterwards():
+    averages = added({"a": 1.0})
+    state = averages.state_dict()
+    averages.add({"a": torch.tensor(3.0), "b": torch.tensor(1.0)})
+    resumed = Averages()
+    resumed.load_state_dict(state)
+    resumed.add({"c": torch.tensor(1.0)})
+    assert state["sums"] == {"a": 1.0} and state["counts"] == {"a": 1}

@@ -11,7 +11,7 @@ import yaml
 
 from utils.checkpoint import PREVIOUS, save_last
 from utils.config import ConfigError
-from utils.runs import RESUMABLE, StopSignal, open_run, resolve_device, run_folder
+from utils.runs import RESUMABLE, StopSignal, labelled_name, open_run, parse_labelled, resolve_device, run_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,3 +137,32 @@ def test_a_run_from_before_a_key_existed_can_go_on(tmp_path):
     open_run(tmp_path, Now(), resume=True)
     with pytest.raises(ConfigError, match="added: 'default' then, 'other' now"):
         open_run(tmp_path, Now(added="other"), resume=True)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("3", 3), ("1", 1), ("0.05", 0.05), ("5%", 0.05), ("12.5%", 0.125), ("100%", 1.0), ("1.0", 1.0), ("all", 1.0),
+    ("3.0", 3), ("1e-2", 0.01),
+])  # fmt: skip
+def test_labelled_units_are_a_number_or_a_share(text, value):
+    parsed = parse_labelled(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", [
+    "", "%", "three", "3 patients", "5 %%", "ALL", "1/3", "200%", "0%", "-1", "0", "1.5", "inf", "nan",
+])  # fmt: skip
+def test_labelled_units_are_nothing_else(text):
+    with pytest.raises(ValueError):
+        parse_labelled(text)
+
+
+@pytest.mark.parametrize("labelled, name", [
+    (3, "3"), (1, "1"), (0.05, "5%"), (0.07, "7%"), (0.29, "29%"), (0.125, "12.5%"), (1.0, "all"), (None, "all"),
+])  # fmt: skip
+def test_labelled_units_in_the_name_of_a_folder(labelled, name):
+    assert labelled_name(labelled) == name
+
+
+@pytest.mark.parametrize("text", ["3", "1", "5%", "7%", "29%", "12.5%", "all"])
+def test_a_name_of_labelled_units_reads_back_as_itself(text):
+    assert labelled_name(parse_labelled(text)) == text
