@@ -12,6 +12,9 @@ from networks.output import SegOutput
 from networks.resunet import ResUNet
 from networks.segresnet import SegResNet
 from networks.unet import UNet
+from networks.unet2d import UNet2D
+from networks.vnet import VNet
+from networks.vnet_dual import DualVNet, LeFeDNet
 
 NETWORKS: dict[str, type[nn.Module]] = {
     # teachers
@@ -22,6 +25,11 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "espnetv2": ESPNetV2,
     "mobile_unet": MobileUNet,
     "lcovnet": LCOVNet,
+    # semi-supervised
+    "unet2d": UNet2D,
+    "vnet": VNet,
+    "vnet_dual": DualVNet,
+    "vnet_lefed": LeFeDNet,
 }
 
 __all__ = ["NETWORKS", "SegOutput", "build_network", "init_weights"]

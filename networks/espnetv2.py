@@ -210,6 +210,7 @@ class ESPNetV2(nn.Module):
     activations of strided units that released checkpoints hold and no forward pass uses.
     """
 
+    dims = 3
     stride = 16
     unused_keys = (r"^base_net\.level[234]_0\.eesp\.module_act\.weight$",)
     alias_keys: tuple[tuple[str, str], ...] = ()

@@ -83,6 +83,7 @@ class LCOVNet(nn.Module):
     `allocate_unused` adds the three deep-supervision heads that released checkpoints hold and no forward pass uses.
     """
 
+    dims = 3
     stride = 16
     unused_keys = (r"^segout[123]\.weight$",)
     # Released checkpoints hold each `Up` convolution under two names.

@@ -61,6 +61,7 @@ class MobileUNet(nn.Module):
     convolutions that released checkpoints hold and no forward pass uses.
     """
 
+    dims = 3
     stride = 32
     unused_keys = (
         r"^irb_bottleneck[2346]\.\d+\.conv1x1\.weight$",

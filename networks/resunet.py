@@ -16,6 +16,7 @@ from networks.output import SegOutput
 class ResUNet(nn.Module):
     """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of 8."""
 
+    dims = 3
     stride = 8
 
     def __init__(self, in_channels: int, num_classes: int, channels: Sequence[int] = (64, 128, 256, 512)) -> None:

@@ -22,6 +22,7 @@ class SegResNet(nets.SegResNet):
     group norms use the greatest common divisor of the two, so that narrow networks can be built.
     """
 
+    dims = 3
     stride = 8
     unused_keys: tuple[str, ...] = ()
     alias_keys: tuple[tuple[str, str], ...] = ()

@@ -106,6 +106,7 @@ class UNet2D(nn.Module):
     that released `UNet_KD` checkpoints hold and no forward pass uses; with it they load strictly.
     """
 
+    dims = 2
     stride = 16
     unused_keys = (r"^decoder\.feats_conv_16\.(weight|bias)$",)
     alias_keys: tuple[tuple[str, str], ...] = ()
@@ -132,6 +133,8 @@ class UNet2D(nn.Module):
         }  # fmt: skip
         self.encoder = Encoder(in_channels, channels, dropout)
         self.decoder = Decoder(num_classes, channels, released_layout)
+
+    drop = staticmethod(drop_channels)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Image -> the five encoder maps, largest grid first."""

@@ -138,6 +138,7 @@ class VNet(nn.Module):
     `decoder` (and `stage7`, `penultimate`, `acf`) after the last dropout, as released.
     """
 
+    dims = 3
     stride = 16
     unused_keys: tuple[str, ...] = ()
     alias_keys = (
@@ -167,6 +168,8 @@ class VNet(nn.Module):
         }  # fmt: skip
         self.encoder = Encoder(in_channels, n, dropout)
         self.decoder = Decoder(num_classes, n, dropout, upsample)
+
+    drop = staticmethod(drop_channels)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Image -> the five encoder maps, largest grid first; the last one after its dropout."""
