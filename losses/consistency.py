@@ -63,12 +63,14 @@ def dice_loss(
     average: bool = False,
     eps: float = 1e-5,
     mask: Tensor | None = None,
+    absent: bool = True,
 ) -> Tensor:
     """Soft Dice with squared denominators on softmax probabilities; scalar float32.
 
     logits: (B, C, *spatial). label: ids of any dtype. background: count class 0 too. average: mean over the counted
     classes instead of their sum. mask: voxels that count, bool or 0/1; with none left the loss and its gradient are 0.
-    A class that is neither in the label nor predicted has loss 0; one that is only predicted tends to 1.
+    absent: count classes without a voxel in the label too. Such a class has loss 0 if it is not predicted and tends to
+    1 if it is, so pseudo-labels that lack a class push it to nothing; False leaves it out.
     """
     first = 0 if background else 1
     probs = logits.float().softmax(1)[:, first:]
@@ -80,7 +82,11 @@ def dice_loss(
     overlap = probs.where(target, 0.0).sum(axes)
     total = probs.square().sum(axes) + target.sum(axes)
     per_class = 1.0 - (2.0 * overlap + eps) / (total + eps)
-    return per_class.mean() if average else per_class.sum()
+    if absent:
+        return per_class.mean() if average else per_class.sum()
+    present = target.sum(axes) > 0
+    per_class = per_class.where(present, 0.0)
+    return per_class.sum() / (present.sum().clamp(min=1) if average else 1)
 
 
 def ce_dice_loss(
@@ -90,10 +96,11 @@ def ce_dice_loss(
     average: bool = False,
     eps: float = 1e-5,
     mask: Tensor | None = None,
+    absent: bool = True,
 ) -> Tensor:
     """0.5 (cross-entropy + Dice); arguments as `dice_loss`. Scalar float32, gradient to the logits.
 
     Supervised on labelled images without a `mask`; on pseudo-labels with their validity (confidence >= threshold).
     """
-    dice = dice_loss(logits, label, background, average, eps, mask)
+    dice = dice_loss(logits, label, background, average, eps, mask, absent)
     return 0.5 * (cross_entropy_loss(logits, label, mask) + dice)

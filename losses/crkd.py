@@ -38,11 +38,14 @@ def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
 # --- low-entropy consistency ---
 
 
-def low_entropy_consistency(logits_s: Tensor, logits_fp: Tensor, beta: float = 1.0, distance: str = "kl") -> Tensor:
+def low_entropy_consistency(
+    logits_s: Tensor, logits_fp: Tensor, beta: float = 1.0, distance: str = "kl", mask: Tensor | None = None
+) -> Tensor:
     """LEC: weighted distance of the two class distributions to their weighted mean, averaged over voxels.
 
     logits: (B, C, *spatial). Weight of a view at a voxel: exp(-entropy) * (largest probability)^beta, normalised over
-    the two views. distance: 'kl' or 'l1', of each view to the mean. Scalar float32, gradient to both logits, through
+    the two views. distance: 'kl' or 'l1', of each view to the mean. mask (B, *spatial): voxels that count, all without
+    one; the mean over none is 0. Scalar float32, gradient to both logits, through
     weights and mean alike. The KL form is a generalised Jensen-Shannon divergence: between 0 (equal views) and ln 2.
     """
     check_choice("low_entropy_consistency", "distance", distance, ("kl", "l1"))
@@ -60,7 +63,8 @@ def low_entropy_consistency(logits_s: Tensor, logits_fp: Tensor, beta: float = 1
     else:
         distances = [(p - mean).abs().sum(1) for p in probs]
     per_voxel = weights[0] * distances[0] + weights[1] * distances[1]
-    return (per_voxel / (weights[0] + weights[1] + eps)).mean()
+    per_voxel = per_voxel / (weights[0] + weights[1] + eps)
+    return per_voxel.mean() if mask is None else _masked_mean(per_voxel, without_channel(mask, logits_s).bool())
 
 
 # --- class semantic distillation ---
@@ -342,6 +346,17 @@ def draw_box(
         start = int(_integers(side - extent + 1, 1, generator))
         box.append(slice(start, start + extent))
     return tuple(box)
+
+
+def draw_boxes(
+    batch: int, shape: Sequence[int], prob: float = 0.5, generator: torch.Generator | None = None
+) -> Tensor:
+    """Mask (batch, *shape) bool on the CPU: for each sample, with probability `prob`, a box of its own (`draw_box`)."""
+    mask = torch.zeros(batch, *shape, dtype=torch.bool)
+    for sample in mask:
+        if _uniform(0.0, 1.0, generator) < prob:
+            sample[draw_box(shape, generator)] = True
+    return mask
 
 
 def draw_exchange(

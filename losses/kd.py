@@ -39,6 +39,13 @@ def check_positive(method: str, **values: float) -> None:
             raise ValueError(f"{method}: {name} must be above 0, got {value}")
 
 
+def check_fractions(method: str, **values: float) -> None:
+    """Raise ValueError for an argument of `method` outside [0, 1]."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{method}: {name} must lie in [0, 1], got {value}")
+
+
 def region_masks(label: Tensor, num_regions: int) -> Tensor:
     """Label (B, num_regions, *spatial), bool or 0/1 of any dtype -> bool; ValueError for another channel count."""
     if label.shape[1] != num_regions:

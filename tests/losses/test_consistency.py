@@ -170,3 +170,79 @@ def test_sigmoid_rampup():
     assert sigmoid_rampup(0.3, 0.6) == pytest.approx(sigmoid_rampup(300, 600))
     values = [sigmoid_rampup(t, 50) for t in range(60)]
     assert values == sorted(values)
+
+
+def slow_present_dice(logits, label, mask, background, average):
+    """As slow_dice, without the classes that no counted voxel of the label has."""
+    flat, counted = label.reshape(len(logits), -1), mask.reshape(len(logits), -1)
+    losses = []
+    for k in range(0 if background else 1, logits.shape[1]):
+        overlap = total = present = 0.0
+        for b, v, x in ref.columns(logits):
+            if counted[b, v]:
+                p, y = ref.softmax(x)[k], float(flat[b, v] == k)
+                overlap, total, present = overlap + p * y, total + p * p + y * y, present + y
+        if present:
+            losses.append(1 - (2 * overlap + 1e-5) / (total + 1e-5))
+    return sum(losses) / (max(len(losses), 1) if average else 1)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("removed", [[], [1], [0, 2], [1, 2, 3]])
+def test_dice_of_the_present_classes_equals_slow_reference(grid, background, average, removed):
+    logits, label, mask = make(grid)
+    for k in removed:  # elsewhere than where it counts it may stay
+        mask &= label != k
+    array, ids, valid = logits.double().numpy(), label.numpy(), mask.numpy()
+    form = {"background": background, "average": average}
+    logits.requires_grad_()
+    loss = dice_loss(logits, label, mask=mask, absent=False, **form)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(slow_present_dice(array, ids, valid, **form), rel=1e-5)
+    loss.backward()
+    check_gradients(lambda x: slow_present_dice(x, ids, valid, **form), array, logits.grad)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_dice_of_the_present_classes_is_plain_dice_where_all_are_present(average):
+    logits, label, mask = make((5, 4))
+    assert label[mask].unique().numel() == 4
+    for form in ({}, {"mask": mask}):
+        plain = dice_loss(logits, label, average=average, **form)
+        torch.testing.assert_close(dice_loss(logits, label, average=average, absent=False, **form), plain)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_dice_without_a_present_class_is_zero_with_a_graph(average, masked):
+    logits, label, mask = make((5, 4))
+    logits.requires_grad_()
+    mask = mask & (label == 0) if masked else None
+    label = label if masked else torch.zeros_like(label)
+    loss = dice_loss(logits, label, average=average, mask=mask, absent=False)
+    assert loss.item() == 0.0
+    loss.backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_an_absent_class_is_pushed_down_only_where_it_counts():
+    logits, label = torch.zeros(1, 3, 4, 4), torch.ones(1, 4, 4)
+    gradients = {}
+    for absent in (True, False):
+        leaf = logits.clone().requires_grad_()
+        ce_dice_loss(leaf, label, absent=absent).backward()
+        gradients[absent] = leaf.grad
+    # Without it only the two others' own terms act on class 2: as on class 0, from which the label does not differ.
+    assert torch.equal(gradients[False][:, 2], gradients[False][:, 0])
+    assert (gradients[True][:, 2] > gradients[True][:, 0]).all()
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_ce_dice_hands_the_absent_classes_on(average):
+    logits, label, mask = make((5, 4))
+    mask &= label != 2
+    form = {"average": average, "absent": False}
+    expected = 0.5 * (cross_entropy_loss(logits, label, mask) + dice_loss(logits, label, mask=mask, **form))
+    torch.testing.assert_close(ce_dice_loss(logits, label, mask=mask, **form), expected)

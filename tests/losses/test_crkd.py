@@ -137,6 +137,47 @@ def test_lec_refuses_an_unknown_distance():
         low_entropy_consistency(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), distance="l2")
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("distance", ["kl", "l1"])
+def test_lec_with_a_mask_is_the_mean_over_its_voxels(grid, distance):
+    s, fp = leaves(randn(2, 4, *grid, scale=2.0), randn(2, 4, *grid, seed=1, scale=2.0))
+    mask = torch.rand(2, *grid, generator=seeded(2)) < 0.4
+    arrays = [x.detach().double().numpy() for x in (s, fp)]
+
+    def slow(x):
+        kept = mask.flatten().tolist()
+        pairs = [(a, b) for k, (*_, a), (*_, b) in zip(kept, ref.columns(x), ref.columns(arrays[1])) if k]
+        return np.mean([slow_lec(a.reshape(1, -1, 1), b.reshape(1, -1, 1), 1.0, distance) for a, b in pairs])
+
+    loss = low_entropy_consistency(s, fp, distance=distance, mask=mask)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(slow(arrays[0]), rel=1e-5)
+    loss.backward()
+    check_gradients(slow, arrays[0], s.grad)
+    assert not s.grad.movedim(1, -1)[~mask].any() and not fp.grad.movedim(1, -1)[~mask].any()
+
+
+def test_lec_with_a_full_mask_is_lec_and_every_form_of_mask_is_one():
+    s, fp = randn(2, 3, 5, 4, scale=2.0), randn(2, 3, 5, 4, seed=1, scale=2.0)
+    full = torch.ones(2, 5, 4, dtype=torch.bool)
+    torch.testing.assert_close(low_entropy_consistency(s, fp, mask=full), low_entropy_consistency(s, fp))
+    mask = torch.rand(2, 5, 4, generator=seeded(2)) < 0.5
+    expected = low_entropy_consistency(s, fp, mask=mask)
+    for form in (mask[:, None], mask.float(), mask.byte()):
+        assert torch.equal(low_entropy_consistency(s, fp, mask=form), expected)
+    with pytest.raises(ValueError, match="one channel"):
+        low_entropy_consistency(s, fp, mask=mask[:1])
+
+
+@pytest.mark.parametrize("distance", ["kl", "l1"])
+def test_lec_with_an_empty_mask_is_zero_with_a_graph(distance):
+    s, fp = leaves(randn(2, 3, 5, 4), randn(2, 3, 5, 4, seed=1))
+    loss = low_entropy_consistency(s, fp, distance=distance, mask=torch.zeros(2, 5, 4, dtype=torch.bool))
+    assert loss.item() == 0.0
+    loss.backward()
+    assert torch.equal(s.grad, torch.zeros_like(s)) and torch.equal(fp.grad, torch.zeros_like(fp))
+
+
 # --- projection head ---
 
 

@@ -1,0 +1,207 @@
+"""AC-MT: a mean teacher whose consistency counts at ambiguous voxels alone.
+
+Paper: Xu et al., "Ambiguity-selective consistency regularization for mean-teacher semi-supervised medical image
+segmentation", Medical Image Analysis 2023; the authors' code. The teacher, a moving average of the student, sees the
+unlabelled image with noise clamp(0.1 N(0, 1), -0.2, 0.2); both are in training mode:
+
+    L = 1/2 [CE + D](P_l, y) + w(t) sum A (p_student - p_teacher)^2 / (sum A + 1e-16)
+    w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2),    D the mean Dice loss of all classes
+
+A, over voxels (and all classes), is by `strategy`, with t in [0, 1] and ramp(t) = exp(-5 (1 - t)^2):
+
+    entropy     entropy of the student / log C >= 0.75 + 0.20 ramp(t): the least certain voxels
+    mc_dropout  entropy of the mean of 8 noisy dropout passes >= (0.75 + 0.15 ramp(t)) log C
+    prototype   the student's class is not that of the nearer prototype; prototypes are means of the teacher's last but
+                one decoder map over the voxels of which 10 dropout passes are certain, weighted by confidence; adds the
+                student's entropy at the other voxels. Background and foreground, for two classes only
+    confident   confident learning (Northcutt et al., 2021; prune by class and by noise rate, both) finds the voxels
+                at which the student's class is an error by the teacher's probabilities; all voxels where it cannot
+
+The dropout passes leave running statistics alone.
+
+Presets: 'as_released' averages parameters only, the teacher's batch norm following its own passes, counts the ramp of
+w(t) in units of 150 steps, 40 of them, and makes mc_dropout passes with the student, its A counted once for all
+classes. 'clean' averages the statistics too, counts in fractions of the training, makes those passes with the teacher
+and counts A once for each class.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses.consistency import ce_dice_loss, sigmoid_rampup
+from losses.kd import check_choice, check_fractions, check_positive
+from methods.base import Method, pseudo_label_report
+from methods.mlrpl import entropy_map
+from utils.ema import ema_decay, ema_update
+from utils.modes import statistics_kept
+
+STRATEGIES = ("entropy", "mc_dropout", "prototype", "confident")
+MC_PASSES = {"mc_dropout": 8, "prototype": 10}
+MIN_MEMBERS = 5  # confident learning leaves smaller classes alone
+
+
+class ACMT(Method):
+    """The terms `sup`, `consistency` and, with the strategy 'prototype', `entropy`.
+
+    ema_decay: of the teacher, after a warm-up of 1 - 1 / (step + 1). noise: standard deviation, clamped at twice it.
+    consistency, ramp_length: largest w(t) and the fraction of the training at which it is reached. entropy_weight: of
+    the entropy term relative to the consistency term.
+    """
+
+    strong_views = 0
+
+    def __init__(
+        self,
+        make_network: Callable[[], nn.Module],
+        max_steps: int,
+        preset: str = "clean",
+        strategy: str = "entropy",
+        ema_decay: float = 0.99,
+        noise: float = 0.1,
+        consistency: float = 0.1,
+        ramp_length: float = 0.75,
+        entropy_weight: float = 1.0,
+    ) -> None:
+        super().__init__(make_network, max_steps)
+        check_choice("acmt", "strategy", strategy, STRATEGIES)
+        check_fractions("acmt", ema_decay=ema_decay)
+        check_positive("acmt", noise=noise)
+        if strategy == "prototype" and self.num_classes != 2:
+            raise ValueError(f"acmt: strategy 'prototype' is for two classes, these data have {self.num_classes}")
+        if strategy == "prototype" and "stage6" not in self.network.feature_channels:
+            raise ValueError("acmt: strategy 'prototype' needs a network with the features 'stage6', such as vnet")
+        self.strategy, self.decay, self.noise, self.consistency = strategy, ema_decay, noise, consistency
+        self.ramp_length, self.entropy_weight = ramp_length, entropy_weight
+        self.released = preset == "as_released"
+        self.teacher = copy.deepcopy(self.network).requires_grad_(False)
+
+    def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
+        image_l, label_l, weak = labelled["image"], labelled["label"][:, 0].long(), unlabelled["weak"]
+        logits = self.network(torch.cat([image_l, weak]))
+        logits_l, logits_u = logits[: len(image_l)], logits[len(image_l) :]
+        student = logits_u.float().softmax(1)
+        with torch.no_grad(), contextlib.nullcontext() if self.released else statistics_kept(self.teacher):
+            out = self.teacher(self._noisy(weak), return_features=True)
+            teacher = out.logits.float().softmax(1)
+            ambiguous = self._ambiguous(student.detach(), teacher, weak, step / self.max_steps)  # (B, *spatial)
+
+        squared = (student - teacher).square()
+        counted = 1 if self.released and self.strategy == "mc_dropout" else self.num_classes
+        consistency = (squared * ambiguous[:, None]).sum() / (counted * ambiguous.sum() + 1e-16)
+        weight = self.weight_at(step)
+        sup = ce_dice_loss(logits_l, label_l, background=True, average=True)
+        terms = {"sup": sup, "consistency": weight * consistency}
+        if self.strategy == "prototype":
+            sure = ~ambiguous
+            entropy = entropy_map(student).where(sure, 0.0).sum() / sure.sum().clamp(min=1)
+            terms["entropy"] = weight * self.entropy_weight * entropy
+        pred = teacher.argmax(1)
+        self.monitor = pseudo_label_report(pred, ~ambiguous, unlabelled["label"], self.num_classes)
+        self.pictures = {
+            "weak, truth": (weak[0], unlabelled["label"][0, 0]),
+            "teacher": (weak[0], pred[0]),
+            "student": (weak[0], student[0].detach().argmax(0)),
+            "ambiguous": (weak[0], ambiguous[0].long()),
+        }
+        return terms
+
+    def after_step(self, step: int) -> None:
+        ema_update(self.teacher, self.network, ema_decay(step, self.decay), buffers=not self.released)
+
+    def weight_at(self, step: int) -> float:
+        if self.released:
+            return self.consistency * sigmoid_rampup(step // 150, 40)
+        return self.consistency * sigmoid_rampup(step / self.max_steps, self.ramp_length)
+
+    def _noisy(self, image: Tensor) -> Tensor:
+        return image + (self.noise * torch.randn_like(image)).clamp(-2 * self.noise, 2 * self.noise)
+
+    def _passes(self, network: nn.Module, image: Tensor, count: int):
+        """Outputs of `count` noisy passes with dropout; they leave the running statistics alone."""
+        with statistics_kept(network):
+            for _ in range(count):
+                yield network(self._noisy(image), return_features=True)
+
+    def _ambiguous(self, student: Tensor, teacher: Tensor, weak: Tensor, progress: float) -> Tensor:
+        """A as a mask (B, *spatial), bool."""
+        ramp, nats = sigmoid_rampup(progress, 1.0), math.log(self.num_classes)
+        if self.strategy == "entropy":
+            return entropy_map(student) / nats >= 0.75 + 0.20 * ramp
+        if self.strategy == "mc_dropout":
+            network = self.network if self.released else self.teacher
+            outputs = self._passes(network, weak, MC_PASSES["mc_dropout"])
+            mean = sum(out.logits.float().softmax(1) for out in outputs) / MC_PASSES["mc_dropout"]
+            return entropy_map(mean) >= (0.75 + 0.15 * ramp) * nats
+        if self.strategy == "confident":
+            return label_errors(teacher, student.argmax(1))
+        outputs = list(self._passes(self.teacher, weak, MC_PASSES["prototype"]))
+        probs = torch.stack([out.logits.float().softmax(1) for out in outputs])
+        # The released code takes the spread of sigmoid(logit / 2), which is less than that of the softmax.
+        spread = torch.stack([(out.logits.float() / 2).sigmoid() for out in outputs]).std(0).amax(1)
+        feature = sum(out.features["stage6"].float() for out in outputs) / len(outputs)
+        return far_from_prototype(feature, probs.mean(0), spread < 0.1, student.argmax(1))
+
+
+def far_from_prototype(feature: Tensor, probs: Tensor, certain: Tensor, pred: Tensor) -> Tensor:
+    """Where the nearer of the two class prototypes is not that of `pred`; bool (B, *spatial).
+
+    feature (B, c, *grid) is brought to full size; a prototype is the mean feature of the certain voxels whose largest
+    of `probs` (B, 2, *spatial) is that class, weighted by it, over the batch. Distances are Euclidean. Nothing is far
+    where a class has no certain voxel.
+    """
+    mode = "bilinear" if feature.ndim == 4 else "trilinear"
+    feature = F.interpolate(feature, size=tuple(pred.shape[1:]), mode=mode, align_corners=True)
+    confidence, label = probs.max(1)
+    distances = []
+    for k in range(2):
+        weight = (confidence * (certain & (label == k)))[:, None]
+        if not weight.any():
+            return torch.zeros_like(certain)
+        axes = [0, *range(2, feature.ndim)]
+        prototype = (feature * weight).sum(axes, keepdim=True) / weight.sum()
+        distances.append((feature - prototype).square().sum(1))
+    return (distances[1] < distances[0]).long() != pred
+
+
+def label_errors(probs: Tensor, given: Tensor) -> Tensor:
+    """Confident learning: where the given labels (B, *spatial) are errors by `probs` (B, C, *spatial); bool.
+
+    Counts each voxel of given class i whose probability of class j is at least the mean self-confidence of class j as
+    evidence that j is true (the largest such j), scales that table to the class sizes, and marks the voxels that both
+    rules choose: by class, the least self-confident of each given class; by noise rate, for each pair (i, j) those with
+    the largest margin p_j - p_i. What the probabilities agree with is no error, and a given class of five voxels or
+    fewer is left alone. All is marked if a class is absent from `given`: consistency then counts everywhere.
+    """
+    num_classes = probs.shape[1]
+    p, labels = probs.movedim(1, -1).reshape(-1, num_classes), given.flatten()
+    sizes = torch.bincount(labels, minlength=num_classes)
+    if (sizes == 0).any():
+        return torch.ones_like(given, dtype=torch.bool)
+    own = p.gather(1, labels[:, None])[:, 0]
+    thresholds = torch.stack([own[labels == k].mean() for k in range(num_classes)])
+    passing = p >= thresholds - 1e-6  # a class whose voxels are all alike passes its own mean
+    believed = p.masked_fill(~passing, -1.0).argmax(1)
+    counted = passing.any(1)
+    joint = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=p.device)
+    joint.index_put_((labels[counted], believed[counted]), torch.ones((), dtype=torch.float64, device=p.device), True)
+    joint.diagonal().clamp_(min=1)
+    joint = joint / joint.sum(1, keepdim=True) * sizes[:, None]
+
+    by_class, by_rate = (torch.zeros_like(labels, dtype=torch.bool) for _ in range(2))
+    for i in range(num_classes):
+        members = (labels == i).nonzero()[:, 0]
+        if len(members) <= MIN_MEMBERS:
+            continue
+        wrong = int((joint[i].sum() - joint[i, i]).round())
+        by_class[members[own[members].argsort()[:wrong]]] = True
+        for j in range(num_classes):
+            if j != i:
+                margin = p[members, j] - p[members, i]
+                by_rate[members[margin.argsort(descending=True)[: int(joint[i, j].round())]]] = True
+    return (by_class & by_rate & (p.argmax(1) != labels)).view_as(given)

@@ -1,0 +1,113 @@
+"""Methods by name, what they refuse, and the report about pseudo-labels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from methods import PRESETS, SSL_METHODS, Method, build_method
+from methods.base import pseudo_label_report
+from networks.unet2d import UNet2D
+from networks.vnet_dual import DualVNet, LeFeDNet
+
+OWN_NETWORKS = {"mlrpl": DualVNet, "lefed": LeFeDNet}  # of methods that need more than any network has
+
+
+def make_network():
+    return UNet2D(1, 3, channels=(2, 4, 4, 8, 8), dropout=(0.0,) * 5)
+
+
+@pytest.mark.parametrize("name", SSL_METHODS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_method_is_built_by_name(name, preset):
+    own = OWN_NETWORKS.get(name)
+    make = (lambda: own(1, 3, n_filters=2)) if own else make_network
+    method = build_method(name, make, max_steps=7, preset=preset)
+    assert type(method) is SSL_METHODS[name] and isinstance(method, Method)
+    assert (method.max_steps, method.num_classes, method.monitor, method.pictures) == (7, 3, {}, {})
+    assert isinstance(method.evaluated, nn.Module)
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown method 'crdk'; choose from .*crkd.*supervised"):
+        build_method("crdk", make_network, max_steps=7)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown preset 'dirty'; choose from clean, as_released"):
+        build_method("crkd", make_network, max_steps=7, preset="dirty")
+
+
+def test_an_unknown_argument_lists_what_the_method_takes():
+    with pytest.raises(ValueError, match=r"'crkd' has no argument treshold; it takes threshold, pseudo_loss,.*ema_for"):
+        build_method("crkd", make_network, max_steps=7, treshold=0.5)
+    with pytest.raises(ValueError, match="'supervised' has no argument lec, csd; it takes none"):
+        build_method("supervised", make_network, max_steps=7, lec=1.0, csd=1.0)
+    with pytest.raises(ValueError) as caught:
+        build_method("crkd", make_network, max_steps=7, treshold=0.5)
+    assert not any(name in str(caught.value) for name in ("make_network", "max_steps", "preset"))
+
+
+@pytest.mark.parametrize("name", OWN_NETWORKS)
+def test_a_network_that_lacks_what_the_method_calls_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: needs a network with '.*', such as vnet_.*; set network: vnet_"):
+        build_method(name, make_network, max_steps=7)
+
+
+def test_method_arguments_arrive():
+    assert build_method("crkd", make_network, max_steps=7, threshold=0.25).threshold == 0.25
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_a_training_has_at_least_one_step(steps):
+    with pytest.raises(ValueError, match=f"max_steps must be at least 1, got {steps}"):
+        build_method("supervised", make_network, max_steps=steps)
+
+
+def test_the_network_is_made_once():
+    made = []
+
+    def counting():
+        made.append(make_network())
+        return made[-1]
+
+    method = build_method("crkd", counting, max_steps=7, ema_decay=0.9)
+    assert len(made) == 1 and method.network is made[0]
+
+
+@pytest.mark.parametrize("grid", [(7, 6), (5, 4, 3)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_report_equals_counting_voxel_by_voxel(grid, dtype):
+    rng = np.random.default_rng(len(grid))
+    pred, truth = rng.integers(0, 4, (2, *grid)), rng.integers(0, 4, (2, *grid))
+    valid = rng.random((2, *grid)) < 0.6
+    report = pseudo_label_report(
+        torch.from_numpy(pred), torch.from_numpy(valid), torch.from_numpy(truth)[:, None].to(dtype), 4
+    )
+    counts = dict.fromkeys(["valid", "valid_right", "pred_fg", "true_fg"], 0)
+    of_class, found = [0] * 4, [0] * 4
+    for p, v, y in zip(pred.ravel(), valid.ravel(), truth.ravel()):
+        counts["valid"] += v
+        counts["valid_right"] += v and p == y
+        counts["pred_fg"] += p != 0
+        counts["true_fg"] += y != 0
+        of_class[y] += 1
+        found[y] += v and p == y
+    expected = {
+        "mask_ratio": counts["valid"] / pred.size, "pseudo_accuracy": counts["valid_right"] / counts["valid"],
+        "pseudo_foreground": counts["pred_fg"] / pred.size, "true_foreground": counts["true_fg"] / pred.size,
+        **{f"recall_{k}": found[k] / of_class[k] for k in (1, 2, 3)},
+    }  # fmt: skip
+    assert report.keys() == expected.keys()
+    assert {key: value.item() for key, value in report.items()} == pytest.approx(expected, rel=1e-6)
+
+
+def test_report_is_nan_where_nothing_is_counted():
+    pred, label = torch.zeros(1, 4, 4, dtype=torch.long), torch.zeros(1, 1, 4, 4)
+    label[..., 0] = 1
+    report = pseudo_label_report(pred, torch.zeros(1, 4, 4, dtype=torch.bool), label, 3)
+    assert math.isnan(report["pseudo_accuracy"]) and math.isnan(report["recall_2"])
+    assert (report["mask_ratio"], report["recall_1"], report["pseudo_foreground"]) == (0, 0, 0)
+    assert report["true_foreground"] == 0.25
