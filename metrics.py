@@ -9,7 +9,8 @@ of the volume belong to it. d(X -> Y) are the Euclidean distances in mm from the
 Empty masks. Both empty: every metric is NaN, left out of means and counted (`absent`). Exactly one empty: Dice and
 Jaccard are 0, the distances are undefined (NaN), and the case is counted: `missed` if the prediction is empty,
 `spurious` if the label is. So failing can lower a mean Dice but never improves one; the counts stand beside the means
-because the distances of failed cases do not enter them. `empty='diag'` gives those distances the volume's diagonal.
+because the distances of failed cases do not enter them. `empty='diag'` gives those distances the volume's diagonal;
+`empty='agree'` counts two empty masks as full agreement, Dice and Jaccard 1 and distances 0, and is else as 'nan'.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from scipy.spatial import cKDTree
 
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd")
 HD95_DEFINITIONS = ("pooled", "directed")
-EMPTY_POLICIES = ("nan", "diag")
+EMPTY_POLICIES = ("nan", "diag", "agree")
 
 
 def case_metrics(
@@ -89,6 +90,8 @@ def _score(
         row = dict.fromkeys(METRICS, float("nan")) | {"absent": 0, "missed": 0, "spurious": 0}
         if not size_p[k] and not size_g[k]:
             row["absent"] = 1
+            if empty == "agree":
+                row |= {"dice": 1.0, "jaccard": 1.0, "hd95": 0.0, "asd": 0.0, "assd": 0.0}
         elif not size_p[k] or not size_g[k]:
             row["dice"] = row["jaccard"] = 0.0
             row["spurious" if size_p[k] else "missed"] = 1

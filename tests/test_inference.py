@@ -1,13 +1,14 @@
 """Sliding-window prediction against a plain loop over windows."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from inference import AMP_MODES, autocast, predict_logits, to_labels
+from inference import AMP_MODES, autocast, largest_component, predict_logits, predict_slices, to_labels
 
 
 class Net(nn.Module):
@@ -123,3 +124,223 @@ def test_to_labels():
     regions = to_labels(logits, multilabel=True)
     assert regions.dtype == torch.uint8 and regions.shape == logits.shape
     assert regions.flatten(1).tolist() == [[1, 0, 1], [1, 0, 1], [1, 1, 0]]  # sigmoid(0) = 0.5 counts
+
+
+# Windows by stride, averages of probabilities
+
+
+def strided_starts(size, window, stride):
+    count = math.ceil((size - window) / stride) + 1
+    return [min(stride * i, size - window) for i in range(count)]
+
+
+def slow_probabilities(network, image, patch_size, stride):
+    """Softmax of every window added up and divided by the number of visits, without the zeros around small volumes."""
+    missing = [max(window - size, 0) for window, size in zip(patch_size, image.shape[1:])]
+    before = [m // 2 for m in missing]
+    volume = np.pad(image.numpy(), [(0, 0)] + [(b, m - b) for b, m in zip(before, missing)])
+    total, visits = np.zeros((2, *volume.shape[1:])), np.zeros(volume.shape[1:])
+    axes = [strided_starts(*sizes) for sizes in zip(volume.shape[1:], patch_size, stride)]
+    for corner in itertools.product(*axes):
+        place = tuple(slice(start, start + window) for start, window in zip(corner, patch_size))
+        with torch.no_grad():
+            logits = network(torch.from_numpy(volume[(None, slice(None), *place)].copy()))
+        total[(slice(None), *place)] += logits[0].double().softmax(0).numpy()
+        visits[place] += 1
+    kept = tuple(slice(b, b + size) for b, size in zip(before, image.shape[1:]))
+    return (total / visits)[(slice(None), *kept)], math.prod(len(starts) for starts in axes)
+
+
+STRIDED = [
+    ((16, 16, 12), (16, 16, 12), (5, 5, 3)),  # one window
+    ((31, 26, 13), (16, 16, 12), (5, 5, 3)),
+    ((17, 16, 24), (16, 16, 12), (5, 5, 3)),
+    ((31, 40, 13), (16, 16, 12), (16, 16, 12)),  # as far apart as they are large
+    ((9, 11, 7), (8, 6, 4), (1, 1, 1)),
+    ((10, 20, 7), (16, 8, 12), (5, 3, 4)),  # two axes shorter than the patch, by 6 and by 5
+    ((3, 5, 2), (8, 6, 4), (3, 6, 1)),  # all of them
+    ((1, 30, 8), (8, 8, 8), (7, 5, 8)),
+    ((20, 17, 12), (16, 16, 8), (5, 5, 3)),
+    ((13, 20, 7), (16, 16, 8), (5, 5, 3)),
+]
+
+
+@pytest.mark.parametrize("shape, patch_size, stride", STRIDED)
+def test_probabilities_by_stride_equal_a_loop_over_windows(shape, patch_size, stride):
+    network, image = Net().eval(), random_image(shape)
+    expected, windows = slow_probabilities(network, image, patch_size, stride)
+    network.sizes.clear()
+    found = predict_logits(network, image, patch_size=patch_size, stride=stride, probabilities=True)
+    assert found.shape == (2, *shape) and found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(to_labels(found).numpy(), expected.argmax(0))
+    assert sum(size[0] for size in network.sizes) == windows
+
+
+@pytest.mark.parametrize("patch", [8, 16, 80, 112])
+def test_every_stride_up_to_the_patch_steps_by_exactly_that(patch):
+    class Tag(nn.Module):
+        """Notes where its windows begin; the image holds the position."""
+
+        def __init__(self):
+            super().__init__()
+            self.anchor, self.seen = nn.Parameter(torch.zeros(1)), []
+
+        def forward(self, window):
+            self.seen += window[:, 0, 0, 0, 0].int().tolist()
+            return window
+
+    size = 2 * patch + 3
+    image = torch.arange(size, dtype=torch.float32).view(1, size, 1, 1)
+    for stride in range(1, patch + 1):
+        network = Tag()
+        predict_logits(network, image, patch_size=(patch, 1, 1), stride=(stride, 1, 1), window_batch=64)
+        assert network.seen == strided_starts(size, patch, stride)
+
+
+@pytest.mark.parametrize("shape", [(16, 9, 11), (3, 5, 2)])
+def test_logits_by_stride_are_those_of_the_overlap_with_the_same_step(shape):
+    network, image = Net().eval(), random_image(shape)
+    by_stride = predict_logits(network, image, patch_size=(8, 6, 4), stride=(4, 3, 2))
+    assert torch.equal(by_stride, predict_logits(network, image, patch_size=(8, 6, 4), overlap=0.5))
+
+
+def test_probabilities_add_up_to_one_and_differ_from_the_softmax_of_mean_logits():
+    network, image = Net().eval(), random_image((13, 12, 9))
+    options = {"patch_size": (8, 8, 8), "stride": (3, 3, 3)}
+    found = predict_logits(network, image, probabilities=True, **options)
+    torch.testing.assert_close(found.sum(0), torch.ones(13, 12, 9), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, predict_logits(network, image, **options).softmax(0), atol=1e-4)
+
+
+def test_tta_of_probabilities_is_the_mean_over_flips():
+    network, image = Net().eval(), random_image((11, 7, 9))
+    options = {"patch_size": (8, 8, 8), "stride": (3, 8, 5), "probabilities": True}
+    plain = [
+        predict_logits(network, image.flip(axes), **options).flip(axes)
+        for count in range(4) for axes in itertools.combinations((1, 2, 3), count)
+    ]  # fmt: skip
+    found = predict_logits(network, image, tta=True, **options)
+    torch.testing.assert_close(found, torch.stack(plain).mean(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [(0, 1, 1), (-1, 1, 1), (9, 1, 1), (1, 1, 5), (4, 4), (4, 4, 4, 4), ()])
+def test_a_stride_that_leaves_gaps_or_has_other_axes_is_refused(stride):
+    with pytest.raises(ValueError, match=r"stride .* must lie in 1 \.\. patch_size"):
+        predict_logits(Net(), random_image((8, 8, 8)), patch_size=(8, 6, 4), stride=stride)
+
+
+# Slices
+
+
+class Net2d(nn.Module):
+    """Three classes from two channels, with dropout and batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.drop = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5)
+        self.sizes = []
+
+    def forward(self, image):
+        self.sizes.append(len(image))
+        return self.drop(self.norm(self.conv(image)))
+
+
+def random_slices(count):
+    return torch.randn(count, 2, 6, 5, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 100])
+@pytest.mark.parametrize("count", [1, 7])
+def test_slices_are_the_argmax_whatever_the_batch(count, batch):
+    network, slices = Net2d().eval(), random_slices(count)
+    with torch.no_grad():
+        expected = network(slices).argmax(1)
+    network.sizes.clear()
+    found = predict_slices(network, slices, batch=batch)
+    assert found.dtype == torch.uint8 and found.shape == (count, 6, 5)
+    assert torch.equal(found.long(), expected)
+    assert sum(network.sizes) == count and max(network.sizes) == min(batch, count)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_slices_are_predicted_in_eval_mode_and_the_mode_is_restored(training):
+    network, slices = Net2d().train(training), random_slices(4)
+    network.norm.eval()
+    before = network.norm.running_mean.clone()
+    first, second = (predict_slices(network, slices, batch=2) for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(network.norm.running_mean, before)
+    assert (network.training, network.drop.training, network.norm.training) == (training, training, False)
+
+
+def test_mode_is_restored_after_an_error_in_slices():
+    network = Net2d().train()
+    with pytest.raises(RuntimeError):
+        predict_slices(network, torch.zeros(2, 5, 6, 5))
+    assert network.training and network.drop.training
+
+
+def test_slices_by_autocast():
+    network, slices = Net2d().eval(), random_slices(7)
+    exact, half = predict_slices(network, slices), predict_slices(network, slices, amp="bf16")
+    assert half.dtype == torch.uint8 and (exact == half).float().mean() > 0.9
+    with pytest.raises(ValueError, match="'half'"):
+        predict_slices(network, slices, amp="half")
+
+
+# Largest component
+
+
+def slow_components(ids):
+    """Sets of foreground voxels that touch by faces, edges or corners."""
+    left, components = set(map(tuple, np.argwhere(ids > 0))), []
+    while left:
+        front, component = [left.pop()], set()
+        while front:
+            point = front.pop()
+            component.add(point)
+            for step in itertools.product((-1, 0, 1), repeat=ids.ndim):
+                other = tuple(a + b for a, b in zip(point, step))
+                if other in left:
+                    left.remove(other)
+                    front.append(other)
+        components.append(component)
+    return components
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", [(9, 8, 7), (14, 12)])
+def test_the_largest_component_equals_a_slow_search(shape, seed):
+    rng = np.random.default_rng(seed)
+    ids = (rng.integers(1, 4, shape) * (rng.random(shape) < (0.06 if len(shape) == 3 else 0.2))).astype(np.uint8)
+    components = slow_components(ids)
+    largest = max(map(len, components))
+    found = largest_component(ids)
+    kept = set(map(tuple, np.argwhere(found)))
+    assert len(components) > 1 and kept in components and len(kept) == largest
+    assert np.array_equal(found[found > 0], ids[found > 0])
+    assert found.dtype == ids.dtype and found.shape == ids.shape
+
+
+def test_corners_connect():
+    ids = np.zeros((5, 5, 5), np.uint8)
+    ids[0, 0, 0] = ids[1, 1, 1] = ids[2, 2, 2] = 1
+    ids[4, 4, 0] = ids[4, 4, 1] = 1
+    expected = ids.copy()
+    expected[4] = 0
+    assert np.array_equal(largest_component(ids), expected)
+
+
+def test_classes_that_touch_are_one_component():
+    ids = np.zeros((6, 6), np.uint8)
+    ids[0, :3], ids[1, 3:5], ids[4:, :2] = 1, 2, 3
+    expected = ids.copy()
+    expected[4:] = 0
+    assert np.array_equal(largest_component(ids), expected)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_nothing_and_a_single_component_stay_as_they_are(value):
+    ids = np.full((4, 4, 4), value, np.uint8)
+    assert np.array_equal(largest_component(ids), np.full((4, 4, 4), value))

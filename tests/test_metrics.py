@@ -127,7 +127,7 @@ DIAGONAL = math.sqrt(9**2 + 16**2 + 21**2)  # CUBE in voxels of (1, 2, 3) mm
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
-@pytest.mark.parametrize("policy", ["nan", "diag"])
+@pytest.mark.parametrize("policy", ["nan", "diag", "agree"])
 @pytest.mark.parametrize("kind", ["absent", "missed", "spurious"])
 def test_empty_masks(kind, policy, multilabel):
     full, nothing = blob(CUBE, slice(2, 5), slice(2, 5), slice(2, 5)), np.zeros(CUBE, dtype=np.uint8)
@@ -137,11 +137,13 @@ def test_empty_masks(kind, policy, multilabel):
     (row,) = case_metrics(
         *pair, 1 if multilabel else 2, spacing=(1.0, 2.0, 3.0), empty=policy, multilabel=multilabel
     )
-    overlap = math.nan if kind == "absent" else 0.0
+    overlap = defined = math.nan if kind == "absent" else 0.0
     distance = DIAGONAL if policy == "diag" and kind != "absent" else math.nan
+    if policy == "agree" and kind == "absent":
+        overlap, distance = 1.0, 0.0
     expected = {"dice": overlap, "jaccard": overlap, "hd95": distance, "asd": distance, "assd": distance}
     assert row == pytest.approx(expected | {"absent": 0, "missed": 0, "spurious": 0, kind: 1}, nan_ok=True)
-    assert class_dice(*pair, len(pair[0]) if multilabel else 2, multilabel) == pytest.approx([overlap], nan_ok=True)
+    assert class_dice(*pair, len(pair[0]) if multilabel else 2, multilabel) == pytest.approx([defined], nan_ok=True)
 
 
 def test_empty_masks_by_the_single_functions():
@@ -151,6 +153,33 @@ def test_empty_masks_by_the_single_functions():
         dice(nothing, nothing), jaccard(nothing, nothing), hd95(full, nothing, spacing=(1, 1)),
         asd(nothing, nothing, spacing=(1, 1)),
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, spacing", [(CUBE, (0.7, 1.5, 4.0)), (LINE, (2.5, 0.4))])
+@pytest.mark.parametrize("definition", ["pooled", "directed"])
+def test_agreement_on_nothing_changes_no_other_class(shape, spacing, definition):
+    rng = np.random.default_rng(6)
+    prediction, label = rng.integers(0, 4, shape), rng.integers(0, 4, shape)
+    plain, agree = (
+        case_metrics(prediction, label, 6, spacing=spacing, hd95=definition, empty=policy)
+        for policy in ("nan", "agree")
+    )
+    assert agree[:3] == plain[:3]
+    for row in agree[3:]:
+        assert row == {"dice": 1.0, "jaccard": 1.0, "hd95": 0.0, "asd": 0.0, "assd": 0.0} | {
+            "absent": 1, "missed": 0, "spurious": 0
+        }  # fmt: skip
+
+
+def test_agreement_on_nothing_enters_the_means():
+    full, nothing = blob(CUBE, slice(2, 5), slice(2, 5), slice(2, 5)), np.zeros(CUBE, dtype=np.uint8)
+    rows = [
+        {"case": case, "class": "x", **case_metrics(*pair, 2, spacing=(1, 1, 1), empty="agree")[0]}
+        for case, pair in {"a": (nothing, nothing), "b": (nothing, full), "c": (full, full)}.items()
+    ]
+    result = summarise(rows)
+    assert result["mean"]["dice"] == pytest.approx(2 / 3) and result["mean"]["hd95"] == 0.0
+    assert result["counts"] == {"pairs": 3, "absent": 1, "missed": 1, "spurious": 0}
 
 
 # Summary
@@ -185,7 +214,7 @@ def test_summary_is_the_mean_of_case_means():
         assert summarise([])["mean"]["dice"] is None
 
 
-@pytest.mark.parametrize("policy", ["nan", "diag"])
+@pytest.mark.parametrize("policy", ["nan", "diag", "agree"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_missed_or_invented_organ_never_improves_the_score(seed, policy):
     rng = np.random.default_rng(seed)

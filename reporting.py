@@ -1,0 +1,133 @@
+"""Scores of semi-supervised runs: two protocols, tables of cases, summaries. Used by test_2d.py and test_3d.py.
+
+'clean': the definitions of metrics.py; both masks empty counts as agreement (Dice 1, distances 0), one empty as Dice 0
+with undefined distances and a count. Mean over cases of the mean over classes.
+'published': what published tables of these data sets print. Volumes (ACDC, LA): HD95 pooled, ASD one-sided, all four
+metrics 0 if the prediction or the label lacks the class. Images (ISIC, Kvasir): HD95 directed, ASD the mean of both
+directed means, both empty Dice 1, distances of an empty mask left out. Mean over classes of the mean over cases.
+
+The HDF5 files and photographs carry no voxel size: distances are in voxels or pixels in either protocol.
+"""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from metrics import asd, case_metrics, summarise
+
+PROTOCOLS = ("clean", "published")
+PUBLISHED = ("dice", "jaccard", "hd95", "asd")
+
+
+def case_rows(
+    case: str, prediction: np.ndarray, label: np.ndarray, class_names: Sequence[str], *, protocol: str, hd95: str,
+    empty: str,
+) -> list[dict]:  # fmt: skip
+    """A row for each foreground class of ids `(H, W[, D])`; hd95 and empty are for the clean protocol."""
+    if protocol == "published":
+        scores = published_scores(prediction, label, len(class_names))
+    else:
+        unit = [1.0] * label.ndim
+        scores = case_metrics(prediction, label, len(class_names), spacing=unit, hd95=hd95, empty=empty)
+    return [{"case": case, "class": name, **row} for name, row in zip(class_names[1:], scores)]
+
+
+def published_scores(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> list[dict]:
+    """Dice, jaccard, hd95, asd of each foreground class by the published protocol of volumes or of images."""
+    unit, image = [1.0] * label.ndim, label.ndim == 2
+    rows = case_metrics(prediction, label, num_classes, spacing=unit, hd95="directed" if image else "pooled")
+    for k, row in enumerate(rows, 1):
+        empty = row["absent"] or row["missed"] or row["spurious"]
+        if image:
+            if row["absent"]:
+                row["dice"] = row["jaccard"] = 1.0
+            if not empty:
+                both = (prediction == k, label == k), (label == k, prediction == k)
+                row["asd"] = statistics.fmean(asd(*pair, spacing=unit) for pair in both)
+        elif empty:
+            row |= dict.fromkeys(PUBLISHED, 0.0)
+        del row["assd"]
+    return rows
+
+
+def summary_of(rows: Sequence[dict], protocol: str) -> dict:
+    """`mean`, `std`, `classes`, `counts`, `cases` of rows, in the protocol's order of averaging."""
+    if protocol == "clean":
+        return summarise(rows)
+    names = list(dict.fromkeys(row["class"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    classes = {
+        name: {key: _mean(row[key] for row in rows if row["class"] == name) for key in PUBLISHED} for name in names
+    }
+    per_case = {key: [_mean(row[key] for row in rows if row["case"] == case) for case in cases] for key in PUBLISHED}
+    known = {key: [value for value in values if value is not None] for key, values in per_case.items()}
+    return {
+        "cases": len(cases),
+        "mean": {key: _mean(classes[name][key] for name in names) for key in PUBLISHED},
+        "std": {key: statistics.pstdev(values) if values else None for key, values in known.items()},
+        "classes": classes,
+        "counts": {"pairs": len(rows), **{key: sum(r[key] for r in rows) for key in ("absent", "missed", "spurious")}},
+    }
+
+
+def _mean(values) -> float | None:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return statistics.fmean(known) if known else None
+
+
+def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: str) -> None:
+    """One line per case and class; the header names protocol, definition and unit; undefined values are empty."""
+    sides = {"clean": "one_sided", "published": "one_sided" if unit == "voxels" else "mean_of_both"}[protocol]
+    titles = {
+        "dice": "dice", "jaccard": "jaccard", "hd95": f"hd95_{hd95}_{unit}", "asd": f"asd_{sides}_{unit}",
+        "assd": f"assd_{unit}",
+    }  # fmt: skip
+    kept = [key for key in titles if key in rows[0]]
+    flags = ["absent", "missed", "spurious"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "class", *(f"{titles[key]}_{protocol}" for key in kept), *flags])
+        for row in rows:
+            shown = ["" if math.isnan(row[key]) else f"{row[key]:.6g}" for key in kept]
+            writer.writerow([row["case"], row["class"], *shown, *(row[flag] for flag in flags)])
+
+
+def write_summary(path: Path, summary: dict) -> None:
+    path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def describe(checkpoint: dict, name: str, split: str) -> dict:
+    """The part of a summary that comes from the checkpoint; `name` is its file name."""
+    config = checkpoint["config"]
+    selected_on = checkpoint["selected_on"]
+    return {
+        "dataset": config["dataset"], "method": config["method"], "preset": config["preset"], "teacher": None,
+        "student": checkpoint["network"]["name"], "labelled": config["labelled"], "seed": config["seed"],
+        "tag": config["tag"], "checkpoint": name, "step": checkpoint["step"], "max_steps": config["max_steps"],
+        "split": split, "selected_on": selected_on,
+        "selected_on_reported": name == "best.pt" and selected_on in (split, *split.split("+")),
+        "patch_size": list(config["patch_size"]), "code": checkpoint["code"],
+    }  # fmt: skip
+
+
+def report(summary: dict) -> None:
+    """Print one table: classes, then the mean, and what a reader must know about it."""
+    scores, unit = summary["native"], summary["unit"]
+    width = max(len(name) for name in (*scores["classes"], "mean"))
+    print(f"{summary['checkpoint']}, step {summary['step']} of {summary['max_steps']}, {summary['protocol']} protocol, "
+          f"{scores['cases']} {summary['split']} cases")  # fmt: skip
+    print(f"{'':{width}}    Dice  Jaccard     HD95      ASD   ({unit})")
+    for name, entry in [*scores["classes"].items(), ("mean", scores["mean"])]:
+        values = [entry["dice"], entry["jaccard"], entry["hd95"], entry["asd"]]
+        shown = ["      -" if value is None else f"{value:7.{4 if k < 2 else 2}f}" for k, value in enumerate(values)]
+        print(f"{name:{width}} " + "  ".join(shown))
+    counts = scores["counts"]
+    print(f"of {counts['pairs']} structures: {counts['missed']} missed, {counts['spurious']} predicted where there is "
+          f"none, {counts['absent']} absent")  # fmt: skip
+    if summary["selected_on_reported"]:
+        print("note: this checkpoint was selected on cases that are reported here; the scores of last.pt were not")

@@ -1,0 +1,325 @@
+"""Protocols of semi-supervised scores against medpy and a slow version, empty masks, order of averaging, tables."""
+
+import csv
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from medpy.metric import binary as medpy
+
+from metrics import METRICS, case_metrics, summarise
+from reporting import (
+    PROTOCOLS,
+    PUBLISHED,
+    case_rows,
+    describe,
+    published_scores,
+    report,
+    summary_of,
+    write_csv,
+    write_summary,
+)
+
+NAN = math.nan
+VOLUME, IMAGE = (7, 6, 5), (9, 8)
+FLAGS = ("absent", "missed", "spurious")
+
+
+def random_ids(shape, seed, num_classes=4, density=0.7):
+    rng = np.random.default_rng([seed, len(shape)])
+    return (rng.integers(0, num_classes, shape) * (rng.random(shape) < density)).astype(np.uint8)
+
+
+def slow_surface(mask):
+    """Voxels of the mask with a neighbour along an axis that is outside it or outside the array."""
+    points = []
+    for point in map(tuple, np.argwhere(mask)):
+        for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
+            other = list(point)
+            other[axis] += step
+            if not 0 <= other[axis] < mask.shape[axis] or not mask[tuple(other)]:
+                points.append(point)
+                break
+    return points
+
+
+def slow_distances(prediction, label):
+    """d(P -> G), d(G -> P)."""
+    p, g = slow_surface(prediction), slow_surface(label)
+    return [min(math.dist(a, b) for b in g) for a in p], [min(math.dist(a, b) for b in p) for a in g]
+
+
+def slow_published(p, g):
+    """The four published metrics of a class of which both masks have voxels."""
+    forward, backward = slow_distances(p, g)
+    row = {"dice": 2 * (p & g).sum() / (p.sum() + g.sum()), "jaccard": (p & g).sum() / (p | g).sum()}
+    if p.ndim == 3:
+        return row | {"hd95": np.percentile(forward + backward, 95), "asd": np.mean(forward)}
+    directed = max(np.percentile(forward, 95), np.percentile(backward, 95))
+    return row | {"hd95": directed, "asd": (np.mean(forward) + np.mean(backward)) / 2}
+
+
+def block(shape, *slices):
+    mask = np.zeros(shape, np.uint8)
+    mask[slices] = 1
+    return mask
+
+
+def boxes(shape):
+    """Pairs of masks with distances other than 0 and 1."""
+    n = len(shape)
+    low, high, middle = ((slice(0, 2),) * n, (slice(3, None),) * n, (slice(1, 4),) * n)
+    first, last = (0,) * n, tuple(side - 1 for side in shape)
+    places = {"low high": (low, high), "low middle": (low, middle), "corners": (first, last), "same": (low, low),
+              "everything": ((slice(None),) * n, middle)}  # fmt: skip
+    return {name: (block(shape, *a), block(shape, *b)) for name, (a, b) in places.items()}
+
+
+def pairs():
+    """(prediction, label, number of classes) in which every class has voxels."""
+    for shape in (VOLUME, IMAGE):
+        for name, masks in boxes(shape).items():
+            yield pytest.param(*masks, 2, id=f"{name} {len(shape)}D")
+        for seed, density in enumerate((0.3, 0.7, 1.0)):
+            noise = random_ids(shape, seed, density=density), random_ids(shape, seed + 50)
+            yield pytest.param(*noise, 4, id=f"noise {density} {len(shape)}D")
+
+
+PAIRS = list(pairs())
+
+
+# Protocols
+
+
+@pytest.mark.parametrize("prediction, label, num_classes", PAIRS)
+def test_published_scores_equal_a_slow_version(prediction, label, num_classes):
+    rows = published_scores(prediction, label, num_classes)
+    assert len(rows) == num_classes - 1
+    for k, row in enumerate(rows, 1):
+        expected = slow_published(prediction == k, label == k)
+        assert row == pytest.approx(expected | dict.fromkeys(FLAGS, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize("prediction, label, num_classes", PAIRS)
+def test_published_scores_equal_medpy(prediction, label, num_classes):
+    for k, row in enumerate(published_scores(prediction, label, num_classes), 1):
+        p, g = prediction == k, label == k
+        assert row["dice"] == pytest.approx(medpy.dc(p, g)) and row["jaccard"] == pytest.approx(medpy.jc(p, g))
+        if label.ndim == 3:
+            assert row["hd95"] == pytest.approx(medpy.hd95(p, g), abs=1e-9)
+            assert row["asd"] == pytest.approx(medpy.asd(p, g), abs=1e-9)
+        else:
+            assert row["asd"] == pytest.approx((medpy.asd(p, g) + medpy.asd(g, p)) / 2, abs=1e-9)
+            directed = [np.percentile(medpy.__dict__["__surface_distances"](*pair), 95) for pair in ((p, g), (g, p))]
+            assert row["hd95"] == pytest.approx(max(directed), abs=1e-9)
+
+
+def test_distances_of_volumes_are_one_sided_and_pooled_and_those_of_images_are_not():
+    line = block((1, 10), 0, slice(0, 5)), block((1, 10), 0, slice(0, 9))  # back: 0 0 0 0 0 1 2 3 4
+    (image,) = published_scores(*line, 2)
+    (volume,) = published_scores(*(mask[None] for mask in line), 2)
+    (swapped,) = published_scores(*(mask[None] for mask in reversed(line)), 2)
+    back = [0] * 5 + [1, 2, 3, 4]
+    assert volume["asd"] == 0 and swapped["asd"] == pytest.approx(10 / 9) and image["asd"] == pytest.approx(5 / 9)
+    assert volume["hd95"] == pytest.approx(np.percentile([0] * 5 + back, 95))
+    assert image["hd95"] == pytest.approx(np.percentile(back, 95))
+
+
+@pytest.mark.parametrize("shape", [VOLUME, IMAGE])
+@pytest.mark.parametrize("hd95", ["pooled", "directed"])
+def test_the_clean_protocol_is_that_of_metrics_with_unit_spacing(shape, hd95):
+    prediction, label = random_ids(shape, 1), random_ids(shape, 2)
+    names = ("background", "a", "b", "c")
+    rows = case_rows("x", prediction, label, names, protocol="clean", hd95=hd95, empty="agree")
+    scores = case_metrics(prediction, label, 4, spacing=[1.0] * len(shape), hd95=hd95, empty="agree")
+    assert rows == [{"case": "x", "class": name, **row} for name, row in zip("abc", scores)]
+
+
+@pytest.mark.parametrize("shape", [VOLUME, IMAGE])
+def test_options_of_the_clean_protocol_do_not_touch_published_scores(shape):
+    prediction, label = random_ids(shape, 1), np.minimum(random_ids(shape, 2), 2)
+    names = ("background", "a", "b", "c", "d")
+    found = [
+        case_rows("x", prediction, label, names, protocol="published", hd95=hd95, empty=empty)
+        for hd95, empty in itertools.product(("pooled", "directed"), ("nan", "diag", "agree"))
+    ]
+    for rows in found:
+        assert [row["class"] for row in rows] == list("abcd") and all("assd" not in row for row in rows)
+        for row, first in zip(rows, found[0]):
+            assert row == pytest.approx(first, nan_ok=True)
+
+
+EMPTY = {  # dice, jaccard, hd95, asd
+    ("clean", "absent"): (1, 1, 0, 0), ("clean", "missed"): (0, 0, NAN, NAN), ("clean", "spurious"): (0, 0, NAN, NAN),
+    ("volume", "absent"): (0, 0, 0, 0), ("volume", "missed"): (0, 0, 0, 0), ("volume", "spurious"): (0, 0, 0, 0),
+    ("image", "absent"): (1, 1, NAN, NAN), ("image", "missed"): (0, 0, NAN, NAN),
+    ("image", "spurious"): (0, 0, NAN, NAN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [VOLUME, IMAGE])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("kind", FLAGS)
+def test_empty_masks(kind, protocol, shape):
+    full, nothing = block(shape, *(slice(1, 3),) * len(shape)), np.zeros(shape, np.uint8)
+    pair = {"absent": (nothing, nothing), "missed": (nothing, full), "spurious": (full, nothing)}[kind]
+    (row,) = case_rows("x", *pair, ("background", "a"), protocol=protocol, hd95="pooled", empty="agree")
+    rule = protocol if protocol == "clean" else "volume" if len(shape) == 3 else "image"
+    assert [row[key] for key in PUBLISHED] == pytest.approx(EMPTY[rule, kind], nan_ok=True)
+    assert [row[flag] for flag in FLAGS] == [int(flag == kind) for flag in FLAGS]
+
+
+@pytest.mark.parametrize("shape", [VOLUME, IMAGE])
+def test_an_empty_class_leaves_the_others_alone(shape):
+    prediction, label = random_ids(shape, 3), random_ids(shape, 4)
+    before = published_scores(prediction, label, 4)
+    prediction[prediction == 2] = 0
+    after = published_scores(prediction, label, 4)
+    assert (before[0], before[2]) == (after[0], after[2])
+    assert after[1]["dice"] == 0 and after[1]["missed"] == 1
+
+
+# Averages
+
+
+def row(case, name, dice, hd95=1.0, **flags):
+    values = {"dice": dice, "jaccard": dice / 2, "hd95": hd95, "asd": hd95 / 2}
+    return {"case": case, "class": name, **values, **dict.fromkeys(FLAGS, 0), **flags}
+
+
+def test_published_means_are_of_classes_over_the_cases_that_have_them():
+    rows = [
+        row("a", "wall", 0.9, 1.0), row("a", "left", 0.5, 2.0),
+        row("b", "wall", 0.7, 3.0), row("b", "left", 0.0, NAN, missed=1),
+        row("c", "wall", 0.2, 8.0), row("c", "left", 0.3, NAN, absent=1),
+    ]  # fmt: skip
+    result = summary_of(rows, "published")
+    assert result["cases"] == 3
+    assert result["counts"] == {"pairs": 6, "absent": 1, "missed": 1, "spurious": 0}
+    wall, left = result["classes"]["wall"], result["classes"]["left"]
+    assert wall == pytest.approx({"dice": 0.6, "jaccard": 0.3, "hd95": 4.0, "asd": 2.0})
+    assert left == pytest.approx({"dice": 0.8 / 3, "jaccard": 0.4 / 3, "hd95": 2.0, "asd": 1.0})
+    assert result["mean"] == pytest.approx({key: (wall[key] + left[key]) / 2 for key in PUBLISHED})
+    assert result["std"]["dice"] == pytest.approx(np.std([0.7, 0.35, 0.25]))
+    assert result["std"]["hd95"] == pytest.approx(np.std([1.5, 3.0, 8.0]))
+    clean = summary_of([entry | {"assd": NAN} for entry in rows], "clean")
+    assert clean["mean"]["dice"] == pytest.approx(result["mean"]["dice"])  # complete: both orders agree
+    assert clean["mean"]["hd95"] == pytest.approx((1.5 + 3.0 + 8.0) / 3) != pytest.approx(result["mean"]["hd95"])
+
+
+def test_clean_means_are_those_of_metrics():
+    rows = [entry | {"assd": 0.5} for entry in (row("a", "x", 0.4), row("a", "y", NAN, NAN), row("b", "x", 0.8))]
+    assert summary_of(rows, "clean") == summarise(rows)
+
+
+def test_what_is_never_defined_is_none_so_that_summaries_are_json(tmp_path):
+    result = summary_of([row("a", "x", 0.0, NAN, missed=1), row("b", "x", 0.0, NAN, missed=1)], "published")
+    assert result["mean"]["hd95"] is result["std"]["hd95"] is result["classes"]["x"]["asd"] is None
+    assert result["mean"]["dice"] == 0
+    write_summary(tmp_path / "summary.json", result)
+    text = (tmp_path / "summary.json").read_text()
+    assert "NaN" not in text and json.loads(text) == result
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_published_means_of_volumes_count_a_missed_class_as_zero(seed):
+    labels = [random_ids(VOLUME, seed + 10 * case) for case in range(3)]
+    predictions = [random_ids(VOLUME, seed + 10 * case + 100) for case in range(3)]
+    predictions[1][predictions[1] == 3] = 0
+    names = ("background", "a", "b", "c")
+    rows = [
+        entry for case, (p, g) in enumerate(zip(predictions, labels))
+        for entry in case_rows(f"case{case}", p, g, names, protocol="published", hd95="pooled", empty="agree")
+    ]  # fmt: skip
+    expected = np.zeros((3, 3, 4))  # class, case, metric
+    for case, (p, g) in enumerate(zip(predictions, labels)):
+        for k in (1, 2, 3):
+            if (p == k).any() and (g == k).any():
+                scores = slow_published(p == k, g == k)
+                expected[k - 1, case] = [scores[key] for key in PUBLISHED]
+    assert not expected[2, 1].any()
+    found = summary_of(rows, "published")
+    assert [found["mean"][key] for key in PUBLISHED] == pytest.approx(expected.mean(1).mean(0))
+    for name, values in zip("abc", expected.mean(1)):
+        assert [found["classes"][name][key] for key in PUBLISHED] == pytest.approx(values)
+
+
+# Files and tables
+
+HEADERS = {
+    ("clean", "voxels", "pooled"): [
+        "dice_clean", "jaccard_clean", "hd95_pooled_voxels_clean", "asd_one_sided_voxels_clean", "assd_voxels_clean"
+    ],
+    ("clean", "pixels", "directed"): [
+        "dice_clean", "jaccard_clean", "hd95_directed_pixels_clean", "asd_one_sided_pixels_clean", "assd_pixels_clean"
+    ],
+    ("published", "voxels", "pooled"): [
+        "dice_published", "jaccard_published", "hd95_pooled_voxels_published", "asd_one_sided_voxels_published"
+    ],
+    ("published", "pixels", "directed"): [
+        "dice_published", "jaccard_published", "hd95_directed_pixels_published", "asd_mean_of_both_pixels_published"
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol, unit, hd95", HEADERS)
+def test_the_header_names_protocol_definition_and_unit(tmp_path, protocol, unit, hd95):
+    shape = VOLUME if unit == "voxels" else IMAGE
+    prediction, label = random_ids(shape, 5), random_ids(shape, 6)
+    prediction[prediction == 2] = 0
+    names = ("background", "a", "b", "c")
+    rows = case_rows("x", prediction, label, names, protocol=protocol, hd95=hd95, empty="agree")
+    write_csv(tmp_path / "metrics.csv", rows, protocol, hd95, unit)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["case", "class", *HEADERS[protocol, unit, hd95], *FLAGS]
+    assert len(lines) == len(rows) == 3
+    keys = METRICS if protocol == "clean" else PUBLISHED
+    for line, expected in zip(lines, rows):
+        assert line[:2] == ["x", expected["class"]]
+        for text, key in zip(line[2:], keys):
+            assert text == "" if math.isnan(expected[key]) else float(text) == pytest.approx(expected[key], rel=1e-5)
+        assert line[-3:] == [str(expected[flag]) for flag in FLAGS]
+    assert lines[1][4] == ("0" if (protocol, unit) == ("published", "voxels") else "")
+
+
+def checkpoint(selected_on):
+    config = {
+        "dataset": "acdc", "method": "crkd", "preset": "clean", "labelled": 3, "seed": 1, "tag": "", "max_steps": 9,
+        "patch_size": (32, 32),
+    }  # fmt: skip
+    return {"config": config, "network": {"name": "unet2d"}, "step": 7, "selected_on": selected_on, "code": "abc"}
+
+
+@pytest.mark.parametrize(
+    "name, selected_on, split, expected",
+    [
+        ("best.pt", "val", "test", False), ("best.pt", "val", "val", True), ("best.pt", "val", "val+test", True),
+        ("best.pt", "test", "test", True), ("best.pt", "test", "val", False), ("last.pt", "val", "val", False),
+        ("last.pt", "test", "test", False),
+    ],
+)  # fmt: skip
+def test_a_best_checkpoint_scored_where_it_was_selected_is_marked(name, selected_on, split, expected):
+    found = describe(checkpoint(selected_on), name, split)
+    assert found["selected_on_reported"] is expected
+    assert (found["labelled"], found["student"], found["teacher"], found["step"]) == (3, "unet2d", None, 7)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_table_has_classes_mean_counts_and_a_note(capsys, protocol, marked):
+    rows = [entry | {"assd": 1.0} for entry in (row("a", "wall", 0.5, 4.0), row("a", "left", 0.0, NAN, missed=1))]
+    native = summary_of(rows, protocol)
+    summary = describe(checkpoint("val"), "best.pt", "val" if marked else "test")
+    report(summary | {"protocol": protocol, "unit": "voxels", "native": native})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"best.pt, step 7 of 9, {protocol} protocol, 1 {'val' if marked else 'test'} cases"
+    assert lines[1].split() == ["Dice", "Jaccard", "HD95", "ASD", "(voxels)"]
+    assert lines[2].split() == ["wall", "0.5000", "0.2500", "4.00", "2.00"]
+    assert lines[3].split() == ["left", "0.0000", "0.0000", "-", "-"]
+    assert lines[4].split() == ["mean", "0.2500", "0.1250", "4.00", "2.00"]
+    assert lines[5] == "of 2 structures: 1 missed, 0 predicted where there is none, 0 absent"
+    assert lines[6:] == ["note: this checkpoint was selected on cases that are reported here; "
+                         "the scores of last.pt were not"] * marked  # fmt: skip
