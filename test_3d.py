@@ -1,11 +1,13 @@
 """Score a trained 3D network: per-case, per-class Dice, Jaccard, HD95 and ASD, predictions, overlays.
 
-Needs nothing but the checkpoint and the data. Scores are given on the preprocessed grid (the papers' protocol) and on
-the grid of the original files. Definitions and the policy for empty masks: metrics.py.
+Needs nothing but the checkpoint and the data. Scores of distillation runs are given on the preprocessed grid (the
+papers' protocol) and on the grid of the original files; those of runs of train_3d_crkd.py on the files' grid, with
+windows at the stride of the published protocol. Definitions and the policy for empty masks: metrics.py, reporting.py.
 
     python test_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/best.pt
     python test_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/last.pt --overlays --tta
     python test_3d.py --ckpt best.pt --data-root /data/btcv --split val --hd95 directed --published
+    python test_3d.py --ckpt runs/la/crkd/vnet-4/seed0/best.pt --protocol published
 """
 
 import argparse
@@ -23,9 +25,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataloaders import DataError, build_dataset
+import reporting
+from dataloaders import DataError, build_dataset, build_semi_dataset
 from dataloaders.native import to_native
-from inference import AMP_MODES, predict_logits, to_labels
+from inference import AMP_MODES, largest_component, predict_logits, to_labels
 from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, summarise
 from networks import build_network
 from utils import figures
@@ -48,8 +51,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
     parser.add_argument("--hd95", choices=HD95_DEFINITIONS, default="pooled", help="definition, see metrics.py")
-    parser.add_argument("--empty", choices=EMPTY_POLICIES, default="nan", help="distances where one mask is empty")
+    parser.add_argument(
+        "--empty", choices=EMPTY_POLICIES, help="scores of empty masks; default: nan, semi-supervised runs: agree"
+    )  # fmt: skip
     parser.add_argument("--published", action="store_true", help="add the ACF-BCKD code's own figures (HD95 in voxels)")
+    parser.add_argument(
+        "--protocol", choices=reporting.PROTOCOLS, default="clean",
+        help="published: semi-supervised runs are scored as in published tables; distillation runs as with --published",
+    )  # fmt: skip
+    parser.add_argument("--stride", type=int, nargs=3, help="semi-supervised runs: voxels between windows")
+    parser.add_argument(
+        "--largest-component", action="store_true", help="semi-supervised runs: keep the largest component alone"
+    )  # fmt: skip
     parser.add_argument("--no-predictions", action="store_true", help="do not write NIfTI files")
     parser.add_argument("--overlays", action="store_true", help="write a PNG per case: image, label, prediction")
     return parser.parse_args()
@@ -59,6 +72,16 @@ def main() -> int:
     args = parse_args()
     device = resolve_device(args.device)
     checkpoint = load_checkpoint(args.ckpt)
+    if checkpoint.get("kind") == "3d-semi":
+        first = score_semi(args, args.ckpt, checkpoint)
+        last = args.ckpt.with_name("last.pt")
+        if first["selected_on_reported"] and args.ckpt.name == "best.pt" and last.is_file():
+            score_semi(args, last, load_checkpoint(last))
+        return 0
+    if args.stride or args.largest_component:
+        raise ConfigError("--stride and --largest-component are for runs of train_3d_crkd.py")
+    args.published = args.published or args.protocol == "published"
+    args.empty = args.empty or "nan"
     if checkpoint.get("kind") != "3d" or "dataset" not in checkpoint:
         raise CheckpointError(f"{args.ckpt}: not a checkpoint of train_3d_distill.py or tools/import_checkpoint.py")
     config, described = checkpoint["config"], checkpoint["network"]
@@ -146,6 +169,72 @@ def main() -> int:
     report(summary, names, selected_on_reported)
     print(f"results in {out}: metrics{suffix}.csv, summary{suffix}.json")
     return 0
+
+
+def score_semi(args: argparse.Namespace, path: Path, checkpoint: dict) -> dict:
+    """Score one checkpoint of train_3d_crkd.py, write its files, print its table; -> its summary."""
+    device = resolve_device(args.device)
+    config, described = checkpoint["config"], checkpoint["network"]
+    dataset = build_semi_dataset(**checkpoint["dataset"] | ({"root": args.data_root} if args.data_root else {}))
+    usual = "test" if checkpoint["cases"]["test"] else "val"
+    split = args.split or usual
+    cases = dataset.find(checkpoint["cases"][split])
+    if not cases:
+        raise DataError(f"{path}: the run had no {split} list; choose another --split")
+    network = build_network(
+        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
+    )
+    load_network_weights(network, checkpoint["weights"], str(path))
+    network = network.to(device).eval()
+
+    stride, empty = args.stride or config["stride"], args.empty or "agree"
+    if any(not 0 < step <= side for step, side in zip(stride, config["patch_size"])):
+        raise ConfigError(f"--stride {list(stride)}: each must lie in 1 .. the window {config['patch_size']}")
+    published = args.protocol == "published" or args.published
+    protocol = "published" if published else "clean"
+    out = args.out or path.parent
+    suffix = "" if path.stem == "best" else f"_{path.stem}"
+    suffix += ("_published" if published else "") + ("" if split == usual else f"_{split}")
+    predictions, overlays = out / f"predictions{suffix}", out / f"overlays{suffix}"
+    for folder in [out] + [predictions] * (not args.no_predictions) + [overlays] * args.overlays:
+        folder.mkdir(parents=True, exist_ok=True)
+    rows, seconds = [], []
+    for case in tqdm(cases, desc=f"testing {described['name']} on {split}", unit="case"):
+        volume = dataset.read_volume(case)
+        begin = time.perf_counter()
+        probs = predict_logits(
+            network, torch.from_numpy(volume["image"]).to(device), patch_size=config["patch_size"], stride=stride,
+            window_batch=config["window_batch"], amp=args.amp, tta=args.tta, probabilities=True,
+        )  # fmt: skip
+        prediction, label = to_labels(probs).cpu().numpy(), volume["label"][0]
+        seconds.append(time.perf_counter() - begin)
+        if args.largest_component:
+            prediction = largest_component(prediction)
+        rows += reporting.case_rows(
+            case.name, prediction, label, dataset.class_names, protocol=protocol, hd95=args.hd95, empty=empty
+        )
+        if not args.no_predictions:
+            nib.save(nib.Nifti1Image(prediction, volume["affine"]), predictions / f"{case.name}.nii.gz")
+        if args.overlays:
+            shown = [(volume["image"], None), (volume["image"], label), (volume["image"], prediction)]
+            matplotlib.image.imsave(overlays / f"{case.name}.png", figures.views(shown, dataset.num_classes))
+
+    hd95 = "pooled" if published else args.hd95
+    reporting.write_csv(out / f"metrics{suffix}.csv", rows, protocol, hd95, "voxels")
+    summary = {
+        **reporting.describe(checkpoint, path.name, split), "protocol": protocol, "unit": "voxels",
+        "hd95_definition": hd95, "empty_policy": "zero" if published else empty, "tta": args.tta, "amp": args.amp,
+        "stride": list(stride), "largest_component": args.largest_component,
+        "native": reporting.summary_of(rows, protocol), "parameters": count_parameters(network),
+        "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
+        "ms_per_volume": 1000 * statistics.median(seconds),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    reporting.write_summary(out / f"summary{suffix}.json", summary)
+    reporting.report(summary)
+    print(f"results in {out}: metrics{suffix}.csv, summary{suffix}.json")
+    return summary
 
 
 def published_case(prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool) -> dict[str, float]:

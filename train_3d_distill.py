@@ -41,7 +41,7 @@ from utils.checkpoint import (
     load_network_weights,
     save_last,
 )
-from utils.config import ConfigError, constructing, load_config
+from utils.config import ConfigError, check_names, constructing, load_config
 from utils.runlog import RunLog
 from utils.runs import StopSignal, open_run, resolve_device, run_folder
 from utils.schedules import poly_lr, set_lr
@@ -123,17 +123,26 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     args = parser.parse_args()
     flags = {key: getattr(args, key) for key in ("teacher", "student", "method", "seed", "device")}
     cfg = load_config(Config, args.config, args.opts, flags)
-    if cfg.method == "supervised" and cfg.student in cfg.recipe:
-        own = [f"{key}={value}" for key, value in cfg.recipe[cfg.student].items()]
-        cfg = load_config(Config, args.config, [*own, *args.opts], flags)
+    check_names(args.config, "recipe", cfg.recipe, NETWORKS)
+    check_names(args.config, "method_args", [key.partition("@")[0] for key in cfg.method_args], KD_METHODS)
+    check_names(args.config, "network_args", cfg.network_args, NETWORKS)
+    if cfg.method == "supervised":
+        cfg = load_config(Config, args.config, args.opts, flags, cfg.recipe.get(cfg.student))
+    # Only what concerns this run is stored: an edit elsewhere in the file must not keep it from resuming.
+    cfg = dataclasses.replace(
+        cfg, recipe={},
+        network_args={k: v or {} for k, v in cfg.network_args.items() if k == cfg.student},
+        method_args={k: v for k, v in cfg.method_args.items() if k in method_keys(cfg)},
+    )  # fmt: skip
     validate(cfg)
     return args, cfg
 
 
 def validate(cfg: Config) -> None:
     """Raise ConfigError for values that could only fail later."""
+    networks = [name for name, cls in NETWORKS.items() if getattr(cls, "dims", 3) == 3]
     choices = {
-        "format": DATASETS, "student": NETWORKS, "teacher": NETWORKS, "method": ["supervised", *KD_METHODS],
+        "format": DATASETS, "student": networks, "teacher": networks, "method": ["supervised", *KD_METHODS],
         "preset": PRESETS, "amp": AMP_MODES,
     }  # fmt: skip
     for key, allowed in choices.items():
@@ -147,6 +156,8 @@ def validate(cfg: Config) -> None:
             raise ConfigError(f"{key}: a probability lies in [0, 1], got {getattr(cfg, key)}")
     if not 0 <= cfg.overlap < 1 or cfg.workers < 0 or cfg.lr <= 0 or min(cfg.patch_size) < 1 or cfg.seed < 0:
         raise ConfigError("out of range: overlap in [0, 1), workers >= 0, lr > 0, patch_size >= 1, seed >= 0")
+    if min(cfg.momentum, cfg.weight_decay, cfg.grad_clip, cfg.min_lr) < 0:
+        raise ConfigError("momentum, weight_decay, grad_clip and min_lr must be 0 or more")
     if len(cfg.class_names) < 2 or len(set(cfg.class_names)) != len(cfg.class_names):
         raise ConfigError(f"class_names: at least two different names, background first; got {list(cfg.class_names)}")
     for network in (cfg.student, cfg.teacher):
@@ -168,10 +179,14 @@ def dataset_arguments(cfg: Config) -> dict:
     return values
 
 
+def method_keys(cfg: Config) -> tuple[str, ...]:
+    """Keys of `method_args` that concern this cell, the later the stronger."""
+    return cfg.method, f"{cfg.method}@{cfg.teacher}", f"{cfg.method}@{cfg.teacher}-{cfg.student}"
+
+
 def method_arguments(cfg: Config) -> dict:
     """`method_args` of this cell: those of the method, then of method@teacher, then of method@teacher-student."""
-    keys = (cfg.method, f"{cfg.method}@{cfg.teacher}", f"{cfg.method}@{cfg.teacher}-{cfg.student}")
-    return {name: value for key in keys for name, value in (cfg.method_args.get(key) or {}).items()}
+    return {name: value for key in method_keys(cfg) for name, value in (cfg.method_args.get(key) or {}).items()}
 
 
 def load_teacher(args: argparse.Namespace, cfg: Config, dataset) -> torch.nn.Module:
@@ -293,6 +308,7 @@ def main() -> int:
     loader = DataLoader(
         PatchDataset(splits["train"], dataset.training_sample, augment, cfg.seed, cfg.crops_per_case),
         batch_size=cfg.cases_per_batch, num_workers=cfg.workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # or the loader would draw from the state that a resumed run has just restored
         sampler=DrawSampler(
             len(splits["train"]), cfg.seed, start * cfg.cases_per_batch, cfg.max_steps * cfg.cases_per_batch
         ),

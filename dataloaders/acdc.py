@@ -39,6 +39,7 @@ class ACDCDataset(SemiDataset):
     every slice is resized to, nearest neighbour.
     """
 
+    dims = 2
     unit = "patient"
     in_channels = 1
 

@@ -1,7 +1,7 @@
 """RGB images with binary masks: ISIC-2018 (skin lesions), Kvasir-SEG (polyps), or own data in the same form.
 
     <root>/train/images, <root>/train/masks, <root>/val/images, ...      lists made from the folders, or
-    <root>/images, <root>/masks                                          lists drawn by tools/make_splits_2d.py
+    <root>/images, <root>/masks                                          lists drawn by tools/make_splits.py
 
 Lists are train.txt, val.txt and, if there is one, test.txt. A line is an image's name without suffix or, as in the
 released lists, `train/images/X.jpg train/masks/X.png`. Labelled images are those of labelled_5%.txt, labelled_44.txt
@@ -30,19 +30,20 @@ FOLDERS = {  # images, masks; where the names alone tell the list, its name
 }
 MASK_ENDING = "_segmentation"  # of the ISIC archive
 SEED = 1337
-RECIPES = ("semi", "supervised")
+AUGMENTATIONS = ("semi", "supervised")
 RESIZES = ("bilinear", "nearest")
 
 
 class Images2DDataset(SemiDataset):
     """RGB images and binary masks of any size, resized to patch_size.
 
-    split_dir: folder of the lists, root if empty. recipe: 'semi' resizes first and always turns and mirrors, labelled
-    images too; 'supervised' is the pipeline of the fully supervised runs for `labelled_patch` (turn and mirror half the
-    time, else small rotations, then resize), which reads images at their own size. eval_resize: of images to be
-    predicted; 'bilinear' as in training, 'nearest' as the released testers do.
+    split_dir: folder of the lists, root if empty. augmentation: 'semi' resizes first and always turns and mirrors,
+    labelled images too; 'supervised' is the pipeline of the fully supervised runs for `labelled_patch` (turn and mirror
+    half the time, else small rotations, then resize), which reads images at their own size. eval_resize: of images to
+    be predicted; 'bilinear' as in training, 'nearest' as the released testers do.
     """
 
+    dims = 2
     unit = "image"
     in_channels = 3
 
@@ -53,7 +54,7 @@ class Images2DDataset(SemiDataset):
         patch_size: Sequence[int] = (320, 320),
         class_names: Sequence[str] = ("background", "lesion"),
         memory_gb: float = 2.0,
-        recipe: str = "semi",
+        augmentation: str = "semi",
         eval_resize: str = "bilinear",
     ) -> None:
         super().__init__(root, split_dir or root, patch_size, class_names, memory_gb)
@@ -61,11 +62,11 @@ class Images2DDataset(SemiDataset):
             raise DataError(f"patch_size must be two equal numbers, since images are turned, got {list(patch_size)}")
         if len(class_names) != 2:
             raise DataError(f"masks are binary; class_names must be two, got {list(class_names)}")
-        if recipe not in RECIPES:
-            raise DataError(f"recipe must be one of {', '.join(RECIPES)}, got '{recipe}'")
+        if augmentation not in AUGMENTATIONS:
+            raise DataError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got '{augmentation}'")
         if eval_resize not in RESIZES:
             raise DataError(f"eval_resize must be one of {', '.join(RESIZES)}, got '{eval_resize}'")
-        self.recipe, self.eval_resize = recipe, eval_resize
+        self.augmentation, self.eval_resize = augmentation, eval_resize
         self._known: dict[str, Case] = {}
 
     def scan(self) -> dict[str, list[Case]]:
@@ -104,8 +105,8 @@ class Images2DDataset(SemiDataset):
         return augment_ssl.resize_nearest(prediction, volume["label"].shape[1:])[0]
 
     def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
-        """The weak view, or in recipe 'supervised' the pipeline of fully supervised runs."""
-        if self.recipe == "semi":
+        """The weak view, or with augmentation 'supervised' the pipeline of fully supervised runs."""
+        if self.augmentation == "semi":
             return self.weak(sample, rng)
         if rng.random() > 0.5:
             sample = augment_ssl.rot_flip(sample, rng)
@@ -123,7 +124,7 @@ class Images2DDataset(SemiDataset):
 
     def _load(self, case: Case) -> dict[str, np.ndarray]:
         image, mask = _open_pair(case)
-        if self.recipe == "semi":  # the first step of the pipeline, without a random choice: done once
+        if self.augmentation == "semi":  # the first step of the pipeline, without a random choice: done once
             size = (self.patch_size[1], self.patch_size[0])
             image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
         return {"image": np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0)), "label": np.array(mask)[None]}
@@ -144,7 +145,7 @@ class Images2DDataset(SemiDataset):
                 raise DataError(
                     f"{self.split_dir / split}.txt: no such list, and {self.root} has "
                     f"{', '.join(FOLDERS[key][0] for key in folders) or 'no folder of images'}; expected "
-                    f"{' and '.join(FOLDERS[split])}, or draw lists with tools/make_splits_2d.py"
+                    f"{' and '.join(FOLDERS[split])}, or draw lists with tools/make_splits.py images"
                 )
         return {split: names or [] for split, names in lists.items()}
 

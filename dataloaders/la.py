@@ -28,6 +28,7 @@ class LADataset(SemiDataset):
     admissible voxel, which the released code never draws (False).
     """
 
+    dims = 3
     unit = "scan"
     needs_val = False
     in_channels = 1

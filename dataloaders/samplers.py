@@ -10,11 +10,12 @@ from torch.utils.data import Dataset, Sampler
 class DrawSampler(Sampler):
     """Yields (draw, case index) for draws start..stop-1; every `num_cases` draws are one random permutation.
 
-    Resuming means starting at another draw: the sequence does not depend on where it was entered.
+    Resuming means starting at another draw: the sequence does not depend on where it was entered. stream: tells apart
+    independent sequences of one seed, such as labelled and unlabelled images.
     """
 
-    def __init__(self, num_cases: int, seed: int, start: int, stop: int) -> None:
-        self.num_cases, self.seed, self.start, self.stop = num_cases, seed, start, stop
+    def __init__(self, num_cases: int, seed: int, start: int, stop: int, stream: int = 0) -> None:
+        self.num_cases, self.seed, self.start, self.stop, self.stream = num_cases, seed, start, stop, stream
 
     def __len__(self) -> int:
         return max(self.stop - self.start, 0)
@@ -24,19 +25,31 @@ class DrawSampler(Sampler):
         for draw in range(self.start, self.stop):
             epoch, position = divmod(draw, self.num_cases)
             if epoch != current:
-                order, current = np.random.default_rng([self.seed, 0, epoch]).permutation(self.num_cases), epoch
+                rng = np.random.default_rng([self.seed, 2 * self.stream, epoch])
+                order, current = rng.permutation(self.num_cases), epoch
             yield draw, int(order[position])
 
 
 class PatchDataset(Dataset):
     """Random patches: item (draw, index) -> `crops` patches of that case, drawn with a generator of (seed, draw).
 
-    read: case -> preprocessed sample. augment: (sample, rng) -> dict of arrays, one patch.
-    An item is {"image": (crops, C, H, W, D), "label": (crops, 1 or K, H, W, D), "case": [name] * crops}.
+    read: case -> preprocessed sample. augment: (sample, rng) -> dict of arrays, one patch; `keys` of them are stacked.
+    An item is {"image": (crops, C, H, W, D), "label": (crops, 1 or K, H, W, D), "case": [name] * crops}, or has `keys`
+    in place of image and label. stream: as in DrawSampler.
     """
 
-    def __init__(self, cases: Sequence, read: Callable, augment: Callable, seed: int, crops: int = 1) -> None:
+    def __init__(
+        self,
+        cases: Sequence,
+        read: Callable,
+        augment: Callable,
+        seed: int,
+        crops: int = 1,
+        keys: Sequence[str] = ("image", "label"),
+        stream: int = 0,
+    ) -> None:
         self.cases, self.read, self.augment, self.seed, self.crops = cases, read, augment, seed, crops
+        self.keys, self.stream = tuple(keys), stream
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -44,17 +57,17 @@ class PatchDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict:
         draw, index = item
         case = self.cases[index]
-        rng = np.random.default_rng([self.seed, 1, draw])
+        rng = np.random.default_rng([self.seed, 2 * self.stream + 1, draw])
         sample = self.read(case)
         patches = [self.augment(sample, rng) for _ in range(self.crops)]
         stacked = {
             key: torch.from_numpy(np.stack([np.ascontiguousarray(patch[key]) for patch in patches]))
-            for key in ("image", "label")
+            for key in self.keys
         }
         return {**stacked, "case": [case.name] * self.crops}
 
 
 def collate(items: Sequence[dict]) -> dict:
     """Concatenate the patches of several items into one batch."""
-    batch = {key: torch.cat([item[key] for item in items]) for key in ("image", "label")}
+    batch = {key: torch.cat([item[key] for item in items]) for key in items[0] if key != "case"}
     return {**batch, "case": [name for item in items for name in item["case"]]}

@@ -1,7 +1,8 @@
 """What the semi-supervised data sets share: labelled and unlabelled lists, units in memory, HDF5 files with checks."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -19,6 +20,8 @@ class SemiDataset(abc.ABC):
     """
 
     multilabel = False
+    dims = 3  # axes of what a network is trained on
+    in_channels = 1
     unit = "case"  # what a line of the lists names
     needs_val = True
 
@@ -66,18 +69,22 @@ class SemiDataset(abc.ABC):
         return result
 
     def prepare(self, splits: dict[str, Sequence[Case]]) -> None:
-        """Read every labelled and unlabelled unit once, with a progress bar; DataError that lists every faulty one."""
-        cases = [case for split in ("labelled", "unlabelled") for case in splits.get(split, [])]
+        """Read every training unit and evaluation case once, with a progress bar; DataError that lists the faulty ones.
+
+        splits: of `labelled` and `unlabelled` units are read, which fills the memory, of `val` and `test` cases.
+        """
+        jobs = [(case, self.read) for split in ("labelled", "unlabelled") for case in splits.get(split, [])]
+        jobs += [(case, self.read_volume) for split in ("val", "test") for case in splits.get(split, [])]
         problems = []
-        for case in tqdm(cases, desc="reading training data", unit="file", disable=not cases):
+        for case, read in tqdm(jobs, desc="reading the data", unit="file", disable=not jobs):
             try:
-                self.read(case)
+                read(case)
             except DataError as error:
                 problems.append(str(error))
         if problems:
             shown = "\n  ".join(problems[:10])
             more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise DataError(f"{len(problems)} of {len(cases)} training files cannot be used:\n  {shown}{more}")
+            raise DataError(f"{len(problems)} of {len(jobs)} files cannot be used:\n  {shown}{more}")
 
     def read(self, case: Case) -> dict:
         """One training unit: image (C, *spatial) float32, label (1, *spatial) uint8; not to be written to."""
@@ -109,6 +116,19 @@ class SemiDataset(abc.ABC):
     def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
         """What a labelled unit is trained on: the weak view."""
         return self.weak(sample, rng)
+
+    def views(self, sample: dict, rng: np.random.Generator, strong_views: int = 1) -> dict:
+        """An unlabelled unit: `weak` and `label` of one geometry, and `strong0`, `strong1`, ... that start from it.
+
+        The label is for monitoring pseudo-labels; no method trains on it.
+        """
+        weak = self.weak(sample, rng)
+        strong = {f"strong{k}": self.strong(weak, rng)["image"] for k in range(strong_views)}
+        return {"weak": weak["image"], **strong, "label": weak["label"]}
+
+    def view_function(self, strong_views: int) -> Callable[[dict, np.random.Generator], dict]:
+        """`views` as a function of (sample, rng)."""
+        return partial(self.views, strong_views=strong_views)
 
     @abc.abstractmethod
     def _load(self, case: Case) -> dict[str, np.ndarray]:

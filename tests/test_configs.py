@@ -1,5 +1,6 @@
 """Every configuration loads and fits: keys, networks, method arguments, schedules of the papers, disjoint lists."""
 
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -7,36 +8,50 @@ from pathlib import Path
 import pytest
 import yaml
 
+import train_2d_crkd
+import train_3d_crkd
 import train_3d_distill
-from dataloaders import build_dataset
+from dataloaders import build_dataset, build_semi_dataset
 from dataloaders.cases import read_split
 from losses import KD_METHODS, build_kd
+from methods import SSL_METHODS, build_method
 from networks import NETWORKS, build_network
 from utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def uses_this_schema(path):
-    """Configurations of train_3d_distill.py; those of the semi-supervised scripts have other keys."""
-    return {"class_names", "patch_size"} <= yaml.safe_load(path.read_text(encoding="utf-8")).keys()
+def is_semi(path):
+    """Whether it is one of the semi-supervised scripts."""
+    return "labelled" in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if uses_this_schema(path))
+ALL = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [path.stem for path in ALL if not is_semi(path)]
+SEMI = [path.stem for path in ALL if is_semi(path)]
 FAMILIES = [("btcv", "word"), ("spleen", "pancreas"), ("demo_btcv", "demo_word")]
 SIZES = {"btcv": (24, 6, 0), "hippocampus": (128, 30, 50)}
 
 
 def load(name, monkeypatch, *flags):
-    """The configuration as the training script resolves it."""
+    """The configuration as its training script resolves it."""
+    script = train_3d_distill
+    if name in SEMI:
+        script = train_3d_crkd if len(read_yaml(name)["patch_size"]) == 3 else train_2d_crkd
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["train_3d_distill.py", "--config", f"configs/{name}.yaml", *flags])
-    return train_3d_distill.parse_args()[1]
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--config", f"configs/{name}.yaml", *flags])
+    return script.parse_args()[1]
+
+
+def read_yaml(name):
+    return yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))
 
 
 def test_the_expected_ones_are_there():
     real = {"btcv", "word", "brats21", "hippocampus", "spleen", "pancreas"}
     assert real | {"demo_btcv", "demo_word", "demo_brats21"} <= set(CONFIGS)
+    real = {"acdc", "la", "isic2018", "kvasir"}
+    assert real | {f"demo_{name}" for name in real} == set(SEMI)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,9 +91,43 @@ def test_networks_and_methods_take_their_arguments(name, monkeypatch):
         build_kd(method, channels[student], channels[teacher], classes, multilabel=multilabel, **arguments)
 
 
+def methods_of(name):
+    dims = len(read_yaml(name)["patch_size"])
+    return [method for method, cls in SSL_METHODS.items() if dims in cls.dimensions]
+
+
+@pytest.mark.parametrize("name", SEMI)
+def test_semi_supervised_ones_build_their_data_set_and_every_method(name, monkeypatch):
+    script = train_3d_crkd if len(read_yaml(name)["patch_size"]) == 3 else train_2d_crkd
+    for method in methods_of(name):
+        cfg = load(name, monkeypatch, "--method", method)
+        assert cfg.dataset == name  # so that run folders are told apart
+        assert cfg.val_interval <= cfg.max_steps
+        dataset = build_semi_dataset(**script.dataset_arguments(cfg))
+        assert (dataset.num_classes, dataset.dims) == (len(cfg.class_names), len(cfg.patch_size))
+        arguments = cfg.network_args.get(cfg.network, {})
+        make = functools.partial(build_network, cfg.network, dataset.in_channels, dataset.num_classes, **arguments)
+        built = build_method(method, make, max_steps=cfg.max_steps, **cfg.method_args.get(method, {}))
+        assert built.dims == len(cfg.patch_size)
+
+
+# Section 5.1 of the recipe; steps are epochs of the unlabelled images.
+@pytest.mark.parametrize("name, side, batch, steps, threshold", [
+    ("acdc", (256, 256), 12, 30000, 0.8), ("isic2018", (320, 320), 12, 24600, 0.95),
+    ("kvasir", (320, 320), 12, None, 0.95), ("la", (112, 112, 80), 2, 9000, 0.75),
+])  # fmt: skip
+def test_recipes_of_crkd(name, side, batch, steps, threshold, monkeypatch):
+    cfg = load(name, monkeypatch)
+    assert (cfg.method, cfg.patch_size) == ("crkd", side)
+    assert cfg.labelled_batch == cfg.unlabelled_batch == batch
+    assert steps is None or cfg.max_steps == steps
+    assert cfg.method_args["crkd"]["threshold"] == threshold
+    assert (cfg.lr, cfg.momentum, cfg.weight_decay, cfg.optimizer, cfg.schedule) == (0.01, 0.9, 1e-4, "sgd", "poly")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_have_the_same_keys(family):
-    first, second = (yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8")) for name in family)
+    first, second = map(read_yaml, family)
     # WORD and the demonstrations use the lists in their JSON; a minimum rate, a recipe or a schedule may be stated.
     optional = {"split_dir", "min_lr", "method_args", "recipe"}
     assert first.keys() - optional == second.keys() - optional

@@ -184,7 +184,7 @@ def test_prepare_lists_every_faulty_file(root):
     splits = dataset(root).splits(1)
     for case in splits["labelled"][:2]:
         save(case.images[0], np.full((20, 14), np.nan), np.zeros((20, 14)))
-    with pytest.raises(DataError, match=r"(?s)2 of 36 training files.*slice_1.h5.*slice_2.h5"):
+    with pytest.raises(DataError, match=r"(?s)2 of 40 files.*slice_1.h5.*slice_2.h5"):
         dataset(root).prepare(splits)
 
 
@@ -326,3 +326,43 @@ def test_a_file_that_is_gone(root):
 def test_bad_arguments(root, arguments, message):
     with pytest.raises(DataError, match=message):
         dataset(root, **arguments)
+
+
+@pytest.mark.parametrize("strong_views", [0, 1, 2])
+def test_views_have_one_geometry_and_strong_views_of_their_own(root, strong_views):
+    data = dataset(root)
+    sample = data.read(data.splits(1)["unlabelled"][0])
+    kept = {key: value.copy() for key, value in sample.items()}
+    function = data.view_function(strong_views)
+    keys = ["weak", *(f"strong{k}" for k in range(strong_views)), "label"]
+    for seed in range(6):
+        views, again = (function(sample, np.random.default_rng(seed)) for _ in range(2))
+        assert list(views) == keys
+        assert all(np.array_equal(views[key], again[key]) for key in keys)
+        weak = data.weak(sample, np.random.default_rng(seed))
+        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(views["label"], weak["label"])
+        for key in keys[:-1]:
+            assert views[key].shape == (1, 16, 16) and views[key].dtype == np.float32
+        assert views["label"].shape == (1, 16, 16) and views["label"].dtype == np.uint8
+    assert all(np.array_equal(sample[key], kept[key]) for key in kept)
+
+
+def test_strong_views_of_one_image_differ(root):
+    data = dataset(root)
+    sample = data.read(data.splits(1)["unlabelled"][0])
+    differ = 0
+    for seed in range(10):
+        views = data.views(sample, np.random.default_rng(seed), strong_views=2)
+        differ += not np.array_equal(views["strong0"], views["strong1"])
+        first = data.views(sample, np.random.default_rng(seed), strong_views=1)
+        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(views["strong0"], first["strong0"])
+    assert differ >= 8  # a view is at times left as it is
+
+
+def test_weak_view_and_label_are_aligned_in_views(root):
+    data = dataset(root)
+    label = np.random.default_rng(0).integers(1, 4, (1, 20, 14)).astype(np.uint8)
+    sample = {"image": (label * 85 / np.float32(255)).astype(np.float32), "label": label}
+    for seed in range(20):
+        views = data.view_function(1)(sample, np.random.default_rng(seed))
+        assert np.array_equal(np.rint(views["weak"] * 3), views["label"])

@@ -148,7 +148,7 @@ def test_bad_lists(tree, content, message):
 
 
 def test_missing_parts(flat, tmp_path):
-    with pytest.raises(DataError, match=r"train.txt: no such list, and .* has images; .*make_splits_2d"):
+    with pytest.raises(DataError, match=r"train.txt: no such list, and .* has images; .*make_splits.py images"):
         dataset(flat).splits(1)
     with pytest.raises(DataError, match="no such folder"):
         dataset(tmp_path / "nowhere").splits(1)
@@ -242,7 +242,7 @@ def test_views_are_functions_of_sample_and_rng(tree):
 
 
 def test_the_supervised_recipe_reads_whole_images_and_keeps_a_quarter_as_they_are(tree):
-    data = dataset(tree, recipe="supervised")
+    data = dataset(tree, augmentation="supervised")
     sample = data.read(data.splits(1)["labelled"][0])
     assert sample["image"].shape == (3, *SHAPE)
     assert data.labelled_patch(sample, np.random.default_rng(0))["image"].shape == (3, 16, 16)
@@ -287,7 +287,7 @@ def test_truncated_files(tree, which, size):
     path = next((tree / "train" / which).glob("t00.*"))
     content = path.read_bytes()
     path.write_bytes(content[: int(size * len(content)) if size < 1 else size])
-    with pytest.raises(DataError, match=rf"1 of 20 training files cannot be used:\n  .*{path.name}: unreadable"):
+    with pytest.raises(DataError, match=rf"1 of 22 files cannot be used:\n  .*{path.name}: unreadable"):
         dataset(tree).prepare(dataset(tree).splits(1))
 
 
@@ -302,7 +302,7 @@ def test_sixteen_bit_images(tree):
 @pytest.mark.parametrize("arguments,message", [
     ({"patch_size": (16, 20)}, "two equal numbers"),
     ({"class_names": ("a", "b", "c")}, "masks are binary"),
-    ({"recipe": "weak"}, "recipe must be one of semi, supervised"),
+    ({"augmentation": "weak"}, "augmentation must be one of semi, supervised"),
     ({"eval_resize": "cubic"}, "eval_resize must be one of"),
 ])  # fmt: skip
 def test_bad_arguments(tree, arguments, message):
@@ -348,3 +348,34 @@ def test_folders_make_the_lists(tree, tmp_path):
 def test_lists_that_cannot_be_drawn(flat, tmp_path, arguments, message):
     with pytest.raises(DataError, match=message):
         make_splits(["--data-root", str(flat), "--out", str(tmp_path / "lists"), *arguments])
+
+
+@pytest.mark.parametrize("strong_views", [0, 1, 2])
+def test_views_have_one_geometry_and_strong_views_of_their_own(tree, strong_views):
+    data = dataset(tree)
+    sample = data.read(data.splits(1)["unlabelled"][0])
+    kept = {key: value.copy() for key, value in sample.items()}
+    function = data.view_function(strong_views)
+    keys = ["weak", *(f"strong{k}" for k in range(strong_views)), "label"]
+    for seed in range(6):
+        views, again = (function(sample, np.random.default_rng(seed)) for _ in range(2))
+        assert list(views) == keys
+        assert all(np.array_equal(views[key], again[key]) for key in keys)
+        weak = data.weak(sample, np.random.default_rng(seed))
+        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(views["label"], weak["label"])
+        for key in keys[:-1]:
+            assert views[key].shape == (3, 16, 16) and views[key].dtype == np.float32
+        assert views["label"].shape == (1, 16, 16) and views["label"].dtype == np.uint8
+    assert all(np.array_equal(sample[key], kept[key]) for key in kept)
+
+
+def test_strong_views_of_one_image_differ(tree):
+    data = dataset(tree)
+    sample = data.read(data.splits(1)["unlabelled"][0])
+    differ = 0
+    for seed in range(10):
+        views = data.views(sample, np.random.default_rng(seed), strong_views=2)
+        differ += not np.array_equal(views["strong0"], views["strong1"])
+        first = data.views(sample, np.random.default_rng(seed), strong_views=1)
+        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(views["strong0"], first["strong0"])
+    assert differ >= 8  # a view is at times left as it is

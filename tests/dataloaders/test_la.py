@@ -170,7 +170,7 @@ def test_a_truncated_scan_is_reported_by_prepare(tmp_path):
     data = build(tmp_path)
     path = tmp_path / "A" / "mri_norm2.h5"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"(?s)1 of 4 training files.*A/mri_norm2.h5: unreadable or truncated"):
+    with pytest.raises(DataError, match=r"(?s)1 of 6 files.*A/mri_norm2.h5: unreadable or truncated"):
         data.prepare(data.splits(1))
 
 
@@ -179,3 +179,43 @@ def test_bad_arguments(tmp_path):
         build(tmp_path, patch_size=(8, 8))
     with pytest.raises(DataError, match="no such folder"):
         LADataset(str(tmp_path / "nowhere")).splits(4)
+
+
+@pytest.mark.parametrize("strong_views", [0, 1, 2])
+def test_views_have_one_geometry_and_strong_views_of_their_own(tmp_path, strong_views):
+    data = build(tmp_path)
+    sample = data.read(data.splits(1)["unlabelled"][0])
+    kept = {key: value.copy() for key, value in sample.items()}
+    function = data.view_function(strong_views)
+    keys = ["weak", *(f"strong{k}" for k in range(strong_views)), "label"]
+    for seed in range(6):
+        views, again = (function(sample, np.random.default_rng(seed)) for _ in range(2))
+        assert list(views) == keys
+        assert all(np.array_equal(views[key], again[key]) for key in keys)
+        weak = data.weak(sample, np.random.default_rng(seed))
+        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(views["label"], weak["label"])
+        for key in keys[:-1]:
+            assert views[key].shape == (1, 8, 8, 6) and views[key].dtype == np.float32
+        assert views["label"].shape == (1, 8, 8, 6) and views["label"].dtype == np.uint8
+    assert all(np.array_equal(sample[key], kept[key]) for key in kept)
+
+
+def test_strong_views_of_one_image_differ(tmp_path):
+    data = build(tmp_path)
+    sample = data.read(data.splits(1)["unlabelled"][0])
+    differ = 0
+    for seed in range(10):
+        views = data.views(sample, np.random.default_rng(seed), strong_views=2)
+        differ += not np.array_equal(views["strong0"], views["strong1"])
+        first = data.views(sample, np.random.default_rng(seed), strong_views=1)
+        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(views["strong0"], first["strong0"])
+    assert differ >= 8  # a view is at times left as it is
+
+
+def test_weak_view_and_label_are_aligned_in_views(tmp_path):
+    data = build(tmp_path)
+    label = (np.random.default_rng(0).random((1, *SHAPE)) > 0.5).astype(np.uint8)
+    sample = {"image": label * np.float32(2) - 1, "label": label}
+    for seed in range(20):
+        views = data.view_function(1)(sample, np.random.default_rng(seed))
+        assert np.array_equal(views["weak"] > 0, views["label"] > 0)

@@ -93,3 +93,68 @@ def test_items_do_not_depend_on_global_random_states():
 @pytest.mark.filterwarnings("ignore:This process")
 def test_workers_change_nothing():
     assert equal(load(0, 8), load(0, 8, workers=2))
+
+
+@pytest.mark.parametrize("stream", [0, 1, 3])
+def test_a_stream_is_a_function_of_seed_and_draw(stream):
+    draws = list(DrawSampler(5, 3, 0, 20, stream))
+    assert draws == list(DrawSampler(5, 3, 0, 20, stream=stream))
+    assert list(DrawSampler(5, 3, 7, 20, stream)) == draws[7:]
+    assert all(sorted(index for _, index in draws[k : k + 5]) == [0, 1, 2, 3, 4] for k in range(0, 20, 5))
+
+
+def test_streams_of_one_seed_differ():
+    orders = [tuple(DrawSampler(5, 0, 0, 40, stream)) for stream in range(4)]
+    assert len(set(orders)) == 4
+    datasets = [PatchDataset(CASES, read, patch, seed=0, stream=stream) for stream in range(4)]
+    assert len({data[0, 2]["image"].numpy().tobytes() for data in datasets}) == 4
+
+
+def test_the_first_stream_is_what_runs_without_streams_had():
+    for epoch in range(3):
+        expected = np.random.default_rng([7, 0, epoch]).permutation(5).tolist()
+        assert [index for _, index in DrawSampler(5, 7, 5 * epoch, 5 * epoch + 5)] == expected
+    assert list(DrawSampler(5, 7, 0, 30)) == list(DrawSampler(5, 7, 0, 30, stream=0))
+    item = PatchDataset(CASES, read, patch, seed=7)[4, 2]
+    expected = patch(read(CASES[2]), np.random.default_rng([7, 1, 4]))
+    assert np.array_equal(item["image"][0].numpy(), expected["image"])
+
+
+def test_order_and_patches_of_all_streams_draw_from_generators_of_their_own(monkeypatch):
+    used, original, empty = [], np.random.default_rng, {"image": np.zeros(1)}
+    monkeypatch.setattr(np.random, "default_rng", lambda key: used.append(tuple(key)) or original(key))
+    for stream in range(3):
+        data = PatchDataset(CASES, lambda case: None, lambda *_: empty, 0, keys=["image"], stream=stream)
+        for draw, index in DrawSampler(1, 0, 0, 4, stream):
+            data[draw, index]
+    assert len(used) == 3 * (4 + 4) == len(set(used))
+
+
+def views(sample, rng):
+    cut = patch(sample, rng)
+    return {"weak": cut["image"], "strong0": -cut["image"], "label": cut["label"], "unused": None}
+
+
+def test_an_item_has_the_keys_that_were_asked_for():
+    data = PatchDataset(CASES, read, views, seed=0, crops=2, keys=("weak", "strong0", "label"), stream=1)
+    item = data[3, 1]
+    assert list(item) == ["weak", "strong0", "label", "case"] and item["case"] == ["case1", "case1"]
+    assert item["weak"].shape == (2, 2, 4, 4, 4) and torch.equal(item["strong0"], -item["weak"])
+    batch = collate([item, data[4, 0]])
+    assert list(batch) == ["weak", "strong0", "label", "case"]
+    assert batch["weak"].shape == (4, 2, 4, 4, 4) and batch["label"].shape == (4, 1, 4, 4, 4)
+    assert batch["case"] == ["case1", "case1", "case0", "case0"]
+    assert list(PatchDataset(CASES, read, patch, seed=0)[0, 0]) == ["image", "label", "case"]
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_workers_change_nothing_in_a_stream_of_views():
+    def batches(workers, start=0):
+        return list(DataLoader(
+            PatchDataset(CASES, read, views, 0, keys=("weak", "label"), stream=1), batch_size=2, collate_fn=collate,
+            sampler=DrawSampler(len(CASES), 0, start, 8, stream=1), num_workers=workers,
+        ))  # fmt: skip
+
+    alone, two, resumed = batches(0), batches(2), batches(2, start=4)
+    assert all(a["case"] == b["case"] and torch.equal(a["weak"], b["weak"]) for a, b in zip(alone, two, strict=True))
+    assert all(torch.equal(a["weak"], b["weak"]) for a, b in zip(alone[2:], resumed, strict=True))

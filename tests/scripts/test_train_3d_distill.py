@@ -135,6 +135,17 @@ def test_run_folder_is_not_overwritten_and_not_resumed_with_other_settings(works
     assert load_checkpoint(workspace / "runs/tiny/supervised/unet/seed0/last.pt")["step"] == 4
 
 
+def test_a_change_that_concerns_other_runs_does_not_keep_one_from_resuming(workspace):
+    supervised = ("--method", "supervised", "--student", "unet", "--opts", "max_steps=2")
+    train(*supervised, cwd=workspace)
+    config = workspace / "tiny.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("resunet: {channels: [4, 4, 8, 8]}", "resunet: {channels: [4, 8, 8, 8]}"))
+    assert "nothing to do" in train("--resume", *supervised, cwd=workspace).stdout
+    config.write_text(text.replace("unet: {channels: [2, 4, 4, 8]}", "unet: {channels: [2, 4, 8, 8]}"))
+    assert "network_args" in train("--resume", *supervised, cwd=workspace, ok=False).stderr
+
+
 def test_missing_teacher_names_the_command_that_makes_it(workspace):
     result = train("--teacher", "resunet", cwd=workspace, ok=False)
     assert "--method supervised --student resunet" in result.stderr
@@ -157,6 +168,7 @@ def test_teacher_of_other_classes_is_refused(workspace):
         ("patch_size=[16,16]", "list of 3 values"),
         ("patch_size=[16,16,20]", "multiples of 8"),
         ("student=unett", "unknown value 'unett'"),
+        ("student=unet2d", "unknown value 'unet2d'"),  # of two dimensions
         ("flip_prob=1.5", "probability"),
         ("method_args={acf_bckd: {flor: 1}}", "has no argument flor"),
         ("data_root=nowhere", "no such data list"),

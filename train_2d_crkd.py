@@ -1,0 +1,333 @@
+"""Train a 2D segmentation network with few labels: CRKD, or another semi-supervised method, or the labels alone.
+
+Methods live in methods/, one file each. A step: a batch of labelled images and, unless the method is supervised, a
+batch of unlabelled ones in a weak and strong views of the same geometry; the method makes the loss of them.
+
+    python train_2d_crkd.py --config configs/acdc.yaml --labelled 3                    # CRKD, 3 labelled patients
+    python train_2d_crkd.py --config configs/acdc.yaml --labelled 3 --method supervised
+    python train_2d_crkd.py --config configs/isic2018.yaml --label_rat 0.05 --resume
+
+Results go to runs/<dataset>/<method>/<network>-<labelled>/seed<k>/; `python test_2d.py --ckpt .../best.pt` scores them.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import shlex
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataloaders import SEMI_DATASETS, DataError, build_semi_dataset
+from dataloaders.samplers import DrawSampler, PatchDataset, collate
+from inference import AMP_MODES, autocast, predict_slices
+from methods import PRESETS, SSL_METHODS, build_method
+from metrics import class_dice, mean_dice
+from networks import NETWORKS, build_network
+from utils import figures
+from utils.checkpoint import (
+    PREVIOUS,
+    CheckpointError,
+    atomic_save,
+    code_version,
+    load_checkpoint,
+    load_last,
+    load_network_weights,
+    save_last,
+)
+from utils.config import ConfigError, check_names, constructing, load_config
+from utils.runlog import Averages, RunLog
+from utils.runs import StopSignal, labelled_name, open_run, parse_labelled, resolve_device, run_folder
+from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer, set_lr
+from utils.seed import rng_state, seed_everything, set_rng_state
+
+LABELLED, UNLABELLED, MIX = 0, 1, 2  # streams of random numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Data. How each key is used: dataloaders/acdc.py, dataloaders/images2d.py
+    dataset: str  # name of the data set: names the run folder
+    format: str  # class in dataloaders.SEMI_DATASETS
+    data_root: str
+    class_names: tuple[str, ...]  # by label id, background first
+    patch_size: tuple[int, int]  # pixels that every image is resized to
+    max_steps: int  # optimiser updates
+    split_dir: str = ""  # folder with train.txt, val.txt, test.txt
+    labelled: int | float | None = None  # patients or images that count as labelled, or their share; null: all
+    memory_gb: float = 2.0  # of training images kept in memory
+    augmentation: str = "semi"  # RGB images: semi | supervised
+    eval_resize: str = "bilinear"  # RGB images: bilinear | nearest
+    labelled_batch: int = 12  # images in a step
+    unlabelled_batch: int = 12
+    workers: int = 4  # loader processes for each of the two streams; 0 loads in the main one
+    # Network and method
+    network: str = "unet2d"
+    method: str = "crkd"  # methods.SSL_METHODS
+    preset: str = "clean"  # clean | as_released: the reference code's arithmetic
+    network_args: dict = dataclasses.field(default_factory=dict)  # {network: {argument: value}}
+    method_args: dict = dataclasses.field(default_factory=dict)  # {method: {argument: value}}
+    recipe: dict = dataclasses.field(default_factory=dict)  # {method: {key: value}}: settings of that method alone
+    # Optimisation
+    optimizer: str = "sgd"  # sgd | adamw
+    lr: float = 0.01
+    min_lr: float = 0.0
+    schedule: str = "poly"  # poly | constant | step
+    schedule_steps: int = 0  # length that the schedule is made for, if not max_steps; of 'step': between two falls
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    amp: str = "off"  # off | bf16 | fp16
+    # Validation, output
+    val_interval: int = 500  # steps
+    eval_batch: int = 16  # images
+    log_interval: int = 20  # steps
+    save_interval: int = 500  # steps
+    seed: int = 0
+    device: str = "auto"
+    runs_dir: str = "runs"
+    tag: str = ""  # told apart from other runs of the same cell
+
+
+def parse_args() -> tuple[argparse.Namespace, Config]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the data set, for example configs/acdc.yaml")
+    parser.add_argument("--method", help=", ".join(SSL_METHODS))
+    parser.add_argument(
+        "--labelled", "--label_num", "--labeled_num", "--labeled-num", "--label_rat", type=parse_labelled,
+        help="patients or images that count as labelled (3), or their share (0.05, 5%%)",
+    )  # fmt: skip
+    parser.add_argument("--network", help="the network to train")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
+    parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
+    args = parser.parse_args()
+    flags = {key: getattr(args, key) for key in ("method", "labelled", "network", "seed", "device")}
+    cfg = load_config(Config, args.config, args.opts, flags)
+    check_names(args.config, "recipe", cfg.recipe, SSL_METHODS)
+    check_names(args.config, "method_args", cfg.method_args, SSL_METHODS)
+    check_names(args.config, "network_args", cfg.network_args, NETWORKS)
+    cfg = load_config(Config, args.config, args.opts, flags, cfg.recipe.get(cfg.method))
+    # Only what concerns this run is stored: an edit elsewhere in the file must not keep it from resuming.
+    cfg = dataclasses.replace(
+        cfg, recipe={},
+        network_args={k: v or {} for k, v in cfg.network_args.items() if k == cfg.network},
+        method_args={k: v or {} for k, v in cfg.method_args.items() if k == cfg.method},
+    )  # fmt: skip
+    validate(cfg)
+    return args, cfg
+
+
+def validate(cfg: Config) -> None:
+    """Raise ConfigError for values that could only fail later."""
+    choices = {
+        "format": [name for name, cls in SEMI_DATASETS.items() if cls.dims == 2],
+        "network": [name for name, cls in NETWORKS.items() if getattr(cls, "dims", 3) == 2],
+        "method": SSL_METHODS, "preset": PRESETS, "amp": AMP_MODES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS,
+    }  # fmt: skip
+    for key, allowed in choices.items():
+        if getattr(cfg, key) not in allowed:
+            raise ConfigError(f"{key}: unknown value '{getattr(cfg, key)}'; choose from {', '.join(allowed)}")
+    for key in (
+        "max_steps", "labelled_batch", "unlabelled_batch", "eval_batch", "val_interval", "log_interval", "save_interval"
+    ):  # fmt: skip
+        if getattr(cfg, key) < 1:
+            raise ConfigError(f"{key}: must be at least 1, got {getattr(cfg, key)}")
+    if cfg.workers < 0 or cfg.lr <= 0 or min(cfg.patch_size) < 1 or cfg.seed < 0:
+        raise ConfigError("out of range: workers >= 0, lr > 0, patch_size >= 1, seed >= 0")
+    if min(cfg.momentum, cfg.weight_decay, cfg.schedule_steps, cfg.grad_clip, cfg.min_lr) < 0:
+        raise ConfigError("momentum, weight_decay, schedule_steps, grad_clip and min_lr must be 0 or more")
+    if cfg.nesterov and not cfg.momentum:
+        raise ConfigError("nesterov: needs a momentum above 0")
+    if NETWORKS[cfg.network].dims not in SSL_METHODS[cfg.method].dimensions:
+        raise ConfigError(f"method: {cfg.method} is a method for {SSL_METHODS[cfg.method].dimensions[0]}D networks")
+    if len(cfg.class_names) < 2 or len(set(cfg.class_names)) != len(cfg.class_names):
+        raise ConfigError(f"class_names: at least two different names, background first; got {list(cfg.class_names)}")
+    stride = NETWORKS[cfg.network].stride
+    if any(side % stride for side in cfg.patch_size):
+        raise ConfigError(f"patch_size: {list(cfg.patch_size)} must be multiples of {stride} for {cfg.network}")
+
+
+def dataset_arguments(cfg: Config) -> dict:
+    """What the data set's class takes from the configuration; a departed-from default that it ignores is an error."""
+    accepted = set(inspect.signature(SEMI_DATASETS[cfg.format].__init__).parameters)
+    values = {"root": cfg.data_root, "format": cfg.format}
+    values |= {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in accepted}
+    for field in dataclasses.fields(cfg):
+        if field.name in ("augmentation", "eval_resize") and field.name not in accepted:
+            if getattr(cfg, field.name) != field.default:
+                raise ConfigError(f"{field.name}: the data format '{cfg.format}' does not use this key; remove it")
+    return values
+
+
+def evaluate(network: torch.nn.Module, dataset, cases: list, cfg: Config) -> tuple[dict[str, float], np.ndarray]:
+    """Mean Dice over `cases` and of each class, at the images' own size, and a picture of the first case."""
+    scores, picture = [], None
+    for case in tqdm(cases, desc="validating", unit="case", leave=False):
+        volume = dataset.read_volume(case)
+        slices = torch.from_numpy(np.ascontiguousarray(dataset.network_slices(volume)))
+        ids = predict_slices(network, slices, batch=cfg.eval_batch, amp=cfg.amp).numpy()
+        prediction, label = dataset.native_prediction(ids, volume), volume["label"][0]
+        scores.append(class_dice(prediction, label, dataset.num_classes))
+        if picture is None:
+            shown = [(volume["image"], None), (volume["image"], label), (volume["image"], prediction)]
+            picture = figures.views(shown, dataset.num_classes)
+    return mean_dice(scores, dataset.class_names[1:]), picture
+
+
+def main() -> int:
+    args, cfg = parse_args()
+    networks = f"{cfg.network}-{labelled_name(cfg.labelled)}"
+    folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    if args.show_run:
+        print(folder)
+        return 0
+    if not (folder / "last.pt").exists() and (folder / "best.pt").exists():
+        if "imported" in load_checkpoint(folder / "best.pt"):
+            print(f"nothing to do: {folder} holds imported weights; remove it to train anew")
+            return 0
+    resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
+    device = resolve_device(cfg.device)
+
+    # Data: disjoint lists, everything that is trained on read and checked before the first step
+    dataset = build_semi_dataset(**dataset_arguments(cfg))
+    splits = dataset.splits(cfg.labelled)
+
+    # Network, method, optimiser
+    seed_everything(cfg.seed)
+    arguments = cfg.network_args.get(cfg.network, {})
+    with constructing(f"{args.config}: network_args or method_args"):
+        method = build_method(
+            cfg.method, lambda: build_network(cfg.network, dataset.in_channels, dataset.num_classes, **arguments),
+            max_steps=cfg.max_steps, preset=cfg.preset, **cfg.method_args.get(cfg.method, {}),
+        ).to(device, memory_format=torch.channels_last)  # a fifth off a step, on the CPU too  # fmt: skip
+    if method.uses_unlabelled and not splits["unlabelled"]:
+        raise ConfigError(f"labelled: {cfg.labelled} leaves no unlabelled {dataset.unit} for {cfg.method}; label fewer")
+    used = ("labelled", "unlabelled", "val") if method.uses_unlabelled else ("labelled", "val")
+    dataset.prepare({split: splits[split] for split in used})
+    open_run(folder, cfg, resume)
+    trained = [p for p in method.parameters() if p.requires_grad]
+    optimizer = build_optimizer(cfg.optimizer, trained, cfg.lr, cfg.momentum, cfg.weight_decay, cfg.nesterov)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+
+    # Resume
+    start, best, averages = 0, {"dice": -1.0, "step": -1}, Averages()
+    if resume:
+        state, warning = load_last(folder)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+        load_network_weights(method, state["method"], str(folder))
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        set_rng_state(state["rng"])
+        start, best = state["step"], state["best"]
+        averages.load_state_dict(state["averages"])
+    log = RunLog(folder, start)
+    stop = StopSignal()
+    described = {
+        "kind": "2d-semi",
+        "network": {
+            "name": cfg.network, "in_channels": dataset.in_channels, "num_classes": dataset.num_classes,
+            "arguments": dict(arguments),
+        },
+        "class_names": list(cfg.class_names), "config": dataclasses.asdict(cfg), "dataset": dataset_arguments(cfg),
+        "cases": {split: [case.name for case in cases] for split, cases in splits.items()}, "code": code_version(),
+        "selected_on": "val",
+    }  # fmt: skip
+
+    def save(step: int) -> None:
+        save_last({
+            **described, "weights": method.evaluated.state_dict(), "method": method.state_dict(),
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(),
+            "step": step, "best": best, "averages": averages.state_dict(),
+        }, folder)  # fmt: skip
+
+    def batches(split: str, size: int, augment, keys: tuple[str, ...], stream: int):
+        return iter(DataLoader(
+            PatchDataset(splits[split], dataset.read, augment, cfg.seed, keys=keys, stream=stream),
+            batch_size=size, num_workers=cfg.workers, collate_fn=collate, pin_memory=device.type == "cuda",
+            sampler=DrawSampler(len(splits[split]), cfg.seed, start * size, cfg.max_steps * size, stream),
+            generator=torch.Generator(),  # or a loader would draw from the state that a resumed run has just restored
+        ))  # fmt: skip
+
+    labelled_batches = batches("labelled", cfg.labelled_batch, dataset.labelled_patch, ("image", "label"), LABELLED)
+    if method.uses_unlabelled:
+        keys = ("weak", *(f"strong{k}" for k in range(method.strong_views)), "label")
+        views = dataset.view_function(method.strong_views)
+        unlabelled_batches = batches("unlabelled", cfg.unlabelled_batch, views, keys, UNLABELLED)
+        mix_batches = batches("unlabelled", cfg.unlabelled_batch, views, keys, MIX) if method.mixes else None
+    bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}")
+    for step in bar:  # one step = one batch, and one optimiser update for nearly all methods
+        labelled, unlabelled, cases = next(labelled_batches), None, []
+        labelled = {key: labelled[key].to(device, non_blocking=True) for key in ("image", "label")}
+        if method.uses_unlabelled:
+            unlabelled = next(unlabelled_batches)
+            cases = unlabelled.pop("case")
+            if method.mixes:
+                unlabelled |= {f"mix_{key}": value for key, value in next(mix_batches).items() if key != "case"}
+            unlabelled = {key: value.to(device, non_blocking=True) for key, value in unlabelled.items()}
+        lr = SCHEDULES[cfg.schedule](step, cfg.lr, cfg.schedule_steps or cfg.max_steps, cfg.min_lr)
+        set_lr(optimizer, lr)
+        method.train()
+        done = step + 1
+        last = done == cfg.max_steps
+        validates = done % cfg.val_interval == 0 or last
+        saves = done % cfg.save_interval == 0 or last or bool(stop)
+        logs = done % cfg.log_interval == 0 or last
+        for _ in range(method.updates):  # one, but for methods that learn from a batch several times
+            with autocast(device, cfg.amp):
+                terms = method.loss(labelled, unlabelled, step)  # the whole method: methods/<name>.py
+                loss = sum(terms.values())
+            if (logs or saves) and not torch.isfinite(loss):  # before the update, so that no checkpoint holds it
+                values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+                raise FloatingPointError(f"step {step}: the loss is not finite ({values}); unlabelled cases {cases}")
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            if cfg.grad_clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+        method.after_step(step)
+
+        averages.add(terms | method.monitor)
+        if logs:
+            means = averages.take()
+            total = sum(means[name] for name in terms)
+            log.scalars(step, "train", {"loss": total, **means, "lr": lr})
+            bar.set_postfix(loss=f"{total:.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
+        if validates:
+            scores, picture = evaluate(method.evaluated, dataset, splits["val"], cfg)
+            log.scalars(step, "val", scores)
+            log.image(step, "val/image, label, prediction", picture)
+            pairs = [figures.as_arrays(*pair) for pair in method.pictures.values()]
+            log.image(step, f"train/{' | '.join(method.pictures)}", figures.views(pairs, dataset.num_classes))
+            if scores["dice"] > best["dice"]:
+                best = {"dice": scores["dice"], "step": done}
+                chosen = {**described, "weights": method.evaluated.state_dict(), "step": done, "val": scores}
+                atomic_save(chosen, folder / "best.pt")
+        if saves:
+            save(done)
+        if stop and saves and not last:
+            log.close()
+            command = shlex.join(["python", *[argument for argument in sys.argv if argument != "--resume"], "--resume"])
+            print(f"\nstopped after step {done}; go on with: {command}", file=sys.stderr)
+            return stop.exit_code
+    if start >= cfg.max_steps:
+        print(f"nothing to do: {folder} has all {cfg.max_steps} steps")
+    log.close()
+    print(f"best validation Dice {best['dice']:.4f} at step {best['step']}; results in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, DataError, CheckpointError, FloatingPointError) as problem:
+        sys.exit(f"error: {problem}")
