@@ -1,8 +1,9 @@
 """A picture of tested runs: image, ground truth and each run's prediction side by side, on one slice of one case.
 
     python tools/figure.py runs/btcv/supervised/unet/seed0 runs/btcv/acf_bckd/resunet-unet/seed0 --out comparison.png
+    python tools/figure.py runs/acdc/supervised/unet2d-3/seed0 runs/acdc/crkd/unet2d-3/seed0 --out few_labels.png
 
-Reads the predictions that test_3d.py wrote, on the grid of the original files.
+Reads the predictions that test_3d.py or test_2d.py wrote, on the grid of the original files.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import matplotlib.patches
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
-from dataloaders import DataError, build_dataset
+from dataloaders import DataError, build_dataset, build_semi_dataset
 from dataloaders.cases import read_image, read_volume
 from metrics import class_dice
 from tools.results_table import title
@@ -29,11 +31,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders tested with best.pt")
     parser.add_argument("--case", help="name of the case; default: the first one")
-    parser.add_argument("--slice", type=int, help="index from below (RAS); default: the slice with the most classes")
+    parser.add_argument(
+        "--slice", type=int, help="index along the last axis, NIfTI from below; default: the one with the most classes"
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in args.runs]
     checkpoint = load_checkpoint(args.runs[0] / "best.pt")
+    if checkpoint["kind"].endswith("-semi"):
+        return few_labels(args, checkpoint, summaries)
     dataset = build_dataset(**checkpoint["dataset"])
     if dataset.multilabel:
         names = list(dataset.class_names)
@@ -61,23 +67,58 @@ def main() -> int:
     return 0
 
 
+def few_labels(args: argparse.Namespace, checkpoint: dict, summaries: list[dict]) -> int:
+    """The picture for runs of train_2d_crkd.py and train_3d_crkd.py: volumes without geometry, or photographs."""
+    dataset = build_semi_dataset(**checkpoint["dataset"])
+    case = dataset.find([args.case or checkpoint["cases"][summaries[0]["split"].split("+")[0]][0]])[0]
+    volume = dataset.read_volume(case)
+    label, classes = volume["label"][0], dataset.num_classes
+    shown = [label]
+    for run in args.runs:
+        stored = run / "predictions" / f"{case.name}"
+        if label.ndim == 3:
+            shown.append(np.asarray(nib.load(f"{stored}.nii.gz").dataobj))
+        else:
+            shown.append(np.asarray(Image.open(f"{stored}.png")) // 255)
+    scores = [np.nanmean(class_dice(prediction, label, classes)) for prediction in shown[1:]]
+    image = volume["image"]
+    if label.ndim == 3:
+        z = args.slice if args.slice is not None else figures.fullest_slice(label)
+        image, shown = image[..., z], [ids[..., z] for ids in shown]
+    pictures = [figures.views([(image, ids)], classes) for ids in (None, *shown)]
+    titles = ["image", "ground truth", *(f"{title(s)}\nDice {100 * d:.1f} %" for s, d in zip(summaries, scores))]
+    present = sorted({int(k) for ids in shown for k in np.unique(ids)} - {0})
+    save(pictures, titles, 1.0, present, list(dataset.class_names[1:]), args.out)
+    print(f"picture of {case.name}: {args.out}")
+    return 0
+
+
 def draw(
     grey: np.ndarray, labels: list, titles: list[str], names: list[str], aspect: float, out: Path
 ) -> None:
     """Write a row of overlays with a legend of the classes that occur."""
-    plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
-    count = len(labels)
-    height = 3.2 * aspect * grey.shape[1] / grey.shape[0] + 1.1  # inches; the rest is for titles and legend
-    fig, axes = plt.subplots(1, count, figsize=(3.2 * count, height), layout="constrained")
     present = sorted({int(k) for label in labels if label is not None for k in np.unique(label)} - {0})
-    for ax, label, text in zip(np.atleast_1d(axes), labels, titles):
-        ids = np.zeros(grey.shape, np.uint8) if label is None else label
-        ax.imshow(figures.overlay(grey, ids, len(names) + 1), aspect=aspect)
+    ids = [np.zeros(grey.shape, np.uint8) if label is None else label for label in labels]
+    pictures = [figures.overlay(grey, label, len(names) + 1) for label in ids]
+    save(pictures, titles, aspect, present, names, out)
+
+
+def save(
+    pictures: list[np.ndarray], titles: list[str], aspect: float, present: list[int], names: list[str], out: Path
+) -> None:
+    """Write pictures (H, W, 3) in a row under their titles, with a legend of the classes `present`."""
+    plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
+    count = len(pictures)
+    height = 3.2 * aspect * pictures[0].shape[0] / pictures[0].shape[1] + 1.1  # inches; the rest is titles and legend
+    fig, axes = plt.subplots(1, count, figsize=(3.2 * count, height), layout="constrained")
+    for ax, picture, text in zip(np.atleast_1d(axes), pictures, titles):
+        ax.imshow(picture, aspect=aspect)
         ax.set_title(text, fontsize=9)
         ax.set_axis_off()
     colours = figures.palette(len(names) + 1)
     handles = [matplotlib.patches.Patch(color=colours[k], label=names[k - 1]) for k in present]
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False, fontsize=8)
+    columns = max(1, min(len(handles), 7))
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(out, dpi=130)
     plt.close(fig)

@@ -1,12 +1,16 @@
-r"""Turn a checkpoint released with ACF-BCKD into one of ours: for test_3d.py, or as a teacher for train_3d_distill.py.
+r"""Turn a released checkpoint of ACF-BCKD or CRKD into one of ours: for the test scripts, or as a distillation teacher.
 
     python tools/import_checkpoint.py --ckpt best_Dice_81-69_epoch_800.pth --config configs/btcv.yaml --network resunet
     python tools/import_checkpoint.py --ckpt distilled.pth --role student --config configs/btcv.yaml --network unet \
         --teacher resunet --method acf_bckd --opts preset=as_released
     python tools/import_checkpoint.py --ckpt distilled.pth --role teacher --config configs/btcv.yaml --network resunet
+    python tools/import_checkpoint.py --ckpt best.pth --config configs/acdc.yaml --network unet2d --method crkd
+    python tools/import_checkpoint.py --ckpt iter_9000.pth --config configs/la.yaml --network vnet --method crkd \
+        --labelled 8
 
-They write best.pt to the run folder that train_3d_distill.py would use; --out names another file. Without
---method the network counts as trained alone, which is where a teacher is looked for.
+They write best.pt to the run folder that the training script would use; --out names another file. Without --method the
+network counts as trained alone, which is where a teacher is looked for. The configuration's data format tells which
+script that is. Both layouts of CRKD's checkpoints are read ('model', 'model_state_dict'), and V-Nets of either naming.
 
 Nothing in the file is executed: it is read with PyTorch's restricted unpickler, and what such files hold beside tensors
 and plain values (NumPy scalars, MMEngine's log buffers) is replaced by empty placeholders.
@@ -26,13 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from dataloaders import DataError, build_dataset
+import train_2d_crkd
+import train_3d_crkd
+import train_3d_distill
+from dataloaders import SEMI_DATASETS, DataError, build_dataset, build_semi_dataset
 from losses import KD_METHODS
+from methods import SSL_METHODS
 from networks import NETWORKS, build_network
-from train_3d_distill import Config, dataset_arguments, validate
 from utils.checkpoint import CheckpointError, atomic_save, code_version, load_network_weights
-from utils.config import ConfigError, load_config
-from utils.runs import run_folder
+from utils.config import ConfigError, load_config, read_yaml
+from utils.runs import labelled_name, parse_labelled, run_folder
 
 PREFIXES = {
     "student": "architecture.segmentor.backbone.",  # of a distillation run
@@ -67,8 +74,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file of the data set that it was trained on")
     parser.add_argument("--network", required=True, help=f"one of {', '.join(NETWORKS)}")
     parser.add_argument("--role", choices=tuple(PREFIXES), help="which network of the file; needed if it holds several")
-    parser.add_argument("--method", default="supervised", help=f"that trained it: supervised, {', '.join(KD_METHODS)}")
+    parser.add_argument(
+        "--method", default="supervised",
+        help=f"that trained it: {', '.join(dict.fromkeys(['supervised', *KD_METHODS, *SSL_METHODS]))}",
+    )  # fmt: skip
     parser.add_argument("--teacher", help="for a distilled student: the network that taught it")
+    parser.add_argument("--labelled", type=parse_labelled, help="how many labels, or which share; default: the YAML's")
     parser.add_argument("--seed", type=int, default=0, help="number of the run folder")
     parser.add_argument("--out", type=Path, help="file to write; default: best.pt in the run folder")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
@@ -77,44 +88,81 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    flags = {"student": args.network, "method": args.method, "teacher": args.teacher, "seed": args.seed}
-    cfg = load_config(Config, args.config, args.opts, flags)
-    validate(cfg)
-    networks = cfg.student if cfg.method == "supervised" else f"{cfg.teacher}-{cfg.student}"
-    folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    semi = read_yaml(args.config).get("format") in SEMI_DATASETS
+    name, folder, in_channels, described = semi_run(args) if semi else distillation_run(args)
     out = args.out or folder / "best.pt"
     if out.exists():
         raise CheckpointError(f"{out}: exists already; remove it, or choose --out, another --seed or --opts tag=NAME")
 
     content = read_foreign(args.ckpt)
     role, state = choose_role(network_state(content, args.ckpt), args.role, args.ckpt)
-    cls = NETWORKS[cfg.student]
+    cls = NETWORKS[name]
     weights = without_aliases(state, getattr(cls, "alias_keys", ()), args.ckpt)
     weights, dropped = without_unused(weights, getattr(cls, "unused_keys", ()))
 
-    dataset = build_dataset(**dataset_arguments(cfg))
-    arguments = dict(cfg.network_args.get(cfg.student, {}))
-    network = build_network(cfg.student, cfg.in_channels, dataset.num_classes, **arguments)
+    arguments = dict(described["config"]["network_args"].get(name, {}))
+    network = build_network(name, in_channels, described.pop("num_classes"), **arguments)
     try:
         load_network_weights(network, weights, str(args.ckpt))
     except CheckpointError as problem:
-        raise CheckpointError(f"{problem}; {diagnosis(weights, cfg.student)}") from None
-    meta = content.get("meta")
-    step = meta.get("iter") if isinstance(meta, dict) else None
+        raise CheckpointError(f"{problem}; {diagnosis(weights, name)}") from None
     atomic_save({
-        "kind": "3d",
-        "network": {"name": cfg.student, "in_channels": cfg.in_channels, "num_classes": dataset.num_classes,
-                    "arguments": arguments},
-        "class_names": list(cfg.class_names), "config": dataclasses.asdict(cfg), "dataset": dataset_arguments(cfg),
-        "cases": {split: [case.name for case in cases] for split, cases in dataset.splits().items()},
-        "code": code_version(), "weights": network.state_dict(), "step": step if isinstance(step, int) else 0,
+        **described,
+        "network": {
+            "name": name, "in_channels": in_channels, "num_classes": network.num_classes, "arguments": arguments
+        },
+        "code": code_version(), "weights": network.state_dict(), "step": step_of(content),
         "imported": {"file": args.ckpt.name, "role": role},
     }, out)  # fmt: skip
     print(
-        f"{len(weights)} tensors of {cfg.student} (role {role}) written to {out}; left out: {dropped} that no forward "
+        f"{len(weights)} tensors of {name} (role {role}) written to {out}; left out: {dropped} that no forward "
         f"pass uses, {len(state) - len(weights) - dropped} under a second name"
     )
     return 0
+
+
+def distillation_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
+    """Network, run folder, input channels and description, as train_3d_distill.py would make them."""
+    flags = {"student": args.network, "method": args.method, "teacher": args.teacher, "seed": args.seed}
+    cfg = load_config(train_3d_distill.Config, args.config, args.opts, flags)
+    train_3d_distill.validate(cfg)
+    networks = cfg.student if cfg.method == "supervised" else f"{cfg.teacher}-{cfg.student}"
+    folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    arguments = train_3d_distill.dataset_arguments(cfg)
+    dataset = build_dataset(**arguments)
+    return cfg.student, folder, cfg.in_channels, describe("3d", cfg, dataset, arguments, dataset.splits())
+
+
+def semi_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
+    """The same as train_2d_crkd.py or train_3d_crkd.py would make them."""
+    dims = SEMI_DATASETS[read_yaml(args.config)["format"]].dims
+    script = train_2d_crkd if dims == 2 else train_3d_crkd
+    flags = {"network": args.network, "method": args.method, "labelled": args.labelled, "seed": args.seed}
+    cfg = load_config(script.Config, args.config, args.opts, flags)
+    script.validate(cfg)
+    networks = f"{cfg.network}-{labelled_name(cfg.labelled)}"
+    folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    arguments = script.dataset_arguments(cfg)
+    dataset = build_semi_dataset(**arguments)
+    splits = dataset.splits(cfg.labelled)
+    described = describe(f"{dims}d-semi", cfg, dataset, arguments, splits)
+    # Released code chooses its best checkpoint on what it reports: see ssl tables of ACDC, LA, ISIC and Kvasir.
+    return cfg.network, folder, dataset.in_channels, described | {"selected_on": "test" if splits["test"] else "val"}
+
+
+def describe(kind: str, cfg: Any, dataset: Any, arguments: dict, splits: dict) -> dict[str, Any]:
+    return {
+        "kind": kind, "num_classes": dataset.num_classes, "class_names": list(cfg.class_names),
+        "config": dataclasses.asdict(cfg), "dataset": arguments,
+        "cases": {split: [case.name for case in cases] for split, cases in splits.items()},
+    }  # fmt: skip
+
+
+def step_of(content: dict[str, Any]) -> int:
+    """Optimiser steps that the file says it has had, 0 if it does not say."""
+    meta = content.get("meta")
+    step = meta.get("iter") if isinstance(meta, dict) else content.get("iter_num")
+    return step if isinstance(step, int) else 0
 
 
 def read_foreign(path: Path) -> dict[str, Any]:
@@ -141,13 +189,17 @@ def read_foreign(path: Path) -> dict[str, Any]:
 
 
 def network_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors under 'state_dict', or those of the top level."""
-    state = content.get("state_dict", content)
+    """The tensors under 'state_dict', 'model' or 'model_state_dict', or those of the top level."""
+    key = next((key for key in ("state_dict", "model", "model_state_dict") if key in content), None)
+    state = content if key is None else content[key]
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: 'state_dict' is {type(state).__name__}, expected a dictionary of tensors")
+        raise CheckpointError(f"{path}: '{key}' is {type(state).__name__}, expected a dictionary of tensors")
     tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path}: no tensors under 'state_dict' or at the top; keys: {list(content)[:8]}")
+        raise CheckpointError(
+            f"{path}: no tensors under 'state_dict', 'model', 'model_state_dict' or at the top; keys: "
+            f"{list(content)[:8]}"
+        )
     return tensors
 
 

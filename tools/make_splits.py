@@ -3,9 +3,11 @@ r"""Write train, val and test lists from a decathlon-style data list: drawn with
     python tools/make_splits.py --data-root data/Task04_Hippocampus --out splits/hippocampus --counts 128 30 50 --seed 0
     python tools/make_splits.py --data-root data/brats21 --datalist dataset_0.json --rule every_fifth \
         --out splits/brats21
+    python tools/make_splits.py images --data-root data/Kvasir-SEG --out splits/kvasir --val 120
 
 every_fifth: of the sorted names every fifth one (the fifth, tenth, ...) goes to val, the rest to train, and there is no
-test list. It gives the 1001 and 250 cases of BraTS 2021 that the ACF-BCKD tables use.
+test list. It gives the 1001 and 250 cases of BraTS 2021 that the ACF-BCKD tables use. images: RGB images with masks,
+lists of labelled shares among them; its options are those of tools/make_splits_2d.py.
 """
 
 import argparse
@@ -17,9 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.cases import DataError, read_datalist
+from tools import make_splits_2d
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["images"]:
+        return make_splits_2d.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True, type=Path)
     parser.add_argument("--datalist", default="dataset.json")

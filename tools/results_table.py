@@ -5,7 +5,9 @@
     python tools/results_table.py --layout kd --runs-dir runs --dataset btcv --csv btcv.csv
 
 --layout kd gathers every summary.json of best.pt under --runs-dir, averages over the seeds and prints the tables of the
-ACF-BCKD paper in Markdown, each cell beside the published figure (tools/published_kd.yaml).
+ACF-BCKD paper in Markdown, each cell beside the published figure (tools/published_kd.yaml). --layout ssl does the same
+for summary_published.json of few-label runs and the tables of CRKD (tools/published_ssl.yaml); --protocol clean takes
+summary.json instead.
 """
 
 import argparse
@@ -17,11 +19,18 @@ from pathlib import Path
 
 import yaml
 
-COLUMNS = ("run", "Dice", "Jaccard", "HD95 mm", "ASD mm", "missed", "parameters", "GMACs", "ms/volume")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.runs import labelled_name
+
+COLUMNS = ("run", "Dice", "Jaccard", "HD95 {}", "ASD {}", "missed", "parameters", "GMACs", "ms/volume")
 TEACHERS = {"resunet": "T1 ResU-Net", "segresnet": "T2 SegResNet"}
 STUDENTS = {"unet": "U-Net", "espnetv2": "ESPNetV2", "mobile_unet": "Mobile U-Net", "lcovnet": "LCOV-Net"}
+METHODS = ("supervised", "unimatch", "crossmatch", "lefed", "acmt", "mlrpl", "crkd")
+METRICS = {"dice": 100.0, "jaccard": 100.0, "hd95": 1.0, "asd": 1.0}  # factors to the tables' units
 RIVALS = ("kd", "at", "nkd", "skd", "ifvd", "cwd", "dist", "dkd", "cirkd")
 PUBLISHED = Path(__file__).with_name("published_kd.yaml")
+PUBLISHED_SSL = Path(__file__).with_name("published_ssl.yaml")
 
 
 def main() -> int:
@@ -29,14 +38,17 @@ def main() -> int:
     parser.add_argument("runs", nargs="*", type=Path, help="run folders with a summary.json, or summary files")
     parser.add_argument("--space", choices=("resampled", "native"), default="resampled")
     parser.add_argument("--csv", type=Path, help="also write the table there")
-    parser.add_argument("--layout", choices=("runs", "kd"), default="runs", help="kd: the published tables")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="for --layout kd")
-    parser.add_argument("--dataset", help="for --layout kd; default: every data set with published figures")
+    parser.add_argument("--layout", choices=("runs", "kd", "ssl"), default="runs", help="kd, ssl: the published tables")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="for --layout kd and ssl")
+    parser.add_argument("--dataset", help="for --layout kd and ssl; default: every data set with published figures")
+    parser.add_argument("--protocol", choices=("published", "clean"), default="published", help="for --layout ssl")
     args = parser.parse_args()
     if args.layout == "kd":
         return published_layout(args)
+    if args.layout == "ssl":
+        return few_label_layout(args)
     if not args.runs:
-        parser.error("name the run folders, or take --layout kd")
+        parser.error("name the run folders, or take --layout kd or ssl")
     summaries = []
     for run in args.runs:
         path = run if run.suffix == ".json" else run / "summary.json"
@@ -44,30 +56,40 @@ def main() -> int:
             best = path.parent / "best.pt"
             sys.exit(f"error: {path}: no such summary; make it with: python test_3d.py --ckpt {best}")
         summaries.append(json.loads(path.read_text(encoding="utf-8")))
+    units = {summary.get("unit", "mm") for summary in summaries}
+    columns = tuple(column.format("/".join(sorted(units))) for column in COLUMNS)
     rows = [cells(summary, args.space) for summary in summaries]
-    widths = [max(len(row[k]) for row in [COLUMNS, *rows]) for k in range(len(COLUMNS))]
-    for row in [COLUMNS, tuple("-" * width for width in widths), *rows]:
+    widths = [max(len(row[k]) for row in [columns, *rows]) for k in range(len(columns))]
+    for row in [columns, tuple("-" * width for width in widths), *rows]:
         aligned = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         print(f"| {' | '.join(aligned)} |")
     for note in notes(summaries):
         print(note)
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+            csv.writer(file).writerows([columns, *rows])
         print(f"table in {args.csv}")
     return 0
 
 
 def title(summary: dict) -> str:
     """Which network, taught how."""
+    if "labelled" in summary:
+        preset = "" if summary["preset"] == "clean" or summary["method"] == "supervised" else f", {summary['preset']}"
+        return f"{summary['student']}, {labelled_name(summary['labelled'])} labelled, {summary['method']}{preset}"
     if summary["teacher"] is None:
         return f"{summary['student']}, supervised"
     preset = "" if summary["preset"] == "clean" else f", {summary['preset']}"
     return f"{summary['student']} <- {summary['teacher']}, {summary['method']}{preset}"
 
 
+def scores(summary: dict, space: str) -> dict:
+    """The means of a space; runs of train_2d_crkd.py and train_3d_crkd.py have one only."""
+    return summary.get(space, summary["native"])
+
+
 def cells(summary: dict, space: str) -> tuple[str, ...]:
-    mean, counts = summary[space]["mean"], summary[space]["counts"]
+    mean, counts = scores(summary, space)["mean"], scores(summary, space)["counts"]
 
     def number(value: float | None, digits: int, factor: float = 1.0) -> str:
         return "-" if value is None else f"{factor * value:.{digits}f}"
@@ -83,12 +105,18 @@ def cells(summary: dict, space: str) -> tuple[str, ...]:
 def notes(summaries: list[dict]) -> list[str]:
     """What a reader must know to compare the rows."""
     first = summaries[0]
-    cases = {summary["resampled"]["cases"] for summary in summaries}
+    cases = {summary["native"]["cases"] for summary in summaries}
     steps = ", ".join(f"{title(s)} {s['step']} of {s['max_steps']}" for s in summaries)
+    counted = f"Dice and Jaccard in %, means over {'/'.join(map(str, sorted(cases)))} {first['split']} cases"
+    if any(summary.get("protocol") == "published" for summary in summaries):
+        counted += "; distances as published tables of the data set have them (reporting.py)."
+    else:
+        counted += (
+            f"; HD95 {first['hd95_definition']}, ASD one-sided; 'missed': organs not found at all, of all organs "
+            f"(their distances are undefined and left out)."
+        )
     lines = [
-        f"Dice and Jaccard in %, means over {'/'.join(map(str, sorted(cases)))} {first['split']} cases; HD95 "
-        f"{first['hd95_definition']}, ASD one-sided; 'missed': organs not found at all, of all organs (their distances "
-        f"are undefined and left out).",
+        counted,
         f"GMACs of one patch {'x'.join(map(str, first['patch_size']))}; milliseconds on {first['device']}"
         + (f" with {first['threads']} thread(s)." if first["device"] == "CPU" else "."),
         f"Checkpoint steps: {steps}.",
@@ -97,6 +125,9 @@ def notes(summaries: list[dict]) -> list[str]:
         lines.append(
             "This data set has no third list: best.pt was selected on the cases reported here; see last.pt too."
         )
+    protocols = {summary["protocol"] for summary in summaries if "protocol" in summary}
+    if protocols:
+        lines.append(f"Protocol (reporting.py): {', '.join(sorted(protocols))}.")
     return lines
 
 
@@ -127,7 +158,7 @@ def gather(runs_dir: Path) -> tuple[dict[tuple, list[dict]], int]:
     tagged = 0
     for path in sorted(runs_dir.rglob("summary.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary.get("checkpoint") != "best.pt" or "student" not in summary:
+        if summary.get("checkpoint") != "best.pt" or "student" not in summary or "labelled" in summary:
             continue
         if summary["tag"]:
             tagged += 1
@@ -193,6 +224,84 @@ def dataset_tables(dataset: str, runs: dict[tuple, list[dict]], published: dict,
     if rows:
         print_markdown(f"{dataset}: methods, student U-Net", ["method", "parameters", "GMACs", "preset", *both], rows)
     return written
+
+
+def few_label_layout(args: argparse.Namespace) -> int:
+    """Print the tables of CRKD, and write their cells to --csv, one per line."""
+    published = yaml.safe_load(PUBLISHED_SSL.read_text(encoding="utf-8"))
+    name = "summary_published.json" if args.protocol == "published" else "summary.json"
+    runs: dict[tuple, dict[int, dict]] = {}
+    tagged = 0
+    for path in sorted(args.runs_dir.rglob(name)):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if "labelled" not in summary:
+            continue
+        if summary["tag"]:
+            tagged += 1
+            continue
+        preset = "-" if summary["method"] == "supervised" else summary["preset"]
+        key = (summary["dataset"], labelled_name(summary["labelled"]), summary["method"], preset)
+        seeds = runs.setdefault(key, {})
+        if summary["seed"] in seeds:
+            sys.exit(f"error: {path}: a second run of {'/'.join(key)} with seed {summary['seed']}; remove one")
+        seeds[summary["seed"]] = summary
+    written = []
+    found = list(dict.fromkeys([*published, *(key[0] for key in runs)]))
+    for dataset in [args.dataset] if args.dataset else found:
+        figures = published.get(dataset, {})
+        counts = dict.fromkeys([*map(str, figures), *(key[1] for key in runs if key[0] == dataset)])
+        for labelled in counts:
+            own = {key[2:]: seeds for key, seeds in runs.items() if key[:2] == (dataset, labelled)}
+            known = {str(k): v for k, v in figures.items()}.get(labelled, {})
+            rows = []
+            for method in METHODS:
+                presets = sorted({preset for m, preset in own if m == method}) or ["-"] * (method in known)
+                for preset in presets:
+                    fields = few_label_fields(list(own.get((method, preset), {}).values()))
+                    figure = known.get(method)
+                    written.append({
+                        "dataset": dataset, "labelled": labelled, "method": method, "preset": preset, **fields,
+                        **{f"published_{metric}": v for metric, v in zip(METRICS, figure or [""] * 4)},
+                    })  # fmt: skip
+                    cells_ = [with_spread(fields, metric) for metric in METRICS]
+                    shown_ = " / ".join(f"{value:.2f}" for value in figure) if figure else "-"
+                    rows.append([method, preset, *cells_, str(fields["runs"]) if fields["runs"] else "-", shown_])
+            header = ["method", "preset", "Dice %", "Jaccard %", "HD95", "ASD", "runs", "published"]
+            if rows:
+                print_markdown(f"{dataset}, {labelled} labelled", header, rows)
+    print(
+        f"Ours: {args.protocol} protocol (reporting.py), mean ± population standard deviation over the runs (seeds) of "
+        f"best.pt; distances in voxels or pixels. Published: Dice / Jaccard / HD95 / ASD of the best checkpoint on the "
+        f"reported cases."
+    )
+    if tagged:
+        print(f"{tagged} tagged run(s) left out.")
+    if args.csv and written:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(written[0]))
+            writer.writeheader()
+            writer.writerows(written)
+        print(f"cells in {args.csv}")
+    return 0
+
+
+def few_label_fields(summaries: list[dict]) -> dict:
+    """Mean and population standard deviation over seeds of the four metrics; empty where there are no runs."""
+    fields = {"runs": len(summaries), "seeds": " ".join(str(summary["seed"]) for summary in summaries)}
+    for metric, factor in METRICS.items():
+        values = [summary["native"]["mean"][metric] for summary in summaries]
+        complete = values and all(value is not None for value in values)
+        fields[metric] = f"{factor * statistics.fmean(values):.2f}" if complete else ""
+        fields[f"{metric}_std"] = f"{factor * statistics.pstdev(values):.2f}" if complete and len(values) > 1 else ""
+    return fields
+
+
+def with_spread(fields: dict, metric: str) -> str:
+    """76.21 ± 0.30, 76.21, or 'not run'."""
+    if not fields["runs"]:
+        return "not run"
+    spread = fields[f"{metric}_std"]
+    return (fields[metric] or "-") + (f" ± {spread}" if spread else "")
 
 
 def statistics_of(summaries: list[dict], space: str) -> dict:

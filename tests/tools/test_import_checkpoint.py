@@ -25,7 +25,8 @@ from utils.config import ConfigError, load_config
 SMALL = {
     "resunet": {"channels": [4, 8, 16, 32]}, "segresnet": {"init_filters": 4}, "unet": {"channels": [4, 8, 16, 32]},
     "espnetv2": {"channels": [16, 32, 48, 64]}, "mobile_unet": {"width": 0.5},
-    "lcovnet": {"channels": [4, 8, 16, 32, 64]},
+    "lcovnet": {"channels": [4, 8, 16, 32, 64]}, "unet2d": {"channels": [4, 6, 8, 10, 12]}, "vnet": {"n_filters": 4},
+    "vnet_dual": {"n_filters": 4}, "vnet_lefed": {"n_filters": 4},
 }  # fmt: skip
 
 
@@ -49,7 +50,8 @@ def config(tmp_path, monkeypatch):
 
 def released(name, classes=3):
     """A network as released files hold it: unused tensors allocated, LCOV-Net's convolutions under two names."""
-    extra = {"allocate_unused": True} if getattr(NETWORKS[name], "unused_keys", ()) else {}
+    flag = "released_layout" if name == "unet2d" else "allocate_unused"
+    extra = {flag: True} if getattr(NETWORKS[name], "unused_keys", ()) else {}
     state = build_network(name, 1, classes, **SMALL[name], **extra).state_dict()
     if name == "lcovnet":
         state |= {re.sub(r"\.conv\.", ".conv1.", k): v for k, v in state.items() if re.match(r"up[1-4]\.conv\.", k)}
