@@ -14,6 +14,7 @@ from losses.dkd import DKD
 from losses.emkd import EMKD
 from losses.ifvd import IFVD
 from losses.kd import KD, PRESETS
+from losses.mskd_cakd import MSKDCAKD
 from losses.nkd import NKD
 from losses.skd import SKD
 
@@ -29,6 +30,7 @@ KD_METHODS: dict[str, type[nn.Module]] = {
     "dkd": DKD,
     "cirkd": CIRKD,
     "emkd": EMKD,
+    "mskd_cakd": MSKDCAKD,
 }
 
 __all__ = ["KD_METHODS", "PRESETS", "build_kd"]
