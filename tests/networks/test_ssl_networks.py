@@ -294,8 +294,9 @@ def test_vnet_dropout_acts_on_the_deepest_map():
 @pytest.mark.parametrize("cls", [UNet2D, VNet])
 def test_runs_in_half_precision(cls):
     net = small(cls)
+    # Not 32: oneDNN's weight gradient of a bfloat16 Conv3d on 2x2x2 voxels is at times NaN (torch 2.13).
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = net(image_for(net), return_features=True, perturb=0.5)
+        output = net(image_for(net, side=48), return_features=True, perturb=0.5)
     assert torch.isfinite(output.logits.float()).all()
     output.logits.float().square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
