@@ -134,7 +134,9 @@ def test_the_clean_protocol_is_that_of_metrics_with_unit_spacing(shape, hd95):
     names = ("background", "a", "b", "c")
     rows = case_rows("x", prediction, label, names, protocol="clean", hd95=hd95, empty="agree")
     scores = case_metrics(prediction, label, 4, spacing=[1.0] * len(shape), hd95=hd95, empty="agree")
-    assert rows == [{"case": "x", "class": name, **row} for name, row in zip("abc", scores)]
+    accuracy = np.mean(prediction == label)
+    expected = [{"case": "x", "class": name, **row, "accuracy": accuracy} for name, row in zip("abc", scores)]
+    assert rows == expected and 0 < accuracy < 1
 
 
 @pytest.mark.parametrize("shape", [VOLUME, IMAGE])
@@ -185,7 +187,7 @@ def test_an_empty_class_leaves_the_others_alone(shape):
 
 
 def row(case, name, dice, hd95=1.0, **flags):
-    values = {"dice": dice, "jaccard": dice / 2, "hd95": hd95, "asd": hd95 / 2}
+    values = {"dice": dice, "jaccard": dice / 2, "hd95": hd95, "asd": hd95 / 2, "accuracy": ord(case) / 200}
     return {"case": case, "class": name, **values, **dict.fromkeys(FLAGS, 0), **flags}
 
 
@@ -211,7 +213,24 @@ def test_published_means_are_of_classes_over_the_cases_that_have_them():
 
 def test_clean_means_are_those_of_metrics():
     rows = [entry | {"assd": 0.5} for entry in (row("a", "x", 0.4), row("a", "y", NAN, NAN), row("b", "x", 0.8))]
-    assert summary_of(rows, "clean") == summarise(rows)
+    found = summary_of(rows, "clean")
+    assert {key: found[key] for key in summarise(rows)} == summarise(rows)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_accuracy_and_confidence_are_over_cases(protocol):
+    """Student's t for n - 1 = 2 is 4.302653 at 97.5 %."""
+    rows = [
+        row("a", "x", 0.9), row("a", "y", 0.5), row("b", "x", 0.7, NAN), row("b", "y", 0.3, NAN), row("c", "x", 0.2),
+        row("c", "y", 0.4),
+    ]  # fmt: skip
+    found = summary_of([entry | {"assd": 0.5} for entry in rows], protocol)
+    assert found["accuracy"] == pytest.approx((97 + 98 + 99) / 3 / 200)
+    means = np.array([0.7, 0.5, 0.3])
+    half = 4.302653 * means.std(ddof=1) / np.sqrt(3)
+    assert found["ci95"]["dice"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
+    assert found["ci95"]["hd95"] == pytest.approx([1.0, 1.0])  # of the two cases that have a distance
+    assert summary_of([entry | {"assd": 0.5} for entry in rows[:2]], protocol)["ci95"]["dice"] is None
 
 
 def test_what_is_never_defined_is_none_so_that_summaries_are_json(tmp_path):
@@ -274,14 +293,15 @@ def test_the_header_names_protocol_definition_and_unit(tmp_path, protocol, unit,
     write_csv(tmp_path / "metrics.csv", rows, protocol, hd95, unit)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
-    assert header == ["case", "class", *HEADERS[protocol, unit, hd95], *FLAGS]
+    assert header == ["case", "class", *HEADERS[protocol, unit, hd95], *FLAGS, "accuracy"]
     assert len(lines) == len(rows) == 3
     keys = METRICS if protocol == "clean" else PUBLISHED
     for line, expected in zip(lines, rows):
         assert line[:2] == ["x", expected["class"]]
         for text, key in zip(line[2:], keys):
             assert text == "" if math.isnan(expected[key]) else float(text) == pytest.approx(expected[key], rel=1e-5)
-        assert line[-3:] == [str(expected[flag]) for flag in FLAGS]
+        assert line[-4:-1] == [str(expected[flag]) for flag in FLAGS]
+        assert float(line[-1]) == pytest.approx(expected["accuracy"], rel=1e-5)
     assert lines[1][4] == ("0" if (protocol, unit) == ("published", "voxels") else "")
 
 
@@ -320,6 +340,7 @@ def test_the_table_has_classes_mean_counts_and_a_note(capsys, protocol, marked):
     assert lines[2].split() == ["wall", "0.5000", "0.2500", "4.00", "2.00"]
     assert lines[3].split() == ["left", "0.0000", "0.0000", "-", "-"]
     assert lines[4].split() == ["mean", "0.2500", "0.1250", "4.00", "2.00"]
-    assert lines[5] == "of 2 structures: 1 missed, 0 predicted where there is none, 0 absent"
-    assert lines[6:] == ["note: this checkpoint was selected on cases that are reported here; "
+    assert lines[5] == "voxels labelled right: 48.50 %"
+    assert lines[6] == "of 2 structures: 1 missed, 0 predicted where there is none, 0 absent"
+    assert lines[7:] == ["note: this checkpoint was selected on cases that are reported here; "
                          "the scores of last.pt were not"] * marked  # fmt: skip
