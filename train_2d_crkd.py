@@ -262,7 +262,8 @@ def main() -> int:
         views = dataset.view_function(method.strong_views)
         unlabelled_batches = batches("unlabelled", cfg.unlabelled_batch, views, keys, UNLABELLED)
         mix_batches = batches("unlabelled", cfg.unlabelled_batch, views, keys, MIX) if method.mixes else None
-    bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}")
+    steps = range(start, cfg.max_steps)
+    bar = tqdm(steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step")
     for step in bar:  # one step = one batch, and one optimiser update for nearly all methods
         labelled, unlabelled, cases = next(labelled_batches), None, []
         labelled = {key: labelled[key].to(device, non_blocking=True) for key in ("image", "label")}

@@ -304,7 +304,7 @@ def test_every_run_is_scored_by_both_protocols(trained, kind, method, protocol):
     unit, published = site.kind.unit, protocol == "published"
     hd95, sides = ("directed", "mean_of_both") if published and unit == "pixels" else ("pooled", "one_sided")
     titles = ["dice", "jaccard", f"hd95_{hd95}_{unit}", f"asd_{sides}_{unit}"] + [f"assd_{unit}"] * (not published)
-    assert list(rows[0]) == ["case", "class", *(f"{title}_{protocol}" for title in titles), *FLAGS]
+    assert list(rows[0]) == ["case", "class", *(f"{title}_{protocol}" for title in titles), *FLAGS, "accuracy"]
     assert [(row["case"], row["class"]) for row in rows] == [(name, k) for name in names for k in classes]
     for row in rows:
         k = 1 + classes.index(row["class"])
@@ -313,6 +313,7 @@ def test_every_run_is_scored_by_both_protocols(trained, kind, method, protocol):
         assert prediction.shape == label.shape
         expected = 2 * ((prediction == k) & (label == k)).sum() / ((prediction == k).sum() + (label == k).sum())
         assert float(row[f"dice_{protocol}"]) == pytest.approx(expected, rel=1e-5)
+        assert float(row["accuracy"]) == pytest.approx((prediction == label).mean(), rel=1e-5)
 
     summary = json.loads((folder / f"summary{suffix}.json").read_text())
     assert summary["protocol"] == protocol and summary["unit"] == unit and summary["hd95_definition"] == hd95
