@@ -31,6 +31,7 @@ from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
+from utils.distributed import World, join_world
 from utils.runs import resolve_device
 
 SPLITS = ("test", "val", "val+test")
@@ -57,16 +58,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    first = score(args, args.ckpt)
+    world, name = join_world(args.device)
+    selected_on_reported = score(args, args.ckpt, world, resolve_device(name))
     last = args.ckpt.with_name("last.pt")
-    if first["selected_on_reported"] and args.ckpt.name == "best.pt" and last.is_file():
-        score(args, last)
+    if selected_on_reported and args.ckpt.name == "best.pt" and last.is_file():
+        score(args, last, world, resolve_device(name))
+    world.leave()
     return 0
 
 
-def score(args: argparse.Namespace, path: Path) -> dict:
-    """Score one checkpoint, write its files, print its table; -> its summary."""
-    device = resolve_device(args.device)
+def score(args: argparse.Namespace, path: Path, world: World, device: torch.device) -> bool:
+    """Score one checkpoint, write its files, print its table; -> whether it was selected on the reported cases.
+
+    The cases are shared by the processes of torchrun, of which the first one reports.
+    """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("kind") != "2d-semi":
         raise CheckpointError(f"{path}: not a checkpoint of train_2d_crkd.py; 3D ones are scored by test_3d.py")
@@ -94,17 +99,20 @@ def score(args: argparse.Namespace, path: Path) -> dict:
     predictions, overlays = out / f"predictions{suffix}", out / f"overlays{suffix}"
     for folder in [out] + [predictions] * (not args.no_predictions) + [overlays] * args.overlays:
         folder.mkdir(parents=True, exist_ok=True)
-    rows, seconds = [], []
-    for case in tqdm(cases, desc=f"testing {described['name']} on {split}", unit="case"):
+    results = []  # of each case: rows, seconds
+    for case in tqdm(
+        world.part(cases), desc=f"testing {described['name']} on {split}", unit="case", disable=not world.main
+    ):
         volume = dataset.read_volume(case)
         slices = torch.from_numpy(np.ascontiguousarray(dataset.network_slices(volume)))
         begin = time.perf_counter()
         ids = predict_slices(network, slices, batch=config["eval_batch"], amp=args.amp)
-        seconds.append(time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
         prediction, label = dataset.native_prediction(ids.numpy(), volume), volume["label"][0]
-        rows += reporting.case_rows(
+        rows = reporting.case_rows(
             case.name, prediction, label, dataset.class_names, protocol=args.protocol, hd95=args.hd95, empty=args.empty
         )
+        results.append((rows, seconds))
         if not args.no_predictions:
             if prediction.ndim == 3:
                 nib.save(nib.Nifti1Image(prediction, volume["affine"]), predictions / f"{case.name}.nii.gz")
@@ -114,11 +122,16 @@ def score(args: argparse.Namespace, path: Path) -> dict:
             shown = [(volume["image"], None), (volume["image"], label), (volume["image"], prediction)]
             matplotlib.image.imsave(overlays / f"{case.name}.png", figures.views(shown, dataset.num_classes))
 
-    unit = "pixels" if label.ndim == 2 else "voxels"
+    results = world.merged(results)
+    described_run = reporting.describe(checkpoint, path.name, split)
+    if not world.main:
+        return described_run["selected_on_reported"]
+    rows, seconds = [row for of_case, _ in results for row in of_case], [value for _, value in results]
+    unit = "pixels" if arguments["format"] == "images2d" else "voxels"
     hd95 = args.hd95 if not published else "directed" if unit == "pixels" else "pooled"
     reporting.write_csv(out / f"metrics{suffix}.csv", rows, args.protocol, hd95, unit)
     summary = {
-        **reporting.describe(checkpoint, path.name, split), "protocol": args.protocol, "unit": unit,
+        **described_run, "protocol": args.protocol, "unit": unit,
         "hd95_definition": hd95, "empty_policy": "zero" if published else args.empty, "amp": args.amp,
         "native": reporting.summary_of(rows, args.protocol), "parameters": count_parameters(network),
         "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
@@ -129,7 +142,7 @@ def score(args: argparse.Namespace, path: Path) -> dict:
     reporting.write_summary(out / f"summary{suffix}.json", summary)
     reporting.report(summary)
     print(f"results in {out}: metrics{suffix}.csv, summary{suffix}.json")
-    return summary
+    return described_run["selected_on_reported"]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
+from utils.distributed import World, join_world
 from utils.runs import resolve_device
 
 SPACES = ("resampled", "native")
@@ -70,14 +71,21 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    device = resolve_device(args.device)
+    world, name = join_world(args.device)
+    score(args, world, resolve_device(name))
+    world.leave()
+    return 0
+
+
+def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
+    """Score the checkpoint; the cases are shared by the processes of torchrun, of which the first one reports."""
     checkpoint = load_checkpoint(args.ckpt)
     if checkpoint.get("kind") == "3d-semi":
-        first = score_semi(args, args.ckpt, checkpoint)
+        selected_on_reported = score_semi(args, args.ckpt, checkpoint, world, device)
         last = args.ckpt.with_name("last.pt")
-        if first["selected_on_reported"] and args.ckpt.name == "best.pt" and last.is_file():
-            score_semi(args, last, load_checkpoint(last))
-        return 0
+        if selected_on_reported and args.ckpt.name == "best.pt" and last.is_file():
+            score_semi(args, last, load_checkpoint(last), world, device)
+        return
     if args.stride or args.largest_component:
         raise ConfigError("--stride and --largest-component are for runs of train_3d_crkd.py")
     args.published = args.published or args.protocol == "published"
@@ -93,7 +101,8 @@ def main() -> int:
     cases = dataset.find(checkpoint["cases"][split])
     if not cases:
         raise DataError(f"{args.ckpt}: the run had no {split} list; choose --split val")
-    dataset.prepare({split: cases})
+    with world.main_first():
+        dataset.prepare({split: cases})
     network = build_network(
         described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
     )
@@ -109,10 +118,11 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
     options = {"multilabel": dataset.multilabel, "empty": args.empty}
-    rows: dict[str, list[dict]] = {space: [] for space in SPACES}
-    published, seconds = [], []
+    results = []  # of each case: rows by space, figures of the published protocol, seconds
 
-    for case in tqdm(cases, desc=f"testing {described['name']} on {split}", unit="case"):
+    for case in tqdm(
+        world.part(cases), desc=f"testing {described['name']} on {split}", unit="case", disable=not world.main
+    ):
         sample = dataset.read(case)
         image = torch.from_numpy(np.array(sample["image"])).to(device)
         begin = time.perf_counter()
@@ -121,7 +131,7 @@ def main() -> int:
             window_batch=config["window_batch"], amp=args.amp, tta=args.tta,
         )  # fmt: skip
         prediction = to_labels(logits, dataset.multilabel).cpu().numpy()
-        seconds.append(time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
         label = np.array(sample["label"]) if dataset.multilabel else np.array(sample["label"][0])
         native_label, native_affine = dataset.native_label(case)
         restored = [
@@ -130,13 +140,16 @@ def main() -> int:
         ]
         native = np.stack(restored) if dataset.multilabel else restored[0]
         native_spacing = np.linalg.norm(native_affine[:3, :3], axis=0)
+        rows = {}
         for space, pair, spacing in (
             ("resampled", (prediction, label), sample["spacing"]), ("native", (native, native_label), native_spacing)
         ):  # fmt: skip
             scores = case_metrics(*pair, dataset.num_classes, spacing=spacing, hd95=args.hd95, **options)
-            rows[space] += [{"case": case.name, "class": name, **row} for name, row in zip(names, scores)]
+            rows[space] = [{"case": case.name, "class": name, **row} for name, row in zip(names, scores)]
+        figures_published = None
         if args.published:
-            published.append(published_case(prediction, label, dataset.num_classes, dataset.multilabel))
+            figures_published = published_case(prediction, label, dataset.num_classes, dataset.multilabel)
+        results.append((rows, figures_published, seconds))
         if not args.no_predictions:
             ids = dataset.decode_prediction(native).astype(np.uint8)
             nib.save(nib.Nifti1Image(ids, native_affine), predictions / f"{case.name}.nii.gz")
@@ -144,6 +157,11 @@ def main() -> int:
             picture = figures.panel(np.array(sample["image"][0]), label, prediction, len(names) + 1)
             matplotlib.image.imsave(overlays / f"{case.name}.png", picture)
 
+    results = world.merged(results)
+    if not world.main:
+        return
+    rows = {space: [row for of_case, _, _ in results for row in of_case[space]] for space in SPACES}
+    seconds = [value for _, _, value in results]
     write_csv(out / f"metrics{suffix}.csv", rows, args.hd95)
     # The best checkpoint was chosen on val: scores on val are then the highest of many, not an estimate.
     selected_on_reported = split == "val" and args.ckpt.stem == "best"
@@ -163,17 +181,18 @@ def main() -> int:
     }  # fmt: skip
     if args.published:
         summary["published_protocol"] = {
-            key: none_if_nan(nan_mean([case[key] for case in published])) for key in ("dice", "hd95_voxels")
+            key: none_if_nan(nan_mean([case[key] for _, case, _ in results])) for key in ("dice", "hd95_voxels")
         }
     (out / f"summary{suffix}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     report(summary, names, selected_on_reported)
     print(f"results in {out}: metrics{suffix}.csv, summary{suffix}.json")
-    return 0
 
 
-def score_semi(args: argparse.Namespace, path: Path, checkpoint: dict) -> dict:
-    """Score one checkpoint of train_3d_crkd.py, write its files, print its table; -> its summary."""
-    device = resolve_device(args.device)
+def score_semi(
+    args: argparse.Namespace, path: Path, checkpoint: dict, world: World, device: torch.device
+) -> bool:
+    """Score one checkpoint of train_3d_crkd.py, write its files, print its table; -> whether it was selected on the
+    cases that are reported."""
     config, described = checkpoint["config"], checkpoint["network"]
     dataset = build_semi_dataset(**checkpoint["dataset"] | ({"root": args.data_root} if args.data_root else {}))
     usual = "test" if checkpoint["cases"]["test"] else "val"
@@ -198,8 +217,10 @@ def score_semi(args: argparse.Namespace, path: Path, checkpoint: dict) -> dict:
     predictions, overlays = out / f"predictions{suffix}", out / f"overlays{suffix}"
     for folder in [out] + [predictions] * (not args.no_predictions) + [overlays] * args.overlays:
         folder.mkdir(parents=True, exist_ok=True)
-    rows, seconds = [], []
-    for case in tqdm(cases, desc=f"testing {described['name']} on {split}", unit="case"):
+    results = []  # of each case: rows, seconds
+    for case in tqdm(
+        world.part(cases), desc=f"testing {described['name']} on {split}", unit="case", disable=not world.main
+    ):
         volume = dataset.read_volume(case)
         begin = time.perf_counter()
         probs = predict_logits(
@@ -207,22 +228,28 @@ def score_semi(args: argparse.Namespace, path: Path, checkpoint: dict) -> dict:
             window_batch=config["window_batch"], amp=args.amp, tta=args.tta, probabilities=True,
         )  # fmt: skip
         prediction, label = to_labels(probs).cpu().numpy(), volume["label"][0]
-        seconds.append(time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
         if args.largest_component:
             prediction = largest_component(prediction)
-        rows += reporting.case_rows(
+        rows = reporting.case_rows(
             case.name, prediction, label, dataset.class_names, protocol=protocol, hd95=args.hd95, empty=empty
         )
+        results.append((rows, seconds))
         if not args.no_predictions:
             nib.save(nib.Nifti1Image(prediction, volume["affine"]), predictions / f"{case.name}.nii.gz")
         if args.overlays:
             shown = [(volume["image"], None), (volume["image"], label), (volume["image"], prediction)]
             matplotlib.image.imsave(overlays / f"{case.name}.png", figures.views(shown, dataset.num_classes))
 
+    results = world.merged(results)
+    described_run = reporting.describe(checkpoint, path.name, split)
+    if not world.main:
+        return described_run["selected_on_reported"]
+    rows, seconds = [row for of_case, _ in results for row in of_case], [value for _, value in results]
     hd95 = "pooled" if published else args.hd95
     reporting.write_csv(out / f"metrics{suffix}.csv", rows, protocol, hd95, "voxels")
     summary = {
-        **reporting.describe(checkpoint, path.name, split), "protocol": protocol, "unit": "voxels",
+        **described_run, "protocol": protocol, "unit": "voxels",
         "hd95_definition": hd95, "empty_policy": "zero" if published else empty, "tta": args.tta, "amp": args.amp,
         "stride": list(stride), "largest_component": args.largest_component,
         "native": reporting.summary_of(rows, protocol), "parameters": count_parameters(network),
@@ -234,7 +261,7 @@ def score_semi(args: argparse.Namespace, path: Path, checkpoint: dict) -> dict:
     reporting.write_summary(out / f"summary{suffix}.json", summary)
     reporting.report(summary)
     print(f"results in {out}: metrics{suffix}.csv, summary{suffix}.json")
-    return summary
+    return described_run["selected_on_reported"]
 
 
 def published_case(prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool) -> dict[str, float]:

@@ -39,7 +39,8 @@ from utils.checkpoint import (
     save_last,
 )
 from utils.config import ConfigError, check_names, constructing, load_config
-from utils.runlog import Averages, RunLog
+from utils.distributed import World, join_world
+from utils.runlog import Averages, RunLog, SilentLog
 from utils.runs import StopSignal, labelled_name, open_run, parse_labelled, resolve_device, run_folder
 from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
@@ -81,6 +82,8 @@ class Config:
     weight_decay: float = 1e-4
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     amp: str = "off"  # off | bf16 | fp16
+    compile: bool = False  # torch.compile of the network
+    channels_last: bool = True  # memory order of weights and activations: 15 to 30 % off a step, on the CPU too
     # Validation, output
     val_interval: int = 500  # steps
     stride: tuple[int, int, int] = (18, 18, 4)  # voxels between windows when a scan is tested
@@ -105,11 +108,17 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--network", help="the network to train")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--amp", help=", ".join(AMP_MODES))
+    parser.add_argument("--compile", action="store_true", default=None, help="compile the network (torch.compile)")
+    parser.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, help="channels-last memory order (the default)"
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
     parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
     args = parser.parse_args()
-    flags = {key: getattr(args, key) for key in ("method", "labelled", "network", "seed", "device")}
+    keys = ("method", "labelled", "network", "seed", "device", "amp", "compile", "channels_last")
+    flags = {key: getattr(args, key) for key in keys}
     cfg = load_config(Config, args.config, args.opts, flags)
     check_names(args.config, "recipe", cfg.recipe, SSL_METHODS)
     check_names(args.config, "method_args", cfg.method_args, SSL_METHODS)
@@ -166,11 +175,13 @@ def dataset_arguments(cfg: Config) -> dict:
     return {"root": cfg.data_root, "format": cfg.format} | values
 
 
-def evaluate(network: torch.nn.Module, dataset, cases: list, cfg: Config) -> tuple[dict[str, float], np.ndarray]:
+def evaluate(
+    network: torch.nn.Module, dataset, cases: list, cfg: Config, world: World
+) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean Dice over `cases` and of each class, and a picture of the first case: image, label, prediction."""
     device = next(network.parameters()).device
     scores, picture = [], None
-    for case in tqdm(cases, desc="validating", unit="case", leave=False):
+    for case in tqdm(world.part(cases), desc="validating", unit="case", leave=False, disable=not world.main):
         volume = dataset.read_volume(case)
         probs = predict_logits(
             network, torch.from_numpy(volume["image"]).to(device), patch_size=cfg.patch_size, stride=cfg.val_stride,
@@ -181,7 +192,7 @@ def evaluate(network: torch.nn.Module, dataset, cases: list, cfg: Config) -> tup
         if picture is None:
             shown = [(volume["image"], None), (volume["image"], label), (volume["image"], prediction)]
             picture = figures.views(shown, dataset.num_classes)
-    return mean_dice(scores, dataset.class_names[1:]), picture
+    return mean_dice(world.merged(scores), dataset.class_names[1:]), picture
 
 
 def main() -> int:
@@ -196,7 +207,8 @@ def main() -> int:
             print(f"nothing to do: {folder} holds imported weights; remove it to train anew")
             return 0
     resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
-    device = resolve_device(cfg.device)
+    world, name = join_world(cfg.device)
+    device = resolve_device(name)
 
     # Data: disjoint lists, everything that is trained on read and checked before the first step
     dataset = build_semi_dataset(**dataset_arguments(cfg))
@@ -209,16 +221,24 @@ def main() -> int:
     # Network, method, optimiser
     seed_everything(cfg.seed)
     arguments = cfg.network_args.get(cfg.network, {})
+    memory = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
     with constructing(f"{args.config}: network_args or method_args"):
         method = build_method(
             cfg.method, lambda: build_network(cfg.network, dataset.in_channels, dataset.num_classes, **arguments),
             max_steps=cfg.max_steps, preset=cfg.preset, **cfg.method_args.get(cfg.method, {}),
-        ).to(device, memory_format=torch.channels_last_3d)  # 15 to 30 % off a step on the CPU  # fmt: skip
+        )  # fmt: skip
+    method = world.synchronised(method.to(device, memory_format=memory), device)
+    if cfg.compile:
+        method.network.compile()
+    if world.rank:
+        seed_everything(cfg.seed + 10**6 * world.rank)  # dropout and boxes differ between processes
     if method.uses_unlabelled and not splits["unlabelled"]:
         raise ConfigError(f"labelled: {cfg.labelled} leaves no unlabelled {dataset.unit} for {cfg.method}; label fewer")
     used = ("labelled", "unlabelled", selection) if method.uses_unlabelled else ("labelled", selection)
     dataset.prepare({split: splits[split] for split in used})
-    open_run(folder, cfg, resume)
+    with world.main_first():
+        if world.main:
+            open_run(folder, cfg, resume)
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = build_optimizer(cfg.optimizer, trained, cfg.lr, cfg.momentum, cfg.weight_decay, cfg.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
@@ -232,10 +252,10 @@ def main() -> int:
         load_network_weights(method, state["method"], str(folder))
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"], world.rank)
         start, best = state["step"], state["best"]
         averages.load_state_dict(state["averages"])
-    log = RunLog(folder, start)
+    log = RunLog(folder, start) if world.main else SilentLog()
     stop = StopSignal()
     described = {
         "kind": "3d-semi",
@@ -249,17 +269,22 @@ def main() -> int:
     }  # fmt: skip
 
     def save(step: int) -> None:
-        save_last({
-            **described, "weights": method.evaluated.state_dict(), "method": method.state_dict(),
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(),
-            "step": step, "best": best, "averages": averages.state_dict(),
-        }, folder)  # fmt: skip
+        random_states = world.gathered(rng_state())  # all processes, or the others would wait
+        if world.main:
+            save_last({
+                **described, "weights": method.evaluated.state_dict(), "method": method.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": random_states,
+                "step": step, "best": best, "averages": averages.state_dict(),
+            }, folder)  # fmt: skip
 
     def batches(split: str, size: int, augment, keys: tuple[str, ...], stream: int):
         return iter(DataLoader(
             PatchDataset(splits[split], dataset.read, augment, cfg.seed, keys=keys, stream=stream),
-            batch_size=size, num_workers=cfg.workers, collate_fn=collate, pin_memory=device.type == "cuda",
-            sampler=DrawSampler(len(splits[split]), cfg.seed, start * size, cfg.max_steps * size, stream),
+            batch_size=world.share(size, f"{split}_batch"), num_workers=cfg.workers, collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            sampler=DrawSampler(
+                len(splits[split]), cfg.seed, start * size, cfg.max_steps * size, stream, size, world.rank, world.size
+            ),
             generator=torch.Generator(),  # or a loader would draw from the state that a resumed run has just restored
         ))  # fmt: skip
 
@@ -270,7 +295,9 @@ def main() -> int:
         unlabelled_batches = batches("unlabelled", cfg.unlabelled_batch, views, keys, UNLABELLED)
         mix_batches = batches("unlabelled", cfg.unlabelled_batch, views, keys, MIX) if method.mixes else None
     steps = range(start, cfg.max_steps)
-    bar = tqdm(steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step")
+    bar = tqdm(
+        steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step", disable=not world.main
+    )
     for step in bar:  # one step = one batch, and one optimiser update for nearly all methods
         labelled, unlabelled, cases = next(labelled_batches), None, []
         labelled = {key: labelled[key].to(device, non_blocking=True) for key in ("image", "label")}
@@ -286,7 +313,8 @@ def main() -> int:
         done = step + 1
         last = done == cfg.max_steps
         validates = done % cfg.val_interval == 0 or last
-        saves = done % cfg.save_interval == 0 or last or bool(stop)
+        stopping = world.any(bool(stop))
+        saves = done % cfg.save_interval == 0 or last or stopping
         logs = done % cfg.log_interval == 0 or last
         for _ in range(method.updates):  # one, but for methods that learn from a batch several times
             with autocast(device, cfg.amp):
@@ -297,6 +325,7 @@ def main() -> int:
                 raise FloatingPointError(f"step {step}: the loss is not finite ({values}); unlabelled cases {cases}")
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
+            world.average_gradients(trained)
             if cfg.grad_clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
@@ -306,12 +335,14 @@ def main() -> int:
 
         averages.add(terms | method.monitor)
         if logs:
-            means = averages.take()
+            means = world.means(averages.take())
             total = sum(means[name] for name in terms)
             log.scalars(step, "train", {"loss": total, **means, "lr": lr})
             bar.set_postfix(loss=f"{total:.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
+        if saves or validates:
+            world.average_statistics(method)
         if validates:
-            scores, picture = evaluate(method.evaluated, dataset, splits[selection], cfg)
+            scores, picture = evaluate(method.evaluated, dataset, splits[selection], cfg, world)
             log.scalars(step, "val", scores)
             log.image(step, "val/image, label, prediction", picture)
             pairs = [figures.as_arrays(*pair) for pair in method.pictures.values()]
@@ -319,18 +350,24 @@ def main() -> int:
             if scores["dice"] > best["dice"]:
                 best = {"dice": scores["dice"], "step": done}
                 chosen = {**described, "weights": method.evaluated.state_dict(), "step": done, "val": scores}
-                atomic_save(chosen, folder / "best.pt")
+                if world.main:
+                    atomic_save(chosen, folder / "best.pt")
         if saves:
             save(done)
-        if stop and saves and not last:
+            stopping = stopping or world.any(bool(stop))  # validation takes a while
+        if stopping and not last:
             log.close()
-            command = shlex.join(["python", *[argument for argument in sys.argv if argument != "--resume"], "--resume"])
-            print(f"\nstopped after step {done}; go on with: {command}", file=sys.stderr)
+            world.leave()
+            command = shlex.join([*world.launcher, *[a for a in sys.argv if a != "--resume"], "--resume"])
+            if world.main:
+                print(f"\nstopped after step {done}; go on with: {command}", file=sys.stderr)
             return stop.exit_code
-    if start >= cfg.max_steps:
-        print(f"nothing to do: {folder} has all {cfg.max_steps} steps")
     log.close()
-    print(f"best validation Dice {best['dice']:.4f} at step {best['step']}; results in {folder}")
+    if world.main:
+        if start >= cfg.max_steps:
+            print(f"nothing to do: {folder} has all {cfg.max_steps} steps")
+        print(f"best validation Dice {best['dice']:.4f} at step {best['step']}; results in {folder}")
+    world.leave()
     return 0
 
 

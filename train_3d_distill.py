@@ -42,7 +42,8 @@ from utils.checkpoint import (
     save_last,
 )
 from utils.config import ConfigError, check_names, constructing, load_config
-from utils.runlog import RunLog
+from utils.distributed import World, join_world
+from utils.runlog import RunLog, SilentLog
 from utils.runs import StopSignal, open_run, resolve_device, run_folder
 from utils.schedules import poly_lr, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
@@ -96,6 +97,8 @@ class Config:
     weight_decay: float = 5e-4
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     amp: str = "off"  # off | bf16 | fp16
+    compile: bool = False  # torch.compile of the networks
+    channels_last: bool = False  # memory order of weights and activations
     # Validation, output
     val_start: int = 0  # first step at which to validate
     val_interval: int = 500  # steps
@@ -117,11 +120,15 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--method", help=f"supervised, {', '.join(KD_METHODS)}")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--amp", help=", ".join(AMP_MODES))
+    parser.add_argument("--compile", action="store_true", default=None, help="compile the networks (torch.compile)")
+    parser.add_argument("--channels-last", action="store_true", default=None, help="channels-last memory order")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
     parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
     args = parser.parse_args()
-    flags = {key: getattr(args, key) for key in ("teacher", "student", "method", "seed", "device")}
+    keys = ("teacher", "student", "method", "seed", "device", "amp", "compile", "channels_last")
+    flags = {key: getattr(args, key) for key in keys}
     cfg = load_config(Config, args.config, args.opts, flags)
     check_names(args.config, "recipe", cfg.recipe, NETWORKS)
     check_names(args.config, "method_args", [key.partition("@")[0] for key in cfg.method_args], KD_METHODS)
@@ -213,12 +220,14 @@ def load_teacher(args: argparse.Namespace, cfg: Config, dataset) -> torch.nn.Mod
     return teacher.eval().requires_grad_(False)
 
 
-def evaluate(network: torch.nn.Module, dataset, cases: list, cfg: Config) -> tuple[dict[str, float], np.ndarray]:
-    """Mean Dice over `cases` and of each class, and a picture of the first case: image, label, prediction."""
+def evaluate(
+    network: torch.nn.Module, dataset, cases: list, cfg: Config, world: World
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """Mean Dice over `cases` and of each class, and a picture of one of this process: image, label, prediction."""
     names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
     device = next(network.parameters()).device
     scores, picture = [], None
-    for case in tqdm(cases, desc="validating", unit="case", leave=False):
+    for case in tqdm(world.part(cases), desc="validating", unit="case", leave=False, disable=not world.main):
         sample = dataset.read(case)
         logits = predict_logits(
             network, torch.from_numpy(np.array(sample["image"])).to(device), patch_size=cfg.patch_size,
@@ -229,7 +238,7 @@ def evaluate(network: torch.nn.Module, dataset, cases: list, cfg: Config) -> tup
         scores.append(class_dice(prediction, label, dataset.num_classes, dataset.multilabel))
         if picture is None:
             picture = figures.panel(np.array(sample["image"][0]), label, prediction, len(names) + 1)
-    return mean_dice(scores, names), picture
+    return mean_dice(world.merged(scores), names), picture
 
 
 def main() -> int:
@@ -245,7 +254,8 @@ def main() -> int:
             print(f"nothing to do: {folder} holds imported weights; remove it to train anew")
             return 0
     resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
-    device = resolve_device(cfg.device)
+    world, name = join_world(cfg.device)
+    device = resolve_device(name)
 
     # Data: three disjoint lists, everything read and checked before the first step
     dataset = build_dataset(**dataset_arguments(cfg))
@@ -255,20 +265,29 @@ def main() -> int:
     )
 
     # Networks and objective
-    teacher = None if supervised else load_teacher(args, cfg, dataset).to(device)
+    memory = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
+    teacher = None if supervised else load_teacher(args, cfg, dataset).to(device, memory_format=memory)
     seed_everything(cfg.seed)
     arguments = cfg.network_args.get(cfg.student, {})
     kd = None
     with constructing(f"{args.config}: network_args or method_args"):
-        student = init_weights(build_network(cfg.student, cfg.in_channels, dataset.num_classes, **arguments)).to(device)
+        student = init_weights(build_network(cfg.student, cfg.in_channels, dataset.num_classes, **arguments))
+        student = world.synchronised(student.to(device, memory_format=memory), device)
         if teacher is not None:
             kd = build_kd(
                 cfg.method, student.feature_channels, teacher.feature_channels, dataset.num_classes,
                 multilabel=dataset.multilabel, preset=cfg.preset, **method_arguments(cfg),
             ).to(device)  # fmt: skip
+    if cfg.compile:
+        for network in (student, teacher) if teacher is not None else (student,):
+            network.compile()
+    if world.rank:
+        seed_everything(cfg.seed + 10**6 * world.rank)  # dropout and sampled losses differ between processes
     seg_loss = SegmentationLoss(dataset.multilabel)
-    dataset.prepare(splits)
-    open_run(folder, cfg, resume)
+    with world.main_first():  # so that one process fills the cache
+        dataset.prepare(splits)
+        if world.main:
+            open_run(folder, cfg, resume)
     trained = [p for module in (student, kd) if module is not None for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
@@ -284,9 +303,9 @@ def main() -> int:
             kd.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"], world.rank)
         start, best, totals, counted = state["step"], state["best"], state["totals"], state["counted"]
-    log = RunLog(folder, start)
+    log = RunLog(folder, start) if world.main else SilentLog()
     stop = StopSignal()
     described = {
         "kind": "3d",
@@ -299,26 +318,37 @@ def main() -> int:
     }  # fmt: skip
 
     def save(step: int) -> None:
-        save_last({
-            **described, "weights": student.state_dict(), "method": kd.state_dict() if kd is not None else {},
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(),
-            "step": step, "best": best, "totals": totals, "counted": counted,
-        }, folder)  # fmt: skip
+        random_states = world.gathered(rng_state())  # all processes, or the others would wait
+        if world.main:
+            save_last({
+                **described, "weights": student.state_dict(), "method": kd.state_dict() if kd is not None else {},
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": random_states,
+                "step": step, "best": best, "totals": totals, "counted": counted,
+            }, folder)  # fmt: skip
 
+    # A process loads its part of the cases of each batch or, where that does not come out even, of each case's crops.
+    by_case = cfg.cases_per_batch % world.size == 0
+    crops = cfg.crops_per_case if by_case else world.share(cfg.crops_per_case, "crops_per_case")
+    kept = slice(None) if by_case else slice(world.rank * crops, (world.rank + 1) * crops)
+    rank, size = (world.rank, world.size) if by_case else (0, 1)
     loader = DataLoader(
-        PatchDataset(splits["train"], dataset.training_sample, augment, cfg.seed, cfg.crops_per_case),
-        batch_size=cfg.cases_per_batch, num_workers=cfg.workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        PatchDataset(splits["train"], dataset.training_sample, augment, cfg.seed, cfg.crops_per_case, kept=kept),
+        batch_size=cfg.cases_per_batch // size, num_workers=cfg.workers, collate_fn=collate,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from the state that a resumed run has just restored
         sampler=DrawSampler(
-            len(splits["train"]), cfg.seed, start * cfg.cases_per_batch, cfg.max_steps * cfg.cases_per_batch
+            len(splits["train"]), cfg.seed, start * cfg.cases_per_batch, cfg.max_steps * cfg.cases_per_batch,
+            batch=cfg.cases_per_batch, rank=rank, size=size,
         ),
     )  # fmt: skip
     batches = iter(loader)
     steps = range(start, cfg.max_steps)
-    bar = tqdm(steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step")
+    bar = tqdm(
+        steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step", disable=not world.main
+    )
     for step in bar:  # one step = one optimiser update
         batch = next(batches)
-        image = batch["image"].to(device, non_blocking=True)  # (B, C, H, W, D)
+        image = batch["image"].to(device, non_blocking=True, memory_format=memory)  # (B, C, H, W, D)
         label = batch["label"].to(device, non_blocking=True)  # (B, 1 or K, H, W, D)
         lr = poly_lr(step, cfg.lr, cfg.max_steps, cfg.min_lr)
         set_lr(optimizer, lr)
@@ -333,7 +363,8 @@ def main() -> int:
         done = step + 1
         last = done == cfg.max_steps
         validates = last or (done >= cfg.val_start and done % cfg.val_interval == 0)
-        saves = validates or done % cfg.save_interval == 0 or bool(stop)
+        stopping = world.any(bool(stop))
+        saves = validates or done % cfg.save_interval == 0 or stopping
         logs = last or done % cfg.log_interval == 0
         # .item() makes a GPU wait, so there the loss is looked at only when it is logged, or about to be saved.
         if (device.type == "cpu" or logs or saves) and not math.isfinite(loss.item()):
@@ -341,6 +372,7 @@ def main() -> int:
             raise FloatingPointError(f"step {step}: the loss is not finite ({values}); cases {batch['case']}")
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        world.average_gradients(trained)
         if cfg.grad_clip:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
@@ -350,29 +382,37 @@ def main() -> int:
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
         counted += 1
         if logs:
-            means = {name: value.item() / counted for name, value in totals.items()}
+            means = world.means({name: value.item() / counted for name, value in totals.items()})
             log.scalars(step, "train", {"loss": sum(means.values()), **means, "lr": lr})
             bar.set_postfix(loss=f"{sum(means.values()):.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
             totals, counted = {}, 0
+        if saves:
+            world.average_statistics(student)
         if validates:
-            scores, picture = evaluate(student, dataset, splits["val"], cfg)
+            scores, picture = evaluate(student, dataset, splits["val"], cfg, world)
             log.scalars(step, "val", scores)
             log.image(step, "val/image, label, prediction", picture)
             if scores["dice"] > best["dice"]:
                 best = {"dice": scores["dice"], "step": done}
                 chosen = {**described, "weights": student.state_dict(), "step": done, "val": scores}
-                atomic_save(chosen, folder / "best.pt")
+                if world.main:
+                    atomic_save(chosen, folder / "best.pt")
         if saves:
             save(done)
-        if stop and saves and not last:
+            stopping = stopping or world.any(bool(stop))  # validation takes a while
+        if stopping and not last:
             log.close()
-            command = shlex.join(["python", *[argument for argument in sys.argv if argument != "--resume"], "--resume"])
-            print(f"\nstopped after step {done}; go on with: {command}", file=sys.stderr)
+            world.leave()
+            command = shlex.join([*world.launcher, *[a for a in sys.argv if a != "--resume"], "--resume"])
+            if world.main:
+                print(f"\nstopped after step {done}; go on with: {command}", file=sys.stderr)
             return stop.exit_code
-    if start >= cfg.max_steps:
-        print(f"nothing to do: {folder} has all {cfg.max_steps} steps")
     log.close()
-    print(f"best validation Dice {best['dice']:.4f} at step {best['step']}; results in {folder}")
+    if world.main:
+        if start >= cfg.max_steps:
+            print(f"nothing to do: {folder} has all {cfg.max_steps} steps")
+        print(f"best validation Dice {best['dice']:.4f} at step {best['step']}; results in {folder}")
+    world.leave()
     return 0
 
 

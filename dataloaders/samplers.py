@@ -11,18 +11,27 @@ class DrawSampler(Sampler):
     """Yields (draw, case index) for draws start..stop-1; every `num_cases` draws are one random permutation.
 
     Resuming means starting at another draw: the sequence does not depend on where it was entered. stream: tells apart
-    independent sequences of one seed, such as labelled and unlabelled images.
+    independent sequences of one seed, such as labelled and unlabelled images. batch, rank, size: of each `batch` draws,
+    the rank-th of `size` equal parts, for the rank-th of `size` processes; `start` and `stop` are multiples of `batch`.
     """
 
-    def __init__(self, num_cases: int, seed: int, start: int, stop: int, stream: int = 0) -> None:
+    def __init__(
+        self, num_cases: int, seed: int, start: int, stop: int, stream: int = 0, batch: int = 1, rank: int = 0,
+        size: int = 1,
+    ) -> None:  # fmt: skip
+        if batch % size or start % batch:
+            raise ValueError(f"{size} processes cannot share batches of {batch} from draw {start} on")
         self.num_cases, self.seed, self.start, self.stop, self.stream = num_cases, seed, start, stop, stream
+        self.batch, self.rank, self.size = batch, rank, size
 
     def __len__(self) -> int:
-        return max(self.stop - self.start, 0)
+        return max(self.stop - self.start, 0) // self.size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order, current = None, -1
         for draw in range(self.start, self.stop):
+            if draw % self.batch * self.size // self.batch != self.rank:
+                continue
             epoch, position = divmod(draw, self.num_cases)
             if epoch != current:
                 rng = np.random.default_rng([self.seed, 2 * self.stream, epoch])
@@ -35,7 +44,7 @@ class PatchDataset(Dataset):
 
     read: case -> preprocessed sample. augment: (sample, rng) -> dict of arrays, one patch; `keys` of them are stacked.
     An item is {"image": (crops, C, H, W, D), "label": (crops, 1 or K, H, W, D), "case": [name] * crops}, or has `keys`
-    in place of image and label. stream: as in DrawSampler.
+    in place of image and label. stream: as in DrawSampler. kept: which of the crops are given; all are drawn.
     """
 
     def __init__(
@@ -47,9 +56,10 @@ class PatchDataset(Dataset):
         crops: int = 1,
         keys: Sequence[str] = ("image", "label"),
         stream: int = 0,
+        kept: slice = slice(None),
     ) -> None:
         self.cases, self.read, self.augment, self.seed, self.crops = cases, read, augment, seed, crops
-        self.keys, self.stream = tuple(keys), stream
+        self.keys, self.stream, self.kept = tuple(keys), stream, kept
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -59,12 +69,12 @@ class PatchDataset(Dataset):
         case = self.cases[index]
         rng = np.random.default_rng([self.seed, 2 * self.stream + 1, draw])
         sample = self.read(case)
-        patches = [self.augment(sample, rng) for _ in range(self.crops)]
+        patches = [self.augment(sample, rng) for _ in range(self.crops)][self.kept]
         stacked = {
             key: torch.from_numpy(np.stack([np.ascontiguousarray(patch[key]) for patch in patches]))
             for key in self.keys
         }
-        return {**stacked, "case": [case.name] * self.crops}
+        return {**stacked, "case": [case.name] * len(patches)}
 
 
 def collate(items: Sequence[dict]) -> dict:

@@ -50,6 +50,19 @@ class RunLog:
         self.board.close()
 
 
+class SilentLog:
+    """Takes what RunLog takes and writes nothing: the log of all processes but the first."""
+
+    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
+        pass
+
+    def image(self, step: int, tag: str, picture: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Averages:
     """Running means of scalar tensors between two lines of the log, each name over the steps that had it; NaN is left
     out. Nothing waits for the device until `take`."""

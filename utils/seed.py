@@ -16,8 +16,14 @@ def rng_state() -> dict:
     return state
 
 
-def set_rng_state(state: dict) -> None:
-    """Restore what `rng_state` returned. A different number of GPUs keeps the CPU state only."""
+def set_rng_state(states: list[dict], rank: int = 0) -> None:
+    """Restore what `rng_state` returned in the process `rank`, of the list of all processes.
+
+    A process that is not in the list keeps its state; a different number of GPUs keeps that of the GPUs.
+    """
+    if rank >= len(states):
+        return
+    state = states[rank]
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -196,6 +196,13 @@ class Site(NamedTuple):
                               "data/B/mri_norm2.h5")  # fmt: skip
 
 
+def make_site(folder: Path, kind: str) -> Site:
+    """Data of a kind and its tiny.yaml, in an existing folder."""
+    write_data(folder, KINDS[kind])
+    (folder / "tiny.yaml").write_text(CONFIGS[KINDS[kind].config] + COMMON)
+    return Site(folder, KINDS[kind])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     """As in the processes that the tests start, so that equal runs are equal to the last bit."""
@@ -212,9 +219,7 @@ def data(tmp_path_factory):
 
     def of(kind: str) -> Path:
         if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            write_data(made[kind], KINDS[kind])
-            (made[kind] / "tiny.yaml").write_text(CONFIGS[KINDS[kind].config] + COMMON)
+            made[kind] = make_site(tmp_path_factory.mktemp(kind), kind).folder
         return made[kind]
 
     return of
