@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from losses.consistency import without_channel
 from losses.kd import PRESETS, check_choice, check_positive, unit_vectors
@@ -148,21 +149,23 @@ def class_semantic_distillation(
         reliable = conf_u >= (conf_u.mean() if threshold is None else threshold)
         correct = (pred_l == label_l) if use_tp else torch.ones_like(pred_l, dtype=torch.bool)
 
-        # Which voxels of which stream stand for which class: (stream, class, all candidate indices, rows wanted).
+        # Which voxels of which stream stand for which class: (stream, class, indices of all its voxels, the candidates
+        # among them as positions, None for all, rows wanted).
         groups = []
-        for k in range(num_classes):
+        masks = [(pred_l == k) & correct for k in range(num_classes)]
+        masks += [(pred_u == k) & reliable for k in range(num_classes)]
+        indices = _indices(masks)
+        for k, (anchors, contrast) in enumerate(zip(indices[:num_classes], indices[num_classes:])):
             wanted = samples // num_classes + (samples % num_classes if k == num_classes - 1 else 0)
-            anchors = ((pred_l == k) & correct).nonzero()[:, 0]
-            contrast = ((pred_u == k) & reliable).nonzero()[:, 0]
-            first = second = contrast
+            first = second = None
             if split_streams:
-                order = contrast[_permutation(len(contrast), generator).to(contrast.device)]
+                order = _permutation(len(contrast), generator)
                 first, second = order[: len(order) // 2], order[len(order) // 2 :]
-            for stream, rows in enumerate((anchors, first, second)):
-                if len(rows):
-                    groups.append((stream, k, rows, wanted))
+            for stream, (rows, positions) in enumerate(((anchors, None), (contrast, first), (contrast, second))):
+                if len(rows if positions is None else positions):
+                    groups.append((stream, k, rows, positions, wanted))
         groups.sort(key=lambda group: group[0])
-        drawn = [_draw(rows, wanted, generator) for _, _, rows, wanted in groups]
+        drawn = [_draw(rows, positions, wanted, generator) for _, _, rows, positions, wanted in groups]
 
     features = (features_l, features_s, features_fp)
     streams = {stream for stream, *_ in groups}
@@ -178,8 +181,9 @@ def class_semantic_distillation(
         rows = (rows if head is None else head(rows)).split([len(index) for index in drawn])
         vectors: dict[bool, list[Tensor]] = {True: [], False: []}
         classes: dict[bool, list[int]] = {True: [], False: []}
-        for (stream, k, candidates, wanted), row in zip(groups, rows):
-            mean = (row if head is not None else _rows(features[stream], candidates)).mean(0, keepdim=True)
+        for (stream, k, members, positions, wanted), row in zip(groups, rows):
+            members = row if head is not None else _rows(features[stream], _at(members, positions))
+            mean = members.mean(0, keepdim=True)
             if normalise_mean:
                 mean = unit_vectors(mean, dim=1)
             repeated = row.repeat(-(-wanted // len(row)), 1)[:wanted]
@@ -188,8 +192,8 @@ def class_semantic_distillation(
         return _contrast(
             torch.cat(vectors[True]),
             torch.cat(vectors[False]),
-            torch.tensor(classes[True], device=features_l.device),
-            torch.tensor(classes[False], device=features_l.device),
+            _moved(torch.tensor(classes[True]), features_l.device),
+            _moved(torch.tensor(classes[False]), features_l.device),
             tau,
         )
 
@@ -219,11 +223,33 @@ def _rows(feature: Tensor, index: Tensor) -> Tensor:
     return feature.flatten(2)[index // voxels, :, index % voxels].float()
 
 
-def _draw(rows: Tensor, wanted: int, generator: torch.Generator | None) -> Tensor:
-    """`wanted` entries of `rows` with replacement, or `rows` itself if there are fewer."""
-    if len(rows) < wanted:
-        return rows
-    return rows[_integers(len(rows), wanted, generator).to(rows.device)]
+def _indices(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Indices (n,) int64 of the True entries of each mask (N,); one transfer of all counts, the only wait for a GPU."""
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    return [mask.nonzero_static(size=count)[:, 0] for mask, count in zip(masks, counts)]
+
+
+def _draw(rows: Tensor, positions: Tensor | None, wanted: int, generator: torch.Generator | None) -> Tensor:
+    """`wanted` entries of rows[positions] with replacement, or all of them if there are fewer; None for all `rows`.
+
+    Positions are drawn from before they are moved to the device of `rows`: only the drawn ones travel.
+    """
+    count = len(rows if positions is None else positions)
+    if count >= wanted:
+        drawn = _integers(count, wanted, generator)
+        positions = drawn if positions is None else positions[drawn]
+    return _at(rows, positions)
+
+
+def _at(rows: Tensor, positions: Tensor | None) -> Tensor:
+    return rows if positions is None else rows[_moved(positions, rows.device)]
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, from page-locked memory if that is a GPU: a copy from elsewhere makes the host wait."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _device(generator: torch.Generator | None) -> torch.device:
@@ -256,9 +282,49 @@ def divergence_map(student_logits: Tensor, teacher_logits: Tensor, temperature: 
 
     Its sum over C is T^2 KL(teacher || student). Gradient to the student only.
     """
-    log_p = F.log_softmax(student_logits.float() / temperature, dim=1)
-    log_q = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    return _divergence(_log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature), temperature)
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    divergence = F.kl_div(log_p, log_q.detach(), reduction="none", log_target=True)
+    return divergence if temperature == 1 else temperature**2 * divergence
+
+
+class _MutualCosine(torch.autograd.Function):
+    """Cosine of two vectors per voxel, with the gradient to each only where it learns.
+
+    a, b: (B, c, *grid) float32; a_learns, b_learns: (B, *grid) bool. Returns (B, *grid). A vector of norm below `eps`
+    counts as 0 and gets no gradient (`unit_vectors`). Written out because the maps have c channels at full resolution:
+    autograd would keep and rewrite a dozen of them, here the inputs are all that is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b, a_learns, b_learns, eps=1e-6):
+        norms = [x.square().sum(1).sqrt_() for x in (a, b)]
+        inverse_a, inverse_b = (torch.where(norm < eps, 0.0, 1.0 / norm.clamp_min(eps)) for norm in norms)
+        cosine = (a * b).sum(1).mul_(inverse_a).mul_(inverse_b)
+        ctx.save_for_backward(a, b, a_learns, b_learns, inverse_a, inverse_b, cosine)
+        return cosine
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        a, b, a_learns, b_learns, inverse_a, inverse_b, cosine = ctx.saved_tensors
+
+        def gradient(own, other, inverse, other_inverse, learns):
+            # d cosine / d own = (other / |other| - cosine own / |own|) / |own|
+            scaled = grad.where(learns, 0.0) * inverse
+            result = other * (scaled * other_inverse).unsqueeze(1)
+            return result.addcmul_(own, (scaled * cosine * inverse).unsqueeze(1), value=-1)
+
+        to_a = gradient(a, b, inverse_a, inverse_b, a_learns) if ctx.needs_input_grad[0] else None
+        to_b = gradient(b, a, inverse_b, inverse_a, b_learns) if ctx.needs_input_grad[1] else None
+        return to_a, to_b, None, None
 
 
 def cross_distillation(
@@ -291,21 +357,22 @@ def cross_distillation(
     check_positive("cross_distillation", temperature=temperature, feature_tau=feature_tau)
     s_better, valid = (without_channel(mask, logits_s).bool() for mask in (s_better, valid))
     masks = {"s_to_fp": s_better & valid, "fp_to_s": ~s_better & valid}
-    logits = {"s": logits_s, "fp": logits_fp}
-    unit = {"s": unit_vectors(features_s.float(), dim=1), "fp": unit_vectors(features_fp.float(), dim=1)}
-
+    log_probs = {"s": _log_probs(logits_s, temperature), "fp": _log_probs(logits_fp, temperature)}
     terms = {}
     for direction, mask in masks.items():
         teacher, student = direction.split("_to_")
-        divergence = divergence_map(logits[student], logits[teacher], temperature).mean(1)
+        divergence = _divergence(log_probs[student], log_probs[teacher], temperature).mean(1)
         terms[f"pixel_{direction}"] = _masked_mean(divergence, mask)
-    for direction, mask in masks.items():
-        teacher, student = direction.split("_to_")
-        target = unit[teacher].detach() if detach_better else unit[teacher]
-        distance = 1.0 - (unit[student] * target).sum(1) / feature_tau
-        mask = resize_nearest(mask[:, None].float(), distance.shape[1:])[:, 0] > 0
-        terms[f"feature_{direction}"] = _masked_mean(distance, mask)
-    return terms
+
+    grid = features_s.shape[2:]
+    if masks["s_to_fp"].shape[1:] != grid:
+        masks = {name: resize_nearest(mask[:, None].float(), grid)[:, 0] > 0 for name, mask in masks.items()}
+    learns = {"s": masks["fp_to_s"], "fp": masks["s_to_fp"]}
+    if not detach_better:
+        learns = dict.fromkeys(learns, learns["s"] | learns["fp"])
+    cosine = _MutualCosine.apply(features_s.float(), features_fp.float(), learns["s"], learns["fp"])
+    distance = 1.0 - cosine / feature_tau
+    return terms | {f"feature_{direction}": _masked_mean(distance, mask) for direction, mask in masks.items()}
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -380,10 +447,10 @@ def draw_exchange(
 
 def exchange(values: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
     """`values` (B, *spatial) or (B, C, *spatial) of any dtype, with those of the partner where `mask` (B, *spatial)."""
-    mask = mask.to(values.device)
+    partner, mask = _moved(partner, values.device), _moved(mask, values.device)
     if values.ndim == mask.ndim + 1:
         mask = mask[:, None]
-    return torch.where(mask, values[partner.to(values.device)], values)
+    return torch.where(mask, values[partner], values)
 
 
 def symmetric_cutmix(
@@ -400,6 +467,6 @@ def symmetric_cutmix(
     confidence (`pseudo_label`), (B, *spatial) or (B, 1, *spatial). Returns the four mixed: new tensors of the same
     dtypes and shapes. prob: probability that a pair is mixed.
     """
-    partner, mask = draw_exchange(len(weak), weak.shape[2:], prob, generator)
+    partner, mask = (_moved(t, weak.device) for t in draw_exchange(len(weak), weak.shape[2:], prob, generator))
     mixed = (exchange(values, partner, mask) for values in (weak, strong, pred, conf))
     return tuple(mixed)

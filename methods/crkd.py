@@ -216,7 +216,7 @@ class CRKD(Method):
         if "csd" in weight:
             features = [self._pooled(feature) for feature in (feature_l, feature_s, feature_fp)]
             terms["csd"] = weight["csd"] * class_semantic_distillation(
-                *features, logits_l.detach().argmax(1), label_l, pred_u, conf_u, self.num_classes, head=self.head,
+                *features, _ids(logits_l, 1), label_l, pred_u, conf_u, self.num_classes, head=self.head,
                 **self.csd,
             )  # fmt: skip
         if "ckd_pixel" in weight or "ckd_feature" in weight:
@@ -238,8 +238,8 @@ class CRKD(Method):
         self.pictures = {
             "weak, truth": (weak[0], unlabelled["label"][0, 0]),
             "mixed weak, pseudo-label": (mixed_weak[0], pred_u[0]),
-            "mixed strong, its prediction": (mixed_strong[0], out_s.logits[0].detach().argmax(0)),
-            "feature-perturbed prediction": (seen[0], out_fp.logits[0].detach().argmax(0)),
+            "mixed strong, its prediction": (mixed_strong[0], _ids(out_s.logits[0], 0)),
+            "feature-perturbed prediction": (seen[0], _ids(out_fp.logits[0], 0)),
         }
         return terms
 
@@ -269,3 +269,8 @@ class CRKD(Method):
             return feature
         pool = nn.functional.avg_pool2d if self.dims == 2 else nn.functional.avg_pool3d
         return pool(feature, self.csd_pool)
+
+
+def _ids(logits: Tensor, dim: int) -> Tensor:
+    """Class ids; `max` because `argmax` over an axis that is not the last is many times slower on a CPU."""
+    return logits.detach().max(dim).indices

@@ -9,6 +9,8 @@ from torch import nn
 
 from losses.crkd import (
     ProjectionHead,
+    _indices,
+    _MutualCosine,
     class_semantic_distillation,
     comparison_mask,
     cross_distillation,
@@ -20,6 +22,7 @@ from losses.crkd import (
     pseudo_label,
     symmetric_cutmix,
 )
+from losses.kd import unit_vectors
 from tests.losses import reference as ref
 from tests.losses.test_consistency import check_gradients
 
@@ -486,6 +489,57 @@ def test_csd_pulls_classes_together():
     assert values[-1] < values[0] - 1.0
 
 
+def plain_csd(features, pred_l, label_l, pred_u, conf_u, classes, samples, tau, split, generator):
+    """The definition with whole lists of rows at hand: which voxels are drawn from a generator is part of a result."""
+    rows = [f.flatten(2).movedim(1, 2).flatten(0, 1) for f in features]
+    pred_l, label_l, pred_u, conf_u = (v.flatten() for v in (pred_l, label_l, pred_u, conf_u))
+    groups = []
+    for k in range(classes):
+        wanted = samples // classes + (samples % classes if k == classes - 1 else 0)
+        anchors = ((pred_l == k) & (label_l == k)).nonzero()[:, 0]
+        contrast = ((pred_u == k) & (conf_u >= conf_u.mean())).nonzero()[:, 0]
+        first = second = contrast
+        if split:
+            order = contrast[torch.randperm(len(contrast), generator=generator)]
+            first, second = order[: len(order) // 2], order[len(order) // 2 :]
+        groups += [(stream, k, index, wanted) for stream, index in enumerate((anchors, first, second)) if len(index)]
+    sides = {True: ([], []), False: ([], [])}
+    for stream, k, index, wanted in sorted(groups, key=lambda group: group[0]):
+        drawn = index if len(index) < wanted else index[torch.randint(len(index), (wanted,), generator=generator)]
+        picked = rows[stream][drawn].repeat(-(-wanted // len(drawn)), 1)[:wanted]
+        mean = rows[stream][index].mean(0, keepdim=True)
+        vectors, ids = sides[stream == 0]
+        vectors += [picked, mean / mean.norm()]
+        ids += [k] * (wanted + 1)
+    (anchors, ids), (contrast, others) = ((torch.cat(v), torch.tensor(i)) for v, i in (sides[True], sides[False]))
+    log_p = (anchors @ contrast.T / tau).log_softmax(1)
+    positive = ids[:, None] == others
+    return -((log_p * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("grid", [(16, 12), (8, 6, 5)])
+def test_csd_draws_the_rows_of_its_definition(grid, split):
+    features = [F.normalize(randn(2, 4, *grid, seed=i), dim=1) for i in range(3)]
+    # Class 2 has few voxels, so it is repeated; class 3 has none.
+    maps = [torch.where(torch.rand(2, *grid, generator=seeded(i)) < 0.04, 2, randn(2, *grid, seed=i) > 0)
+            for i in (4, 5, 6)]  # fmt: skip
+    conf = torch.rand(2, *grid, generator=seeded(7))
+    for seed in range(3):
+        found = class_semantic_distillation(
+            *features, *maps, conf, 4, samples=42, split_streams=split, generator=seeded(seed)
+        )
+        expected = plain_csd(features, *maps, conf, 4, 42, 0.1, split, seeded(seed))
+        torch.testing.assert_close(found, expected)
+
+
+def test_indices_of_hard_masks():
+    masks = [torch.zeros(60), torch.ones(60), torch.arange(60) == 0, torch.arange(60) == 59, randn(60) > 1]
+    masks = [mask.bool() for mask in masks]
+    for mask, found in zip(masks, _indices(masks)):
+        assert found.dtype == torch.int64 and torch.equal(found, mask.nonzero()[:, 0])
+
+
 def test_csd_refuses_bad_arguments():
     features, maps = csd_case()
     for bad in ({"preset": "fixed"}, {"tau": 0.0}, {"samples": 2}):
@@ -622,6 +676,54 @@ def test_ckd_is_finite_in_half_precision(change, preset):
     sum(terms.values()).backward()
     assert all(t.dtype == torch.float32 and torch.isfinite(t) for t in terms.values())
     assert all(torch.isfinite(t.grad).all() for t in tensors)
+
+
+def plain_cosine(a, b, a_learns, b_learns):
+    """Two products, each with the gradient to one vector, chosen voxel by voxel."""
+    unit_a, unit_b = unit_vectors(a, dim=1), unit_vectors(b, dim=1)
+    to_a, to_b, to_both = (unit_a * unit_b.detach()), (unit_a.detach() * unit_b), unit_a * unit_b
+    a_learns, b_learns = a_learns[:, None], b_learns[:, None]
+    products = torch.where(a_learns & b_learns, to_both, torch.where(a_learns, to_a, to_b))
+    return products.where(a_learns | b_learns, to_both.detach()).sum(1)
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("masks", ["disjoint", "equal", "all", "none", "one voxel"])
+def test_mutual_cosine_equals_the_product_of_unit_vectors(grid, memory, masks):
+    vectors = [randn(3, 6, *grid, seed=i).double() for i in (1, 2)]
+    for index, vector in enumerate(vectors):
+        vector[index, :, 0] = 0.0  # without a direction, at the border
+        vector[2, :, 1] *= 1e-9  # below the smallest norm that counts
+        vector[0, :, 2] *= 1e4
+    vectors[0][2, :, 3] = -vectors[1][2, :, 3]
+    if memory == "channels_last":
+        form = torch.channels_last if len(grid) == 2 else torch.channels_last_3d
+        vectors = [vector.to(memory_format=form) for vector in vectors]
+    chosen = torch.rand(3, *grid, generator=seeded(3)) < 0.5
+    full = torch.ones_like(chosen)
+    single = torch.zeros_like(chosen)
+    single[(2, *[-1] * len(grid))] = True
+    learns = {
+        "disjoint": (chosen, ~chosen), "equal": (chosen, chosen), "all": (full, full), "none": (~full, ~full),
+        "one voxel": (single, ~full),
+    }[masks]  # fmt: skip
+    upstream = randn(3, *grid, seed=4).double()
+    results = []
+    for cosine in (_MutualCosine.apply, plain_cosine):
+        a, b = (vector.clone().requires_grad_() for vector in vectors)
+        values = cosine(a, b, *learns)
+        (values * upstream).sum().backward()
+        results.append((values.detach(), a.grad, b.grad))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_mutual_cosine_leaves_out_what_needs_no_gradient():
+    a, b = randn(2, 3, 4, 5).requires_grad_(), randn(2, 3, 4, 5, seed=1)
+    learns = torch.ones(2, 4, 5, dtype=torch.bool)
+    _MutualCosine.apply(a, b, learns, learns).sum().backward()
+    assert a.grad.any() and b.grad is None
 
 
 def test_ckd_refuses_bad_arguments():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses.crkd import ProjectionHead, pseudo_label
 from methods.base import pseudo_label_report
@@ -654,6 +655,33 @@ def test_the_batch_is_not_written_to():
     before = [{key: value.clone() for key, value in part.items()} for part in batch]
     run(make(2, cutmix_prob=1.0), batch)
     assert all(torch.equal(part[key], kept[key]) for part, kept in zip(batch, before) for key in part)
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that run inside the block; indexing by a mask counts as its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("index", "index_put_", "_index_put_impl_"):
+            if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
+                name = "index by a mask"
+        self.names.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"csd_pool": 1}, {"feature_space": "projected"}, {"preset": "as_released"}])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_no_operator_has_a_result_whose_size_depends_on_the_data(dims, options):
+    """A GPU would be waited for at each; the counts that CSD asks for once per step are the exception."""
+    method, batch = make(dims, **options), make_batch(dims)
+    with Called() as called:
+        sum(run(method, batch).values()).backward()
+    assert "nonzero_static" in called.names
+    assert not called.names & {"nonzero", "masked_select", "index by a mask", "unique_dim", "_unique2", "bincount"}
 
 
 # --- random numbers, monitor, pictures ---
