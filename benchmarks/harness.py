@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "monai", "medpy", "numpy", "scipy")
+PACKAGES = ("torch", "monai", "medpy", "numpy", "numba", "scipy")
 
 
 def arguments(doc: str, repeats: int = 3) -> argparse.ArgumentParser:

@@ -19,9 +19,11 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from losses.distance import boundary_distance_squared
-from losses.taps import attention_distance, class_map, require_taps, resize_nearest
+from losses.taps import attention_energy, class_map, energy_distance, require_taps, resize_nearest
+from losses.voxelwise import voxel_chunks, voxel_sums
 
 
 def hard_boundary_weight(progress: float, floor: float = 0.001, decay: float = 1.0) -> float:
@@ -40,18 +42,49 @@ def boundary_shells(foreground: Tensor, border: str = "count") -> Tensor:
     border: 'count' treats the outside of the patch as background (the paper's code), so a class that is cut by the
     patch has a boundary there; 'ignore' repeats the border voxels instead, so it has none.
     """
-    count = foreground.to(torch.uint8)  # at most 27 in 3D
-    for axis in range(2, foreground.ndim):
-        size = count.shape[axis]
-        total = count.clone()
-        total.narrow(axis, 1, size - 1).add_(count.narrow(axis, 0, size - 1))
-        total.narrow(axis, 0, size - 1).add_(count.narrow(axis, 1, size - 1))
-        if border == "ignore":
-            total.narrow(axis, 0, 1).add_(count.narrow(axis, 0, 1))
-            total.narrow(axis, size - 1, 1).add_(count.narrow(axis, size - 1, 1))
-        count = total
-    neighbours = count.sub_(foreground.to(torch.uint8))
-    return (neighbours > 0) & (neighbours < 3 ** (foreground.ndim - 2) - 1)
+    shells = []
+    for group in foreground.split(BITS, dim=1):
+        bits = torch.zeros_like(group[:, 0], dtype=torch.int32)
+        for index in range(group.shape[1]):
+            bits |= group[:, index].to(torch.int32) << index
+        shells.append(_unpack(shell_bits(bits, border)[:, None], group.shape[1], dim=1))
+    return torch.cat(shells, dim=1)
+
+
+BITS = 30  # classes whose membership one int32 holds
+
+
+def shell_bits(bits: Tensor, border: str = "count") -> Tensor:
+    """The shells of up to `BITS` classes at once: bit c of a voxel says whether it lies on the shell of class c.
+
+    bits: (B, *spatial) int32, bit c set where class c is. A class has a shell where some neighbour has its bit (or)
+    but not all have it (and). border as in `boundary_shells`.
+    """
+    if border == "ignore":
+        for axis in range(1, bits.ndim):
+            size = bits.shape[axis]
+            bits = torch.cat([bits.narrow(axis, 0, 1), bits, bits.narrow(axis, size - 1, 1)], dim=axis)
+    else:
+        bits = F.pad(bits, [1, 1] * (bits.ndim - 1))
+
+    def neighbours(combine) -> Tensor:
+        # Axis by axis: `block` is the window with its centre, `around` the window without it.
+        around, block = None, bits
+        for axis in range(bits.ndim - 1, 0, -1):
+            size = block.shape[axis] - 2
+            before, middle, after = (block.narrow(axis, start, size) for start in range(3))
+            sides = combine(before, after)
+            around = sides if around is None else combine(sides, around.narrow(axis, 1, size))
+            block = combine(sides, middle) if axis > 1 else None
+        return around
+
+    return neighbours(torch.bitwise_or) & ~neighbours(torch.bitwise_and)
+
+
+def _unpack(bits: Tensor, count: int, dim: int) -> Tensor:
+    """Bits 0 .. count - 1 of int32 `bits`, spread along `dim`, which has the size 1; bool."""
+    places = torch.arange(count, dtype=torch.int32, device=bits.device)
+    return (bits >> places.view(-1, *[1] * (bits.ndim - 1 - dim))) & 1 == 1
 
 
 def hard_boundary_loss(
@@ -71,24 +104,68 @@ def hard_boundary_loss(
     label_classes: number of class ids whose shells count, K by default. Gradient to the student only.
     """
     num_classes = student_logits.shape[1]
-    student_logits, teacher_logits = student_logits.float(), teacher_logits.detach().float()
+    counted = num_classes if label_classes is None or multilabel else label_classes
+    groups = []  # of classes: (bits of the shells, number of classes)
+    for first in range(0, counted, BITS):
+        size = min(BITS, counted - first)
+        groups.append((shell_bits(_membership(label, first, size, multilabel), border).flatten(1), size))
+    samples, weights = [], []
+    for sample in range(len(label)):
+        bits = [(group[sample], size) for group, size in groups]
+        # Few voxels lie on a shell, and a CPU works on those alone. Elsewhere finding them would be a wait.
+        if label.device.type == "cpu":
+            voxels = sum(part != 0 for part, _ in bits).nonzero()[:, 0]
+            bits = [(part[voxels], size) for part, size in bits]
+        else:
+            voxels = torch.arange(bits[0][0].numel(), device=label.device)
+        shells = torch.cat([_unpack(part[None], size, dim=0) for part, size in bits]).float()  # (C, n)
+        per_class = 1.0 / shells.sum(1).clamp(min=1)
+        # One divergence map serves all shells: a voxel weighs the sum of 1/size over the shells that it lies on.
+        samples.append(voxels)
+        weights.append((shells * per_class[:, None]).sum(0))
+    student = _Gather.apply(student_logits, *samples).float()
+    teacher = _Gather.apply(teacher_logits.detach(), *samples).float()
     if multilabel:
-        foreground = label > 0.5 if label.is_floating_point() else label.bool()
-        divergence = (student_logits.sigmoid() - teacher_logits.sigmoid()).square().sum(1)
+        divergence = (student.sigmoid() - teacher.sigmoid()).square().sum(0)
     else:
-        ids = torch.arange(num_classes if label_classes is None else label_classes, device=label.device)
-        foreground = class_map(label)[:, None] == ids.view(1, -1, *[1] * (label.ndim - 2))
-        teacher_log_probs = F.log_softmax(teacher_logits, dim=1)
-        divergence = teacher_log_probs - F.log_softmax(student_logits, dim=1)
-        divergence = (teacher_log_probs.exp() * divergence).sum(1)
-    shells = boundary_shells(foreground, border).flatten(2)
-    sizes = shells.sum(2)
-    per_class = (1.0 / sizes.clamp(min=1)).masked_fill(sizes == 0, 0.0)
-    # One divergence map serves all shells: a voxel weighs the sum of 1/size over the shells that it lies on.
-    with torch.autocast(student_logits.device.type, enabled=False):
-        weight = torch.einsum("bc,bcv->bv", per_class, shells.to(per_class.dtype))
-    loss = (divergence.flatten(1) * weight).sum()
+        teacher_log_probs = F.log_softmax(teacher, dim=0)
+        divergence = (teacher_log_probs.exp() * (teacher_log_probs - F.log_softmax(student, dim=0))).sum(0)
+    loss = (divergence * torch.cat(weights)).sum()
     return loss / num_classes if reduction == "mean" else loss
+
+
+def _membership(label: Tensor, first: int, count: int, multilabel: bool) -> Tensor:
+    """(B, *spatial) int32 with bit c set where the label has class (or region) first + c, c below `count`."""
+    if multilabel:
+        regions = label[:, first : first + count]
+        regions = (regions > 0.5 if regions.is_floating_point() else regions.bool()).to(torch.int32)
+        return sum(region << index for index, region in enumerate(regions.unbind(1)))
+    ids = class_map(label) - first
+    inside = (ids >= 0) & (ids < count)
+    return (inside.to(torch.int32) << ids.clamp(0, count - 1).to(torch.int32)).to(torch.int32)
+
+
+class _Gather(torch.autograd.Function):
+    """Columns of (B, K, *spatial): the voxels `places[b]` (distinct) of every sample b, side by side: (K, n).
+
+    Indexing would do, but its gradient has to reckon with repeated voxels and makes a full map per sample.
+    """
+
+    @staticmethod
+    def forward(ctx, values, *places):
+        ctx.shape = values.shape
+        ctx.save_for_backward(*places)
+        return torch.cat([sample.flatten(1)[:, place] for sample, place in zip(values, places, strict=True)], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        places = ctx.saved_tensors
+        gradient = grad.new_zeros(ctx.shape)
+        parts = grad.split([len(place) for place in places], dim=1)
+        for sample, place, part in zip(gradient, places, parts, strict=True):
+            sample.flatten(1)[:, place] = part
+        return gradient, *[None] * len(places)
 
 
 def soft_boundary_loss(student_logits: Tensor, teacher_logits: Tensor, multilabel: bool = False) -> Tensor:
@@ -98,18 +175,56 @@ def soft_boundary_loss(student_logits: Tensor, teacher_logits: Tensor, multilabe
     channel left out) or sigmoid >= 0.5. D: distance to the mask's boundary in voxels, constant for the gradient.
     Source: paper, soft boundary; Karimi and Salcudean, TMI 2019 (Hausdorff distance-transform loss).
     """
-    student_logits, teacher_logits = student_logits.float(), teacher_logits.detach().float()
-    if multilabel:
-        probs = student_logits.sigmoid()
-        target = teacher_logits >= 0.0  # sigmoid >= 0.5
-    else:
-        probs = student_logits.softmax(1)[:, 1:]
-        ids = torch.arange(1, student_logits.shape[1], device=student_logits.device)
-        target = teacher_logits.argmax(1, keepdim=True) == ids.view(1, -1, *[1] * (student_logits.ndim - 2))
-    field = boundary_distance_squared((probs.detach() > 0.5).flatten(0, 1))
-    field += boundary_distance_squared(target.flatten(0, 1))
-    error = (probs - target.to(probs.dtype)).square()
-    return torch.log1p((error * field.view_as(error)).mean())
+    teacher_logits = teacher_logits.detach()
+    batch, channels, *spatial = student_logits.shape
+    regions = channels if multilabel else channels - 1
+
+    def probabilities(logits: Tensor) -> Tensor:
+        return logits.float().sigmoid() if multilabel else logits.float().softmax(1)[:, 1:]
+
+    student_mask = torch.empty(batch, regions, *spatial, dtype=torch.bool, device=student_logits.device)
+    target = torch.empty_like(student_mask)
+    ids = torch.arange(1, channels, device=student_logits.device)[:, None]
+    with torch.no_grad():
+        for sample, voxels in voxel_chunks(student_logits):
+            student, teacher = (x[sample].flatten(1)[None, :, voxels] for x in (student_logits, teacher_logits))
+            student_mask[sample].flatten(1)[:, voxels] = probabilities(student)[0] > 0.5
+            chosen = teacher[0] >= 0 if multilabel else teacher[0].argmax(0) == ids  # sigmoid >= 0.5
+            target[sample].flatten(1)[:, voxels] = chosen
+    field = boundary_distance_squared(student_mask.flatten(0, 1), target.flatten(0, 1)).view(target.shape)
+
+    def total(student: Tensor, target: Tensor, field: Tensor) -> Tensor:
+        return ((probabilities(student) - target.float()).square() * field).sum()[None]
+
+    return torch.log1p(voxel_sums(total, student_logits, target, field)[0] / target.numel())
+
+
+class _OneChannelConv(torch.autograd.Function):
+    """Same-size convolution of (B, 1, H, W, D) with a (1, 1, k, k, k) kernel, k odd; float32, first derivative only.
+
+    Convolution libraries take ten times as long for the gradient of such a kernel as for the output, on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, image, kernel):
+        ctx.save_for_backward(image, kernel)
+        return F.conv3d(image, kernel, padding=kernel.shape[-1] // 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        image, kernel = ctx.saved_tensors
+        size = kernel.shape[-1]
+        half = size // 2
+        grad_kernel = torch.zeros(size * size, size)
+        for planes, slope in zip(image[:, 0], grad[:, 0], strict=True):
+            # Plane by plane a matrix product: k x k shifts of the image by k shifted planes of the gradient.
+            windows = F.pad(slope.flatten(1), (0, 0, half, half)).unfold(0, size, 1)  # (H, W * D, k)
+            for plane, window in zip(planes, windows, strict=True):
+                shifts = F.unfold(plane[None, None], size, padding=half)[0]  # (k * k, W * D)
+                grad_kernel.addmm_(shifts, window)
+        grad_kernel = grad_kernel.flip(1).T.reshape(kernel.shape)
+        return F.conv3d(grad, kernel.flip(2, 3, 4), padding=half), grad_kernel
 
 
 class Attention(nn.Module):
@@ -123,10 +238,21 @@ class Attention(nn.Module):
         )
         self.sp_attn = _named_conv(1, 1, 7)
 
-    def forward(self, feature: Tensor) -> Tensor:
+    def gates(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The two factors, (B, C, 1, 1, 1) and (B, 1, H, W, D)."""
         pool, squeeze, excite = self.ch_attn
         channel = F.hardsigmoid(excite(F.relu(squeeze(pool(feature)))))
-        spatial = F.hardsigmoid(self.sp_attn(feature.mean(1, keepdim=True)))
+        mean = feature.mean(1, keepdim=True)
+        if feature.device.type == "cpu":
+            conv = self.sp_attn.conv
+            with torch.autocast("cpu", enabled=False):
+                spatial = _OneChannelConv.apply(mean.float(), conv.weight) + conv.bias
+        else:
+            spatial = self.sp_attn(mean)
+        return channel, F.hardsigmoid(spatial)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        channel, spatial = self.gates(feature)
         return channel * spatial
 
 
@@ -159,13 +285,23 @@ class AttentionCorrection(nn.Module):
         self, feature: Tensor, teacher_feature: Tensor, teacher_correction: Tensor, reduction: str = "mean"
     ) -> tuple[Tensor, Tensor]:
         """feature (B, C, *grid), teacher maps (B, C', *grid') -> (AFD, CFD) distances, unweighted scalars."""
-        attention = self.attn(feature)
+        channel, spatial = self.attn.gates(feature)
+        with torch.autocast(feature.device.type, enabled=False):
+            # The distances see channel means of squares only. Of an outer product these are sums over the channels
+            # times the squared spatial gate, so neither the attention nor its projection is made in full.
+            channel, squared, gate = channel.flatten(1).float(), feature.float().square(), spatial[:, 0].float()
+            attended = gate.square() * torch.einsum("bc,bcxyz->bxyz", channel.square() / channel.shape[1], squared)
+            slope = F.linear(channel, self.convertor2.weight.flatten(1).float())
+            offset = self.convertor2.bias.float().expand_as(slope)
+            second, first, zeroth = ((a * b).mean(1).view(-1, 1, 1, 1) for a, b in (
+                (slope, slope), (2 * slope, offset), (offset, offset),
+            ))  # fmt: skip
+            correction = (gate * second + first) * gate + zeroth
         size = teacher_feature.shape[2:]
-        attended = resize_nearest(attention * feature, size)
-        correction = resize_nearest(self.convertor2(attention), size)
+        attended, correction = (resize_nearest(energy[:, None], size)[:, 0] for energy in (attended, correction))
         return (
-            attention_distance(attended, teacher_feature, reduction),
-            attention_distance(correction, teacher_correction, reduction),
+            energy_distance(attended, attention_energy(teacher_feature), reduction),
+            energy_distance(correction, attention_energy(teacher_correction), reduction),
         )
 
 

@@ -22,7 +22,8 @@ voxels queued for a class of n voxels are drawn from the first n voxels of the v
 anchor the memory terms are 0 in both (the reference gives NaN).
 
 Cost. The similarity map of 24^3 voxels has 13,824^2 entries (0.76 GB). It is made in strips of `chunk` rows, whose
-gradient is taken at once, so that no map is kept: memory grows with chunk * 13,824.
+gradient is taken at once, so that no map is kept: memory grows with chunk * 13,824. On a CPU strips are narrow enough
+for its cache.
 
 State. The queues are buffers, so they are saved and resumed with the module; each process has its own. They change in
 training mode only. Random draws come from torch's global CPU generator.
@@ -49,6 +50,11 @@ from losses.taps import require_taps, resize_nearest
 PAIRS = ("own", "all", "first")
 
 
+def _log_sum_exp(similarities: Tensor, probs: Tensor) -> Tensor:
+    """Log-sum-exp of each row, float64, read off its softmax `probs` at the largest entry."""
+    return similarities.amax(1).double() - probs.amax(1).double().log()
+
+
 class _SimilarityKL(torch.autograd.Function):
     """Mean over rows of KL(softmax(tq tk'/t) || softmax(sq sk'/t)), with the gradient computed strip by strip."""
 
@@ -58,20 +64,26 @@ class _SimilarityKL(torch.autograd.Function):
         needs_rows, needs_columns = ctx.needs_input_grad[:2]
         grad_rows = torch.zeros_like(student_rows) if needs_rows else None
         grad_columns = torch.zeros_like(student_columns) if needs_columns else None
-        total = student_rows.new_zeros(())
+        # Written KL = sum q (t - s) + lse(s) - lse(t), with one exponential per similarity instead of two.
+        total = student_rows.new_zeros((), dtype=torch.float64)
         for start in range(0, rows, chunk):
             strip = slice(start, start + chunk)
-            log_p = (student_rows[strip] @ student_columns.T).div_(temperature).log_softmax(1)
-            log_q = (teacher_rows[strip] @ teacher_columns.T).div_(temperature).log_softmax(1)
-            total += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+            s = torch.mm(student_rows[strip], student_columns.T).div_(temperature)
+            t = torch.mm(teacher_rows[strip], teacher_columns.T).div_(temperature)
+            p, q = s.softmax(1), t.softmax(1)
+            total += (_log_sum_exp(s, p) - _log_sum_exp(t, q)).sum()
+            total += torch.dot(q.view(-1), t.sub_(s).view(-1))
             if needs_rows or needs_columns:
-                slope = log_p.exp_().sub_(log_q.exp_()).div_(rows * temperature)  # of the loss, by the similarities
+                slope = p.sub_(q)  # of the loss, by the similarities, but for a constant factor
                 if needs_rows:
-                    grad_rows[strip] = slope @ student_columns
+                    torch.mm(slope, student_columns, out=grad_rows[strip])
                 if needs_columns:
                     grad_columns.addmm_(slope.T, student_rows[strip])
+        for gradient in (grad_rows, grad_columns):
+            if gradient is not None:
+                gradient.div_(rows * temperature)
         ctx.save_for_backward(grad_rows, grad_columns)
-        return total / rows
+        return (total / rows).float()
 
     @staticmethod
     @once_differentiable
@@ -85,13 +97,15 @@ def similarity_kl(
     teacher_rows: Tensor,
     teacher_columns: Tensor,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Tensor:
     """KL between the teacher's and the student's softmax over similarities, mean over rows; scalar float32.
 
-    rows (n, C), columns (m, C), float32; C may differ between student and teacher. chunk: rows at a time.
-    Gradient to the student's rows and columns only, first order only.
+    rows (n, C), columns (m, C), float32; C may differ between student and teacher. chunk: rows at a time; None
+    means 128 on a CPU and 1024 elsewhere. Gradient to the student's rows and columns only, first order only.
     """
+    if chunk is None:
+        chunk = 128 if student_rows.device.type == "cpu" else 1024
     with torch.autocast(student_rows.device.type, enabled=False):
         return _SimilarityKL.apply(
             student_rows, student_columns, teacher_rows.detach(), teacher_columns.detach(), temperature, chunk
@@ -111,7 +125,11 @@ def default_pool(grid: torch.Size) -> int:
 
 
 def pair_kl(
-    student_vectors: Tensor, teacher_vectors: Tensor, pairs: str = "own", temperature: float = 1.0, chunk: int = 1024
+    student_vectors: Tensor,
+    teacher_vectors: Tensor,
+    pairs: str = "own",
+    temperature: float = 1.0,
+    chunk: int | None = None,
 ) -> Tensor:
     """Mean of `similarity_kl` over image pairs; vectors (B, N, C) of unit length; scalar float32.
 
@@ -173,8 +191,8 @@ class CIRKD(nn.Module):
 
     pairs: 'own', 'all' or 'first'; None follows the preset. temperature: of L_pair. contrast_temperature: of L_memory.
     pixel_contrast, region_contrast: vectors per class and call. pixel_queue, region_queue: slots per class.
-    pixels_per_class: voxels queued per sample and class. chunk: rows of a similarity map at a time. pool: side of the
-    averaged windows; None follows `default_pool`.
+    pixels_per_class: voxels queued per sample and class. chunk: rows of a similarity map at a time; None follows
+    `similarity_kl`. pool: side of the averaged windows; None follows `default_pool`.
     """
 
     def __init__(
@@ -197,15 +215,15 @@ class CIRKD(nn.Module):
         region_queue: int = 2000,
         pixels_per_class: int = 16,
         pool: int | None = None,
-        chunk: int = 1024,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("cirkd", "preset", preset, PRESETS)
         check_choice("cirkd", "pairs", pairs, (None, *PAIRS))
         check_positive(
             "cirkd", temperature=temperature, contrast_temperature=contrast_temperature, pixel_contrast=pixel_contrast,
-            region_contrast=region_contrast, pixels_per_class=pixels_per_class, chunk=chunk,
-            **({} if pool is None else {"pool": pool}),
+            region_contrast=region_contrast, pixels_per_class=pixels_per_class,
+            **{name: value for name, value in (("chunk", chunk), ("pool", pool)) if value is not None},
         )  # fmt: skip
         if pixel_contrast > pixel_queue or region_contrast > region_queue or pixels_per_class > pixel_queue:
             raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.kd import PRESETS, check_choice, check_positive, unit_vectors
+from losses.voxelwise import voxel_sums
 
 
 def pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
@@ -25,6 +26,18 @@ def pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
     x = unit_vectors(x - x.mean(dim, keepdim=True), dim)
     y = unit_vectors(y - y.mean(dim, keepdim=True), dim)
     return (x * y).sum(dim)
+
+
+def pearson_of_sums(sums: Tensor, count: int, eps: float = 1e-6) -> Tensor:
+    """Pearson's r from (5, K) sums of x, y, x^2, y^2 and x y over `count` voxels, 0 where one is constant; (K,).
+
+    Exact for any shift of x and y, but float32 needs them to be shifted by nearly their means.
+    """
+    sum_x, sum_y, sum_xx, sum_yy, sum_xy = sums
+    norm_xx, norm_yy = sum_xx - sum_x.square() / count, sum_yy - sum_y.square() / count
+    constant = (norm_xx < eps**2) | (norm_yy < eps**2)
+    norms = norm_xx.masked_fill(constant, 1.0).sqrt() * norm_yy.masked_fill(constant, 1.0).sqrt()
+    return ((sum_xy - sum_x * sum_y / count) / norms).masked_fill(constant, 0.0)
 
 
 def relations(
@@ -35,15 +48,27 @@ def relations(
     logits: (B, K, *spatial). Gradient to the student only.
     """
 
-    def columns(logits: Tensor) -> Tensor:  # (K, M): a class per row, so that both directions reduce over a plain axis
-        scaled = logits.float().transpose(0, 1).flatten(1) / tau
-        return scaled.sigmoid() if multilabel else scaled.softmax(0)
+    def probabilities(logits: Tensor) -> Tensor:
+        scaled = logits.float() / tau
+        return scaled.sigmoid() if multilabel else scaled.softmax(1)
 
-    student, teacher = columns(student_logits), columns(teacher_logits.detach())
-    intra = pearson(student, teacher, dim=1).mean()
-    if multilabel:
-        student, teacher = torch.cat([student, 1 - student]), torch.cat([teacher, 1 - teacher])
-    inter = pearson(student, teacher, dim=0).mean()
+    def column_sums(logits: Tensor) -> Tensor:
+        return probabilities(logits).flatten(2).sum((0, 2))
+
+    count = student_logits.numel() // student_logits.shape[1]
+    with torch.no_grad():
+        means = [voxel_sums(column_sums, logits) / count for logits in (student_logits, teacher_logits)]
+
+    def totals(student: Tensor, teacher: Tensor) -> Tensor:
+        x, y = probabilities(student).flatten(2), probabilities(teacher).flatten(2)
+        rows = [torch.cat([p, 1 - p], dim=1) for p in (x, y)] if multilabel else [x, y]
+        inter = pearson(*rows, dim=1).sum()
+        x, y = x - means[0][:, None], y - means[1][:, None]
+        moments = [product.sum((0, 2)) for product in (x, y, x * x, y * y, x * y)]
+        return torch.cat([inter[None], *moments])
+
+    sums = voxel_sums(totals, student_logits, teacher_logits)
+    inter, intra = sums[0] / count, pearson_of_sums(sums[1:].view(5, -1), count).mean()
     return tau**2 * (1 - inter), tau**2 * (1 - intra)
 
 

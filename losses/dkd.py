@@ -15,11 +15,13 @@ Deviations: logarithms of probabilities come from log-sum-exp, so none is infini
 multi-class data both presets are the same.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.kd import PRESETS, bernoulli_kl_map, check_choice, check_positive, class_masks, region_masks
 from losses.taps import class_map
+from losses.voxelwise import voxel_sums
 
 
 def _split(logits: Tensor, label: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,13 +37,17 @@ def decoupled_kl(student_logits: Tensor, teacher_logits: Tensor, label: Tensor, 
 
     logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. Gradient to the student only.
     """
-    is_target = class_masks(label, student_logits.shape[1])
-    log_p, log_not_p, log_p_rest = _split(student_logits.float() / tau, label, is_target)
-    log_q, log_not_q, log_q_rest = _split(teacher_logits.detach().float() / tau, label, is_target)
-    target = log_q.exp() * (log_q - log_p) + log_not_q.exp() * (log_not_q - log_not_p)
-    probs = log_q_rest.masked_fill(is_target, -float("inf")).exp()
-    rest = (probs * (log_q_rest - log_p_rest)).sum(1)
-    return tau**2 * target.mean(), tau**2 * rest.mean()
+
+    def totals(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+        is_target = class_masks(label, student.shape[1])
+        log_p, log_not_p, log_p_rest = _split(student.float() / tau, label, is_target)
+        log_q, log_not_q, log_q_rest = _split(teacher.float() / tau, label, is_target)
+        target = log_q.exp() * (log_q - log_p) + log_not_q.exp() * (log_not_q - log_not_p)
+        probs = log_q_rest.masked_fill(is_target, -float("inf")).exp()
+        return torch.stack([target.sum(), (probs * (log_q_rest - log_p_rest)).sum()])
+
+    target, rest = tau**2 * voxel_sums(totals, student_logits, teacher_logits, label) / label.numel()
+    return target, rest
 
 
 def decoupled_bernoulli_kl(

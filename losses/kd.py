@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.taps import class_map
+from losses.voxelwise import voxel_sums
 
 PRESETS = ("clean", "as_released")
 REDUCTIONS = ("mean", "voxel")
@@ -77,10 +78,13 @@ def softmax_kl(student_logits: Tensor, teacher_logits: Tensor, tau: float = 1.0,
     logits: (B, K, *spatial). reduction: 'mean' over B, K and voxels, or 'voxel', the sum over K averaged over B and
     voxels. Gradient to the student only.
     """
-    log_p = F.log_softmax(student_logits.float() / tau, dim=1)
-    log_q = F.log_softmax(teacher_logits.detach().float() / tau, dim=1)
-    divergence = tau**2 * F.kl_div(log_p, log_q, reduction="sum", log_target=True) / log_p.numel()
-    return divergence if reduction == "mean" else divergence * log_p.shape[1]
+
+    def total(student: Tensor, teacher: Tensor) -> Tensor:
+        log_p, log_q = (F.log_softmax(logits.float() / tau, dim=1) for logits in (student, teacher))
+        return F.kl_div(log_p, log_q, reduction="sum", log_target=True)[None]
+
+    divergence = tau**2 * voxel_sums(total, student_logits, teacher_logits)[0] / student_logits.numel()
+    return divergence if reduction == "mean" else divergence * student_logits.shape[1]
 
 
 def bernoulli_kl_map(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

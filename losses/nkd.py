@@ -16,11 +16,13 @@ Deviations: the teacher is constant in both terms (the reference leaves the seco
 value). 'as_released' equals 'clean' on multi-class data and is refused on multi-label data.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.kd import PRESETS, check_choice, check_positive, class_masks, region_masks
 from losses.taps import class_map
+from losses.voxelwise import voxel_sums
 
 
 def normalised_kd(
@@ -30,17 +32,21 @@ def normalised_kd(
 
     logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. The second carries tau^2, not gamma.
     """
-    student, teacher = student_logits.float(), teacher_logits.detach().float()
-    target = class_map(label)[:, None]
-    target_probs = teacher.softmax(1).gather(1, target)
-    target_loss = -(target_probs * F.log_softmax(student, dim=1).gather(1, target)).mean()
 
-    is_target = class_masks(label, student.shape[1])
-    rest = (teacher / tau).masked_fill(is_target, -float("inf")).softmax(1)  # exactly 0 at the target
-    # The target channel of the student stays finite: 0 * -inf would be NaN.
-    scaled = student / tau
-    log_rest = scaled - scaled.masked_fill(is_target, -float("inf")).logsumexp(1, keepdim=True)
-    rest_loss = -(rest * log_rest).sum(1).mean()
+    def totals(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+        student, teacher = student.float(), teacher.float()
+        target = class_map(label)[:, None]
+        target_probs = teacher.softmax(1).gather(1, target)
+        target_loss = -(target_probs * F.log_softmax(student, dim=1).gather(1, target)).sum()
+
+        is_target = class_masks(label, student.shape[1])
+        rest = (teacher / tau).masked_fill(is_target, -float("inf")).softmax(1)  # exactly 0 at the target
+        # The target channel of the student stays finite: 0 * -inf would be NaN.
+        scaled = student / tau
+        log_rest = scaled - scaled.masked_fill(is_target, -float("inf")).logsumexp(1, keepdim=True)
+        return torch.stack([target_loss, -(rest * log_rest).sum()])
+
+    target_loss, rest_loss = voxel_sums(totals, student_logits, teacher_logits, label) / label.numel()
     return target_loss, tau**2 * rest_loss
 
 

@@ -34,10 +34,16 @@ def attention_distance(student: Tensor, teacher: Tensor, reduction: str = "mean"
     A map is the channel mean of squares, flattened and divided by its L2 norm. reduction: 'mean' over B and voxels,
     or 'sum' over voxels and mean over B. No gradient to the teacher. Zagoruyko and Komodakis, ICLR 2017 (AT).
     """
-    difference = _attention_map(student) - _attention_map(teacher.detach())
-    per_sample = difference.square()
+    return energy_distance(attention_energy(student), attention_energy(teacher), reduction)
+
+
+def attention_energy(feature: Tensor) -> Tensor:
+    """Channel mean of squares, (B, C, *spatial) -> (B, *spatial) float32: an attention map before normalisation."""
+    return feature.float().square().mean(1)
+
+
+def energy_distance(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Tensor:
+    """`attention_distance` of the channel means of squares of both; (B, *spatial), same grid."""
+    student, teacher = (F.normalize(energy.flatten(1), dim=1, eps=1e-12) for energy in (student, teacher.detach()))
+    per_sample = (student - teacher).square()
     return per_sample.mean() if reduction == "mean" else per_sample.sum(1).mean()
-
-
-def _attention_map(feature: Tensor) -> Tensor:
-    return F.normalize(feature.float().square().mean(1).flatten(1), dim=1, eps=1e-12)

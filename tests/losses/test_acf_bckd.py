@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import resource
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,6 +71,16 @@ def test_shell_quirks():
     assert counted[2, 0].all() and counted[2, 1:3, 0].all()  # the patch's border counts as background,
     assert not ignored[2, :3].any() and ignored[2, 3:5].all()  # or the class goes on beyond it
     assert counted[2, 3:5].all() and not counted[2, 5:].any()
+
+
+@pytest.mark.parametrize("border", ["count", "ignore"])
+def test_shells_of_more_classes_than_one_integer_holds(border):
+    rng = np.random.default_rng(1)
+    masks = rng.random((2, 67, 4, 3, 3)) < rng.random((2, 67, 1, 1, 1))
+    found = boundary_shells(torch.from_numpy(masks), border)
+    alone = [boundary_shells(torch.from_numpy(masks[:, c : c + 1]), border) for c in range(67)]
+    assert torch.equal(found, torch.cat(alone, dim=1))
+    np.testing.assert_array_equal(found[1, 63].numpy(), slow_shell(masks[1, 63], border))
 
 
 # Hard boundary
@@ -146,6 +158,25 @@ def test_hard_boundary_hand_value():
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
+def test_hard_boundary_of_more_classes_than_one_integer_holds(multilabel):
+    case = ref.make_case(num_classes=35, spatial=(4, 3, 3), multilabel=multilabel, seed=4)
+    if not multilabel:
+        case.label[0] = 33  # one class only
+    value = hard_boundary_loss(case.student.logits, case.teacher.logits, case.label, multilabel)
+    student, teacher = (ref.as_arrays(output).logits for output in (case.student, case.teacher))
+    assert value.item() == pytest.approx(slow_hard(student, teacher, case.label.numpy(), multilabel), rel=2e-5)
+
+
+def test_ids_outside_the_classes_have_no_shell():
+    case = blob_case()
+    label = case.label.clone()
+    label[0, 0, 0], label[1, 0, 5] = 255, -1
+    value = hard_boundary_loss(case.student.logits, case.teacher.logits, label)
+    student, teacher = (ref.as_arrays(output).logits for output in (case.student, case.teacher))
+    assert value.item() == pytest.approx(slow_hard(student, teacher, label.numpy()), rel=2e-5)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
 def test_hard_boundary_without_any_boundary_is_an_exact_zero_with_gradient(multilabel):
     case = blob_case(multilabel)
     label = torch.zeros_like(case.label)  # background everywhere; the patch's border is ignored
@@ -205,6 +236,46 @@ def test_soft_boundary_equals_slow_reference(multilabel, spatial):
         flat[index] = before
         numeric = (sums[0] - sums[1]) / (2 * step)
         assert gradient.reshape(-1)[index].item() == pytest.approx(numeric, abs=2e-4 * scale)
+
+
+@pytest.mark.parametrize("kind", ["noise", "absent", "voxel", "border"])
+def test_soft_boundary_on_hard_predictions_equals_slow_reference(kind):
+    shape, rng = (2, 4, 7, 6, 5), torch.Generator().manual_seed(2)
+    if kind == "noise":
+        label = torch.randint(0, 4, (2, 7, 6, 5), generator=rng)
+    else:
+        label = torch.zeros(2, 7, 6, 5, dtype=torch.int64)  # absent: background only
+        if kind == "voxel":
+            label[0, 3, 2, 4], label[1, 6, 5, 4] = 2, 3
+        elif kind == "border":
+            label[0, :, 0], label[1, 5:] = 1, 3
+    teacher = 9.0 * torch.nn.functional.one_hot(label, 4).movedim(-1, 1) + torch.rand(shape, generator=rng)
+    student = (teacher.roll(1, 4) + torch.randn(shape, generator=rng)).requires_grad_()
+    value = soft_boundary_loss(student, teacher)
+    expected = slow_soft(student.detach().double().numpy(), teacher.double().numpy())
+    assert value.item() == pytest.approx(expected, rel=2e-5, abs=1e-7)
+    value.backward()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_memory_does_not_grow():
+    case = blob_case(spatial=(16, 16, 16))
+    call_bytes = 4 * case.student.logits.numel()
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def call():
+        hard = hard_boundary_loss(case.student.logits, case.teacher.logits, case.label)
+        (hard + soft_boundary_loss(case.student.logits, case.teacher.logits)).backward()
+        case.student.logits.grad = None
+
+    for _ in range(10):
+        call()
+    before = peak()
+    for _ in range(200):
+        call()
+    assert peak() - before < 200 * call_bytes / 4
 
 
 def test_soft_boundary_hand_value():
@@ -313,6 +384,20 @@ def test_attention_correction_equals_slow_reference(grid, reduction):
             sums.append(afd + 2 * cfd)
         flat[index] = before
         assert gradient.reshape(-1)[index].item() == pytest.approx((sums[0] - sums[1]) / (2 * step), abs=5e-4 * scale)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 4, 9), (1, 1, 2, 3, 1), (2, 1, 8, 8, 8)])
+@pytest.mark.parametrize("size", [3, 7])
+def test_gradients_of_the_one_channel_convolution(shape, size):
+    rng = torch.Generator().manual_seed(6)
+    image = torch.randn(shape, generator=rng).requires_grad_()
+    kernel = torch.randn(1, 1, size, size, size, generator=rng).requires_grad_()
+    slope = torch.randn(shape, generator=rng)
+    expected = torch.nn.functional.conv3d(image, kernel, padding=size // 2)
+    found = acf_bckd._OneChannelConv.apply(image, kernel)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(*(torch.autograd.grad((y * slope).sum(), [image, kernel]) for y in (found, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels, count", [(16, 896), (32, 1952)])

@@ -303,7 +303,7 @@ def test_similarity_kl_equals_autograd_for_any_chunk():
     q = (teacher_rows @ teacher_columns.T / 0.5).softmax(1).detach()
     expected = (q * (q.log() - log_p)).sum() / 10
     gradients = torch.autograd.grad(3 * expected, [rows, columns])
-    for chunk in (1, 3, 10, 64):
+    for chunk in (1, 3, 10, 64, None):
         found = similarity_kl(rows, columns, teacher_rows, teacher_columns, 0.5, chunk)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(3 * found, [rows, columns]), gradients)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from losses.dist import DIST, pearson
+from losses.dist import DIST, pearson, pearson_of_sums
 from tests.losses import reference as ref
 
 
@@ -86,3 +86,14 @@ def test_bad_arguments():
         make(tau=0)
     with pytest.raises(ValueError, match="preset"):
         make(preset="other")
+
+
+def test_pearson_of_sums_is_pearson_whatever_the_shift():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 50, generator=rng).double()
+    y += x
+    x[2] = 0.0  # constant
+    for shift in (0.0, 3.0):
+        a, b = x + shift, y - shift
+        sums = torch.stack([part.sum(1) for part in (a, b, a * a, b * b, a * b)])
+        torch.testing.assert_close(pearson_of_sums(sums, 50), pearson(x, y, dim=1), rtol=1e-6, atol=1e-9)

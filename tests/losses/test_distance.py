@@ -57,6 +57,28 @@ def test_paths_are_bit_equal_on_blobs(shape):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_far_specks_and_large_objects_equal_scipy(path):
+    # Few candidate lines and planes, far from most voxels; and an object that leaves few voxels outside.
+    shape = (17, 40, 33)
+    specks = np.zeros(shape, dtype=bool)
+    specks[0, 0, 32] = specks[16, 39, 0] = specks[8, 1, 1] = True
+    slabs = np.zeros(shape, dtype=bool)
+    slabs[:, 5:9], slabs[3], slabs[:, :, 30] = True, True, True
+    places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
+    ball = ((places - np.array([9, 12, 30]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 81  # cut by the border
+    stack = np.stack([specks, ~specks, slabs, ~slabs, ball, ball ^ specks, ~ball])
+    expected = np.stack([np.rint(scipy_field(mask)) for mask in stack])
+    np.testing.assert_array_equal(path(torch.from_numpy(stack)).numpy(), expected)
+
+
+@pytest.mark.parametrize("spatial", [(6, 5, 4), (7, 8)])
+def test_fields_of_several_stacks_are_summed(spatial):
+    stacks = [torch.from_numpy(masks(spatial)), torch.from_numpy(masks(spatial)[::-1].copy())]
+    expected = sum(separable_boundary_distance_squared(stack) for stack in stacks)
+    assert torch.equal(boundary_distance_squared(*stacks), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_hand_value(path):
     mask = torch.tensor([[[False, False, False, True, True]]])
     assert path(mask).flatten().tolist() == [9.0, 4.0, 1.0, 1.0, 4.0]
