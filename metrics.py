@@ -21,6 +21,7 @@ from scipy.spatial import cKDTree
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd")
 HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
+REACH = 3  # voxels within which the nearest surface is looked up place by place
 
 
 def case_metrics(
@@ -82,9 +83,10 @@ def asd(prediction: np.ndarray, label: np.ndarray, *, spacing: Sequence[float], 
 def _score(
     prediction: np.ndarray, label: np.ndarray, num_classes: int, spacing: Sequence[float], hd95: str, empty: str
 ) -> list[dict[str, float]]:
-    size_p, size_g, both = _counts(prediction, label, num_classes)
     diagonal = float(np.linalg.norm(np.multiply(label.shape, spacing)))
-    surfaces_p, surfaces_g = _surfaces(prediction, num_classes), _surfaces(label, num_classes)
+    prediction, label = _foreground(prediction, label, num_classes)
+    size_p, size_g, both = _counts(prediction, label, num_classes)
+    surface_distances = _surface_distances(prediction, label, (size_p > 0) & (size_g > 0), spacing)
     rows = []
     for k in range(1, num_classes):
         row = dict.fromkeys(METRICS, float("nan")) | {"absent": 0, "missed": 0, "spurious": 0}
@@ -100,13 +102,14 @@ def _score(
         else:
             row["dice"] = 2.0 * both[k] / (size_p[k] + size_g[k])
             row["jaccard"] = both[k] / (size_p[k] + size_g[k] - both[k])
-            forward, backward = _surface_distances(surfaces_p[k], surfaces_g[k], label.shape, spacing)
+            forward, backward = surface_distances[k]
+            pooled = np.concatenate([forward, backward])
             if hd95 == "pooled":
-                row["hd95"] = float(np.percentile(np.concatenate([forward, backward]), 95))
+                row["hd95"] = float(np.percentile(pooled, 95))
             else:
                 row["hd95"] = float(max(np.percentile(forward, 95), np.percentile(backward, 95)))
             row["asd"] = float(forward.mean())
-            row["assd"] = float(np.concatenate([forward, backward]).mean())
+            row["assd"] = float(pooled.mean())
         rows.append({key: float(value) if key in METRICS else int(value) for key, value in row.items()})
     return rows
 
@@ -116,52 +119,113 @@ def _check_regions(masks: np.ndarray, num_classes: int) -> None:
         raise ValueError(f"expected masks of {num_classes} regions, (num_classes, *spatial), got {masks.shape}")
 
 
-def _counts(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Voxels of each id in the prediction, in the label, and in both at the same place."""
+def _foreground(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both label maps in the smallest integer type, cut to the box around all foreground, in a frame of zeros.
+
+    The frame is REACH voxels wide: it makes voxels on the edge of the volume differ from their outer neighbour, so they
+    are surface, and a voxel plus an offset of at most REACH along each axis is always inside.
+    """
     for name, volume in (("prediction", prediction), ("label", label)):
+        if volume.dtype.kind not in "biu":
+            raise ValueError(f"{name} has dtype {volume.dtype}, expected an integer label map")
         if volume.size and (volume.min() < 0 or volume.max() >= num_classes):
             raise ValueError(f"{name} has ids {volume.min()}..{volume.max()}, expected 0..{num_classes - 1}")
+    inside = (prediction != 0) | (label != 0)
+    box = []
+    for axis in range(inside.ndim):
+        filled = np.flatnonzero(inside.any(axis=tuple(other for other in range(inside.ndim) if other != axis)))
+        box.append(slice(filled[0], filled[-1] + 1) if len(filled) else slice(0, 0))
+    dtype = np.min_scalar_type(max(num_classes - 1, 0))
+    # In C order, whatever that of the input: the steps between voxels below are those of a flattened copy.
+    cut = (np.ascontiguousarray(volume[tuple(box)], dtype=dtype) for volume in (prediction, label))
+    return tuple(np.pad(volume, REACH) for volume in cut)
+
+
+def _counts(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Voxels of each id in the prediction, in the label, and in both at the same place; 0 for id 0."""
+    filled = np.flatnonzero((prediction != 0) | (label != 0))  # flat, since the rest is most of a volume
+    prediction, label = prediction.ravel()[filled], label.ravel()[filled]
     same = label[prediction == label]
-    return tuple(np.bincount(v.ravel(), minlength=num_classes) for v in (prediction, label, same))
+    counts = [np.bincount(ids, minlength=num_classes) for ids in (prediction, label, same)]
+    for count in counts:
+        count[:1] = 0
+    return tuple(counts)
 
 
-def _surfaces(volume: np.ndarray, num_classes: int) -> list[np.ndarray]:
-    """Flat indices of the surface voxels of each id, found in one pass over the label map."""
-    surface = np.zeros(volume.shape, dtype=bool)
-    for axis in range(volume.ndim):
-        ahead, behind = [slice(None)] * volume.ndim, [slice(None)] * volume.ndim
-        ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
-        differs = volume[tuple(ahead)] != volume[tuple(behind)]
-        surface[tuple(ahead)] |= differs
-        surface[tuple(behind)] |= differs
-        edge = [slice(None)] * volume.ndim
-        for end in (0, -1):
-            edge[axis] = end
-            surface[tuple(edge)] = True
-    flat = np.flatnonzero(surface & (volume != 0))
-    ids = volume.ravel()[flat]
+def _surface(volume: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Surface voxels of all ids in one pass over a framed label map.
+
+    Returns the flattened map with 0 in place of all but surface voxels; flat indices of the surface voxels of the ids
+    `wanted` (a boolean for each id), ordered by id; and, with one entry more than ids, where each id begins in them.
+    """
+    flat = volume.ravel()
+    surface = np.zeros(flat.shape, dtype=bool)
+    for stride in (step // volume.itemsize for step in volume.strides):
+        differs = flat[stride:] != flat[:-stride]  # pairs across the end of a row are both 0: the frame
+        surface[stride:] |= differs
+        surface[:-stride] |= differs
+    surface &= flat != 0
+    where = np.flatnonzero(surface)
+    ids = flat[where]
+    where, ids = where[wanted[ids]], ids[wanted[ids]]
     order = np.argsort(ids, kind="stable")
-    bounds = np.searchsorted(ids[order], np.arange(num_classes + 1))
-    return [flat[order[bounds[k] : bounds[k + 1]]] for k in range(num_classes)]
+    return flat * surface, where[order], np.searchsorted(ids[order], np.arange(len(wanted) + 1))
 
 
 def _surface_distances(
-    points_p: np.ndarray, points_g: np.ndarray, shape: tuple[int, ...], spacing: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """d(P -> G) and d(G -> P) in mm between two sets of sorted flat voxel indices."""
-    scale = np.asarray(spacing)
-    coordinates = [np.stack(np.unravel_index(points, shape), 1) * scale for points in (points_p, points_g)]
-    distances = []
-    for own, other, here, there in (
-        (points_p, points_g, *coordinates),
-        (points_g, points_p, *reversed(coordinates)),
-    ):
-        result = np.zeros(len(own))
-        apart = ~np.isin(own, other, assume_unique=True)  # points shared by both surfaces have distance 0
-        if apart.any():
-            result[apart] = cKDTree(there).query(here[apart])[0]
-        distances.append(result)
-    return distances[0], distances[1]
+    prediction: np.ndarray, label: np.ndarray, wanted: np.ndarray, spacing: Sequence[float]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """d(P -> G) and d(G -> P) in mm for each id of two framed label maps; empty arrays unless `wanted`.
+
+    Most surface voxels of a good prediction have the other surface within a few voxels: they look up the neighbours of
+    their place, nearest first, all ids at once. The rest, scattered false voxels above all, ask a k-d tree of their id.
+    """
+    offsets, lengths = _ball(spacing)
+    strides = np.array(label.strides) // label.itemsize
+    surfaces = [_surface(volume, wanted) for volume in (prediction, label)]
+    directions = []
+    for (_, where, begin), (map_there, where_there, begin_there) in (surfaces, surfaces[::-1]):
+        ids = np.repeat(np.arange(len(wanted), dtype=label.dtype), np.diff(begin))
+        distances = _near_distances(where, ids, map_there, offsets @ strides, lengths)
+        far = np.flatnonzero(distances == np.inf)
+        for k in np.unique(ids[far]):
+            own = far[np.searchsorted(ids[far], k) : np.searchsorted(ids[far], k, side="right")]
+            targets = where_there[begin_there[k] : begin_there[k + 1]]
+            points, targets = (
+                np.stack(np.unravel_index(flat, label.shape), 1) * np.asarray(spacing) for flat in (where[own], targets)
+            )
+            # A far point has many targets at nearly its distance: large leaves cost it less than many nodes.
+            distances[own] = cKDTree(targets, leafsize=64, balanced_tree=False).query(points)[0]
+        directions.append(np.split(distances, begin[1:-1]))
+    return list(zip(*directions))
+
+
+def _ball(spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets (n, axes) in voxels, nearest first, and their lengths in mm: at most REACH times the smallest spacing."""
+    axis = np.arange(-REACH, REACH + 1)
+    offsets = np.stack(np.meshgrid(*[axis] * len(spacing), indexing="ij"), -1).reshape(-1, len(spacing))
+    lengths = np.linalg.norm(offsets * np.asarray(spacing), axis=1)
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] <= REACH * min(spacing)]
+    return offsets[order], lengths[order]
+
+
+def _near_distances(
+    where: np.ndarray, ids: np.ndarray, map_there: np.ndarray, steps: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """Lengths of the first of `steps` from each place that meets its own id on the other map; inf where none does."""
+    distances = np.full(len(where), np.inf)
+    waiting = np.arange(len(where))
+    # Steps of equal length go together, so that the places still waiting are gathered anew only once for each length.
+    ends = np.flatnonzero(np.append(np.diff(lengths) > 1e-9 * lengths[-1], True)) + 1
+    for begin, end in zip([0, *ends], ends):
+        met = map_there.take(where + steps[begin]) == ids
+        for step in steps[begin + 1 : end]:
+            met |= map_there.take(where + step) == ids
+        distances[waiting[met]] = lengths[begin]
+        left = np.flatnonzero(~met)
+        waiting, where, ids = waiting.take(left), where.take(left), ids.take(left)
+    return distances
 
 
 def summarise(rows: Sequence[dict]) -> dict:
@@ -198,7 +262,7 @@ def class_dice(prediction: np.ndarray, label: np.ndarray, num_classes: int, mult
         _check_regions(prediction, num_classes)
         _check_regions(label, num_classes)
         return [dice(p, g) for p, g in zip(prediction, label)]
-    size_p, size_g, both = (counts[1:] for counts in _counts(prediction, label, num_classes))
+    size_p, size_g, both = (c[1:] for c in _counts(*_foreground(prediction, label, num_classes), num_classes))
     total = size_p + size_g
     return [2.0 * b / t if t else float("nan") for b, t in zip(both.tolist(), total.tolist())]
 

@@ -71,6 +71,114 @@ def test_directed_hd95_equals_monai(prediction, label, spacing):
     assert row["hd95"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def slow_surface(mask):
+    """Coordinates of the mask's voxels that have a neighbour outside it or outside the volume."""
+
+    def inside(place):
+        return all(0 <= i < side for i, side in zip(place, mask.shape)) and mask[tuple(place)]
+
+    steps = [step for axis in np.eye(mask.ndim, dtype=int) for step in (axis, -axis)]
+    return np.array([p for p in np.argwhere(mask) if not all(inside(p + step) for step in steps)])
+
+
+def slow_metrics(prediction, label, spacing):
+    """METRICS with pooled HD95, then the directed HD95, of two binary masks from the distances of all pairs."""
+    both, either = np.sum(prediction & label), np.sum(prediction | label)
+    apart = (slow_surface(prediction)[:, None] - slow_surface(label)[None]) * np.array(spacing)
+    pairs = np.sqrt((apart**2).sum(-1))
+    forward, backward = pairs.min(1), pairs.min(0)
+    pooled = np.concatenate([forward, backward])
+    directed = max(np.percentile(forward, 95), np.percentile(backward, 95))
+    overlap = [2 * both / (prediction.sum() + label.sum()), both / either]
+    return [*overlap, np.percentile(pooled, 95), forward.mean(), pooled.mean(), directed]
+
+
+def hard_maps(kind, shape):
+    """Prediction and label with ids 0..3, in which distances from 0 to the length of the volume occur."""
+    rng = np.random.default_rng(7)
+    prediction, label = np.zeros((2, *shape), np.uint8)
+    if kind == "scattered noise":
+        for k, part in enumerate(np.array_split(np.arange(shape[0]), 3), start=1):
+            label[part, 3:8] = k
+        prediction = np.where(rng.random(shape) < 0.05, rng.integers(0, 4, shape, np.uint8), np.roll(label, 2, 1))
+    elif kind == "noise alone":
+        prediction, label = (
+            np.where(rng.random(shape) < 0.1, rng.integers(0, 4, shape, np.uint8), 0) for _ in range(2)
+        )
+    elif kind == "single voxels":
+        for k in (1, 2, 3):
+            for volume in (prediction, label):
+                volume.ravel()[3 * rng.integers(volume.size // 3) + k - 1] = k
+    elif kind == "far apart, at the border":
+        label[:2], label[2:4] = 1, 2
+        prediction[-2:], prediction[-4:-2] = 2, 1
+        prediction[-1, -1], label[0, 0] = 3, 3
+    elif kind == "one id missed, one invented":
+        label[2:6], label[6:9], prediction[3:6], prediction[9:11] = 1, 2, 1, 3
+    return prediction, label
+
+
+KINDS = (
+    "scattered noise", "noise alone", "single voxels", "far apart, at the border", "one id missed, one invented",
+    "all absent",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "shape, spacing",
+    [((19, 14, 11), (1.5, 1.5, 2.0)), ((19, 14, 11), (1.0, 1.0, 1.0)), ((12, 11, 4), (0.7, 0.7, 9.0)),
+     ((12, 11, 4), (8.0, 0.3, 1.1)), ((31, 27), (1.0, 1.0)), ((31, 27), (0.4, 2.5))],
+)  # fmt: skip
+def test_equals_all_pairs(kind, shape, spacing):
+    prediction, label = hard_maps(kind, shape)
+    # The order of axes in memory (nibabel's is the reverse of NumPy's) and the integer type change nothing.
+    for variant in (np.asarray, np.asfortranarray, lambda v: v[::-1].astype(np.int64)[::-1]):
+        rows = {
+            name: case_metrics(variant(prediction), variant(label), 5, spacing=spacing, hd95=name)
+            for name in ("pooled", "directed")
+        }
+        for k in range(1, 5):
+            row, p, g = rows["pooled"][k - 1], prediction == k, label == k
+            flags = {"absent": not (p.any() or g.any()), "missed": not p.any() and g.any()}
+            flags["spurious"] = p.any() and not g.any()
+            assert {key: row[key] for key in flags} == flags
+            values = [row[key] for key in METRICS] + [rows["directed"][k - 1]["hd95"]]
+            if p.any() and g.any():
+                assert values == pytest.approx(slow_metrics(p, g, spacing), abs=1e-9)
+            else:
+                overlap = math.nan if flags["absent"] else 0.0
+                assert values == pytest.approx([overlap, overlap] + [math.nan] * 4, nan_ok=True)
+
+
+def test_distances_just_within_and_beyond_the_reach_of_the_look_up():
+    for gap in range(1, 3 * metrics.REACH):
+        for spacing in ((1.0, 1.0, 1.0), (0.7, 1.5, 4.0), (4.0, 1.5, 0.7)):
+            for step in ((gap, 0, 0), (0, gap, 0), (0, 0, gap), (gap, gap, 0), (gap, gap, gap)):
+                prediction, label = np.zeros((2, 12, 12, 12), np.uint8)
+                label[0, 0, 0] = prediction[step] = 1
+                expected = np.linalg.norm(np.multiply(step, spacing))
+                assert asd(prediction, label, spacing=spacing) == pytest.approx(expected)
+
+
+def test_more_than_256_ids():
+    prediction, label = np.zeros((2, 9, 8), np.int64)
+    label[:4], label[4:], prediction[:4], prediction[5:] = 300, 44, 300, 44  # 300 and 44 are one in eight bits
+    rows = case_metrics(prediction, label, 301, spacing=(1.0, 1.0))
+    assert rows[299]["dice"] == 1.0 and rows[43]["dice"] == pytest.approx(2 * 32 / (40 + 32))
+    assert sum(row["absent"] for row in rows) == 298
+    assert class_dice(prediction, label, 301)[299] == 1.0
+
+
+def test_inputs_are_left_as_they_were():
+    prediction, label = hard_maps("scattered noise", (19, 14, 11))
+    copies = prediction.copy(), label.copy()
+    for volume in (prediction, label):
+        volume.flags.writeable = False
+    case_metrics(prediction, label, 4, spacing=(1.0, 1.0, 1.0))
+    assert np.array_equal(prediction, copies[0]) and np.array_equal(label, copies[1])
+
+
 def test_hand_values():
     # A line of 10 voxels of 2 mm: voxels 0-4 against 0-8. Surfaces are whole masks in one row.
     prediction, label = blob((1, 10), 0, slice(0, 5)), blob((1, 10), 0, slice(0, 9))
@@ -273,6 +381,15 @@ def test_id_errors(which, wrong):
     pair = (bad, good) if which == "prediction" else (good, bad)
     for score in (lambda: case_metrics(*pair, 3, spacing=(1, 1)), lambda: class_dice(*pair, 3)):
         with pytest.raises(ValueError, match=rf"{which} has ids .*{wrong}.*expected 0\.\.2"):
+            score()
+
+
+@pytest.mark.parametrize("which", ["prediction", "label"])
+def test_label_maps_must_hold_integers(which):
+    good, bad = np.zeros((3, 3), int), np.full((3, 3), 0.5)
+    pair = (bad, good) if which == "prediction" else (good, bad)
+    for score in (lambda: case_metrics(*pair, 3, spacing=(1, 1)), lambda: class_dice(*pair, 3)):
+        with pytest.raises(ValueError, match=rf"{which} has dtype float64, expected an integer"):
             score()
 
 
