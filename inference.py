@@ -1,15 +1,18 @@
 """Sliding-window prediction of whole volumes."""
 
 import contextlib
+import copy
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
 AMP_MODES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHUNK = 2**20  # logits that are converted and added at a time, 4 MiB of float32
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
@@ -53,34 +56,225 @@ def predict_logits(
     network runs where its weights are. tta: mean over the eight mirrored copies. probabilities: average the softmax of
     the windows instead of the logits (the protocol of the left-atrium tables) and return that.
     """
-    device = next(network.parameters()).device
-    if stride is not None:
-        if len(stride) != len(patch_size) or any(not 0 < s <= p for s, p in zip(stride, patch_size)):
-            raise ValueError(f"stride {tuple(stride)} must lie in 1 .. patch_size {tuple(patch_size)} along each axis")
-        # MONAI steps by int(side * (1 - overlap)); half a voxel more keeps that from being rounded down.
-        overlap = tuple(max(0.0, 1 - (s + 0.5) / p) for s, p in zip(stride, patch_size))
-
-    def forward(window: Tensor) -> Tensor:
-        with autocast(device, amp):
-            logits = network(window.contiguous()).float()
-        return logits.softmax(1) if probabilities else logits
-
-    def windows(volume: Tensor) -> Tensor:
-        return sliding_window_inference(
-            volume, tuple(patch_size), window_batch, forward, overlap=overlap, mode="constant",
-            padding_mode="constant", sw_device=device, device=volume.device,
-        )  # fmt: skip
-
+    size = tuple(image.shape[1:])
+    windows = _place_windows(size, patch_size, overlap, stride, tta)
     with _evaluating(network):
-        volume = image[None]
-        if not tta:
-            return windows(volume)[0]
-        total = None
-        for code in range(8):
-            axes = [axis + 2 for axis in range(3) if code >> axis & 1]
-            logits = windows(volume.flip(axes)).flip(axes) if axes else windows(volume)
-            total = logits if total is None else total.add_(logits)
-        return total[0] / 8
+        ((_, logits),) = _averages(network, image, windows, patch_size, size, 0, window_batch, amp, probabilities)
+    return logits
+
+
+@torch.inference_mode()
+def predict_labels(
+    network: nn.Module,
+    image: Tensor,
+    *,
+    patch_size: Sequence[int],
+    overlap: float = 0.5,
+    stride: Sequence[int] | None = None,
+    window_batch: int = 4,
+    amp: str = "off",
+    tta: bool = False,
+    probabilities: bool = False,
+    multilabel: bool = False,
+) -> Tensor:
+    """Ids (H, W, D) or, if `multilabel`, regions (K, H, W, D), uint8, of one image (C, H, W, D), on its device.
+
+    `to_labels` of `predict_logits`, whose arguments it takes, but the logits of the whole volume never exist: those of
+    one slab do, as thick as a window. On a CPU a `window_batch` of 1 needs the least memory and time.
+    """
+    if multilabel and probabilities:
+        raise ValueError("probabilities are of exclusive classes, multilabel regions overlap: choose one of the two")
+    size = tuple(image.shape[1:])
+    windows = _place_windows(size, patch_size, overlap, stride, tta)
+    # The slab is smallest across the axis of which a window covers the smallest share.
+    axis = min(range(3), key=lambda k: patch_size[k] / size[k])
+    slab = tuple(min(p, n) if k == axis else n for k, (n, p) in enumerate(zip(size, patch_size)))
+    windows.sort(key=lambda window: window[0][axis])
+    labels = None
+    with _evaluating(network):
+        for begin, logits in _averages(
+            network, image, windows, patch_size, slab, axis, window_batch, amp, probabilities
+        ):  # fmt: skip
+            part = to_labels(logits, multilabel)
+            if labels is None:
+                labels = part.new_empty((*part.shape[:-3], *size))
+            labels.narrow(axis - 3, begin, part.shape[axis - 3]).copy_(part)
+    return labels
+
+
+def _place_windows(
+    size: Sequence[int], patch_size: Sequence[int], overlap: float, stride: Sequence[int] | None, tta: bool
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(first voxel, mirrored axes) of every window, in lexicographic order; the axes H, W, D are 0, 1, 2.
+
+    Along an axis shorter than the window there is one, which begins before the volume does. With `tta`, those of the
+    eight mirrored volumes too, placed as each would be if it were predicted on its own.
+    """
+    if len(size) != 3 or len(patch_size) != 3 or min(patch_size) < 1:
+        raise ValueError(
+            f"expected an image (C, H, W, D) and a patch_size of three positive sides, got an image of sides "
+            f"{tuple(size)} and patch_size {tuple(patch_size)}"
+        )
+    if stride is None:
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
+        stride = [max(int(p * (1 - overlap)), 1) for p in patch_size]
+    elif len(stride) != 3 or any(not 0 < s <= p for s, p in zip(stride, patch_size)):
+        raise ValueError(f"stride {tuple(stride)} must lie in 1 .. patch_size {tuple(patch_size)} along each axis")
+    starts = [
+        [min(start, n - p) for start in range(0, n - p + s, s)] if n > p else [-((p - n) // 2)]
+        for n, p, s in zip(size, patch_size, stride)
+    ]
+    windows = []
+    for code in range(8 if tta else 1):
+        mirrored = tuple(axis for axis in range(3) if code >> axis & 1)
+        placed = [
+            [n - p - start for start in reversed(starts[k])] if k in mirrored else starts[k]
+            for k, (n, p) in enumerate(zip(size, patch_size))
+        ]
+        windows += [(start, mirrored) for start in itertools.product(*placed)]
+    return windows
+
+
+def _cover(
+    windows: Sequence[tuple], size: Sequence[int], patch_size: Sequence[int], device: torch.device
+) -> dict[tuple[int, ...], list[Tensor]]:
+    """Mirrored axes -> for H, W and D the number of such windows over each voxel; a voxel's count is their product."""
+    cover = {mirrored: [torch.zeros(n, device=device) for n in size] for _, mirrored in windows}
+    for mirrored, counts in cover.items():
+        for axis, (count, p) in enumerate(zip(counts, patch_size)):
+            for start in {start[axis] for start, axes in windows if axes == mirrored}:
+                count[max(start, 0) : start + p] += 1
+    return cover
+
+
+def _averages(
+    network: nn.Module,
+    image: Tensor,
+    windows: Sequence[tuple],
+    patch_size: Sequence[int],
+    slab: Sequence[int],
+    axis: int,
+    window_batch: int,
+    amp: str,
+    probabilities: bool,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (begin, logits (K, *part of the volume)), parts that follow each other along `axis` and fill the volume.
+
+    slab: sides of the memory in which windows add up. It spans the volume but for `axis`, along which it holds at
+    least a window; the windows then come in the order of that axis. A part is valid until the next one is asked for.
+    """
+    device, size = next(network.parameters()).device, image.shape[1:]
+    cover = _cover(windows, size, patch_size, image.device)
+    total, begin = None, 0  # begin: the voxel along `axis` at which the slab lies
+    for first in range(0, len(windows), window_batch):
+        batch = windows[first : first + window_batch]
+        crops = torch.stack([_crop(image, start, patch_size, mirrored) for start, mirrored in batch])
+        with autocast(device, amp):
+            outputs = network(crops.to(device))
+        if total is None:
+            # The whole volume is for the caller, who expects plain memory; a slab adds up fastest in the network's own.
+            own = tuple(slab) != tuple(size) and outputs.is_contiguous(memory_format=torch.channels_last_3d)
+            total = torch.empty(
+                (1, outputs.shape[1], *slab), device=image.device,
+                memory_format=torch.channels_last_3d if own else torch.contiguous_format,
+            )[0].zero_()  # fmt: skip
+        for (start, mirrored), logits in zip(batch, outputs):
+            done = start[axis] - begin
+            if start[axis] + patch_size[axis] > begin + slab[axis] and done > 0:
+                yield begin, total.narrow(axis + 1, 0, done)
+                _advance(total, axis + 1, done)
+                begin += done
+            if mirrored:
+                logits = logits.flip([k + 1 for k in mirrored])
+            inside = [slice(max(s, 0), min(s + p, n)) for s, p, n in zip(start, patch_size, size)]
+            logits = logits[(slice(None), *(slice(i.start - s, i.stop - s) for i, s in zip(inside, start)))]
+            h, w, d = (count[i] for count, i in zip(cover[mirrored], inside))
+            weight = (len(cover) * h[:, None, None] * w[:, None] * d).reciprocal()
+            place = list(inside)
+            place[axis] = slice(inside[axis].start - begin, inside[axis].stop - begin)
+            _add(total[(slice(None), *place)], logits, weight, probabilities)
+    yield begin, total.narrow(axis + 1, 0, size[axis] - begin)
+
+
+def _crop(image: Tensor, start: Sequence[int], patch_size: Sequence[int], mirrored: Sequence[int]) -> Tensor:
+    """Window (C, *patch_size) of an image (C, H, W, D), zero outside of it, mirrored along some of its axes."""
+    ends = [(max(s, 0), min(s + p, n)) for s, p, n in zip(start, patch_size, image.shape[1:])]
+    crop = image[(slice(None), *(slice(*pair) for pair in ends))]
+    margins = [(low - s, s + p - high) for (low, high), s, p in zip(ends, start, patch_size)]
+    if any(map(any, margins)):
+        crop = F.pad(crop, [margin for pair in reversed(margins) for margin in pair])
+    return crop.flip([axis + 1 for axis in mirrored]) if mirrored else crop
+
+
+def _add(total: Tensor, logits: Tensor, weight: Tensor, probabilities: bool) -> None:
+    """total (K, h, w, d) += float32 logits (or their softmax) * weight (h, w, d).
+
+    Plane by plane: temporaries of some MB stay in the processor's cache and in memory that the process already holds,
+    while one of a whole window costs more page faults than arithmetic.
+    """
+    planes = max(1, CHUNK // max(1, logits[:, 0].numel()))
+    for sums, part, factor in zip(total.split(planes, 1), logits.split(planes, 1), weight.split(planes)):
+        part = part.float()
+        part = part.softmax(0) if probabilities else part
+        sums.addcmul_(part.to(total.device), factor)
+
+
+def _advance(total: Tensor, dim: int, count: int) -> None:
+    """Drop the first `count` planes of `total` along `dim`, move the others there, fill up with zeros; in place."""
+    length = total.shape[dim]
+    for begin in range(count, length, count):  # pieces no longer than the step do not overlap their destination
+        piece = total.narrow(dim, begin, min(count, length - begin))
+        total.narrow(dim, begin - count, piece.shape[dim]).copy_(piece)
+    total.narrow(dim, max(0, length - count), min(count, length)).zero_()
+
+
+def fast_copy(network: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A copy of a 3D network for prediction alone: weights in `dtype`, memory channels-last, input cast by itself.
+
+    Meant for processors with instructions for bfloat16 (AVX512-BF16, AMX); benchmarks/inference_speed.py tells what it
+    gives on one. The logits are of `dtype` (in bfloat16 two to three digits) and are averaged in float32 by the
+    functions above. Later changes of the network's weights do not reach the copy.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    return _FastCopy(network, dtype)
+
+
+class _FastCopy(nn.Module):
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.network = copy.deepcopy(network).eval()
+        if dtype != torch.float32:
+            _use_group_norms(self.network)
+        self.network.to(dtype, memory_format=torch.channels_last_3d)
+        for layer in self.network.modules():
+            if isinstance(layer, nn.BatchNorm3d):
+                layer.float()  # running statistics keep their digits; input in half precision is accepted all the same
+        self.eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image.to(self.dtype, memory_format=torch.channels_last_3d)
+        if self.dtype == torch.float32:
+            return self.network(image)
+        with torch.autocast(image.device.type, dtype=self.dtype):  # a few layers exist in float32 alone
+            return self.network(image)
+
+
+def _use_group_norms(network: nn.Module) -> None:
+    """Put group norms of one channel a group in place of instance norms, whose function they are.
+
+    They take channels-last memory as it is, where instance norm copies twice. Their variance there is that of squares
+    minus squared mean, with errors of 1e-3 in the logits where a window is almost constant: not for float32.
+    """
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.InstanceNorm3d) and not layer.track_running_stats:
+                norm = nn.GroupNorm(layer.num_features, layer.num_features, layer.eps, affine=False)
+                if layer.affine:
+                    norm.weight, norm.bias = layer.weight, layer.bias
+                setattr(parent, name, norm)
 
 
 @torch.inference_mode()
@@ -98,7 +292,8 @@ def predict_slices(network: nn.Module, slices: Tensor, *, batch: int = 16, amp: 
 
 def to_labels(logits: Tensor, multilabel: bool = False) -> Tensor:
     """Logits (K, *spatial) -> ids (*spatial) uint8 by argmax, or regions (K, *spatial) uint8 by sigmoid >= 0.5."""
-    return (logits >= 0).to(torch.uint8) if multilabel else logits.argmax(0).to(torch.uint8)
+    # The indices of max are those of argmax, the first of equals too, several times sooner on a CPU.
+    return (logits >= 0).to(torch.uint8) if multilabel else logits.max(0).indices.to(torch.uint8)
 
 
 def largest_component(ids: np.ndarray) -> np.ndarray:

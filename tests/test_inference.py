@@ -6,9 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.inferers import sliding_window_inference
 from torch import nn
 
-from inference import AMP_MODES, autocast, largest_component, predict_logits, predict_slices, to_labels
+from inference import (
+    AMP_MODES,
+    _advance,
+    _averages,
+    _place_windows,
+    autocast,
+    fast_copy,
+    largest_component,
+    predict_labels,
+    predict_logits,
+    predict_slices,
+    to_labels,
+)
+from networks import NETWORKS, build_network, init_weights
 
 
 class Net(nn.Module):
@@ -121,6 +135,10 @@ def test_to_labels():
     logits = torch.tensor([[0.1, -1.0, 0.0], [0.3, -2.0, 0.0], [0.2, 5.0, -1.0]]).view(3, 3, 1, 1)
     ids = to_labels(logits)
     assert ids.dtype == torch.uint8 and ids.shape == (3, 1, 1) and ids.flatten().tolist() == [1, 2, 0]
+    hard = torch.tensor([[1.0, math.nan, 2.0, -math.inf], [1.0, 5.0, math.nan, -math.inf], [1.0, math.nan, 3.0, 0.0]])
+    ties = torch.randint(0, 2, (5, 999), generator=torch.Generator().manual_seed(0)).float()
+    for values in (hard, ties):
+        assert torch.equal(to_labels(values).long(), values.argmax(0))  # the first of equals, and NaN before numbers
     regions = to_labels(logits, multilabel=True)
     assert regions.dtype == torch.uint8 and regions.shape == logits.shape
     assert regions.flatten(1).tolist() == [[1, 0, 1], [1, 0, 1], [1, 1, 0]]  # sigmoid(0) = 0.5 counts
@@ -228,6 +246,185 @@ def test_tta_of_probabilities_is_the_mean_over_flips():
 def test_a_stride_that_leaves_gaps_or_has_other_axes_is_refused(stride):
     with pytest.raises(ValueError, match=r"stride .* must lie in 1 \.\. patch_size"):
         predict_logits(Net(), random_image((8, 8, 8)), patch_size=(8, 6, 4), stride=stride)
+
+
+# Labels slab by slab, against the logits of the whole volume
+
+
+LABELLED = [
+    ((8, 8, 8), {}),
+    ((16, 9, 11), {"overlap": 0.7}),
+    ((9, 21, 4), {"overlap": 0.25, "window_batch": 3}),  # the slab moves along W
+    ((7, 6, 19), {"stride": (8, 6, 1), "window_batch": 5}),  # along D, by one voxel; H shorter than the window
+    ((19, 5, 11), {"stride": (3, 5, 2), "probabilities": True}),
+    ((3, 5, 2), {"stride": (3, 6, 1), "probabilities": True, "tta": True}),
+    ((17, 5, 9), {"tta": True, "window_batch": 7}),
+    ((10, 13, 5), {"multilabel": True}),
+    ((11, 6, 13), {"multilabel": True, "tta": True, "stride": (5, 4, 3)}),
+    ((1, 1, 1), {}),
+]
+
+
+@pytest.mark.parametrize("shape, options", LABELLED)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_labels_are_those_of_the_logits(shape, options, memory_format):
+    network, image = Net().eval().to(memory_format=memory_format), random_image(shape)
+    multilabel = options.get("multilabel", False)
+    plain = {key: value for key, value in options.items() if key != "multilabel"}
+    logits = predict_logits(network, image, patch_size=(8, 6, 4), **plain)
+    found = predict_labels(network, image, patch_size=(8, 6, 4), **options)
+    assert found.dtype == torch.uint8 and found.shape == ((2, *shape) if multilabel else shape)
+    certain = (logits if multilabel else logits[:1] - logits[1:]).abs() > 1e-5  # else rounding may decide
+    certain = certain if multilabel else certain[0]
+    assert certain.float().mean() > 0.99
+    assert torch.equal(found[certain], to_labels(logits, multilabel)[certain])
+
+
+@pytest.mark.parametrize("fill", ["zeros", "voxel", "corner", "constant", "noise"])
+def test_labels_of_hard_images_equal_a_loop_over_windows(fill):
+    image = torch.zeros(1, 18, 11, 7)
+    if fill == "voxel":
+        image[0, 9, 5, 3] = 100.0
+    elif fill == "corner":
+        image[0, 17, 10, 6] = 100.0
+    elif fill == "constant":
+        image += 3.0
+    elif fill == "noise":
+        image = 1000 * random_image((18, 11, 7)) * (random_image((18, 11, 7)) > 1)
+    network = Net().eval()
+    expected = slow_windows(network, image, (8, 6, 4), 0.5)
+    certain = np.abs(expected[0] - expected[1]) > 1e-3
+    found = predict_labels(network, image, patch_size=(8, 6, 4)).numpy()
+    assert np.array_equal(found[certain], expected.argmax(0)[certain]) and certain.mean() > 0.95
+
+
+def test_a_class_that_never_wins_is_absent():
+    network, image = nn.Conv3d(1, 3, 1), random_image((13, 9, 6))
+    with torch.no_grad():
+        network.bias.copy_(torch.tensor([100.0, 0.0, -100.0]))
+    assert not predict_labels(network, image, patch_size=(8, 6, 4)).any()
+
+
+def test_labels_keep_one_slab_of_logits():
+    network, image, patch_size = Net().eval(), random_image((30, 9, 7)), (8, 6, 4)
+    windows = _place_windows((30, 9, 7), patch_size, 0.5, None, False)
+    with torch.no_grad():
+        parts = [
+            (begin, part.clone(), part.untyped_storage().nbytes())
+            for begin, part in _averages(network, image, windows, patch_size, (8, 9, 7), 0, 4, "off", False)
+        ]
+    assert [begin for begin, _, _ in parts] == [0, 4, 8, 12, 16, 20, 22]
+    assert {size for _, _, size in parts} == {4 * 2 * 8 * 9 * 7}
+    whole = predict_logits(network, image, patch_size=patch_size)
+    torch.testing.assert_close(torch.cat([part for _, part, _ in parts], 1), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_the_mode_is_restored_and_wrong_choices_are_refused():
+    network, image = Net().train(), random_image((9, 8, 8))
+    first, second = (predict_labels(network, image, patch_size=(4, 4, 4)) for _ in range(2))
+    assert network.training and network.drop.training and torch.equal(first, second)
+    with pytest.raises(ValueError, match="choose one of the two"):
+        predict_labels(network, image, patch_size=(4, 4, 4), multilabel=True, probabilities=True)
+    for function in (predict_labels, predict_logits):
+        with pytest.raises(ValueError, match="three positive sides"):
+            function(network, image, patch_size=(4, 4))
+        with pytest.raises(ValueError, match="three positive sides"):
+            function(network, image[0], patch_size=(4, 4, 4))
+        with pytest.raises(ValueError, match="overlap must be"):
+            function(network, image, patch_size=(4, 4, 4), overlap=1.0)
+        with pytest.raises(RuntimeError):
+            function(network, torch.zeros(5, 9, 8, 8), patch_size=(4, 4, 4))
+    assert network.training
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8])
+@pytest.mark.parametrize("dim", [1, 3])
+def test_advance_moves_planes(length, dim):
+    for count in range(1, length + 1):
+        total = torch.randn(*(length if k == dim else 3 for k in range(4)))
+        expected = torch.zeros_like(total)
+        expected.narrow(dim, 0, length - count).copy_(total.narrow(dim, count, length - count))
+        _advance(total, dim, count)
+        assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("shape", [(16, 9, 11), (3, 5, 8), (21, 4, 6)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.7])
+def test_logits_equal_those_of_monai(shape, overlap):
+    network, image = Net().eval(), random_image(shape)
+    with torch.no_grad():
+        expected = sliding_window_inference(image[None], (8, 6, 4), 4, network, overlap=overlap, mode="constant")[0]
+    found = predict_logits(network, image, patch_size=(8, 6, 4), overlap=overlap)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+# Copies for prediction
+
+
+VOLUMETRIC = sorted(name for name, network in NETWORKS.items() if getattr(network, "dims", 3) == 3)
+
+
+@pytest.mark.parametrize("name", VOLUMETRIC)
+def test_fast_copy_gives_the_logits_of_its_network(name):
+    torch.manual_seed(0)
+    network = build_network(name, 2, 3).train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    image = torch.randn(1, 2, *[max(16, NETWORKS[name].stride)] * 3)
+    exact, half = fast_copy(network, torch.float32), fast_copy(network)
+    with torch.no_grad():
+        found, rough = exact(image), half(image).float()
+        expected = network.eval()(image)
+    network.train()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert (rough - expected).abs().mean() < 0.03 * expected.abs().mean()
+    assert not exact.training and all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    for layer in half.modules():
+        for parameter in layer.parameters(recurse=False):
+            wide = isinstance(layer, nn.BatchNorm3d)
+            assert parameter.dtype == (torch.float32 if wide else torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_fast_copy_keeps_affine_instance_norms(dtype, tolerance):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, eps=0.1, affine=True), nn.Conv3d(4, 2, 1)).eval()
+    nn.init.normal_(network[1].weight)
+    nn.init.normal_(network[1].bias)
+    image = torch.randn(3, 1, 9, 8, 7)
+    expected, copied = network(image), fast_copy(network, dtype)
+    assert isinstance(copied.network[1], nn.InstanceNorm3d) == (dtype == torch.float32)
+    nn.init.zeros_(network[1].weight)  # the copy does not follow
+    torch.testing.assert_close(copied(image).float(), expected, rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        fast_copy(network, torch.float64)
+
+
+@pytest.mark.parametrize("planes", [0, 1])
+def test_fast_copy_on_images_that_are_almost_constant(planes):
+    torch.manual_seed(0)
+    network = init_weights(build_network("unet", 1, 3)).eval()
+    image = torch.zeros(1, 1, 32, 32, 32)
+    image[:, :, :planes] = torch.rand(1, 1, planes, 32, 32)
+    with torch.no_grad():
+        assert fast_copy(network)(image).isfinite().all()
+        if planes:  # without any contrast instance norm divides rounding errors by their spread, in any layout
+            found, expected = fast_copy(network, torch.float32)(image), network(image)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"overlap": 0.5}, {"stride": (8, 16, 8), "probabilities": True, "tta": True}])
+def test_a_fast_copy_predicts_like_its_network(options):
+    network, image = build_network("unet", 1, 3, channels=(4, 8, 8, 8)).eval(), random_image((21, 16, 13))
+    options = {"patch_size": (16, 16, 8), **options}
+    expected = predict_logits(network, image, **options)
+    exact = predict_logits(fast_copy(network, torch.float32), image, **options)
+    torch.testing.assert_close(exact, expected, rtol=1e-5, atol=1e-5)
+    rough = predict_logits(fast_copy(network), image, **options)
+    assert rough.dtype == torch.float32 and rough.is_contiguous()
+    torch.testing.assert_close(rough, expected, rtol=0.05, atol=0.05)
+    labels = predict_labels(fast_copy(network), image, **options)
+    assert (labels == to_labels(rough)).float().mean() > 0.99
 
 
 # Slices
