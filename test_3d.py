@@ -28,7 +28,7 @@ from tqdm import tqdm
 import reporting
 from dataloaders import DataError, build_dataset, build_semi_dataset
 from dataloaders.native import to_native
-from inference import AMP_MODES, largest_component, predict_logits, to_labels
+from inference import AMP_MODES, largest_component, predict_labels
 from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, summarise
 from networks import build_network
 from utils import figures
@@ -126,11 +126,10 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
         sample = dataset.read(case)
         image = torch.from_numpy(np.array(sample["image"])).to(device)
         begin = time.perf_counter()
-        logits = predict_logits(
+        prediction = predict_labels(
             network, image, patch_size=config["patch_size"], overlap=config["overlap"],
-            window_batch=config["window_batch"], amp=args.amp, tta=args.tta,
-        )  # fmt: skip
-        prediction = to_labels(logits, dataset.multilabel).cpu().numpy()
+            window_batch=config["window_batch"], amp=args.amp, tta=args.tta, multilabel=dataset.multilabel,
+        ).cpu().numpy()  # fmt: skip
         seconds = time.perf_counter() - begin
         label = np.array(sample["label"]) if dataset.multilabel else np.array(sample["label"][0])
         native_label, native_affine = dataset.native_label(case)
@@ -223,11 +222,11 @@ def score_semi(
     ):
         volume = dataset.read_volume(case)
         begin = time.perf_counter()
-        probs = predict_logits(
+        prediction = predict_labels(
             network, torch.from_numpy(volume["image"]).to(device), patch_size=config["patch_size"], stride=stride,
             window_batch=config["window_batch"], amp=args.amp, tta=args.tta, probabilities=True,
-        )  # fmt: skip
-        prediction, label = to_labels(probs).cpu().numpy(), volume["label"][0]
+        ).cpu().numpy()  # fmt: skip
+        label = volume["label"][0]
         seconds = time.perf_counter() - begin
         if args.largest_component:
             prediction = largest_component(prediction)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dataloaders import SEMI_DATASETS, DataError, build_semi_dataset
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
-from inference import AMP_MODES, autocast, predict_logits, to_labels
+from inference import AMP_MODES, autocast, predict_labels
 from methods import PRESETS, SSL_METHODS, build_method
 from metrics import class_dice, mean_dice
 from networks import NETWORKS, build_network
@@ -183,11 +183,11 @@ def evaluate(
     scores, picture = [], None
     for case in tqdm(world.part(cases), desc="validating", unit="case", leave=False, disable=not world.main):
         volume = dataset.read_volume(case)
-        probs = predict_logits(
+        prediction = predict_labels(
             network, torch.from_numpy(volume["image"]).to(device), patch_size=cfg.patch_size, stride=cfg.val_stride,
             window_batch=cfg.window_batch, amp=cfg.amp, probabilities=True,
-        )  # fmt: skip
-        prediction, label = to_labels(probs).cpu().numpy(), volume["label"][0]
+        ).cpu().numpy()  # fmt: skip
+        label = volume["label"][0]
         scores.append(class_dice(prediction, label, dataset.num_classes))
         if picture is None:
             shown = [(volume["image"], None), (volume["image"], label), (volume["image"], prediction)]

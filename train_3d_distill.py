@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dataloaders import DATASETS, DataError, build_dataset
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
-from inference import AMP_MODES, autocast, predict_logits, to_labels
+from inference import AMP_MODES, autocast, predict_labels
 from losses import KD_METHODS, PRESETS, build_kd
 from losses.segmentation import SegmentationLoss
 from metrics import class_dice, mean_dice
@@ -229,11 +229,10 @@ def evaluate(
     scores, picture = [], None
     for case in tqdm(world.part(cases), desc="validating", unit="case", leave=False, disable=not world.main):
         sample = dataset.read(case)
-        logits = predict_logits(
+        prediction = predict_labels(
             network, torch.from_numpy(np.array(sample["image"])).to(device), patch_size=cfg.patch_size,
-            overlap=cfg.overlap, window_batch=cfg.window_batch, amp=cfg.amp,
-        )  # fmt: skip
-        prediction = to_labels(logits, dataset.multilabel).cpu().numpy()
+            overlap=cfg.overlap, window_batch=cfg.window_batch, amp=cfg.amp, multilabel=dataset.multilabel,
+        ).cpu().numpy()  # fmt: skip
         label = np.array(sample["label"] if dataset.multilabel else sample["label"][0])
         scores.append(class_dice(prediction, label, dataset.num_classes, dataset.multilabel))
         if picture is None:
