@@ -28,7 +28,7 @@ from tqdm import tqdm
 import reporting
 from dataloaders import DataError, build_dataset, build_semi_dataset
 from dataloaders.native import to_native
-from inference import AMP_MODES, largest_component, predict_labels
+from inference import AMP_MODES, fast_copy, largest_component, predict_labels
 from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, summarise
 from networks import build_network
 from utils import figures
@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
+    parser.add_argument("--fast", action="store_true", help="predict in bfloat16 (inference.fast_copy)")
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
     parser.add_argument("--hd95", choices=HD95_DEFINITIONS, default="pooled", help="definition, see metrics.py")
     parser.add_argument(
@@ -108,6 +109,7 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     )
     load_network_weights(network, checkpoint["weights"], str(args.ckpt))
     network = network.to(device).eval()
+    predictor = fast_copy(network) if args.fast else network
 
     out = args.out or args.ckpt.parent
     suffix = "" if args.ckpt.stem == "best" else f"_{args.ckpt.stem}"
@@ -127,7 +129,7 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
         image = torch.from_numpy(np.array(sample["image"])).to(device)
         begin = time.perf_counter()
         prediction = predict_labels(
-            network, image, patch_size=config["patch_size"], overlap=config["overlap"],
+            predictor, image, patch_size=config["patch_size"], overlap=config["overlap"],
             window_batch=config["window_batch"], amp=args.amp, tta=args.tta, multilabel=dataset.multilabel,
         ).cpu().numpy()  # fmt: skip
         seconds = time.perf_counter() - begin
@@ -169,7 +171,7 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
         "teacher": None if config["method"] == "supervised" else config["teacher"], "student": described["name"],
         "seed": config["seed"], "tag": config["tag"], "checkpoint": args.ckpt.name, "step": checkpoint["step"],
         "max_steps": config["max_steps"], "split": split, "selected_on_reported": selected_on_reported,
-        "hd95_definition": args.hd95, "empty_policy": args.empty, "tta": args.tta, "amp": args.amp,
+        "hd95_definition": args.hd95, "empty_policy": args.empty, "tta": args.tta, "amp": args.amp, "fast": args.fast,
         **{space: summarise(rows[space]) for space in SPACES},
         "parameters": count_parameters(network),
         "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
@@ -204,6 +206,7 @@ def score_semi(
     )
     load_network_weights(network, checkpoint["weights"], str(path))
     network = network.to(device).eval()
+    predictor = fast_copy(network) if args.fast else network
 
     stride, empty = args.stride or config["stride"], args.empty or "agree"
     if any(not 0 < step <= side for step, side in zip(stride, config["patch_size"])):
@@ -223,7 +226,7 @@ def score_semi(
         volume = dataset.read_volume(case)
         begin = time.perf_counter()
         prediction = predict_labels(
-            network, torch.from_numpy(volume["image"]).to(device), patch_size=config["patch_size"], stride=stride,
+            predictor, torch.from_numpy(volume["image"]).to(device), patch_size=config["patch_size"], stride=stride,
             window_batch=config["window_batch"], amp=args.amp, tta=args.tta, probabilities=True,
         ).cpu().numpy()  # fmt: skip
         label = volume["label"][0]
@@ -250,7 +253,7 @@ def score_semi(
     summary = {
         **described_run, "protocol": protocol, "unit": "voxels",
         "hd95_definition": hd95, "empty_policy": "zero" if published else empty, "tta": args.tta, "amp": args.amp,
-        "stride": list(stride), "largest_component": args.largest_component,
+        "fast": args.fast, "stride": list(stride), "largest_component": args.largest_component,
         "native": reporting.summary_of(rows, protocol), "parameters": count_parameters(network),
         "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
         "ms_per_volume": 1000 * statistics.median(seconds),
