@@ -4,7 +4,7 @@
 #
 #   sh scripts/bench.sh
 #   ONLY="metrics_speed boundary" THREADS=1 sh scripts/bench.sh    # some of them, the file keeps the others
-#   SMALL=1 OUT=/tmp/bench.md sh scripts/bench.sh                  # tiny sizes, to see that all of it runs
+#   SMALL=1 OUT=small.md sh scripts/bench.sh                  # tiny sizes, to see that all of it runs
 REQUIREMENTS=requirements-dev.txt
 . "$(dirname "$0")/setup.sh"
 out=${OUT:-benchmarks/RESULTS.md} threads=${THREADS:-$(getconf _NPROCESSORS_ONLN)} status=0
