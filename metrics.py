@@ -16,12 +16,13 @@ because the distances of failed cases do not enter them. `empty='diag'` gives th
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.spatial import cKDTree
+from numba import njit
 
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd")
 HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
 REACH = 3  # voxels within which the nearest surface is looked up place by place
+MOST_BLOCKS = 512  # that the points of a surface are sorted into, to find the nearest of a point far away
 
 
 def case_metrics(
@@ -178,7 +179,7 @@ def _surface_distances(
     """d(P -> G) and d(G -> P) in mm for each id of two framed label maps; empty arrays unless `wanted`.
 
     Most surface voxels of a good prediction have the other surface within a few voxels: they look up the neighbours of
-    their place, nearest first, all ids at once. The rest, scattered false voxels above all, ask a k-d tree of their id.
+    their place, nearest first, all ids at once. The rest, scattered false voxels above all, search all of their id.
     """
     offsets, lengths = _ball(spacing)
     strides = np.array(label.strides) // label.itemsize
@@ -191,11 +192,8 @@ def _surface_distances(
         for k in np.unique(ids[far]):
             own = far[np.searchsorted(ids[far], k) : np.searchsorted(ids[far], k, side="right")]
             targets = where_there[begin_there[k] : begin_there[k + 1]]
-            points, targets = (
-                np.stack(np.unravel_index(flat, label.shape), 1) * np.asarray(spacing) for flat in (where[own], targets)
-            )
-            # A far point has many targets at nearly its distance: large leaves cost it less than many nodes.
-            distances[own] = cKDTree(targets, leafsize=64, balanced_tree=False).query(points)[0]
+            points, targets = (np.stack(np.unravel_index(flat, label.shape), 1) for flat in (where[own], targets))
+            distances[own] = _far_distances(points, targets, spacing)
         directions.append(np.split(distances, begin[1:-1]))
     return list(zip(*directions))
 
@@ -226,6 +224,57 @@ def _near_distances(
         left = np.flatnonzero(~met)
         waiting, where, ids = waiting.take(left), where.take(left), ids.take(left)
     return distances
+
+
+def _far_distances(points: np.ndarray, targets: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Distances in mm from each of `points` (n, axes) to the nearest of `targets` (m, axes), both in voxels.
+
+    The targets are sorted into cubic blocks. A point looks at the bounds of all blocks, then into those that may hold
+    something nearer than what it has found. A k-d tree, which has to descend to many targets of nearly equal distance
+    when the point is far away, takes several times as long.
+    """
+    shift = 3  # blocks of 8 voxels
+    while True:
+        blocks = targets >> shift
+        key = np.ravel_multi_index(tuple(blocks.T), tuple(blocks.max(0) + 1))
+        order = np.argsort(key, kind="stable")
+        begin = np.flatnonzero(np.diff(key[order], prepend=-1))
+        if len(begin) <= MOST_BLOCKS:
+            break
+        shift += 1
+    scaled = [np.zeros((len(voxels), 3)) for voxels in (points, targets)]
+    for array, voxels in zip(scaled, (points, targets[order])):
+        array[:, : voxels.shape[1]] = voxels * np.asarray(spacing)
+    points, targets = scaled
+    bounds = np.stack([np.minimum.reduceat(targets, begin), np.maximum.reduceat(targets, begin)])
+    return _search_blocks(points, targets.T.copy(), np.append(begin, len(targets)), bounds.transpose(0, 2, 1).copy())
+
+
+@njit(nogil=True, cache=True)
+def _search_blocks(points, targets, begin, bounds):
+    """Nearest-target distances of points (n, 3); targets (3, m) sorted by block, block b from begin[b] to begin[b + 1],
+    within bounds[0, :, b] .. bounds[1, :, b]."""
+    num_blocks = len(begin) - 1
+    least = np.empty(num_blocks)  # squared distance to the bounds of each block
+    result = np.empty(len(points))
+    for index in range(len(points)):
+        x, y, z = points[index]
+        for b in range(num_blocks):
+            dx = max(bounds[0, 0, b] - x, 0.0, x - bounds[1, 0, b])
+            dy = max(bounds[0, 1, b] - y, 0.0, y - bounds[1, 1, b])
+            dz = max(bounds[0, 2, b] - z, 0.0, z - bounds[1, 2, b])
+            least[b] = dx * dx + dy * dy + dz * dz
+        first = np.argmin(least)
+        best = np.inf
+        for turn in range(-1, num_blocks):  # the nearest block, then the others
+            b = first if turn < 0 else turn
+            if least[b] >= best or (b == first and turn >= 0):
+                continue
+            for t in range(begin[b], begin[b + 1]):
+                dx, dy, dz = targets[0, t] - x, targets[1, t] - y, targets[2, t] - z
+                best = min(best, dx * dx + dy * dy + dz * dz)
+        result[index] = np.sqrt(best)
+    return result
 
 
 def summarise(rows: Sequence[dict]) -> dict:

@@ -161,6 +161,24 @@ def test_distances_just_within_and_beyond_the_reach_of_the_look_up():
                 assert asd(prediction, label, spacing=spacing) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kind", ("shell", "everywhere", "one voxel"))
+@pytest.mark.parametrize("spacing", [(1.5, 1.5, 2.0), (0.3, 4.0, 1.0), (0.7, 2.5)])
+def test_points_far_away_find_the_nearest_of_all(kind, spacing, monkeypatch):
+    rng = np.random.default_rng(3)
+    axes = len(spacing)
+    points = rng.integers(0, 90, (200, axes))
+    targets = rng.integers(0, 90, (3000, axes))  # everywhere: more blocks than are searched at once
+    if kind == "shell":
+        direction = rng.normal(size=(3000, axes))
+        targets = np.rint(45 + 20 * direction / np.linalg.norm(direction, axis=1, keepdims=True)).astype(int)
+    elif kind == "one voxel":
+        targets = targets[:1]
+    expected = np.sqrt((((points[:, None] - targets[None]) * np.array(spacing)) ** 2).sum(-1).min(1))
+    for most in (1, 4, metrics.MOST_BLOCKS):
+        monkeypatch.setattr(metrics, "MOST_BLOCKS", most)
+        np.testing.assert_allclose(metrics._far_distances(points, targets, spacing), expected, rtol=1e-12)
+
+
 def test_more_than_256_ids():
     prediction, label = np.zeros((2, 9, 8), np.int64)
     label[:4], label[4:], prediction[:4], prediction[5:] = 300, 44, 300, 44  # 300 and 44 are one in eight bits
