@@ -26,7 +26,7 @@ def voxel_sums(function: Callable[..., Tensor], logits: Tensor, *constants: Tens
     """`function(logits, *constants)`, where that is a vector (T,) of sums over samples and voxels; (T,) float32.
 
     logits: (B, K, *spatial). constants: (B, C, *spatial), any dtype, no gradient. On the CPU the function gets chunks
-    (1, K, n) and (1, C, n), is evaluated again in the backward pass, and has a first derivative only.
+    (1, K, n) and (1, C, n) and has a first derivative only; several sums are evaluated again in the backward pass.
     """
     constants = tuple(constant.detach() for constant in constants)
     if logits.device.type != "cpu":
@@ -41,16 +41,31 @@ def _pick(tensor: Tensor, sample: int, voxels: slice) -> Tensor:
 class _VoxelSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, logits, *constants):
-        ctx.function = function
-        ctx.save_for_backward(logits, *constants)
-        total = 0.0
-        for chunk in voxel_chunks(logits):
-            total = total + function(*(_pick(tensor, *chunk) for tensor in (logits, *constants))).double()
+        total, gradient = 0.0, None
+        single = ctx.needs_input_grad[1]  # until a chunk shows that there are several sums
+        for sample, voxels in voxel_chunks(logits):
+            leaf, *others = (_pick(tensor, sample, voxels) for tensor in (logits, *constants))
+            if single:
+                leaf = leaf.float().requires_grad_()
+            with torch.set_grad_enabled(single):
+                sums = function(leaf, *others)
+            single = single and sums.numel() == 1
+            if single:
+                # The gradient of one sum is known but for a factor: taking it now saves the second evaluation.
+                if gradient is None:
+                    gradient = torch.empty(logits.shape, dtype=torch.float32)
+                gradient[sample].flatten(1)[:, voxels] = torch.autograd.grad(sums, leaf)[0][0]
+            total = total + sums.detach().double()
+        ctx.single, ctx.function, ctx.dtype = single, function, logits.dtype
+        ctx.save_for_backward(*([gradient] if single else [logits, *constants]))
         return total.float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        if ctx.single:
+            (gradient,) = ctx.saved_tensors
+            return None, (gradient * grad).to(ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 2)
         logits, *constants = ctx.saved_tensors
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for sample, voxels in voxel_chunks(logits):

@@ -37,6 +37,27 @@ def test_equals_the_whole(monkeypatch, elements, shape):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_sum_is_evaluated_once(monkeypatch, dtype):
+    monkeypatch.setattr(voxelwise, "CHUNK_ELEMENTS", 30)
+    logits, teacher, label = make()
+    logits = logits.detach().to(dtype).requires_grad_()
+    calls = []
+
+    def one(*parts):
+        calls.append(1)
+        return sums(*parts)[:1]
+
+    found = voxel_sums(one, logits, teacher, label)
+    evaluations = len(calls)
+    scaled = (3.0 * found.sum()).sqrt()
+    first, second = (torch.autograd.grad(scaled, logits, retain_graph=True)[0] for _ in range(2))
+    assert len(calls) == evaluations == len(list(voxel_chunks(logits)))
+    (expected,) = torch.autograd.grad((3.0 * sums(logits, teacher, label)[0]).sqrt(), logits)
+    assert torch.equal(first, second) and first.dtype == dtype
+    torch.testing.assert_close(first, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
+
+
 def test_chunks_cover_every_voxel_once(monkeypatch):
     monkeypatch.setattr(voxelwise, "CHUNK_ELEMENTS", 21)
     covered = torch.zeros(2, 60)
