@@ -1,7 +1,7 @@
 """Time of a whole distillation step against the same step with the segmentation loss only, for each method; on the CPU.
 
     python benchmarks/distill_step.py
-    python benchmarks/distill_step.py --methods acf_bckd kd cirkd --size 64 --repeats 3 --threads 2 --out step.md
+    python benchmarks/distill_step.py --methods acf_bckd kd cirkd --size 64 --repeats 1 --threads 2 --out step.md
     python benchmarks/distill_step.py --batch 1 --threads 1 --cpu-time
     python benchmarks/distill_step.py --small                  # seconds, tiny sizes, bars not enforced
 
@@ -82,7 +82,7 @@ def check_terms(terms: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> int:
-    parser = arguments(__doc__, repeats=1)
+    parser = arguments(__doc__)
     parser.add_argument("--methods", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--size", type=int, default=96, help="side of the cubic patches, voxels (default %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="patches in a step (default %(default)s)")
