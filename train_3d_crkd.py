@@ -21,13 +21,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders import SEMI_DATASETS, DataError, build_semi_dataset
+from dataloaders import SEMI_DATASETS, DataError, SemiDataset, build_semi_dataset
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
 from inference import AMP_MODES, autocast, predict_labels
-from methods import PRESETS, SSL_METHODS, build_method
+from methods import PRESETS, SSL_METHODS, Method, build_method
 from metrics import class_dice, mean_dice
-from networks import NETWORKS, build_network
-from utils import figures
+from networks import NETWORKS, build_network, check_network
+from utils import figures, plugins
 from utils.checkpoint import (
     PREVIOUS,
     CheckpointError,
@@ -38,14 +38,36 @@ from utils.checkpoint import (
     load_network_weights,
     save_last,
 )
-from utils.config import ConfigError, check_names, constructing, load_config
+from utils.config import (
+    ConfigError,
+    build,
+    check_choices,
+    check_intervals,
+    check_nested,
+    check_recipes,
+    check_run_names,
+    check_unused,
+    constructing,
+    gather,
+    located,
+    note_unused,
+    trying,
+)
 from utils.distributed import World, join_world
+from utils.modes import weightless
 from utils.runlog import Averages, RunLog, SilentLog
 from utils.runs import StopSignal, labelled_name, open_run, parse_labelled, resolve_device, run_folder
 from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
 
 LABELLED, UNLABELLED, MIX = 0, 1, 2  # streams of random numbers
+# Keys that only some data formats have a use for
+FORMAT_KEYS = ("last_start",)
+# Where a class of the user's own, FILE.py:ClassName, can stand in place of a name
+PLUGGABLE = {
+    "network": plugins.network(NETWORKS), "method": plugins.semi_supervised(SSL_METHODS, Method),
+    "format": plugins.data_format(SEMI_DATASETS, SemiDataset),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,63 +137,95 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
     parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
+    parser.add_argument(
+        "--opts", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
+    )  # fmt: skip
     args = parser.parse_args()
     keys = ("method", "labelled", "network", "seed", "device", "amp", "compile", "channels_last")
     flags = {key: getattr(args, key) for key in keys}
-    cfg = load_config(Config, args.config, args.opts, flags)
-    check_names(args.config, "recipe", cfg.recipe, SSL_METHODS)
-    check_names(args.config, "method_args", cfg.method_args, SSL_METHODS)
-    check_names(args.config, "network_args", cfg.network_args, NETWORKS)
-    cfg = load_config(Config, args.config, args.opts, flags, cfg.recipe.get(cfg.method))
+    given = gather(args.config, args.opts, flags)
+    args.plugins = plugins.plug_in(given, PLUGGABLE)
+    cfg = build(Config, given)
+    with located(given, args.config):
+        check_recipes(Config, cfg.recipe, SSL_METHODS, fixed=("method",))
+        if cfg.method in cfg.recipe:
+            given = gather(args.config, args.opts, flags, cfg.recipe[cfg.method])
+            args.plugins = plugins.plug_in(given, PLUGGABLE)
+            cfg = build(Config, given)
+    if cfg.method == "supervised":
+        note_unused(given, ("preset", "method_args", "unlabelled_batch"), "--method supervised")
+    with located(given, args.config):
+        cfg = dataclasses.replace(
+            cfg, recipe={},
+            network_args=check_nested("network_args", cfg.network_args, NETWORKS, PLUGGABLE["network"].takes),
+            method_args=check_nested("method_args", cfg.method_args, SSL_METHODS, PLUGGABLE["method"].takes),
+        )  # fmt: skip
+        validate(cfg)
     # Only what concerns this run is stored: an edit elsewhere in the file must not keep it from resuming.
     cfg = dataclasses.replace(
-        cfg, recipe={},
-        network_args={k: v or {} for k, v in cfg.network_args.items() if k == cfg.network},
-        method_args={k: v or {} for k, v in cfg.method_args.items() if k == cfg.method},
+        cfg, network_args={k: v for k, v in cfg.network_args.items() if k == cfg.network},
+        method_args={k: v for k, v in cfg.method_args.items() if k == cfg.method},
     )  # fmt: skip
-    validate(cfg)
     return args, cfg
 
 
 def validate(cfg: Config) -> None:
     """Raise ConfigError for values that could only fail later."""
-    choices = {
+    check_choices(cfg, {
         "format": [name for name, cls in SEMI_DATASETS.items() if cls.dims == 3],
         "network": [name for name, cls in NETWORKS.items() if getattr(cls, "dims", 3) == 3],
         "method": SSL_METHODS, "preset": PRESETS, "amp": AMP_MODES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS,
-    }  # fmt: skip
-    for key, allowed in choices.items():
-        if getattr(cfg, key) not in allowed:
-            raise ConfigError(f"{key}: unknown value '{getattr(cfg, key)}'; choose from {', '.join(allowed)}")
-    for key in (
-        "max_steps", "labelled_batch", "unlabelled_batch", "window_batch", "val_interval", "log_interval",
-        "save_interval",
-    ):  # fmt: skip
-        if getattr(cfg, key) < 1:
-            raise ConfigError(f"{key}: must be at least 1, got {getattr(cfg, key)}")
-    if cfg.workers < 0 or cfg.lr <= 0 or min(*cfg.patch_size, *cfg.stride, *cfg.val_stride) < 1 or cfg.seed < 0:
-        raise ConfigError("out of range: workers >= 0, lr > 0, patch_size, stride and val_stride >= 1, seed >= 0")
-    if min(cfg.momentum, cfg.weight_decay, cfg.schedule_steps, cfg.grad_clip, cfg.min_lr) < 0:
-        raise ConfigError("momentum, weight_decay, schedule_steps, grad_clip and min_lr must be 0 or more")
+    })  # fmt: skip
+    check_intervals(cfg, {
+        "[1, inf)": (
+            "max_steps", "labelled_batch", "unlabelled_batch", "window_batch", "val_interval", "log_interval",
+            "save_interval", "patch_size", "stride", "val_stride",
+        ),
+        "[0, inf)": (
+            "workers", "seed", "memory_gb", "momentum", "weight_decay", "schedule_steps", "grad_clip", "min_lr",
+        ),
+        "(0, inf)": ("lr",),
+    })  # fmt: skip
+    if cfg.labelled is not None and (cfg.labelled <= 0 or (cfg.labelled > 1 and cfg.labelled != int(cfg.labelled))):
+        raise ConfigError(f"labelled: a whole number, or a share above 0 and up to 1; got {cfg.labelled}")
+    check_run_names(cfg)
+    if cfg.optimizer != "sgd":
+        check_unused(cfg, ("momentum", "nesterov"), f"optimizer '{cfg.optimizer}'")
+    if cfg.schedule == "constant":
+        check_unused(cfg, ("schedule_steps", "min_lr"), "schedule 'constant'")
     if cfg.nesterov and not cfg.momentum:
         raise ConfigError("nesterov: needs a momentum above 0")
-    if NETWORKS[cfg.network].dims not in SSL_METHODS[cfg.method].dimensions:
+    if 3 not in SSL_METHODS[cfg.method].dimensions:
         raise ConfigError(f"method: {cfg.method} is a method for {SSL_METHODS[cfg.method].dimensions[0]}D networks")
     for key in ("stride", "val_stride"):
         if any(step > side for step, side in zip(getattr(cfg, key), cfg.patch_size)):
             raise ConfigError(f"{key}: {list(getattr(cfg, key))} leaves gaps between windows of {list(cfg.patch_size)}")
-    if len(cfg.class_names) < 2 or len(set(cfg.class_names)) != len(cfg.class_names):
-        raise ConfigError(f"class_names: at least two different names, background first; got {list(cfg.class_names)}")
     stride = NETWORKS[cfg.network].stride
     if any(side % stride for side in cfg.patch_size):
         raise ConfigError(f"patch_size: {list(cfg.patch_size)} must be multiples of {stride} for {cfg.network}")
+    dataset_arguments(cfg)
+    try_out(cfg)
+
+
+def try_out(cfg: Config) -> None:
+    """Build the network and the method once without memory, so that what does not fit shows before the data."""
+    channels, classes = SEMI_DATASETS[cfg.format].in_channels, len(cfg.class_names)
+    arguments = cfg.network_args.get(cfg.network, {})
+    with trying(f"network_args: {cfg.network}"):
+        how = plugins.trial(NETWORKS[cfg.network], cfg.patch_size, cfg.labelled_batch)
+        check_network(cfg.network, channels, classes, **how, **arguments)
+    with trying(f"method_args: {cfg.method}"), weightless():
+        build_method(
+            cfg.method, lambda: build_network(cfg.network, channels, classes, **arguments),
+            max_steps=cfg.max_steps, preset=cfg.preset, **cfg.method_args.get(cfg.method, {}),
+        )  # fmt: skip
 
 
 def dataset_arguments(cfg: Config) -> dict:
-    """What the data set's class takes from the configuration."""
+    """What the data set's class takes from the configuration; a departed-from default that it ignores is an error."""
     accepted = set(inspect.signature(SEMI_DATASETS[cfg.format].__init__).parameters)
-    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in accepted}
+    check_unused(cfg, [key for key in FORMAT_KEYS if key not in accepted], f"the data format '{cfg.format}'")
+    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name in accepted}
     return {"root": cfg.data_root, "format": cfg.format} | values
 
 
@@ -211,7 +265,8 @@ def main() -> int:
     device = resolve_device(name)
 
     # Data: disjoint lists, everything that is trained on read and checked before the first step
-    dataset = build_semi_dataset(**dataset_arguments(cfg))
+    with constructing(args.config):
+        dataset = build_semi_dataset(**dataset_arguments(cfg))
     splits = dataset.splits(cfg.labelled)
     # LA has no validation list: published rows choose the best checkpoint on the test scans. Reports say so.
     selection = "val" if splits["val"] else "test"
@@ -249,6 +304,7 @@ def main() -> int:
         state, warning = load_last(folder)
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
+        plugins.check_same(state.get("plugins", {}), args.plugins, str(folder))
         load_network_weights(method, state["method"], str(folder))
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -265,7 +321,7 @@ def main() -> int:
         },
         "class_names": list(cfg.class_names), "config": dataclasses.asdict(cfg), "dataset": dataset_arguments(cfg),
         "cases": {split: [case.name for case in cases] for split, cases in splits.items()}, "code": code_version(),
-        "selected_on": selection,
+        "plugins": args.plugins, "selected_on": selection,
     }  # fmt: skip
 
     def save(step: int) -> None:
@@ -345,8 +401,9 @@ def main() -> int:
             scores, picture = evaluate(method.evaluated, dataset, splits[selection], cfg, world)
             log.scalars(step, "val", scores)
             log.image(step, "val/image, label, prediction", picture)
-            pairs = [figures.as_arrays(*pair) for pair in method.pictures.values()]
-            log.image(step, f"train/{' | '.join(method.pictures)}", figures.views(pairs, dataset.num_classes))
+            if method.pictures:
+                pairs = [figures.as_arrays(*pair) for pair in method.pictures.values()]
+                log.image(step, f"train/{' | '.join(method.pictures)}", figures.views(pairs, dataset.num_classes))
             if scores["dice"] > best["dice"]:
                 best = {"dice": scores["dice"], "step": done}
                 chosen = {**described, "weights": method.evaluated.state_dict(), "step": done, "val": scores}

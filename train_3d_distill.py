@@ -23,14 +23,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders import DATASETS, DataError, build_dataset
+from dataloaders import DATASETS, DataError, MSDDataset, build_dataset
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
 from inference import AMP_MODES, autocast, predict_labels
 from losses import KD_METHODS, PRESETS, build_kd
 from losses.segmentation import SegmentationLoss
 from metrics import class_dice, mean_dice
-from networks import NETWORKS, build_network, init_weights
-from utils import figures
+from networks import NETWORKS, build_network, check_network, init_weights
+from utils import figures, plugins
 from utils.checkpoint import (
     PREVIOUS,
     CheckpointError,
@@ -41,13 +41,33 @@ from utils.checkpoint import (
     load_network_weights,
     save_last,
 )
-from utils.config import ConfigError, check_names, constructing, load_config
+from utils.config import (
+    ConfigError,
+    build,
+    check_choices,
+    check_intervals,
+    check_nested,
+    check_recipes,
+    check_run_names,
+    check_unused,
+    constructing,
+    gather,
+    located,
+    note_unused,
+    trying,
+)
 from utils.distributed import World, join_world
+from utils.modes import weightless
 from utils.runlog import RunLog, SilentLog
 from utils.runs import StopSignal, open_run, resolve_device, run_folder
 from utils.schedules import poly_lr, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
 
+# Where a class of the user's own, FILE.py:ClassName, can stand in place of a name
+PLUGGABLE = {
+    "student": plugins.network(NETWORKS), "teacher": plugins.network(NETWORKS),
+    "method": plugins.distillation(KD_METHODS), "format": plugins.data_format(DATASETS, MSDDataset),
+}  # fmt: skip
 # Keys that only some data formats have a use for
 PREPROCESSING = ("orientation", "spacing", "intensity", "window", "crop_foreground", "normalize", "k_divisible")
 
@@ -125,65 +145,87 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--channels-last", action="store_true", default=None, help="channels-last memory order")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
     parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
+    parser.add_argument(
+        "--opts", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
+    )  # fmt: skip
     args = parser.parse_args()
     keys = ("teacher", "student", "method", "seed", "device", "amp", "compile", "channels_last")
     flags = {key: getattr(args, key) for key in keys}
-    cfg = load_config(Config, args.config, args.opts, flags)
-    check_names(args.config, "recipe", cfg.recipe, NETWORKS)
-    check_names(args.config, "method_args", [key.partition("@")[0] for key in cfg.method_args], KD_METHODS)
-    check_names(args.config, "network_args", cfg.network_args, NETWORKS)
-    if cfg.method == "supervised":
-        cfg = load_config(Config, args.config, args.opts, flags, cfg.recipe.get(cfg.student))
+    given = gather(args.config, args.opts, flags)
+    args.plugins = plugins.plug_in(given, PLUGGABLE)
+    cfg = build(Config, given)
+    with located(given, args.config):
+        check_recipes(Config, cfg.recipe, NETWORKS, fixed=("method", "student", "teacher"))
+        if cfg.method == "supervised":
+            given = gather(args.config, args.opts, flags, cfg.recipe.get(cfg.student))
+            args.plugins = plugins.plug_in(given, PLUGGABLE)
+            cfg = build(Config, given)
+            note_unused(given, ("preset", "method_args", "teacher_checkpoint", "teacher_seed"), "--method supervised")
+        cfg = dataclasses.replace(
+            cfg, recipe={},
+            network_args=check_nested("network_args", cfg.network_args, NETWORKS, PLUGGABLE["student"].takes),
+            method_args=check_nested("method_args", cfg.method_args, KD_METHODS, PLUGGABLE["method"].takes, NETWORKS),
+        )  # fmt: skip
+        validate(cfg)
     # Only what concerns this run is stored: an edit elsewhere in the file must not keep it from resuming.
     cfg = dataclasses.replace(
-        cfg, recipe={},
-        network_args={k: v or {} for k, v in cfg.network_args.items() if k == cfg.student},
+        cfg, network_args={k: v for k, v in cfg.network_args.items() if k == cfg.student},
         method_args={k: v for k, v in cfg.method_args.items() if k in method_keys(cfg)},
     )  # fmt: skip
-    validate(cfg)
     return args, cfg
 
 
 def validate(cfg: Config) -> None:
     """Raise ConfigError for values that could only fail later."""
     networks = [name for name, cls in NETWORKS.items() if getattr(cls, "dims", 3) == 3]
-    choices = {
+    check_choices(cfg, {
         "format": DATASETS, "student": networks, "teacher": networks, "method": ["supervised", *KD_METHODS],
         "preset": PRESETS, "amp": AMP_MODES,
-    }  # fmt: skip
-    for key, allowed in choices.items():
-        if getattr(cfg, key) not in allowed:
-            raise ConfigError(f"{key}: unknown value '{getattr(cfg, key)}'; choose from {', '.join(allowed)}")
-    for key in ("max_steps", "cases_per_batch", "crops_per_case", "val_interval", "log_interval", "save_interval"):
-        if getattr(cfg, key) < 1:
-            raise ConfigError(f"{key}: must be at least 1, got {getattr(cfg, key)}")
-    for key in ("flip_prob", "rot90_prob", "scale_prob", "shift_prob"):
-        if not 0 <= getattr(cfg, key) <= 1:
-            raise ConfigError(f"{key}: a probability lies in [0, 1], got {getattr(cfg, key)}")
-    if not 0 <= cfg.overlap < 1 or cfg.workers < 0 or cfg.lr <= 0 or min(cfg.patch_size) < 1 or cfg.seed < 0:
-        raise ConfigError("out of range: overlap in [0, 1), workers >= 0, lr > 0, patch_size >= 1, seed >= 0")
-    if min(cfg.momentum, cfg.weight_decay, cfg.grad_clip, cfg.min_lr) < 0:
-        raise ConfigError("momentum, weight_decay, grad_clip and min_lr must be 0 or more")
-    if len(cfg.class_names) < 2 or len(set(cfg.class_names)) != len(cfg.class_names):
-        raise ConfigError(f"class_names: at least two different names, background first; got {list(cfg.class_names)}")
+    })  # fmt: skip
+    check_intervals(cfg, {
+        "[1, inf)": (
+            "max_steps", "cases_per_batch", "crops_per_case", "val_interval", "log_interval", "save_interval",
+            "window_batch", "in_channels", "patch_size",
+        ),
+        "[0, inf)": (
+            "workers", "seed", "teacher_seed", "val_start", "momentum", "weight_decay", "grad_clip", "min_lr",
+        ),
+        "(0, inf)": ("lr",), "[0, 1)": ("overlap",),
+        "[0, 1]": ("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
+    })  # fmt: skip
+    check_run_names(cfg)
+    if cfg.intensity != "window":
+        check_unused(cfg, ("window",), f"intensity '{cfg.intensity}'")
     for network in (cfg.student, cfg.teacher):
         stride = NETWORKS[network].stride
         if any(side % stride for side in cfg.patch_size):
             raise ConfigError(f"patch_size: {list(cfg.patch_size)} must be multiples of {stride} for {network}")
+    dataset_arguments(cfg)
+    try_out(cfg)
+
+
+def try_out(cfg: Config) -> None:
+    """Build the networks and the method once without memory, so that what does not fit shows before the data."""
+    classes, channels = len(cfg.class_names), {}
+    for role in ("student",) if cfg.method == "supervised" else ("student", "teacher"):
+        name = getattr(cfg, role)
+        with trying(f"network_args: {name}"):
+            how = plugins.trial(NETWORKS[name], cfg.patch_size, cfg.cases_per_batch * cfg.crops_per_case)
+            channels[role] = check_network(name, cfg.in_channels, classes, **how, **cfg.network_args.get(name, {}))
+    if cfg.method != "supervised":
+        with trying(f"method_args: {cfg.method}"), weightless():
+            build_kd(
+                cfg.method, channels["student"], channels["teacher"], classes,
+                multilabel=DATASETS[cfg.format].multilabel, preset=cfg.preset, **method_arguments(cfg),
+            )  # fmt: skip
 
 
 def dataset_arguments(cfg: Config) -> dict:
     """What the data set's class takes from the configuration; a departed-from default that it ignores is an error."""
     accepted = set(inspect.signature(DATASETS[cfg.format].__init__).parameters)
-    values = {"root": cfg.data_root, "format": cfg.format}
-    for field in dataclasses.fields(cfg):
-        if field.name in accepted:
-            values[field.name] = getattr(cfg, field.name)
-        elif field.name in PREPROCESSING:
-            if getattr(cfg, field.name) != field.default:
-                raise ConfigError(f"{field.name}: the data format '{cfg.format}' does not use this key; remove it")
-    return values
+    check_unused(cfg, [key for key in PREPROCESSING if key not in accepted], f"the data format '{cfg.format}'")
+    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name in accepted}
+    return {"root": cfg.data_root, "format": cfg.format} | values
 
 
 def method_keys(cfg: Config) -> tuple[str, ...]:
@@ -201,9 +243,11 @@ def load_teacher(args: argparse.Namespace, cfg: Config, dataset) -> torch.nn.Mod
     folder = run_folder(cfg.runs_dir, cfg.dataset, "supervised", cfg.teacher, cfg.teacher_seed, "clean", "")
     path = Path(cfg.teacher_checkpoint or folder / "best.pt")
     if not path.is_file():
+        own = args.plugins.get(cfg.teacher)
+        name = f"{own['file']}:{cfg.teacher}" if own else cfg.teacher
         raise CheckpointError(
             f"{path}: no teacher weights; train the teacher first:\n"
-            f"  python train_3d_distill.py --config {args.config} --method supervised --student {cfg.teacher} "
+            f"  python train_3d_distill.py --config {args.config} --method supervised --student {name} "
             f"--seed {cfg.teacher_seed}\n"
             f"or name a checkpoint with --opts teacher_checkpoint=FILE"
         )
@@ -215,6 +259,7 @@ def load_teacher(args: argparse.Namespace, cfg: Config, dataset) -> torch.nn.Mod
         wrong.append(f"classes {list(checkpoint['class_names'])} instead of {list(cfg.class_names)}")
     if wrong:
         raise CheckpointError(f"{path}: this teacher does not fit ({'; '.join(wrong)}); train one on this data set")
+    plugins.check_same(checkpoint.get("plugins", {}), args.plugins, str(path), [cfg.teacher])
     teacher = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
     load_network_weights(teacher, checkpoint["weights"], str(path))
     return teacher.eval().requires_grad_(False)
@@ -257,11 +302,12 @@ def main() -> int:
     device = resolve_device(name)
 
     # Data: three disjoint lists, everything read and checked before the first step
-    dataset = build_dataset(**dataset_arguments(cfg))
+    with constructing(args.config):
+        dataset = build_dataset(**dataset_arguments(cfg))
+        augment = dataset.patch_function(
+            cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
+        )
     splits = dataset.splits()
-    augment = dataset.patch_function(
-        cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
-    )
 
     # Networks and objective
     memory = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
@@ -297,6 +343,7 @@ def main() -> int:
         state, warning = load_last(folder)
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
+        plugins.check_same(state.get("plugins", {}), args.plugins, str(folder))
         load_network_weights(student, state["weights"], str(folder))
         if kd is not None:
             kd.load_state_dict(state["method"])
@@ -314,6 +361,7 @@ def main() -> int:
         },
         "class_names": list(cfg.class_names), "config": dataclasses.asdict(cfg), "dataset": dataset_arguments(cfg),
         "cases": {split: [case.name for case in cases] for split, cases in splits.items()}, "code": code_version(),
+        "plugins": args.plugins,
     }  # fmt: skip
 
     def save(step: int) -> None:

@@ -21,7 +21,10 @@ SEMI_DATASETS: dict[str, type[SemiDataset]] = {
     "la": LADataset,
 }
 
-__all__ = ["DATASETS", "SEMI_DATASETS", "Case", "DataError", "build_dataset", "build_semi_dataset"]
+__all__ = [
+    "DATASETS", "SEMI_DATASETS", "Case", "DataError", "MSDDataset", "SemiDataset", "build_dataset",
+    "build_semi_dataset",
+]  # fmt: skip
 
 
 def build_dataset(format: str, **arguments) -> MSDDataset:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from losses.distance import boundary_distance_squared
+from losses.kd import check_weights
 from losses.taps import attention_energy, class_map, energy_distance, require_taps, resize_nearest
 from losses.voxelwise import voxel_chunks, voxel_sums
 
@@ -347,8 +348,9 @@ class ACFBCKD(nn.Module):
                 raise ValueError(f"acf_bckd: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         if not 0.0 <= floor <= 1.0:
             raise ValueError(f"acf_bckd: floor must lie in [0, 1], got {floor}")
-        if min(afd, cfd, hbd, sbd) < 0:
-            raise ValueError(f"acf_bckd: weights must not be negative, got afd {afd}, cfd {cfd}, hbd {hbd}, sbd {sbd}")
+        check_weights("acf_bckd", afd=afd, cfd=cfd, hbd=hbd, sbd=sbd)
+        if decay < 0:
+            raise ValueError(f"acf_bckd: decay must be at least 0, got {decay}")
         if label_classes is not None and not 1 <= label_classes <= num_classes:
             raise ValueError(f"acf_bckd: label_classes must lie in 1..{num_classes}, got {label_classes}")
         if correction_source is None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, check_choice
+from losses.kd import PRESETS, check_choice, check_weights
 from losses.taps import attention_distance, require_taps, resize_nearest
 
 STAGES = tuple(f"stage{i}" for i in range(1, 8))
@@ -49,6 +49,7 @@ class AT(nn.Module):
         super().__init__()
         check_choice("at", "preset", preset, PRESETS)
         check_choice("at", "reduction", reduction, ("mean", "sum"))
+        check_weights("at", weight=weight)
         if taps is None:
             taps = [tap for tap in STAGES if tap in student_channels and tap in teacher_channels]
         self.student_taps = self.teacher_taps = tuple(taps)

@@ -40,6 +40,7 @@ from losses.kd import (
     bernoulli_kl,
     check_choice,
     check_positive,
+    check_weights,
     class_masks,
     region_masks,
     softmax_kl,
@@ -220,6 +221,10 @@ class CIRKD(nn.Module):
         super().__init__()
         check_choice("cirkd", "preset", preset, PRESETS)
         check_choice("cirkd", "pairs", pairs, (None, *PAIRS))
+        check_weights(
+            "cirkd", pair_weight=pair_weight, pixel_weight=pixel_weight, region_weight=region_weight,
+            kd_weight=kd_weight,
+        )  # fmt: skip
         check_positive(
             "cirkd", temperature=temperature, contrast_temperature=contrast_temperature, pixel_contrast=pixel_contrast,
             region_contrast=region_contrast, pixels_per_class=pixels_per_class,

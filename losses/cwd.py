@@ -14,7 +14,7 @@ Both presets are the same.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, bernoulli_kl, check_choice, check_positive
+from losses.kd import PRESETS, bernoulli_kl, check_choice, check_positive, check_weights
 
 
 def channel_wise_kl(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
@@ -45,6 +45,7 @@ class CWD(nn.Module):
         check_choice("cwd", "preset", preset, PRESETS)
         check_choice("cwd", "mode", mode, ("spatial", "bernoulli") if multilabel else ("spatial",))
         check_positive("cwd", tau=tau)
+        check_weights("cwd", weight=weight)
         self.student_taps = self.teacher_taps = ()
         self.weight = weight if weight is not None else (0.1 if multilabel else 1.0)
         self.divergence = channel_wise_kl if mode == "spatial" else bernoulli_kl

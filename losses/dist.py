@@ -17,7 +17,7 @@ on multi-class data and is refused on multi-label data.
 import torch
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, check_choice, check_positive, unit_vectors
+from losses.kd import PRESETS, check_choice, check_positive, check_weights, unit_vectors
 from losses.voxelwise import voxel_sums
 
 
@@ -90,6 +90,7 @@ class DIST(nn.Module):
         super().__init__()
         check_choice("dist", "preset", preset, PRESETS)
         check_positive("dist", tau=tau)
+        check_weights("dist", weight=weight, inter_weight=inter_weight, intra_weight=intra_weight)
         if multilabel and preset == "as_released":
             raise ValueError("dist: the reference has no multi-label form to be 'as_released'; use preset 'clean'")
         self.student_taps = self.teacher_taps = ()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, bernoulli_kl_map, check_choice, check_positive, class_masks, region_masks
+from losses.kd import PRESETS, bernoulli_kl_map, check_choice, check_positive, check_weights, class_masks, region_masks
 from losses.taps import class_map
 from losses.voxelwise import voxel_sums
 
@@ -91,6 +91,7 @@ class DKD(nn.Module):
         super().__init__()
         check_choice("dkd", "preset", preset, PRESETS)
         check_positive("dkd", tau=tau)
+        check_weights("dkd", weight=weight, alpha=alpha, beta=beta)
         self.student_taps = self.teacher_taps = ()
         self.multilabel, self.squared = multilabel, multilabel and preset == "as_released"
         if weight is None:

@@ -28,6 +28,7 @@ from losses.kd import (
     bernoulli_kl,
     check_choice,
     check_positive,
+    check_weights,
     class_masks,
     region_masks,
     softmax_kl,
@@ -90,6 +91,10 @@ class EMKD(nn.Module):
         super().__init__()
         check_choice("emkd", "preset", preset, PRESETS)
         check_positive("emkd", tau=tau)
+        check_weights(
+            "emkd", prediction_weight=prediction_weight, importance_weight=importance_weight,
+            region_weight=region_weight,
+        )  # fmt: skip
         self.student_taps = self.teacher_taps = tuple(taps)
         if not self.student_taps:
             raise ValueError("emkd: taps is empty; name at least one tap")

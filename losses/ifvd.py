@@ -21,7 +21,16 @@ where a cosine is a sign: it has no gradient, and 'as_released' is refused there
 import torch
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, REDUCTIONS, check_choice, region_masks, sigmoid_mse, softmax_kl, unit_vectors
+from losses.kd import (
+    PRESETS,
+    REDUCTIONS,
+    check_choice,
+    check_weights,
+    region_masks,
+    sigmoid_mse,
+    softmax_kl,
+    unit_vectors,
+)
 from losses.taps import class_map, require_taps, resize_nearest
 
 
@@ -77,6 +86,7 @@ class IFVD(nn.Module):
         super().__init__()
         check_choice("ifvd", "preset", preset, PRESETS)
         check_choice("ifvd", "reduction", reduction, REDUCTIONS)
+        check_weights("ifvd", weight=weight, kd_weight=kd_weight)
         if multilabel and preset == "as_released":
             raise ValueError("ifvd: the reference's multi-label form has no gradient; use preset 'clean'")
         if multilabel and num_label_classes is not None:

@@ -40,6 +40,13 @@ def check_positive(method: str, **values: float) -> None:
             raise ValueError(f"{method}: {name} must be above 0, got {value}")
 
 
+def check_weights(method: str, **values: float | None) -> None:
+    """Raise ValueError for a weight of `method` that is negative or not finite; None stands for a default."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"{method}: {name} is a weight and must be at least 0, got {value}")
+
+
 def check_fractions(method: str, **values: float) -> None:
     """Raise ValueError for an argument of `method` outside [0, 1]."""
     for name, value in values.items():
@@ -133,6 +140,7 @@ class KD(nn.Module):
         check_choice("kd", "preset", preset, PRESETS)
         check_choice("kd", "reduction", reduction, REDUCTIONS)
         check_positive("kd", tau=tau)
+        check_weights("kd", weight=weight)
         self.student_taps = self.teacher_taps = ()
         if mode is None:
             mode = "mse_sigmoid" if multilabel or preset == "as_released" else "kl"

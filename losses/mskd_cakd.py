@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, check_choice, check_positive, unit_vectors
+from losses.kd import PRESETS, check_choice, check_positive, check_weights, unit_vectors
 from losses.taps import require_taps, resize_nearest
 
 
@@ -62,6 +62,7 @@ class MSKDCAKD(nn.Module):
         super().__init__()
         check_choice("mskd_cakd", "preset", preset, PRESETS)
         check_positive("mskd_cakd", min_norm=min_norm)
+        check_weights("mskd_cakd", affinity_weight=affinity_weight, norm_weight=norm_weight)
         self.student_taps = self.teacher_taps = ("decoder",)
         require_taps("mskd_cakd", "student", student_channels, self.student_taps)
         require_taps("mskd_cakd", "teacher", teacher_channels, self.teacher_taps)

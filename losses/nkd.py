@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, check_choice, check_positive, class_masks, region_masks
+from losses.kd import PRESETS, check_choice, check_positive, check_weights, class_masks, region_masks
 from losses.taps import class_map
 from losses.voxelwise import voxel_sums
 
@@ -74,6 +74,7 @@ class NKD(nn.Module):
         super().__init__()
         check_choice("nkd", "preset", preset, PRESETS)
         check_positive("nkd", tau=tau)
+        check_weights("nkd", weight=weight, gamma=gamma)
         if multilabel and preset == "as_released":
             raise ValueError("nkd: the reference has no multi-label form to be 'as_released'; use preset 'clean'")
         self.student_taps = self.teacher_taps = ()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, check_choice, check_positive
+from losses.kd import PRESETS, check_choice, check_positive, check_weights
 from losses.taps import require_taps
 
 
@@ -88,6 +88,7 @@ class SKD(nn.Module):
         super().__init__()
         check_choice("skd", "preset", preset, PRESETS)
         check_positive("skd", nodes=nodes)
+        check_weights("skd", pixel_weight=pixel_weight, pair_weight=pair_weight)
         self.student_taps = self.teacher_taps = ("penultimate",)
         require_taps("skd", "student", student_channels, self.student_taps)
         require_taps("skd", "teacher", teacher_channels, self.teacher_taps)

@@ -34,7 +34,7 @@ from losses.crkd import (
     pseudo_label,
     symmetric_cutmix,
 )
-from losses.kd import check_choice, check_positive
+from losses.kd import check_choice, check_positive, check_weights
 from methods.base import Method, pseudo_label_report, require_method
 from utils.ema import ema_decay, ema_update
 from utils.modes import evaluating, statistics_kept
@@ -128,9 +128,7 @@ class CRKD(Method):
             "pseudo_weight": pseudo_weight, "consistency": consistency, "lec": lec, "lec_beta": lec_beta, "csd": csd,
             "ckd_pixel": ckd_pixel, "ckd_feature": ckd_feature,
         }  # fmt: skip
-        for name, value in weights.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"crkd: {name} is a weight and must be at least 0, got {value}")
+        check_weights("crkd", **weights)
         if csd_samples < self.num_classes:
             raise ValueError(
                 f"crkd: csd_samples must be at least 1 for each of the {self.num_classes} classes, got {csd_samples}"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from losses.consistency import ce_dice_loss, dice_loss, sigmoid_rampup
 from losses.crkd import draw_boxes, pseudo_label
-from losses.kd import check_choice, check_fractions
+from losses.kd import check_choice, check_fractions, check_weights
 from methods.base import Method, pseudo_label_report, require_method
 from utils.modes import evaluating
 
@@ -87,6 +87,7 @@ class CrossMatch(Method):
             "crossmatch", threshold=threshold, eta=eta, perturb_weak=perturb_weak, perturb_strong=perturb_strong,
             cutmix_prob=cutmix_prob,
         )  # fmt: skip
+        check_weights("crossmatch", kd_weight=kd_weight)
         check_choice("crossmatch", "pseudo_mode", pseudo_mode, ("train", "eval"))
         self.threshold, self.eta = threshold, eta
         self.kd_weight = (0.5 if flat else 1.0) if kd_weight is None else kd_weight

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.consistency import dice_loss
-from losses.kd import check_positive
+from losses.kd import check_positive, check_weights
 from methods.base import Method, pseudo_label_report, require_method
 
 SIDE_WEIGHTS = (0.1, 0.2, 0.4, 0.6, 0.8)  # of the side outputs, coarsest first
@@ -40,6 +40,7 @@ class LeFeD(Method):
         super().__init__(make_network, max_steps)
         require_method("lefed", self.network, "all", "vnet_lefed")
         check_positive("lefed", feedback=feedback, rounds=rounds)
+        check_weights("lefed", consistency=consistency)
         self.scale, self.updates, self.consistency = feedback, rounds, consistency
         self._round, self._feedback = 0, []  # both start anew with each batch, so that no checkpoint needs them
 

@@ -46,6 +46,13 @@ def init_weights(module: nn.Module) -> nn.Module:
     return module
 
 
+def check_widths(name: str, widths: Sequence[int], count: int) -> Sequence[int]:
+    """`widths`, the channels of the stages of network `name`; ValueError unless they are `count` positive numbers."""
+    if len(widths) != count or min(widths) < 1:
+        raise ValueError(f"{name}: expected {count} channel numbers of at least 1, got {list(widths)}")
+    return widths
+
+
 def drop_channels(features: Sequence[Tensor], probability: float) -> list[Tensor]:
     """Zero whole channels of each map (B, C, *spatial), each with `probability`, and scale the rest by 1 / (1 - p).
 

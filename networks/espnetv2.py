@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.blocks import check_input
+from networks.blocks import check_input, check_widths
 from networks.output import SegOutput
 
 BRANCHES = 4  # parallel dilated convolutions of an EESP unit
@@ -224,12 +224,13 @@ class ESPNetV2(nn.Module):
         allocate_unused: bool = False,
     ) -> None:
         super().__init__()
-        c1, c2, c3, c4 = channels
+        c1, c2, c3, c4 = check_widths("espnetv2", channels, 4)
         if not 0 < c1 < c2 < c3 < c4 or any(c % (BRANCHES * BRANCHES) for c in channels):
             raise ValueError(
                 f"espnetv2: channels must be four increasing multiples of {BRANCHES * BRANCHES}, got {tuple(channels)}"
             )
         p = max(1, min(num_classes // 2, 16)) if projection is None else projection
+        check_widths("espnetv2", [p], 1)
         d1, d2, d3 = c2, (c1 + c2) // 2, c1
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {

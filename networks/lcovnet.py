@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.blocks import check_input
+from networks.blocks import check_input, check_widths
 from networks.output import SegOutput
 
 
@@ -97,7 +97,7 @@ class LCOVNet(nn.Module):
         allocate_unused: bool = False,
     ) -> None:
         super().__init__()
-        c1, c2, c3, c4, c5 = channels
+        c1, c2, c3, c4, c5 = check_widths("lcovnet", channels, 5)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {
             "stage1": c2, "stage2": c3, "stage3": c4, "stage4": c5, "stage5": c3, "stage6": c2, "stage7": c1,

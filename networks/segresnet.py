@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from monai.networks import nets
 from torch import Tensor
 
-from networks.blocks import check_input
+from networks.blocks import check_input, check_widths
 from networks.output import SegOutput
 
 
@@ -41,6 +41,7 @@ class SegResNet(nets.SegResNet):
                 f"segresnet: expected 4 entries in blocks_down and 3 in blocks_up, the last of them at least 1, "
                 f"got {tuple(blocks_down)} and {tuple(blocks_up)}"
             )
+        check_widths("segresnet", [init_filters, num_groups], 2)
         super().__init__(
             spatial_dims=3,
             init_filters=init_filters,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from networks.blocks import check_input, conv_unit, up_unit
+from networks.blocks import check_input, check_widths, conv_unit, up_unit
 from networks.output import SegOutput
 
 
@@ -21,7 +21,7 @@ class UNet(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, channels: Sequence[int] = (32, 64, 128, 256)) -> None:
         super().__init__()
-        c1, c2, c3, c4 = channels
+        c1, c2, c3, c4 = check_widths("unet", channels, 4)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {
             "stage1": c1, "stage2": c2, "stage3": c3, "stage4": c4, "stage5": c2, "stage6": c1, "stage7": num_classes,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.blocks import check_input, drop_channels
+from networks.blocks import check_input, check_widths, drop_channels
 from networks.output import SegOutput
 
 
@@ -125,7 +125,7 @@ class UNet2D(nn.Module):
                 f"unet2d: channels and dropout need one value for each of the five encoder blocks, "
                 f"got {tuple(channels)} and {tuple(dropout)}"
             )
-        c0, c1, c2, c3, c4 = channels
+        c0, c1, c2, c3, c4 = check_widths("unet2d", channels, 5)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {
             "stage1": c1, "stage2": c2, "stage3": c3, "stage4": c4, "stage5": c2, "stage6": c1, "stage7": c0,

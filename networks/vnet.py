@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.blocks import check_input, drop_channels
+from networks.blocks import check_input, check_widths, drop_channels
 from networks.output import SegOutput
 
 UPSAMPLINGS = ("transposed", "trilinear", "nearest")
@@ -158,7 +158,7 @@ class VNet(nn.Module):
         super().__init__()
         if upsample not in UPSAMPLINGS:
             raise ValueError(f"vnet: upsample must be one of {', '.join(UPSAMPLINGS)}, got {upsample!r}")
-        n = n_filters
+        (n,) = check_widths("vnet", [n_filters], 1)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_after_dropout = feature_after_dropout
         self.feature_channels = {

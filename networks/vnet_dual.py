@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.blocks import check_input
+from networks.blocks import check_input, check_widths
 from networks.output import SegOutput
 from networks.vnet import UPSAMPLINGS, Decoder, Encoder
 
@@ -33,7 +33,7 @@ class DualVNet(nn.Module):
         super().__init__()
         if upsample not in UPSAMPLINGS:
             raise ValueError(f"vnet_dual: upsample must be one of {', '.join(UPSAMPLINGS)}, got {upsample!r}")
-        n = n_filters
+        (n,) = check_widths("vnet_dual", [n_filters], 1)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {"stage7": n, "penultimate": n, "decoder": n, "acf": n}
         self.encoder = Encoder(in_channels, n, dropout)
@@ -101,7 +101,7 @@ class LeFeDNet(nn.Module):
         encoder_dropout: float = 0.3,
     ) -> None:
         super().__init__()
-        n = n_filters
+        (n,) = check_widths("vnet_lefed", [n_filters], 1)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {"stage7": n, "penultimate": n, "decoder": n, "acf": n}
         self.encoder = Encoder(in_channels, n, encoder_dropout)

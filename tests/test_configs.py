@@ -83,7 +83,8 @@ def test_networks_and_methods_take_their_arguments(name, monkeypatch):
         assert not teacher or teacher in NETWORKS
         assert not student or student in NETWORKS
     multilabel = cfg.format == "brats"
-    for method, teacher, student in itertools.product(KD_METHODS, ("resunet", "segresnet"), ("unet", "lcovnet")):
+    pairs = (("resunet", "unet"), ("segresnet", "lcovnet"))
+    for method, (teacher, student) in itertools.product(KD_METHODS, pairs):
         flags = ("--method", method, "--teacher", teacher, "--student", student)
         arguments = train_3d_distill.method_arguments(load(name, monkeypatch, *flags))
         if method == "cirkd":  # its default queues take seconds to fill

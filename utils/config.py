@@ -1,17 +1,28 @@
 """Flat, typed YAML configurations: `load_config` turns a file plus overrides into a dataclass or a clear error."""
 
+import collections.abc
 import contextlib
 import dataclasses
 import difflib
+import inspect
+import re
+import reprlib
+import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 T = TypeVar("T")
+Given = dict[str, tuple[Any, str]]  # key -> value, and the file or flag that it comes from
+
+LARGEST_INT = 2**31  # beyond it the number is a slip, and PyTorch's sizes and seeds fail somewhere deep
+LARGEST_VALUE = 100_000  # scalars of a file, aliases expanded: a few lines of aliases can stand for billions
+DEEPEST_VALUE = 40
+LONGEST_NAME = 255  # bytes of a file's or folder's name
 
 
 class ConfigError(ValueError):
@@ -25,36 +36,176 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> T:
-    """Read the YAML file `path` into the dataclass `schema`; `opts` are 'key=value' strings and win over the file.
+    """Read the YAML file `path` into the dataclass `schema`: `build` of what `gather` finds."""
+    return build(schema, gather(path, opts, overrides, recipe))
 
-    overrides: values that win over everything (command-line flags; None means not given). recipe: values that win over
-    the file alone. Values are checked against the fields' types; an unknown key is an error that suggests the nearest.
+
+def gather(
+    path: str | Path,
+    opts: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> Given:
+    """What the YAML file `path` and the command line say: key -> (value, where it came from).
+
+    opts: 'key=value' strings, which win over the file. overrides: values that win over everything (command-line flags;
+    None means not given). recipe: values that win over the file alone.
     """
     values = {key: (value, str(path)) for key, value in read_yaml(path).items()}
     if recipe is not None and not isinstance(recipe, Mapping):
-        raise ConfigError(f"{path}: an entry of 'recipe' must be a mapping of keys to values, got {recipe!r}")
+        raise ConfigError(f"{path}: an entry of 'recipe' must be a mapping of keys to values, got {_short(recipe)}")
     values |= {key: (value, f"{path}, recipe") for key, value in (recipe or {}).items()}
     for option in opts:
         key, separator, text = option.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(f"--opts {option!r}: expected key=value, for example --opts max_steps=1000")
+            raise ConfigError(f"--opts {_short(option)}: expected key=value, for example --opts max_steps=1000")
         try:
-            values[key.strip()] = (yaml.safe_load(text), f"--opts {option}")
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--opts {option!r}: the value is not YAML ({_one_line(error)})") from error
+            values[key.strip()] = (parse_yaml(text), f"--opts {_short_text(option)}")
+        except ConfigError as error:
+            raise ConfigError(f"--opts {_short(option)}: the value is {error}") from error
     for key, value in (overrides or {}).items():
         if value is not None:
             values[key] = (value, f"--{key.replace('_', '-')}")
-    return build(schema, values)
+    return values
 
 
-def check_names(source: str | Path, key: str, names: Iterable[str], known: Iterable[str]) -> None:
+@contextlib.contextmanager
+def located(given: Given, path: str | Path) -> Iterator[None]:
+    """Around checks of a configuration: in front of a ConfigError 'key: ...', the file or flag that gave the key."""
+    try:
+        yield
+    except ConfigError as error:
+        key = re.match(r"\w*", str(error)).group()
+        source = given[key][1] if key in given else str(path)
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def check_names(key: str, names: Iterable[Any], known: Iterable[str]) -> None:
     """ConfigError for a name under `key` that is none of `known`: it would be ignored."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
-            raise ConfigError(f"{source}: {key}: unknown name '{name}'; {hint}")
+            raise ConfigError(f"{key}: unknown name '{_short_text(name)}'; {_nearest(name, list(known))}")
+
+
+def check_choices(cfg: Any, choices: Mapping[str, Iterable[str]]) -> None:
+    """ConfigError for a key of `cfg` whose value is none of those listed."""
+    for key, allowed in choices.items():
+        value = getattr(cfg, key)
+        if value not in allowed:
+            raise ConfigError(f"{key}: unknown value '{_short_text(value)}'; choose from {', '.join(allowed)}")
+
+
+def check_intervals(cfg: Any, intervals: Mapping[str, Iterable[str]]) -> None:
+    """ConfigError for a key of `cfg` outside its interval. intervals: '[0, 1)' -> keys; lists hold it for each item."""
+    for interval, keys in intervals.items():
+        low, high = map(float, interval[1:-1].split(","))
+        for key in keys:
+            value = getattr(cfg, key)
+            for item in value if isinstance(value, tuple) else (value,):
+                above = item > low or (item == low and interval[0] == "[")
+                below = item < high or (item == high and interval[-1] == "]")
+                if not (above and below):
+                    raise ConfigError(f"{key}: must lie in {interval}, got {_short(value)}")
+
+
+def check_run_names(cfg: Any) -> None:
+    """ConfigError unless `dataset` and `tag` can name folders, and `class_names` the rows and columns of results."""
+    for key, optional in (("dataset", False), ("tag", True)):
+        name = getattr(cfg, key)
+        plain = name.strip(" .") == name and not any(mark in name for mark in "/\\:") and len(name.encode()) <= 100
+        if not plain or not (name or optional):
+            raise ConfigError(
+                f"{key}: {_short(name)} cannot name a folder; expected up to 100 bytes without / \\ : and without dots "
+                f"or spaces at the ends"
+            )
+    names = cfg.class_names
+    if not 2 <= len(names) <= 256 or len(set(names)) != len(names):
+        raise ConfigError(f"class_names: 2 to 256 different names, background first; got {_short(list(names))}")
+    for name in names:
+        if not name or name != name.strip() or name in ("dice", "mean"):
+            raise ConfigError(
+                f"class_names: {_short(name)} cannot name a class: empty, with spaces around it, or the name of a mean"
+            )
+
+
+def check_unused(cfg: Any, keys: Iterable[str], reason: str) -> None:
+    """ConfigError for one of `keys` of `cfg` that departs from its default although nothing would read it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    for key in keys:
+        if getattr(cfg, key) != defaults[key]:
+            raise ConfigError(f"{key}: {reason} does not use this key; remove it")
+
+
+def check_recipes(schema: type, recipes: Mapping[str, Any], known: Iterable[str], fixed: Iterable[str]) -> None:
+    """ConfigError for an entry of `recipe` that is not a mapping of keys of `schema` to values of their types.
+
+    known: the names that have a recipe. fixed: keys that a recipe cannot set, since they say which recipe it is.
+    """
+    check_names("recipe", recipes, known)
+    hints = typing.get_type_hints(schema)
+    for name, recipe in recipes.items():
+        if not isinstance(recipe, Mapping):
+            raise ConfigError(f"recipe: {name}: must be a mapping of keys to values, got {_short(recipe)}")
+        for key, value in recipe.items():
+            if key in ("recipe", *fixed):
+                raise ConfigError(f"recipe: {name}: '{key}' cannot be set by a recipe; set it outside")
+            if key not in hints:
+                raise ConfigError(f"recipe: {name}: unknown key '{_short_text(key)}'; {_nearest(key, list(hints))}")
+            _convert(value, hints[key], key, f"recipe: {name}")
+
+
+def check_arguments(
+    source: str, function: Callable, arguments: Any, reserved: Iterable[str] = ()
+) -> dict[str, Any]:
+    """`arguments` for `function` (a class: its constructor), each converted to the type that its signature states.
+
+    ConfigError, beginning with `source`, unless they are a mapping of its parameters' names, other than `reserved`
+    (those that the caller gives), to values of their types. None is an empty mapping.
+    """
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"{source}: must be a mapping of arguments to values, got {_short(arguments)}")
+    parameters = inspect.signature(function).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = [name for name, parameter in parameters.items() if parameter.kind in kinds and name not in reserved]
+    try:
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except (NameError, TypeError):  # annotations of a user's own class may name what only a type checker imports
+        hints = {}
+    converted = {}
+    for name, value in arguments.items():
+        if name not in known and not (open_ended and isinstance(name, str) and name not in reserved):
+            choose = _nearest(name, known) if known else "it takes none"
+            raise ConfigError(f"{source}: unknown argument '{_short_text(name)}'; {choose}")
+        converted[name] = _convert(value, hints.get(name, Any), name, source)
+    return converted
+
+
+def check_nested(
+    key: str, values: Mapping[str, Any], registry: Mapping[str, type], reserved: Iterable[str],
+    pairs: Iterable[str] | None = None,
+) -> dict[str, dict]:  # fmt: skip
+    """`network_args` or `method_args`: the arguments of each entry, checked and converted by `check_arguments`.
+
+    reserved: arguments that the scripts give. pairs: names that may follow the entry's as in name@first-second.
+    """
+    checked = {}
+    for name, arguments in values.items():
+        entry, at, pair = str(name).partition("@") if pairs is not None else (name, "", "")
+        check_names(key, [entry], registry)
+        if at:
+            check_names(f"{key}: {name}", pair.split("-", 1), pairs)
+        checked[name] = check_arguments(f"{key}: {name}", registry[entry], arguments, reserved)
+    return checked
+
+
+def note_unused(given: Given, keys: Iterable[str], reason: str) -> None:
+    """Print which of `keys` the command line gives although `reason` has no use for them; a file serves other runs."""
+    idle = [key for key in keys if key in given and given[key][1].startswith("--")]
+    if idle:
+        print(f"note: {reason} does not use {', '.join(idle)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -66,23 +217,71 @@ def constructing(source: str) -> Iterator[None]:
         raise ConfigError(f"{source}: {error}") from error
 
 
+@contextlib.contextmanager
+def trying(source: str) -> Iterator[None]:
+    """Around a trial of something that the configuration describes: whatever fails becomes a short ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a constructor may raise anything, and a traceback would hide the key that is wrong
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{source}: {kind}{_one_line(error)[:500]}") from error
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError if it is missing, malformed, empty or has a key twice."""
     path = Path(path)
+    if max(len(part.encode(errors="replace")) for part in (*path.parts, "")) > LONGEST_NAME or "\0" in str(path):
+        raise ConfigError(f"{_short_text(path)}: no such configuration file, the name is not one of a file")
     if not path.is_file():
         nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        found = f"; found {', '.join(nearby)}" if nearby else ""
-        raise ConfigError(f"{path}: no such configuration file{found}")
+        if path.is_dir():
+            nearby = sorted(str(p) for p in path.glob("*.yaml"))
+        shown = ", ".join(nearby[:20]) + (f" and {len(nearby) - 20} more" if len(nearby) > 20 else "")
+        kind = "a folder, not a configuration file" if path.is_dir() else "no such configuration file"
+        raise ConfigError(f"{path}: {kind}{f'; found {shown}' if nearby else ''}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)})") from error
+        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"not valid YAML ({_one_line(error)})"
+        raise ConfigError(f"{path}: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {_short_type(values)}")
     return values
 
 
-def build(schema: type[T], values: Mapping[str, tuple[Any, str]]) -> T:
+def parse_yaml(text: str) -> Any:
+    """The value of YAML `text`: plain values only, no key twice, no value that holds itself; ConfigError else."""
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        _check_size(value)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # PyYAML's constructors of dates, numbers and tagged values raise what they come across.
+        raise ConfigError(f"not valid YAML ({_one_line(error)[:300]})") from error
+    except RecursionError:
+        raise ConfigError("not valid YAML (nested too deeply)") from None
+    return value
+
+
+def _check_size(value: Any, depth: int = 0, sizes: dict[int, int] | None = None, inside: tuple = ()) -> int:
+    """Scalars in `value`, each alias counted as often as it is used; ValueError if there are too many, or a cycle."""
+    sizes = {} if sizes is None else sizes
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) in inside:
+        raise ValueError("a value that contains itself")
+    if depth > DEEPEST_VALUE:
+        raise ValueError("nested too deeply")
+    if id(value) not in sizes:
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_check_size(item, depth + 1, sizes, (*inside, id(value))) for item in items)
+    if sizes[id(value)] > LARGEST_VALUE:
+        raise ValueError(f"more than {LARGEST_VALUE} values")
+    return sizes[id(value)]
+
+
+def build(schema: type[T], values: Given) -> T:
     """`schema(**values)` with every value converted to its field's type. values: key -> (value, where it came from)."""
     fields = {field.name: field for field in dataclasses.fields(schema)}
     hints = typing.get_type_hints(schema)
@@ -91,7 +290,7 @@ def build(schema: type[T], values: Mapping[str, tuple[Any, str]]) -> T:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(sorted(fields))}"
-            raise ConfigError(f"{source}: unknown key '{key}'{hint}")
+            raise ConfigError(f"{source}: unknown key '{_short_text(key)}'{hint}")
         arguments[key] = _convert(value, hints[key], key, source)
     missing = [
         name for name, field in fields.items()
@@ -106,7 +305,7 @@ def build(schema: type[T], values: Mapping[str, tuple[Any, str]]) -> T:
 def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
     """`value` as the type `hint`; integers widen to float, sequences become tuples, nothing else is coerced."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ConfigError(f"{source}: '{key}' must be {_describe(hint)}, got {value!r} ({type(value).__name__})")
+    wrong = ConfigError(f"{source}: '{key}' must be {_describe(hint)}, got {_short(value)} ({_short_type(value)})")
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
@@ -127,6 +326,8 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         if len(kinds) != len(value):
             raise wrong
         return tuple(_convert(item, kind, key, source) for item, kind in zip(value, kinds))
+    if origin in (collections.abc.Sequence, collections.abc.Iterable):
+        return _convert(value, tuple[args[0], ...] if args else tuple[Any, ...], key, source)
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise wrong
@@ -140,15 +341,32 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         if number != number or abs(number) == float("inf"):
             raise wrong
         return number
-    if hint is int and isinstance(value, bool):
+    if hint is int and (isinstance(value, bool) or not isinstance(value, int) or abs(value) >= LARGEST_INT):
         raise wrong
-    if hint is str and type(value) is int:  # a tag or a folder may be a number
-        return str(value)
-    if hint is str and value is None:  # `tag=` on the command line, `tag:` in a file
-        return ""
+    if hint is str:
+        if type(value) is int and abs(value) < LARGEST_INT:  # a tag or a folder may be a number
+            return str(value)
+        if value is None:  # `tag=` on the command line, `tag:` in a file
+            return ""
+        if isinstance(value, bool):
+            raise ConfigError(f"{wrong} (YAML reads off, no, on and yes so: put it in quotes)")
+        if isinstance(value, str) and not _printable(value):
+            raise ConfigError(f"{source}: '{key}' has characters that cannot be printed: {_short(value)}")
+        if isinstance(value, str) and max(len(part.encode()) for part in re.split(r"[/\\]", value)) > LONGEST_NAME:
+            raise ConfigError(f"{source}: '{key}' has a part of more than {LONGEST_NAME} bytes: {_short(value)}")
+        if not isinstance(value, str):
+            raise wrong
+        return value
+    if not isinstance(hint, type):  # a callable or a type variable: left to the constructor
+        return value
     if not isinstance(value, hint):
         raise wrong
     return value
+
+
+def _printable(text: str) -> bool:
+    """Whether it has no control characters and can be written to a file."""
+    return not any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in text)
 
 
 def _describe(hint: Any) -> str:
@@ -159,11 +377,38 @@ def _describe(hint: Any) -> str:
         return f"a list of {len(args)} values: {', '.join(_describe(a) for a in args)}"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_describe(a) for a in args)
+    if origin in (collections.abc.Sequence, collections.abc.Iterable):
+        return f"a list of {_describe(args[0])}" if args else "a list"
     names = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", dict: "a mapping"}
     return "empty (null)" if hint is type(None) else names.get(origin or hint, str(hint))
 
 
-def _one_line(error: Exception) -> str:
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+_repr.maxlong, _repr.maxlevel, _repr.maxlist, _repr.maxtuple, _repr.maxdict = 30, 4, 8, 8, 6
+
+
+def _short(value: Any) -> str:
+    """repr of a value on one line, cut where it is long."""
+    return _one_line(_repr.repr(value))
+
+
+def _short_text(value: Any) -> str:
+    """A name or a flag as it was given, on one line, cut where it is long."""
+    text = _one_line(value) if _printable(str(value)) else repr(str(value))
+    return text if len(text) <= 200 else f"{text[:190]}..."
+
+
+def _short_type(value: Any) -> str:
+    return type(value).__name__
+
+
+def _nearest(name: Any, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name)[:100], list(known), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
+
+
+def _one_line(error: Any) -> str:
     return " ".join(str(error).split())
 
 
@@ -172,10 +417,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' given twice", key_node.start_mark)
-            if isinstance(key, str):
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            merge = key_node.tag == "tag:yaml.org,2002:merge"  # `<<: *base`, which keys beside it override
+            key = "<<" if merge else self.construct_object(key_node, deep=True)
+            if isinstance(key, collections.abc.Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key '{key}' given twice", key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)

@@ -1,9 +1,11 @@
-"""Modes of a network for one forward pass: evaluation, and batch norm that does not remember."""
+"""Modes of networks: evaluation, batch norm that does not remember, and making them without values."""
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
@@ -32,3 +34,17 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves normal_ out: on the meta device it would load half of torch's compiler, for nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is torch.Tensor.normal_ else func(*args, **kwargs or {})
+
+
+@contextlib.contextmanager
+def weightless() -> Iterator[None]:
+    """Modules that are made inside have shapes but no values: a trial of their arguments costs next to nothing."""
+    with torch.device("meta"), _Uninitialised():
+        yield

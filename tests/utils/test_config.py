@@ -106,7 +106,7 @@ def test_wrong_values_name_the_file_and_the_fix(file, text, expected):
         (["stepz=1"], {}, "--opts stepz=1: unknown key 'stepz'; did you mean 'steps'?"),
         (["steps"], {}, "--opts 'steps': expected key=value"),
         (["=3"], {}, "--opts '=3': expected key=value"),
-        (["names=[a"], {}, "--opts 'names=[a': the value is not YAML"),
+        (["names=[a"], {}, "--opts 'names=[a': the value is not valid YAML"),
         ([], {"steps": "many"}, "--steps: 'steps' must be an integer"),
     ],
 )
