@@ -8,9 +8,11 @@ of the volume belong to it. d(X -> Y) are the Euclidean distances in mm from the
 
 Empty masks. Both empty: every metric is NaN, left out of means and counted (`absent`). Exactly one empty: Dice and
 Jaccard are 0, the distances are undefined (NaN), and the case is counted: `missed` if the prediction is empty,
-`spurious` if the label is. So failing can lower a mean Dice but never improves one; the counts stand beside the means
-because the distances of failed cases do not enter them. `empty='diag'` gives those distances the volume's diagonal;
-`empty='agree'` counts two empty masks as full agreement, Dice and Jaccard 1 and distances 0, and is else as 'nan'.
+`spurious` if the label is. So failing can lower a mean Dice but never improves one. Distances are another matter: a
+mean that leaves failures out may fall when an organ is missed. Wherever one is printed, the counts and the `penalised`
+mean (`summarise`) stand beside it, in which failed distances are the volume's diagonal, longer than any that can be
+measured; runs are compared by that one. `empty='diag'` writes the diagonal into the scores themselves; `empty='agree'`
+counts two empty masks as full agreement, Dice and Jaccard 1 and distances 0, and is else as 'nan'.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ import numpy as np
 from numba import njit
 
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd")
+DISTANCES = ("hd95", "asd", "assd")
 HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
 REACH = 3  # voxels within which the nearest surface is looked up place by place
@@ -81,10 +84,23 @@ def asd(prediction: np.ndarray, label: np.ndarray, *, spacing: Sequence[float], 
     return case_metrics(*masks, 2, spacing=spacing)[0]["assd" if symmetric else "asd"]
 
 
+def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
+    """Length in mm of the diagonal of a volume of `shape` voxels: what a failed distance counts as."""
+    return float(np.linalg.norm(np.multiply(shape, spacing)))
+
+
+def penalise(rows: Sequence[dict]) -> list[dict]:
+    """Copies of the rows in which the distances of missed and spurious organs are the row's `diagonal`."""
+    return [
+        row | ({key: row["diagonal"] for key in DISTANCES if key in row} if row["missed"] or row["spurious"] else {})
+        for row in rows
+    ]
+
+
 def _score(
     prediction: np.ndarray, label: np.ndarray, num_classes: int, spacing: Sequence[float], hd95: str, empty: str
 ) -> list[dict[str, float]]:
-    diagonal = float(np.linalg.norm(np.multiply(label.shape, spacing)))
+    longest = diagonal(label.shape, spacing)
     prediction, label = _foreground(prediction, label, num_classes)
     size_p, size_g, both = _counts(prediction, label, num_classes)
     surface_distances = _surface_distances(prediction, label, (size_p > 0) & (size_g > 0), spacing)
@@ -99,7 +115,7 @@ def _score(
             row["dice"] = row["jaccard"] = 0.0
             row["spurious" if size_p[k] else "missed"] = 1
             if empty == "diag":
-                row["hd95"] = row["asd"] = row["assd"] = diagonal
+                row["hd95"] = row["asd"] = row["assd"] = longest
         else:
             row["dice"] = 2.0 * both[k] / (size_p[k] + size_g[k])
             row["jaccard"] = both[k] / (size_p[k] + size_g[k] - both[k])
@@ -278,16 +294,23 @@ def _search_blocks(points, targets, begin, bounds):
 
 
 def summarise(rows: Sequence[dict]) -> dict:
-    """Means over cases and classes of rows with `case`, `class` and the keys of `case_metrics`.
+    """Means over cases and classes of rows with `case`, `class`, `diagonal` (mm) and the keys of `case_metrics`.
 
     `mean`: for each case the NaN-mean over its classes, then the mean over cases (the convention of the distillation
     papers); `std`: population standard deviation of the per-case means; `classes`: NaN-mean over cases per class;
-    `counts`: of all (case, class) pairs, how many are absent, missed, spurious. Undefined means are None.
+    `counts`: of all (case, class) pairs, how many are absent, missed, spurious. `penalised`: `mean` and `classes` of
+    the distances with missed and spurious organs as the diagonal: never better for an organ that is missed. Undefined
+    means are None.
     """
+    failed = penalise(rows)
+    return _means(rows, METRICS) | {"penalised": {k: _means(failed, DISTANCES)[k] for k in ("mean", "classes")}}
+
+
+def _means(rows: Sequence[dict], metrics: Sequence[str]) -> dict:
     cases = list(dict.fromkeys(row["case"] for row in rows))
     classes = list(dict.fromkeys(row["class"] for row in rows))
     result = {"cases": len(cases), "mean": {}, "std": {}, "classes": {name: {} for name in classes}}
-    for metric in METRICS:
+    for metric in metrics:
         per_case = [_nan_mean([r[metric] for r in rows if r["case"] == case]) for case in cases]
         known = [value for value in per_case if value is not None]
         result["mean"][metric] = float(np.mean(known)) if known else None

@@ -5,6 +5,8 @@ with undefined distances and a count. Mean over cases of the mean over classes.
 'published': what published tables of these data sets print. Volumes (ACDC, LA): HD95 pooled, ASD one-sided, all four
 metrics 0 if the prediction or the label lacks the class. Images (ISIC, Kvasir): HD95 directed, ASD the mean of both
 directed means, both empty Dice 1, distances of an empty mask left out. Mean over classes of the mean over cases.
+In neither do the distances of a structure that was not found make a mean worse. So the table has them a second time,
+marked *, with missed and spurious structures as the diagonal of the volume (`penalised` in the summary).
 
 The HDF5 files and photographs carry no voxel size: distances are in voxels or pixels in either protocol. `accuracy` is
 the share of all voxels that are labelled right, background included; `ci95` Student's 95 % confidence interval of the
@@ -21,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from metrics import METRICS, asd, case_metrics, summarise
+from metrics import METRICS, asd, case_metrics, diagonal, penalise, summarise
 
 PROTOCOLS = ("clean", "published")
 PUBLISHED = ("dice", "jaccard", "hd95", "asd")
@@ -31,15 +33,15 @@ def case_rows(
     case: str, prediction: np.ndarray, label: np.ndarray, class_names: Sequence[str], *, protocol: str, hd95: str,
     empty: str,
 ) -> list[dict]:  # fmt: skip
-    """A row for each foreground class of ids `(H, W[, D])`, with the accuracy of the whole case in each; hd95 and empty
-    are for the clean protocol."""
+    """A row for each foreground class of ids `(H, W[, D])`, with the accuracy and diagonal of the whole case in each;
+    hd95 and empty are for the clean protocol."""
     if protocol == "published":
         scores = published_scores(prediction, label, len(class_names))
     else:
         unit = [1.0] * label.ndim
         scores = case_metrics(prediction, label, len(class_names), spacing=unit, hd95=hd95, empty=empty)
-    accuracy = float(np.mean(prediction == label))
-    return [{"case": case, "class": name, **row, "accuracy": accuracy} for name, row in zip(class_names[1:], scores)]
+    shared = {"accuracy": float(np.mean(prediction == label)), "diagonal": diagonal(label.shape, [1.0] * label.ndim)}
+    return [{"case": case, "class": name, **row, **shared} for name, row in zip(class_names[1:], scores)]
 
 
 def published_scores(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> list[dict]:
@@ -61,13 +63,21 @@ def published_scores(prediction: np.ndarray, label: np.ndarray, num_classes: int
 
 
 def summary_of(rows: Sequence[dict], protocol: str) -> dict:
-    """`mean`, `std`, `ci95`, `accuracy`, `classes`, `counts`, `cases` of rows, in the protocol's order of averaging."""
+    """`mean`, `std`, `ci95`, `accuracy`, `classes`, `counts`, `cases`, `penalised` of rows, in the protocol's order of
+    averaging."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     accuracy = statistics.fmean({row["case"]: row["accuracy"] for row in rows}.values())
     if protocol == "clean":
         keys, summary = METRICS, summarise(rows)
     else:
         keys, summary = PUBLISHED, _published_summary(rows, cases)
+        failed = _published_summary(penalise(rows), cases)
+        summary["penalised"] = {
+            "mean": {key: failed["mean"][key] for key in ("hd95", "asd")},
+            "classes": {
+                name: {key: entry[key] for key in ("hd95", "asd")} for name, entry in failed["classes"].items()
+            },
+        }
     per_case = {key: [_mean(row[key] for row in rows if row["case"] == case) for case in cases] for key in keys}
     return summary | {"accuracy": accuracy, "ci95": {key: confidence_interval(v) for key, v in per_case.items()}}
 
@@ -105,7 +115,7 @@ def _mean(values) -> float | None:
 def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: str) -> None:
     """One line per case and class; the header names protocol, definition and unit; undefined values are empty.
 
-    `accuracy` is that of the whole case.
+    `accuracy` and `diagonal`, what a failed distance counts as in penalised means, are those of the whole case.
     """
     sides = {"clean": "one_sided", "published": "one_sided" if unit == "voxels" else "mean_of_both"}[protocol]
     titles = {
@@ -116,10 +126,11 @@ def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: 
     flags = ["absent", "missed", "spurious"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["case", "class", *(f"{titles[key]}_{protocol}" for key in kept), *flags, "accuracy"])
+        last = ["accuracy", f"diagonal_{unit}"]
+        writer.writerow(["case", "class", *(f"{titles[key]}_{protocol}" for key in kept), *flags, *last])
         for row in rows:
             shown = ["" if math.isnan(row[key]) else f"{row[key]:.6g}" for key in kept]
-            values = [*shown, *(row[flag] for flag in flags), f"{row['accuracy']:.6g}"]
+            values = [*shown, *(row[flag] for flag in flags), f"{row['accuracy']:.6g}", f"{row['diagonal']:.6g}"]
             writer.writerow([row["case"], row["class"], *values])
 
 
@@ -141,22 +152,37 @@ def describe(checkpoint: dict, name: str, split: str) -> dict:
     }  # fmt: skip
 
 
+def score_cells(entry: dict, penalised: dict | None) -> str:
+    """Dice, Jaccard, HD95 and ASD of a class or mean as columns of a table and, if given, both distances penalised."""
+    values = [entry["dice"], entry["jaccard"], entry["hd95"], entry["asd"]]
+    values += [penalised["hd95"], penalised["asd"]] if penalised is not None else []
+    return "  ".join("      -" if v is None else f"{v:7.{4 if k < 2 else 2}f}" for k, v in enumerate(values))
+
+
+def failures(counts: dict) -> int:
+    """Organs whose distances are undefined because they were missed, or predicted where there is none."""
+    return counts["missed"] + counts["spurious"]
+
+
 def report(summary: dict) -> None:
     """Print one table: classes, then the mean, and what a reader must know about it."""
     scores, unit = summary["native"], summary["unit"]
+    counts = scores["counts"]
+    failed = scores["penalised"] if failures(counts) else None
     width = max(len(name) for name in (*scores["classes"], "mean"))
     print(f"{summary['checkpoint']}, step {summary['step']} of {summary['max_steps']}, {summary['protocol']} protocol, "
           f"{scores['cases']} {summary['split']} cases")  # fmt: skip
-    print(f"{'':{width}}    Dice  Jaccard     HD95      ASD   ({unit})")
+    titles = "   Dice  Jaccard     HD95      ASD" + "    HD95*     ASD*" * bool(failed)
+    print(f"{'':{width}} {titles}   ({unit})")
     for name, entry in [*scores["classes"].items(), ("mean", scores["mean"])]:
-        values = [entry["dice"], entry["jaccard"], entry["hd95"], entry["asd"]]
-        shown = ["      -" if value is None else f"{value:7.{4 if k < 2 else 2}f}" for k, value in enumerate(values)]
-        print(f"{name:{width}} " + "  ".join(shown))
+        also = None if failed is None else failed["mean"] if entry is scores["mean"] else failed["classes"][name]
+        print(f"{name:{width}} " + score_cells(entry, also))
     interval = scores["ci95"]["dice"]
     known = f", 95 % confidence of the mean Dice {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
     print(f"voxels labelled right: {100 * scores['accuracy']:.2f} %{known}")
-    counts = scores["counts"]
     print(f"of {counts['pairs']} structures: {counts['missed']} missed, {counts['spurious']} predicted where there is "
           f"none, {counts['absent']} absent")  # fmt: skip
+    if failed:
+        print("* with missed and wrongly predicted structures as the diagonal of the volume: compare runs by these")
     if summary["selected_on_reported"]:
         print("note: this checkpoint was selected on cases that are reported here; the scores of last.pt were not")

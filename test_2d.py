@@ -23,11 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import reporting
-from dataloaders import DataError, build_semi_dataset
+from dataloaders import SEMI_DATASETS, DataError, SemiDataset, build_semi_dataset
 from inference import AMP_MODES, predict_slices
 from metrics import EMPTY_POLICIES, HD95_DEFINITIONS
-from networks import build_network
-from utils import figures
+from networks import NETWORKS, build_network
+from utils import figures, plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
@@ -49,11 +49,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
-    parser.add_argument("--hd95", choices=HD95_DEFINITIONS, default="pooled", help="clean protocol: see metrics.py")
-    parser.add_argument("--empty", choices=EMPTY_POLICIES, default="agree", help="clean protocol: see metrics.py")
+    parser.add_argument("--hd95", choices=HD95_DEFINITIONS, help="clean protocol: see metrics.py; default: pooled")
+    parser.add_argument("--empty", choices=EMPTY_POLICIES, help="clean protocol: see metrics.py; default: agree")
     parser.add_argument("--no-predictions", action="store_true", help="do not write label maps")
     parser.add_argument("--overlays", action="store_true", help="write a PNG per case: image, label, prediction")
-    return parser.parse_args()
+    plugins.add_plugin_flags(parser)
+    args = parser.parse_args()
+    if args.out and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: is a file, expected a folder")
+    return args
 
 
 def main() -> int:
@@ -75,9 +79,15 @@ def score(args: argparse.Namespace, path: Path, world: World, device: torch.devi
     checkpoint = load_checkpoint(path)
     if checkpoint.get("kind") != "2d-semi":
         raise CheckpointError(f"{path}: not a checkpoint of train_2d_crkd.py; 3D ones are scored by test_3d.py")
+    published = args.protocol == "published"
+    for flag, value in (("--hd95", args.hd95), ("--empty", args.empty)):
+        if published and value is not None:
+            raise ConfigError(f"{flag} {value}: the published protocol has its own definition; leave it out")
+    empty, definition = args.empty or "agree", args.hd95 or "pooled"
+    contracts = (plugins.network(NETWORKS), plugins.data_format(SEMI_DATASETS, SemiDataset))
+    plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
     config, described = checkpoint["config"], checkpoint["network"]
     arguments = dict(checkpoint["dataset"]) | ({"root": args.data_root} if args.data_root else {})
-    published = args.protocol == "published"
     if published and arguments["format"] == "images2d":
         arguments["eval_resize"] = "nearest"
     dataset = build_semi_dataset(**arguments)
@@ -110,7 +120,7 @@ def score(args: argparse.Namespace, path: Path, world: World, device: torch.devi
         seconds = time.perf_counter() - begin
         prediction, label = dataset.native_prediction(ids.numpy(), volume), volume["label"][0]
         rows = reporting.case_rows(
-            case.name, prediction, label, dataset.class_names, protocol=args.protocol, hd95=args.hd95, empty=args.empty
+            case.name, prediction, label, dataset.class_names, protocol=args.protocol, hd95=definition, empty=empty
         )
         results.append((rows, seconds))
         if not args.no_predictions:
@@ -128,11 +138,11 @@ def score(args: argparse.Namespace, path: Path, world: World, device: torch.devi
         return described_run["selected_on_reported"]
     rows, seconds = [row for of_case, _ in results for row in of_case], [value for _, value in results]
     unit = "pixels" if arguments["format"] == "images2d" else "voxels"
-    hd95 = args.hd95 if not published else "directed" if unit == "pixels" else "pooled"
+    hd95 = definition if not published else "directed" if unit == "pixels" else "pooled"
     reporting.write_csv(out / f"metrics{suffix}.csv", rows, args.protocol, hd95, unit)
     summary = {
         **described_run, "protocol": args.protocol, "unit": unit,
-        "hd95_definition": hd95, "empty_policy": "zero" if published else args.empty, "amp": args.amp,
+        "hd95_definition": hd95, "empty_policy": "zero" if published else empty, "amp": args.amp,
         "native": reporting.summary_of(rows, args.protocol), "parameters": count_parameters(network),
         "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
         "ms_per_volume": 1000 * statistics.median(seconds),

@@ -26,12 +26,20 @@ import torch
 from tqdm import tqdm
 
 import reporting
-from dataloaders import DataError, build_dataset, build_semi_dataset
+from dataloaders import (
+    DATASETS,
+    SEMI_DATASETS,
+    DataError,
+    MSDDataset,
+    SemiDataset,
+    build_dataset,
+    build_semi_dataset,
+)
 from dataloaders.native import to_native
 from inference import AMP_MODES, fast_copy, largest_component, predict_labels
-from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, summarise
-from networks import build_network
-from utils import figures
+from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, diagonal, summarise
+from networks import NETWORKS, build_network
+from utils import figures, plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
@@ -52,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
     parser.add_argument("--fast", action="store_true", help="predict in bfloat16 (inference.fast_copy)")
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
-    parser.add_argument("--hd95", choices=HD95_DEFINITIONS, default="pooled", help="definition, see metrics.py")
+    parser.add_argument("--hd95", choices=HD95_DEFINITIONS, help="definition, see metrics.py; default: pooled")
     parser.add_argument(
         "--empty", choices=EMPTY_POLICIES, help="scores of empty masks; default: nan, semi-supervised runs: agree"
     )  # fmt: skip
@@ -67,7 +75,11 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--no-predictions", action="store_true", help="do not write NIfTI files")
     parser.add_argument("--overlays", action="store_true", help="write a PNG per case: image, label, prediction")
-    return parser.parse_args()
+    plugins.add_plugin_flags(parser)
+    args = parser.parse_args()
+    if args.out and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: is a file, expected a folder")
+    return args
 
 
 def main() -> int:
@@ -90,9 +102,10 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     if args.stride or args.largest_component:
         raise ConfigError("--stride and --largest-component are for runs of train_3d_crkd.py")
     args.published = args.published or args.protocol == "published"
-    args.empty = args.empty or "nan"
+    args.empty, args.hd95 = args.empty or "nan", args.hd95 or "pooled"
     if checkpoint.get("kind") != "3d" or "dataset" not in checkpoint:
         raise CheckpointError(f"{args.ckpt}: not a checkpoint of train_3d_distill.py or tools/import_checkpoint.py")
+    plug_in(args, args.ckpt, checkpoint, plugins.data_format(DATASETS, MSDDataset))
     config, described = checkpoint["config"], checkpoint["network"]
     arguments = dict(checkpoint["dataset"])
     arguments |= {"root": args.data_root} if args.data_root else {}
@@ -146,7 +159,9 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
             ("resampled", (prediction, label), sample["spacing"]), ("native", (native, native_label), native_spacing)
         ):  # fmt: skip
             scores = case_metrics(*pair, dataset.num_classes, spacing=spacing, hd95=args.hd95, **options)
-            rows[space] = [{"case": case.name, "class": name, **row} for name, row in zip(names, scores)]
+            shape = pair[1].shape[-3:]
+            shared = {"case": case.name, "diagonal": diagonal(shape, spacing)}
+            rows[space] = [{"class": name, **shared, **row} for name, row in zip(names, scores)]
         figures_published = None
         if args.published:
             figures_published = published_case(prediction, label, dataset.num_classes, dataset.multilabel)
@@ -182,7 +197,8 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     }  # fmt: skip
     if args.published:
         summary["published_protocol"] = {
-            key: none_if_nan(nan_mean([case[key] for _, case, _ in results])) for key in ("dice", "hd95_voxels")
+            key: none_if_nan(nan_mean([case[key] for _, case, _ in results]))
+            for key in ("dice", "hd95_voxels", "hd95_voxels_penalised")
         }
     (out / f"summary{suffix}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     report(summary, names, selected_on_reported)
@@ -194,6 +210,13 @@ def score_semi(
 ) -> bool:
     """Score one checkpoint of train_3d_crkd.py, write its files, print its table; -> whether it was selected on the
     cases that are reported."""
+    plug_in(args, path, checkpoint, plugins.data_format(SEMI_DATASETS, SemiDataset))
+    published = args.protocol == "published" or args.published
+    for flag, value in (("--hd95", args.hd95), ("--empty", args.empty)):
+        if published and value is not None:
+            raise ConfigError(f"{flag} {value}: the published protocol has its own definition; leave it out")
+    if args.cache_dir:
+        raise ConfigError("--cache-dir is for runs of train_3d_distill.py")
     config, described = checkpoint["config"], checkpoint["network"]
     dataset = build_semi_dataset(**checkpoint["dataset"] | ({"root": args.data_root} if args.data_root else {}))
     usual = "test" if checkpoint["cases"]["test"] else "val"
@@ -208,10 +231,9 @@ def score_semi(
     network = network.to(device).eval()
     predictor = fast_copy(network) if args.fast else network
 
-    stride, empty = args.stride or config["stride"], args.empty or "agree"
+    stride, empty, definition = args.stride or config["stride"], args.empty or "agree", args.hd95 or "pooled"
     if any(not 0 < step <= side for step, side in zip(stride, config["patch_size"])):
         raise ConfigError(f"--stride {list(stride)}: each must lie in 1 .. the window {config['patch_size']}")
-    published = args.protocol == "published" or args.published
     protocol = "published" if published else "clean"
     out = args.out or path.parent
     suffix = "" if path.stem == "best" else f"_{path.stem}"
@@ -234,7 +256,7 @@ def score_semi(
         if args.largest_component:
             prediction = largest_component(prediction)
         rows = reporting.case_rows(
-            case.name, prediction, label, dataset.class_names, protocol=protocol, hd95=args.hd95, empty=empty
+            case.name, prediction, label, dataset.class_names, protocol=protocol, hd95=definition, empty=empty
         )
         results.append((rows, seconds))
         if not args.no_predictions:
@@ -248,7 +270,7 @@ def score_semi(
     if not world.main:
         return described_run["selected_on_reported"]
     rows, seconds = [row for of_case, _ in results for row in of_case], [value for _, value in results]
-    hd95 = "pooled" if published else args.hd95
+    hd95 = "pooled" if published else definition
     reporting.write_csv(out / f"metrics{suffix}.csv", rows, protocol, hd95, "voxels")
     summary = {
         **described_run, "protocol": protocol, "unit": "voxels",
@@ -266,15 +288,24 @@ def score_semi(
     return described_run["selected_on_reported"]
 
 
+def plug_in(args: argparse.Namespace, path: Path, checkpoint: dict, formats: plugins.Contract) -> None:
+    """Load the classes of the user's own that the checkpoint needs and --plugin names."""
+    contracts = (plugins.network(NETWORKS), formats)
+    plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
+
+
 def published_case(prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool) -> dict[str, float]:
     """One case by the ACF-BCKD code's own protocol: percent, HD95 'directed' in voxels, classes absent from the label
-    left out even where they were predicted, undefined distances dropped, rounded to two decimals."""
+    left out even where they were predicted, undefined distances dropped, rounded to two decimals. Beside its HD95 the
+    one that counts a missed organ as the diagonal."""
     unit = [1.0] * (label.ndim - multilabel)
     scores = case_metrics(prediction, label, num_classes, spacing=unit, multilabel=multilabel, hd95="directed")
     kept = [row for row in scores if not row["absent"] and not row["spurious"]]
+    longest = diagonal(label.shape[int(multilabel) :], unit)
     return {
         "dice": round(100 * nan_mean([row["dice"] for row in kept]), 2),
         "hd95_voxels": round(nan_mean([row["hd95"] for row in kept]), 2),
+        "hd95_voxels_penalised": round(nan_mean([longest if row["missed"] else row["hd95"] for row in kept]), 2),
     }
 
 
@@ -290,41 +321,53 @@ def none_if_nan(value: float) -> float | None:
 
 
 def write_csv(path: Path, rows: dict[str, list[dict]], hd95: str) -> None:
-    """One line per space, case and class; undefined values are empty, distances in mm."""
+    """One line per space, case and class; undefined values are empty, distances in mm.
+
+    `diagonal_mm` is that of the volume: what a failed distance counts as in penalised means.
+    """
     header = ["space", "case", "class", "dice", "jaccard", f"hd95_{hd95}_mm", "asd_mm", "assd_mm"]
     flags = ["absent", "missed", "spurious"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(header + flags)
+        writer.writerow([*header, *flags, "diagonal_mm"])
         for space, entries in rows.items():
             for row in entries:
                 values = [row[key] for key in ("dice", "jaccard", "hd95", "asd", "assd")]
                 shown = ["" if math.isnan(value) else f"{value:.6g}" for value in values]
-                writer.writerow([space, row["case"], row["class"], *shown, *(row[flag] for flag in flags)])
+                last = [*(row[flag] for flag in flags), f"{row['diagonal']:.6g}"]
+                writer.writerow([space, row["case"], row["class"], *shown, *last])
 
 
 def report(summary: dict, names: tuple[str, ...], selected_on_reported: bool) -> None:
     """Print the table of classes, both spaces, and what a reader must know about it."""
-    def cells(entry: dict) -> str:
-        values = [entry["dice"], entry["jaccard"], entry["hd95"], entry["asd"]]
-        return "  ".join("      -" if v is None else f"{v:7.{4 if k < 2 else 2}f}" for k, v in enumerate(values))
-
-    width = max(len(name) for name in (*names, "mean of cases"))
-    print(f"{'':{width}}  resampled grid                      native grid")
-    print(f"{'':{width}}  " + "    ".join(["   Dice  Jaccard  HD95 mm   ASD mm"] * 2))
-    for name in names:
-        print(f"{name:{width}}  " + "    ".join(cells(summary[space]["classes"][name]) for space in SPACES))
-    print(f"{'mean of cases':{width}}  " + "    ".join(cells(summary[space]["mean"]) for space in SPACES))
     counts = summary["resampled"]["counts"]
+    failed = any(reporting.failures(summary[space]["counts"]) for space in SPACES)
+    width = max(len(name) for name in (*names, "mean of cases"))
+    titles = "   Dice  Jaccard  HD95 mm   ASD mm" + "    HD95*     ASD*" * failed
+    print(f"{'':{width}}  {'resampled grid':{len(titles)}}    native grid")
+    print(f"{'':{width}}  " + "    ".join([titles] * 2))
+    for name in (*names, "mean of cases"):
+        shown = []
+        for space in SPACES:
+            scores, penalised = summary[space], summary[space]["penalised"]
+            mean = name == "mean of cases"
+            entry, also = (s["mean"] if mean else s["classes"][name] for s in (scores, penalised))
+            shown.append(reporting.score_cells(entry, also if failed else None))
+        print(f"{name:{width}}  " + "    ".join(shown))
     print(
         f"of {counts['pairs']} organs in {summary['resampled']['cases']} cases: {counts['missed']} missed, "
         f"{counts['spurious']} predicted where there is none, {counts['absent']} absent; the distances leave these out"
         + (" (missed and spurious count as the diagonal)" if summary["empty_policy"] == "diag" else "")
     )
+    if failed:
+        print("* with missed and wrongly predicted organs as the diagonal of the volume: compare runs by these")
     if "published_protocol" in summary:
         values = summary["published_protocol"]
         shown = {key: "undefined" if value is None else f"{value:.2f}" for key, value in values.items()}
-        print(f"by the published code's protocol: Dice {shown['dice']} %, HD95 {shown['hd95_voxels']} voxels")
+        print(
+            f"by the published code's protocol: Dice {shown['dice']} %, HD95 {shown['hd95_voxels']} voxels "
+            f"({shown['hd95_voxels_penalised']} with missed organs as the diagonal)"
+        )
     if selected_on_reported:
         print("note: this checkpoint was selected on the cases reported here; report last.pt beside it")
 

@@ -300,7 +300,7 @@ def test_agreement_on_nothing_changes_no_other_class(shape, spacing, definition)
 def test_agreement_on_nothing_enters_the_means():
     full, nothing = blob(CUBE, slice(2, 5), slice(2, 5), slice(2, 5)), np.zeros(CUBE, dtype=np.uint8)
     rows = [
-        {"case": case, "class": "x", **case_metrics(*pair, 2, spacing=(1, 1, 1), empty="agree")[0]}
+        {"case": case, "class": "x", "diagonal": 1.0, **case_metrics(*pair, 2, spacing=(1, 1, 1), empty="agree")[0]}
         for case, pair in {"a": (nothing, nothing), "b": (nothing, full), "c": (full, full)}.items()
     ]
     result = summarise(rows)
@@ -313,7 +313,7 @@ def test_agreement_on_nothing_enters_the_means():
 
 def row(case, name, dice, hd95=1.0, **flags):
     values = dict.fromkeys(METRICS, math.nan) | {"dice": dice, "hd95": hd95}
-    return {"case": case, "class": name, **values, "absent": 0, "missed": 0, "spurious": 0, **flags}
+    return {"case": case, "class": name, "diagonal": 20.0, **values, "absent": 0, "missed": 0, "spurious": 0, **flags}
 
 
 def test_summary_is_the_mean_of_case_means():
@@ -333,6 +333,10 @@ def test_summary_is_the_mean_of_case_means():
     assert result["classes"]["liver"]["dice"] == pytest.approx((0.8 + 0.9 + 0.0) / 3)
     assert result["classes"]["spleen"]["dice"] == pytest.approx((0.4 + 0.0) / 2)
     assert result["classes"]["spleen"]["hd95"] == pytest.approx(4.0)
+    failed = result["penalised"]
+    assert failed["mean"]["hd95"] == pytest.approx((3.0 + 6.0 + 20.0) / 3)
+    assert failed["classes"]["liver"]["hd95"] == pytest.approx((2.0 + 6.0 + 20.0) / 3)
+    assert failed["classes"]["spleen"]["hd95"] == pytest.approx((4.0 + 20.0) / 2)
     # Never defined: None, not NaN, so that the summary is valid JSON; and no warning about empty means.
     assert result["mean"]["asd"] is None and result["classes"]["liver"]["assd"] is None
     with warnings.catch_warnings():
@@ -351,7 +355,7 @@ def test_a_missed_or_invented_organ_never_improves_the_score(seed, policy):
 
     def mean(predictions):
         rows = [
-            {"case": case, "class": k, **scores}
+            {"case": case, "class": k, "diagonal": math.sqrt(77), **scores}
             for case, (p, g) in enumerate(zip(predictions, labels))
             for k, scores in enumerate(case_metrics(p, g, 4, spacing=(1, 1, 1), empty=policy))
         ]
@@ -366,6 +370,8 @@ def test_a_missed_or_invented_organ_never_improves_the_score(seed, policy):
         assert after["counts"]["missed"] == before["counts"]["missed"] + 1
         if policy == "diag":
             assert after["mean"]["hd95"] > before["mean"]["hd95"]
+        for metric in ("hd95", "asd", "assd"):
+            assert after["penalised"]["mean"][metric] > before["penalised"]["mean"][metric]
     invented = [p.copy() for p in predictions]
     place = tuple(np.argwhere((labels[1] == 0) & (predictions[1] == 0))[0])
     invented[1][place] = 3

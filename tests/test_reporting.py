@@ -135,7 +135,8 @@ def test_the_clean_protocol_is_that_of_metrics_with_unit_spacing(shape, hd95):
     rows = case_rows("x", prediction, label, names, protocol="clean", hd95=hd95, empty="agree")
     scores = case_metrics(prediction, label, 4, spacing=[1.0] * len(shape), hd95=hd95, empty="agree")
     accuracy = np.mean(prediction == label)
-    expected = [{"case": "x", "class": name, **row, "accuracy": accuracy} for name, row in zip("abc", scores)]
+    shared = {"accuracy": accuracy, "diagonal": math.hypot(*shape)}
+    expected = [{"case": "x", "class": name, **row, **shared} for name, row in zip("abc", scores)]
     assert rows == expected and 0 < accuracy < 1
 
 
@@ -188,6 +189,7 @@ def test_an_empty_class_leaves_the_others_alone(shape):
 
 def row(case, name, dice, hd95=1.0, **flags):
     values = {"dice": dice, "jaccard": dice / 2, "hd95": hd95, "asd": hd95 / 2, "accuracy": ord(case) / 200}
+    values["diagonal"] = 12.0
     return {"case": case, "class": name, **values, **dict.fromkeys(FLAGS, 0), **flags}
 
 
@@ -206,7 +208,12 @@ def test_published_means_are_of_classes_over_the_cases_that_have_them():
     assert result["mean"] == pytest.approx({key: (wall[key] + left[key]) / 2 for key in PUBLISHED})
     assert result["std"]["dice"] == pytest.approx(np.std([0.7, 0.35, 0.25]))
     assert result["std"]["hd95"] == pytest.approx(np.std([1.5, 3.0, 8.0]))
+    failed = result["penalised"]  # of `left`, b is missed: (2 + 12) / 2; c is absent and left out
+    assert failed["classes"]["left"] == pytest.approx({"hd95": 7.0, "asd": 6.5})
+    assert failed["classes"]["wall"] == pytest.approx({key: wall[key] for key in ("hd95", "asd")})
+    assert failed["mean"] == pytest.approx({"hd95": 5.5, "asd": 4.25})
     clean = summary_of([entry | {"assd": NAN} for entry in rows], "clean")
+    assert clean["penalised"]["mean"]["hd95"] == pytest.approx((1.5 + (3.0 + 12.0) / 2 + 8.0) / 3)
     assert clean["mean"]["dice"] == pytest.approx(result["mean"]["dice"])  # complete: both orders agree
     assert clean["mean"]["hd95"] == pytest.approx((1.5 + 3.0 + 8.0) / 3) != pytest.approx(result["mean"]["hd95"])
 
@@ -293,15 +300,16 @@ def test_the_header_names_protocol_definition_and_unit(tmp_path, protocol, unit,
     write_csv(tmp_path / "metrics.csv", rows, protocol, hd95, unit)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
-    assert header == ["case", "class", *HEADERS[protocol, unit, hd95], *FLAGS, "accuracy"]
+    assert header == ["case", "class", *HEADERS[protocol, unit, hd95], *FLAGS, "accuracy", f"diagonal_{unit}"]
     assert len(lines) == len(rows) == 3
     keys = METRICS if protocol == "clean" else PUBLISHED
     for line, expected in zip(lines, rows):
         assert line[:2] == ["x", expected["class"]]
         for text, key in zip(line[2:], keys):
             assert text == "" if math.isnan(expected[key]) else float(text) == pytest.approx(expected[key], rel=1e-5)
-        assert line[-4:-1] == [str(expected[flag]) for flag in FLAGS]
-        assert float(line[-1]) == pytest.approx(expected["accuracy"], rel=1e-5)
+        assert line[-5:-2] == [str(expected[flag]) for flag in FLAGS]
+        assert float(line[-2]) == pytest.approx(expected["accuracy"], rel=1e-5)
+        assert float(line[-1]) == pytest.approx(math.hypot(*shape), rel=1e-5)
     assert lines[1][4] == ("0" if (protocol, unit) == ("published", "voxels") else "")
 
 
@@ -336,11 +344,12 @@ def test_the_table_has_classes_mean_counts_and_a_note(capsys, protocol, marked):
     report(summary | {"protocol": protocol, "unit": "voxels", "native": native})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"best.pt, step 7 of 9, {protocol} protocol, 1 {'val' if marked else 'test'} cases"
-    assert lines[1].split() == ["Dice", "Jaccard", "HD95", "ASD", "(voxels)"]
-    assert lines[2].split() == ["wall", "0.5000", "0.2500", "4.00", "2.00"]
-    assert lines[3].split() == ["left", "0.0000", "0.0000", "-", "-"]
-    assert lines[4].split() == ["mean", "0.2500", "0.1250", "4.00", "2.00"]
+    assert lines[1].split() == ["Dice", "Jaccard", "HD95", "ASD", "HD95*", "ASD*", "(voxels)"]
+    assert lines[2].split() == ["wall", "0.5000", "0.2500", "4.00", "2.00", "4.00", "2.00"]
+    assert lines[3].split() == ["left", "0.0000", "0.0000", "-", "-", "12.00", "12.00"]
+    assert lines[4].split() == ["mean", "0.2500", "0.1250", "4.00", "2.00", "8.00", "7.00"]
     assert lines[5] == "voxels labelled right: 48.50 %"
     assert lines[6] == "of 2 structures: 1 missed, 0 predicted where there is none, 0 absent"
-    assert lines[7:] == ["note: this checkpoint was selected on cases that are reported here; "
+    assert lines[7].startswith("* with missed and wrongly predicted structures as the diagonal of the volume")
+    assert lines[8:] == ["note: this checkpoint was selected on cases that are reported here; "
                          "the scores of last.pt were not"] * marked  # fmt: skip

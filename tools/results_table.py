@@ -13,6 +13,7 @@ summary.json instead.
 import argparse
 import csv
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -29,6 +30,10 @@ STUDENTS = {"unet": "U-Net", "espnetv2": "ESPNetV2", "mobile_unet": "Mobile U-Ne
 METHODS = ("supervised", "unimatch", "crossmatch", "lefed", "acmt", "mlrpl", "crkd")
 METRICS = {"dice": 100.0, "jaccard": 100.0, "hd95": 1.0, "asd": 1.0}  # factors to the tables' units
 RIVALS = ("kd", "at", "nkd", "skd", "ifvd", "cwd", "dist", "dkd", "cirkd")
+PENALISED = (
+    "* with missed and wrongly predicted organs as the diagonal of the volume: compare runs by these (nan: not known, "
+    "test the run again)."
+)
 PUBLISHED = Path(__file__).with_name("published_kd.yaml")
 PUBLISHED_SSL = Path(__file__).with_name("published_ssl.yaml")
 
@@ -63,7 +68,7 @@ def main() -> int:
     for row in [columns, tuple("-" * width for width in widths), *rows]:
         aligned = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         print(f"| {' | '.join(aligned)} |")
-    for note in notes(summaries):
+    for note in notes(summaries, args.space):
         print(note)
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:
@@ -88,21 +93,37 @@ def scores(summary: dict, space: str) -> dict:
     return summary.get(space, summary["native"])
 
 
+def penalised(summary: dict, space: str, metric: str) -> float | None:
+    """The mean distance with missed and spurious organs as the diagonal; None where no organ failed.
+
+    NaN for a summary that says how many failed but not at what distance: written before there was this figure.
+    """
+    counts = scores(summary, space)["counts"]
+    if not counts["missed"] + counts.get("spurious", 0):
+        return None
+    found = scores(summary, space).get("penalised", {"mean": {}})["mean"].get(metric)
+    return math.nan if found is None else found
+
+
 def cells(summary: dict, space: str) -> tuple[str, ...]:
     mean, counts = scores(summary, space)["mean"], scores(summary, space)["counts"]
 
     def number(value: float | None, digits: int, factor: float = 1.0) -> str:
         return "-" if value is None else f"{factor * value:.{digits}f}"
 
+    def distance(metric: str) -> str:
+        also = penalised(summary, space, metric)
+        return number(mean[metric], 2) + ("" if also is None else f" / {also:.2f}*")
+
     return (
         title(summary) + (f" [{summary['tag']}]" if summary["tag"] else ""),
-        number(mean["dice"], 2, 100), number(mean["jaccard"], 2, 100), number(mean["hd95"], 2), number(mean["asd"], 2),
+        number(mean["dice"], 2, 100), number(mean["jaccard"], 2, 100), distance("hd95"), distance("asd"),
         f"{counts['missed']}/{counts['pairs']}", f"{summary['parameters']:,}", number(summary["gmacs"], 2),
         number(summary["ms_per_volume"], 0),
     )  # fmt: skip
 
 
-def notes(summaries: list[dict]) -> list[str]:
+def notes(summaries: list[dict], space: str) -> list[str]:
     """What a reader must know to compare the rows."""
     first = summaries[0]
     cases = {summary["native"]["cases"] for summary in summaries}
@@ -125,6 +146,8 @@ def notes(summaries: list[dict]) -> list[str]:
         lines.append(
             "This data set has no third list: best.pt was selected on the cases reported here; see last.pt too."
         )
+    if any("*" in cell for summary in summaries for cell in cells(summary, space)):
+        lines.append(PENALISED)
     protocols = {summary["protocol"] for summary in summaries if "protocol" in summary}
     if protocols:
         lines.append(f"Protocol (reporting.py): {', '.join(sorted(protocols))}.")
@@ -265,8 +288,9 @@ def few_label_layout(args: argparse.Namespace) -> int:
                     })  # fmt: skip
                     cells_ = [with_spread(fields, metric) for metric in METRICS]
                     shown_ = " / ".join(f"{value:.2f}" for value in figure) if figure else "-"
-                    rows.append([method, preset, *cells_, str(fields["runs"]) if fields["runs"] else "-", shown_])
-            header = ["method", "preset", "Dice %", "Jaccard %", "HD95", "ASD", "runs", "published"]
+                    counted = [f"{fields['missed']}/{fields['pairs']}", str(fields["runs"])] if fields["runs"] else "--"
+                    rows.append([method, preset, *cells_, *counted, shown_])
+            header = ["method", "preset", "Dice %", "Jaccard %", "HD95", "ASD", "missed", "runs", "published"]
             if rows:
                 print_markdown(f"{dataset}, {labelled} labelled", header, rows)
     print(
@@ -274,6 +298,7 @@ def few_label_layout(args: argparse.Namespace) -> int:
         f"best.pt; distances in voxels or pixels. Published: Dice / Jaccard / HD95 / ASD of the best checkpoint on the "
         f"reported cases."
     )
+    print(PENALISED)
     if tagged:
         print(f"{tagged} tagged run(s) left out.")
     if args.csv and written:
@@ -293,15 +318,15 @@ def few_label_fields(summaries: list[dict]) -> dict:
         complete = values and all(value is not None for value in values)
         fields[metric] = f"{factor * statistics.fmean(values):.2f}" if complete else ""
         fields[f"{metric}_std"] = f"{factor * statistics.pstdev(values):.2f}" if complete and len(values) > 1 else ""
-    return fields
+    return fields | failed_fields(summaries, "native", {"hd95": "hd95", "asd": "asd"})
 
 
 def with_spread(fields: dict, metric: str) -> str:
-    """76.21 ± 0.30, 76.21, or 'not run'."""
+    """76.21 ± 0.30, 76.21, 4.10 / 9.30* with the penalised mean, or 'not run'."""
     if not fields["runs"]:
         return "not run"
-    spread = fields[f"{metric}_std"]
-    return (fields[metric] or "-") + (f" ± {spread}" if spread else "")
+    spread, also = fields[f"{metric}_std"], fields.get(f"{metric}_penalised")
+    return (fields[metric] or "-") + (f" ± {spread}" if spread else "") + (f" / {also}*" if also else "")
 
 
 def statistics_of(summaries: list[dict], space: str) -> dict:
@@ -317,7 +342,27 @@ def statistics_of(summaries: list[dict], space: str) -> dict:
         complete = entries and all(value is not None and value == value for value in entries)  # neither None nor NaN
         fields[name] = f"{statistics.fmean(entries):.2f}" if complete else ""
         fields[f"{name}_std"] = f"{statistics.pstdev(entries):.2f}" if complete and len(entries) > 1 else ""
-    return fields | {name: summaries[0][name] if summaries else "" for name in ("parameters", "gmacs")}
+    fields |= {name: summaries[0][name] if summaries else "" for name in ("parameters", "gmacs")}
+    voxels = [summary.get("published_protocol", {}).get("hd95_voxels_penalised") for summary in summaries]
+    return fields | failed_fields(summaries, space, {"hd95_mm": "hd95"}) | {
+        "hd95_voxels_penalised": f"{statistics.fmean(voxels):.2f}" if voxels and None not in voxels else ""
+    }
+
+
+def failed_fields(summaries: list[dict], space: str, names: dict[str, str]) -> dict:
+    """Organs missed, of all, over the runs; and the penalised mean of each field (-> its metric), 'unknown' where a
+    summary lacks it, empty where nothing failed."""
+    counts = [scores(summary, space)["counts"] for summary in summaries]
+    fields = {key: sum(count[key] for count in counts) if counts else "" for key in ("missed", "pairs")}
+    for name, metric in names.items():
+        found = [penalised(summary, space, metric) for summary in summaries]
+        own = [scores(summary, space)["mean"][metric] for summary in summaries]
+        # A run in which no organ failed enters with its own mean.
+        values = [mean if value is None else value for value, mean in zip(found, own)]
+        known = all(value is not None and value == value for value in values)
+        failed = any(value is not None for value in found)
+        fields[f"{name}_penalised"] = "" if not failed else f"{statistics.fmean(values):.2f}" if known else "unknown"
+    return fields
 
 
 def published_fields(figure: list[float] | None) -> dict:
@@ -327,7 +372,7 @@ def published_fields(figure: list[float] | None) -> dict:
 
 
 def shown(fields: dict) -> str:
-    """76.21 ± 0.30 / 12.40 ± 1.10 (10.80 vox), or 'not run'."""
+    """76.21 ± 0.30 / 12.40 ± 1.10 / 30.20* (10.80 / 21.70* vox), missed 3/78, or 'not run'; *: penalised."""
     if not fields["runs"]:
         return "not run"
 
@@ -335,8 +380,11 @@ def shown(fields: dict) -> str:
         std = fields[f"{name}_std"]
         return (fields[name] or "-") + (f" ± {std}" if std else "")
 
-    voxels = f" ({fields['hd95_voxels']} vox)" if fields["hd95_voxels"] else ""
-    return f"{with_std('dice')} / {with_std('hd95_mm')}{voxels}"
+    marked = {name: f" / {fields[key]}*" if fields["hd95_mm_penalised"] and fields[key] else ""
+              for name, key in (("mm", "hd95_mm_penalised"), ("vox", "hd95_voxels_penalised"))}  # fmt: skip
+    voxels = f" ({fields['hd95_voxels']}{marked['vox']} vox)" if fields["hd95_voxels"] else ""
+    missed = f", missed {fields['missed']}/{fields['pairs']}"
+    return f"{with_std('dice')} / {with_std('hd95_mm')}{marked['mm']}{voxels}{missed}"
 
 
 def shown_published(figure: list[float] | None) -> str:
@@ -362,6 +410,7 @@ def layout_notes(summaries: list[dict], tagged: int, space: str) -> list[str]:
         "Published: HD95 is in voxels of the resampled grid (CT: 1.5 x 1.5 x 2.0 mm; BraTS: 1 mm), and organs that "
         "were not found at all are left out of it; mean of three runs.",
         "Parameters are those that a forward pass uses; GMACs of one patch.",
+        PENALISED,
     ]
     if summaries:
         definitions = ", ".join(sorted({summary["hd95_definition"] for summary in summaries}))

@@ -14,7 +14,8 @@ from tools import results_table
 
 def summary(dice=0.7, hd95=10.0, seed=0, method="supervised", teacher=None, student="unet", **values):
     mean = {"dice": dice, "jaccard": dice / 2, "hd95": hd95, "asd": 1.0}
-    space = {"mean": mean, "cases": 6, "counts": {"missed": 1, "pairs": 78}}
+    space = {"mean": mean, "cases": 6, "counts": {"missed": 1, "spurious": 0, "pairs": 78}}
+    space["penalised"] = {"mean": {"hd95": 15.0, "asd": 4.0}}
     return {
         "dataset": "btcv", "method": method, "teacher": teacher, "student": student, "seed": seed, "preset": "clean",
         "tag": "", "checkpoint": "best.pt", "step": 90, "max_steps": 100, "split": "val", "selected_on_reported": True,
@@ -49,7 +50,8 @@ def test_explicit_runs(tmp_path, monkeypatch, capsys):
     assert lines[2].split("|")[1].strip() == "unet, supervised"
     assert lines[3].split("|")[1].strip() == "unet <- resunet, kd, as_released"
     values = [cell.strip() for cell in lines[3].split("|")[2:8]]
-    assert values == ["75.00", "37.50", "10.00", "1.00", "1/78", "1,961,012"]
+    assert values == ["75.00", "37.50", "10.00 / 15.00*", "1.00 / 4.00*", "1/78", "1,961,012"]
+    assert "* with missed and wrongly predicted organs as the diagonal" in output
     assert (tmp_path / "x.csv").read_text().count("\n") == 3
     with pytest.raises(SystemExit, match="no such summary"):
         run(monkeypatch, capsys, tmp_path / "missing")
@@ -64,7 +66,7 @@ def test_published_layout(tmp_path, monkeypatch, capsys):
     taught = {"method": "acf_bckd", "teacher": "resunet"}
     write(
         runs / "btcv/acf_bckd/resunet-unet/seed0", dice=0.762, hd95=20.0,
-        published_protocol={"dice": 76.0, "hd95_voxels": 11.25}, **taught,
+        published_protocol={"dice": 76.0, "hd95_voxels": 11.25, "hd95_voxels_penalised": 13.5}, **taught,
     )  # fmt: skip
     write(runs / "btcv/acf_bckd-as_released/resunet-unet/seed0", dice=0.75, preset="as_released", **taught)
     write(runs / "btcv/acf_bckd/resunet-unet/seed0-wide", dice=0.1, tag="wide", **taught)
@@ -73,15 +75,20 @@ def test_published_layout(tmp_path, monkeypatch, capsys):
     layout = ("--layout", "kd", "--runs-dir", runs, "--dataset", "btcv")
     output = run(monkeypatch, capsys, *layout, "--csv", tmp_path / "x")
     assert row(output, "btcv: trained alone", "| U-Net") == [
-        ["U-Net", "1,961,012", "8.12", "65.00 ± 1.00 / 10.00 ± 0.00", "2", "65.08 ± 0.87 / 31.55 vox"]
+        ["U-Net", "1,961,012", "8.12", "65.00 ± 1.00 / 10.00 ± 0.00 / 15.00*, missed 2/156", "2",
+            "65.08 ± 0.87 / 31.55 vox"]
     ]
     assert row(output, "btcv: trained alone", "LCOV-Net")[0][3] == "not run"
     assert row(output, "btcv: ACF-BCKD", "| U-Net") == [
-        ["U-Net", "1,961,012", "8.12", "clean", "76.20 / 20.00 (11.25 vox)", "1", "76.28", "not run", "-", "76.33"],
-        ["U-Net", "1,961,012", "8.12", "as_released", "75.00 / 10.00", "1", "76.28", "not run", "-", "76.33"],
+        ["U-Net", "1,961,012", "8.12", "clean", "76.20 / 20.00 / 15.00* (11.25 / 13.50* vox), missed 1/78", "1",
+            "76.28",
+         "not run", "-", "76.33"],
+        ["U-Net", "1,961,012", "8.12", "as_released", "75.00 / 10.00 / 15.00*, missed 1/78", "1", "76.28",
+         "not run", "-", "76.33"],
     ]
     assert row(output, "btcv: methods, student U-Net", "CWD") == [
-        ["CWD", "1,961,012", "8.12", "clean", "not run", "-", "75.84", "70.00 / -", "1", "75.76"]
+        ["CWD", "1,961,012", "8.12", "clean", "not run", "-", "75.84", "70.00 / - / 15.00*, missed 1/78", "1",
+         "75.76"]
     ]
     assert "voxels of the resampled grid" in output
     assert "1 tagged run(s) left out" in output
@@ -97,7 +104,23 @@ def test_published_layout(tmp_path, monkeypatch, capsys):
 def test_a_dataset_without_published_figures(tmp_path, monkeypatch, capsys):
     write(tmp_path / "runs/own/kd/resunet-unet/seed0", dataset="own", method="kd", teacher="resunet")
     output = run(monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path / "runs", "--dataset", "own")
-    assert row(output, "own: methods, student U-Net", "KD")[0][4:7] == ["70.00 / 10.00", "1", "-"]
+    assert row(output, "own: methods, student U-Net", "KD")[0][4:7] == ["70.00 / 10.00 / 15.00*, missed 1/78", "1", "-"]
+
+
+def test_a_run_without_the_penalised_figure_is_marked(tmp_path, monkeypatch, capsys):
+    old = summary()
+    for space in ("resampled", "native"):
+        del old[space]["penalised"]
+    (tmp_path / "btcv").mkdir()
+    (tmp_path / "btcv/summary.json").write_text(json.dumps(old), encoding="utf-8")
+    lines = run(monkeypatch, capsys, tmp_path / "btcv").splitlines()
+    assert lines[2].split("|")[4].strip() == "10.00 / nan*" and "nan: not known" in lines[-1] + lines[-2]
+    output = run(monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path, "--dataset", "btcv")
+    assert row(output, "btcv: trained alone", "| U-Net")[0][3] == "70.00 / 10.00 / unknown*, missed 1/78"
+    old["resampled"]["counts"] = {"missed": 0, "spurious": 0, "pairs": 78}
+    (tmp_path / "btcv/summary.json").write_text(json.dumps(old), encoding="utf-8")
+    output = run(monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path, "--dataset", "btcv")
+    assert row(output, "btcv: trained alone", "| U-Net")[0][3] == "70.00 / 10.00, missed 0/78"
 
 
 def test_two_runs_of_one_cell_and_seed_are_an_error(tmp_path, monkeypatch, capsys):
