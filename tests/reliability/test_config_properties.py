@@ -236,7 +236,7 @@ def yaml_bomb(depth=12):
 
 
 @pytest.mark.parametrize("text", [
-    "network_args: &a {unet: *a}", "class_names: &a [x, *a]", yaml_bomb(), "method_args: " + "[" * 3000 + "]" * 3000,
+    "network_args: &a {unet: *a}", "class_names: &a [x, *a]", yaml_bomb(), "method_args: " + "[" * 500 + "]" * 500,
     "lr: " + "{a: " * 60 + "1" + "}" * 60, "max_steps: 2001-99-99", "max_steps: " + "9" * 6000, "max_steps: 0x_",
     "lr: !!float x", "lr: !!int x", "compile: !!bool x", "dataset: !!timestamp x", "dataset: !!binary '*'",
     "dataset: !!python/object/apply:os.getcwd []", "dataset: !!python/name:os.system", "dataset: !own x",

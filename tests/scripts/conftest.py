@@ -14,6 +14,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dataloaders import DATASETS, SEMI_DATASETS
+from losses import KD_METHODS
+from methods import SSL_METHODS
+from networks import NETWORKS
+from utils.plugins import is_plugged_in
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 dataset: tiny
@@ -63,6 +69,9 @@ def run(script: str, *arguments: str, cwd: Path, ok: bool = True) -> Result:
     except SystemExit as stop:
         code = stop.code
     finally:
+        for registry in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS, SEMI_DATASETS):  # as in a process of its own
+            for name in [name for name, cls in registry.items() if is_plugged_in(cls)]:
+                del registry[name]
         os.chdir(before)
         sys.argv = argv
         for number, handler in handlers.items():

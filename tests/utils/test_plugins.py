@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import networks
 from dataloaders import DATASETS, MSDDataset
 from losses import KD_METHODS
 from methods import SSL_METHODS, Method
 from networks import NETWORKS, check_network
-from tests.scripts.conftest import run, train
+from tests.scripts.conftest import make_workspace, run, train
 from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ConfigError
@@ -38,15 +37,11 @@ class OneConvolution(nn.Module):
 
 @pytest.fixture(autouse=True)
 def registries(monkeypatch, tmp_path):
-    """Registries as they were afterwards, and an empty folder to work in."""
-    for registry in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS):
-        for name in [*registry]:
-            monkeypatch.setitem(registry, name, registry[name])
-    before = {id(r): set(r) for r in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS)}
+    """An empty folder to work in; afterwards, registries as they were."""
     monkeypatch.chdir(tmp_path)
     yield
     for registry in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS):
-        for name in set(registry) - before[id(registry)]:
+        for name in [name for name, cls in registry.items() if plugins.is_plugged_in(cls)]:
             del registry[name]
 
 
@@ -195,7 +190,8 @@ def test_same_sources():
             plugins.check_same(before, after, "run")
 
 
-def test_training_resuming_and_testing(workspace):
+def test_training_resuming_and_testing(tmp_path):
+    workspace = make_workspace(tmp_path)
     flags = ("--method", "supervised", "--student", "net.py:OneConvolution")
     opts = ("--opts", "network_args={OneConvolution: {kernel: 1}}")
     (workspace / "net.py").write_text(STUDENT)
@@ -208,7 +204,6 @@ def test_training_resuming_and_testing(workspace):
 
     train(*flags, "--resume", *opts, cwd=workspace)
     assert load_checkpoint(folder / "last.pt")["step"] == 4
-    del networks.NETWORKS["OneConvolution"]
     test = ("test_3d.py", "--ckpt", str(folder / "best.pt"), "--no-predictions")
     marker = workspace / "it ran"
     refused = run(*test, cwd=workspace, ok=False)
@@ -217,7 +212,6 @@ def test_training_resuming_and_testing(workspace):
     assert (folder / "summary.json").is_file()
 
     (workspace / "net.py").write_text(f"open({str(marker)!r}, 'w')\n{STUDENT}")
-    del networks.NETWORKS["OneConvolution"]
     assert run(*test, cwd=workspace, ok=False).returncode == 1
     assert not marker.exists()  # nobody named it
     changed = run(*test, "--plugin", "net.py:OneConvolution", cwd=workspace, ok=False)
