@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.modes import evaluating, statistics_kept
+from utils.modes import evaluating, statistics_kept, weightless
 
 
 def make():
@@ -109,3 +109,14 @@ def test_every_rank_of_batch_norm_is_kept(norm, shape):
     with statistics_kept(layer):
         layer(torch.randn(shape))
     assert layer.num_batches_tracked == 0 and not layer.running_mean.any()
+
+
+def test_weightless_modules_have_shapes_and_nothing_else():
+    before = torch.get_rng_state()
+    with weightless():
+        layer = nn.Conv3d(2, 3, 1)
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    assert layer.weight.device.type == layer.bias.device.type == "meta" and layer.weight.shape == (3, 2, 1, 1, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.zeros(1).normal_().device.type == "cpu"
