@@ -1,10 +1,11 @@
-"""Classes of the user's own: `path/to/file.py:ClassName` wherever a network, a method or a data format is named.
+"""Classes of the user's own: `path/to/file.py:ClassName` wherever the command line names a network, method or format.
 
 `plug_in` loads the class and puts it into its registry under its own name, so that everything after it sees a name like
-any other: run folders, `network_args`, `method_args`. The file is run when the user names it, and only then. A
-checkpoint keeps the file's name and the SHA-256 of its source, never the code: to resume, the source must be the same;
-to test, the user names the class again with --plugin (`plug_in_for`). Only the named file is covered by the digest, not
-what it imports. Walk-throughs: docs/extending.md.
+any other: run folders, `network_args`, `method_args`. The file is run when the command line names it, and only then: a
+configuration from elsewhere cannot make it run, nor can a checkpoint, which keeps the file's name and the SHA-256 of
+its source, never the code. To resume, the source must be the same; to test, the user names the class again with
+--plugin (`plug_in_for`). Only the named file is covered by the digest, not what it imports. Walk-throughs:
+docs/extending.md.
 """
 
 import dataclasses
@@ -88,6 +89,11 @@ def plug_in(given: Given, contracts: Mapping[str, Contract]) -> dict[str, dict]:
         reference, source = given.get(key, (None, ""))
         if not is_reference(reference):
             continue
+        if not source.startswith("--"):
+            raise ConfigError(
+                f"{source}: {key}: '{reference}' is a file to run, which only the command line can name: "
+                f"--opts {key}={reference}"
+            )
         cls, record = load_class(reference, contract, f"{source}: {key}")
         name = cls.__name__
         before = used.get(name, record)

@@ -45,8 +45,8 @@ def registries(monkeypatch, tmp_path):
             del registry[name]
 
 
-def given(**values):
-    return {key: (value, "mine.yaml") for key, value in values.items()}
+def given(source="--opts", **values):
+    return {key: (value, source) for key, value in values.items()}
 
 
 CONTRACTS = {"student": plugins.network(NETWORKS), "teacher": plugins.network(NETWORKS)}
@@ -58,8 +58,8 @@ def test_a_reference_becomes_a_name(tmp_path):
     values = given(student=reference, teacher="resunet", network_args={reference: {"kernel": 1}, "other.py:X": {},
         "unet": {}})
     used = plugins.plug_in(values, CONTRACTS)
-    assert values["student"] == ("OneConvolution", "mine.yaml") and values["teacher"] == ("resunet", "mine.yaml")
-    assert values["network_args"] == ({"OneConvolution": {"kernel": 1}, "unet": {}}, "mine.yaml")
+    assert values["student"] == ("OneConvolution", "--opts") and values["teacher"] == ("resunet", "--opts")
+    assert values["network_args"] == ({"OneConvolution": {"kernel": 1}, "unet": {}}, "--opts")
     digest = hashlib.sha256(STUDENT.encode()).hexdigest()
     assert used == {"OneConvolution": {"file": "my net.py", "sha256": digest, "roles": ["student"]}}
     assert issubclass(NETWORKS["OneConvolution"], nn.Module) and plugins.is_plugged_in(NETWORKS["OneConvolution"])
@@ -68,6 +68,13 @@ def test_a_reference_becomes_a_name(tmp_path):
     assert check_network("OneConvolution", 2, 3, **how) == {"decoder": 2}
     assert plugins.trial(NETWORKS["unet"], (16, 16, 16), 4) == {}
     assert plugins.trial(NETWORKS["unet"], (8, 8, 8), 4) == {"size": (8, 8, 8), "batch": 4}
+
+
+def test_a_configuration_makes_no_file_run(tmp_path):
+    (tmp_path / "net.py").write_text("open('it ran', 'w')\n" + STUDENT)
+    with pytest.raises(ConfigError, match=r"mine\.yaml: student: .*only the command line can name: --opts student=net"):
+        plugins.plug_in(given("mine.yaml", student="net.py:OneConvolution"), CONTRACTS)
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_names_of_registries_are_left_alone():
@@ -101,7 +108,7 @@ def test_what_is_wrong_is_said(tmp_path, reference, source, expected):
         return
     with pytest.raises(ConfigError) as caught:
         plugins.plug_in(given(student=reference), CONTRACTS)
-    assert str(caught.value).startswith("mine.yaml: student: ") and expected in str(caught.value)
+    assert str(caught.value).startswith("--opts: student: ") and expected in str(caught.value)
 
 
 @pytest.mark.parametrize("contract, source, expected", [
