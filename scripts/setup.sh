@@ -14,7 +14,13 @@ if ! cat requirements.txt "$REQUIREMENTS" $LOCK | cmp -s - "$stamp"; then
     echo "installing $REQUIREMENTS into .venv (some minutes the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check ${LOCK:+-c "$LOCK"} -r "$REQUIREMENTS" \
         --report .venv/installed.json || exit 1
-    [ -z "$LOCK" ] || .venv/bin/python tools/lock.py --verify .venv/installed.json || exit 1
-    cat requirements.txt "$REQUIREMENTS" $LOCK > "$stamp"
+    if [ -n "$LOCK" ] && ! .venv/bin/python tools/lock.py --verify .venv/installed.json; then
+        touch .venv/refused  # what pip has installed already it does not report again
+    fi
+    [ -e .venv/refused ] || cat requirements.txt "$REQUIREMENTS" $LOCK > "$stamp"
+fi
+if [ -e .venv/refused ]; then
+    echo "error: .venv holds an archive that requirements-lock.txt does not know as it is; remove .venv" >&2
+    exit 1
 fi
 python=.venv/bin/python

@@ -112,7 +112,7 @@ def test_another_archive_version_or_hash_is_found(tmp_path, monkeypatch, capsys)
 def test_installing_uses_and_verifies_the_lock():
     text = (ROOT / "scripts/setup.sh").read_text(encoding="utf-8")
     assert "LOCK=${LOCK-requirements-lock.txt}" in text and '-c "$LOCK"' in text
-    assert "tools/lock.py --verify" in text
+    assert "tools/lock.py --verify" in text and "touch .venv/refused" in text
 
 
 # Licences
