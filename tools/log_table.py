@@ -7,9 +7,12 @@ Figures of 'train' are means since the previous line of the log. A step that was
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.runlog import read_log
 
 KEYS = ("val/dice", "train/mask_ratio", "train/pseudo_accuracy", "train/pseudo_foreground", "train/true_foreground")
 
@@ -20,6 +23,9 @@ def main() -> int:
     parser.add_argument("--keys", nargs="+", default=KEYS, help="train/NAME or val/NAME; default: %(default)s")
     parser.add_argument("--steps", nargs="+", type=int, help="default: five, evenly spaced")
     args = parser.parse_args()
+    for run in args.runs:
+        if not (run / "log.jsonl").is_file():
+            sys.exit(f"error: {run / 'log.jsonl'}: no such log; name run folders")
     logs = {run: read_log(run / "log.jsonl") for run in args.runs}
     last = max((entry["step"] + 1 for log in logs.values() for entry in log), default=0)
     steps = args.steps or sorted({max(1, round(last * k / 5)) for k in range(1, 6)})
@@ -35,13 +41,6 @@ def main() -> int:
     for row in [header, ["-" * width for width in widths], *rows]:
         print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |")
     return 0
-
-
-def read_log(path: Path) -> list[dict]:
-    if not path.is_file():
-        sys.exit(f"error: {path}: no such log; name run folders")
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return entries
 
 
 def key_of(entry: dict, key: str) -> bool:

@@ -1,4 +1,8 @@
-"""The log of a run: one JSON object per line in log.jsonl, the same scalars in TensorBoard."""
+"""The log of a run: one JSON object per line in log.jsonl, the same scalars in TensorBoard and other places.
+
+Kinds of lines: `train`, means since the line before; `val`; `teacher`, the teacher's scores on the validation cases;
+`diagnosis`, see utils/diagnosis.py.
+"""
 
 import json
 import math
@@ -9,14 +13,18 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.trackers import Tracker
+
 
 class RunLog:
     """Writes `log.jsonl` and TensorBoard events in `folder`; on resume, lines from `start_step` on are dropped first.
 
-    log.jsonl holds no wall-clock time, so that two equal runs write equal logs.
+    tracker: takes the same scalars to a service (utils/trackers.py). log.jsonl holds no wall-clock time, so that two
+    equal runs write equal logs.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0) -> None:
+    def __init__(self, folder: Path, start_step: int = 0, tracker: Tracker | None = None) -> None:
+        self.tracker = tracker
         self.path = folder / "log.jsonl"
         kept = []
         if start_step and self.path.exists():
@@ -40,6 +48,8 @@ class RunLog:
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, step)
+        if self.tracker is not None:
+            self.tracker.scalars(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def image(self, step: int, tag: str, picture: np.ndarray) -> None:
         """Add an RGB picture (H, W, 3) uint8 to TensorBoard."""
@@ -48,6 +58,19 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.board.close()
+        if self.tracker is not None:
+            self.tracker.close()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl; one that a crash cut off, and what follows it, is left out. No file gives no lines."""
+    entries: list[dict] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
 
 
 class SilentLog:
