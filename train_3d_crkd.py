@@ -53,12 +53,14 @@ from utils.config import (
     note_unused,
     trying,
 )
+from utils.diagnosis import Diagnosis, findings
 from utils.distributed import World, join_world
 from utils.modes import weightless
-from utils.runlog import Averages, RunLog, SilentLog
+from utils.runlog import Averages, RunLog, SilentLog, read_log
 from utils.runs import StopSignal, labelled_name, open_run, parse_labelled, resolve_device, run_folder
 from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
+from utils.trackers import LOGGERS, open_tracker, require_logger
 
 LABELLED, UNLABELLED, MIX = 0, 1, 2  # streams of random numbers
 # Keys that only some data formats have a use for
@@ -113,6 +115,8 @@ class Config:
     window_batch: int = 4
     log_interval: int = 20  # steps
     save_interval: int = 500  # steps
+    diagnose_interval: int = 250  # steps between measurements of each term's gradient; 0: none. Costs about 1 %
+    logger: str = ""  # wandb | mlflow, beside log.jsonl and TensorBoard
     seed: int = 0
     device: str = "auto"
     runs_dir: str = "runs"
@@ -135,13 +139,14 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, help="channels-last memory order (the default)"
     )  # fmt: skip
+    parser.add_argument("--logger", help="also log to wandb or mlflow, if installed")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
     parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
     parser.add_argument(
         "--opts", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
     )  # fmt: skip
     args = parser.parse_args()
-    keys = ("method", "labelled", "network", "seed", "device", "amp", "compile", "channels_last")
+    keys = ("method", "labelled", "network", "seed", "device", "amp", "compile", "channels_last", "logger")
     flags = {key: getattr(args, key) for key in keys}
     given = gather(args.config, args.opts, flags)
     args.plugins = plugins.plug_in(given, PLUGGABLE)
@@ -175,6 +180,7 @@ def validate(cfg: Config) -> None:
         "format": [name for name, cls in SEMI_DATASETS.items() if cls.dims == 3],
         "network": [name for name, cls in NETWORKS.items() if getattr(cls, "dims", 3) == 3],
         "method": SSL_METHODS, "preset": PRESETS, "amp": AMP_MODES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS,
+        "logger": LOGGERS,
     })  # fmt: skip
     check_intervals(cfg, {
         "[1, inf)": (
@@ -183,6 +189,7 @@ def validate(cfg: Config) -> None:
         ),
         "[0, inf)": (
             "workers", "seed", "memory_gb", "momentum", "weight_decay", "schedule_steps", "grad_clip", "min_lr",
+            "diagnose_interval",
         ),
         "(0, inf)": ("lr",),
     })  # fmt: skip
@@ -204,6 +211,7 @@ def validate(cfg: Config) -> None:
     if any(side % stride for side in cfg.patch_size):
         raise ConfigError(f"patch_size: {list(cfg.patch_size)} must be multiples of {stride} for {cfg.network}")
     dataset_arguments(cfg)
+    require_logger(cfg.logger)
     try_out(cfg)
 
 
@@ -311,7 +319,9 @@ def main() -> int:
         set_rng_state(state["rng"], world.rank)
         start, best = state["step"], state["best"]
         averages.load_state_dict(state["averages"])
-    log = RunLog(folder, start) if world.main else SilentLog()
+    tracker = open_tracker(cfg.logger, folder, dataclasses.asdict(cfg), start > 0) if world.main else None
+    log = RunLog(folder, start, tracker) if world.main else SilentLog()
+    diagnosis = Diagnosis(cfg.diagnose_interval, method.network.parameters(), world, log, cfg.compile)
     stop = StopSignal()
     described = {
         "kind": "3d-semi",
@@ -379,6 +389,7 @@ def main() -> int:
             if (logs or saves) and not torch.isfinite(loss):  # before the update, so that no checkpoint holds it
                 values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
                 raise FloatingPointError(f"step {step}: the loss is not finite ({values}); unlabelled cases {cases}")
+            diagnosis.measure(step, terms, scaler)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             world.average_gradients(trained)
@@ -423,6 +434,8 @@ def main() -> int:
     if world.main:
         if start >= cfg.max_steps:
             print(f"nothing to do: {folder} has all {cfg.max_steps} steps")
+        for finding in findings(read_log(folder / "log.jsonl")):
+            print(f"warning: {finding}", file=sys.stderr)
         print(f"best validation Dice {best['dice']:.4f} at step {best['step']}; results in {folder}")
     world.leave()
     return 0

@@ -56,12 +56,14 @@ from utils.config import (
     note_unused,
     trying,
 )
+from utils.diagnosis import Diagnosis, findings
 from utils.distributed import World, join_world
 from utils.modes import weightless
-from utils.runlog import RunLog, SilentLog
+from utils.runlog import RunLog, SilentLog, read_log
 from utils.runs import StopSignal, open_run, resolve_device, run_folder
 from utils.schedules import poly_lr, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
+from utils.trackers import LOGGERS, open_tracker, require_logger
 
 # Where a class of the user's own, FILE.py:ClassName, can stand in place of a name
 PLUGGABLE = {
@@ -126,6 +128,8 @@ class Config:
     window_batch: int = 4
     log_interval: int = 20  # steps
     save_interval: int = 500  # steps
+    diagnose_interval: int = 250  # steps between measurements of each term's gradient; 0: none. Costs about 1 %
+    logger: str = ""  # wandb | mlflow, beside log.jsonl and TensorBoard
     seed: int = 0
     device: str = "auto"
     runs_dir: str = "runs"
@@ -143,13 +147,14 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--amp", help=", ".join(AMP_MODES))
     parser.add_argument("--compile", action="store_true", default=None, help="compile the networks (torch.compile)")
     parser.add_argument("--channels-last", action="store_true", default=None, help="channels-last memory order")
+    parser.add_argument("--logger", help="also log to wandb or mlflow, if installed")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
     parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
     parser.add_argument(
         "--opts", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
     )  # fmt: skip
     args = parser.parse_args()
-    keys = ("teacher", "student", "method", "seed", "device", "amp", "compile", "channels_last")
+    keys = ("teacher", "student", "method", "seed", "device", "amp", "compile", "channels_last", "logger")
     flags = {key: getattr(args, key) for key in keys}
     given = gather(args.config, args.opts, flags)
     args.plugins = plugins.plug_in(given, PLUGGABLE)
@@ -180,7 +185,7 @@ def validate(cfg: Config) -> None:
     networks = [name for name, cls in NETWORKS.items() if getattr(cls, "dims", 3) == 3]
     check_choices(cfg, {
         "format": DATASETS, "student": networks, "teacher": networks, "method": ["supervised", *KD_METHODS],
-        "preset": PRESETS, "amp": AMP_MODES,
+        "preset": PRESETS, "amp": AMP_MODES, "logger": LOGGERS,
     })  # fmt: skip
     check_intervals(cfg, {
         "[1, inf)": (
@@ -189,6 +194,7 @@ def validate(cfg: Config) -> None:
         ),
         "[0, inf)": (
             "workers", "seed", "teacher_seed", "val_start", "momentum", "weight_decay", "grad_clip", "min_lr",
+            "diagnose_interval",
         ),
         "(0, inf)": ("lr",), "[0, 1)": ("overlap",),
         "[0, 1]": ("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
@@ -201,6 +207,7 @@ def validate(cfg: Config) -> None:
         if any(side % stride for side in cfg.patch_size):
             raise ConfigError(f"patch_size: {list(cfg.patch_size)} must be multiples of {stride} for {network}")
     dataset_arguments(cfg)
+    require_logger(cfg.logger)
     try_out(cfg)
 
 
@@ -238,8 +245,13 @@ def method_arguments(cfg: Config) -> dict:
     return {name: value for key in method_keys(cfg) for name, value in (cfg.method_args.get(key) or {}).items()}
 
 
-def load_teacher(args: argparse.Namespace, cfg: Config, dataset) -> torch.nn.Module:
-    """The frozen teacher, in eval mode; CheckpointError if it is missing or was trained for other classes."""
+def load_teacher(
+    args: argparse.Namespace, cfg: Config, dataset, val: list
+) -> tuple[torch.nn.Module, dict[str, float] | None]:
+    """The frozen teacher, in eval mode; CheckpointError if it is missing or was trained for other classes.
+
+    With it, its scores on the cases `val` if it was validated on just those, in the same way; else None.
+    """
     folder = run_folder(cfg.runs_dir, cfg.dataset, "supervised", cfg.teacher, cfg.teacher_seed, "clean", "")
     path = Path(cfg.teacher_checkpoint or folder / "best.pt")
     if not path.is_file():
@@ -262,7 +274,14 @@ def load_teacher(args: argparse.Namespace, cfg: Config, dataset) -> torch.nn.Mod
     plugins.check_same(checkpoint.get("plugins", {}), args.plugins, str(path), [cfg.teacher])
     teacher = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
     load_network_weights(teacher, checkpoint["weights"], str(path))
-    return teacher.eval().requires_grad_(False)
+    own = {"cases": [case.name for case in val], "patch": list(cfg.patch_size), "overlap": cfg.overlap}
+    there = checkpoint.get("config", {})
+    before = {
+        "cases": checkpoint.get("cases", {}).get("val"), "patch": list(there.get("patch_size", ())),
+        "overlap": there.get("overlap"),
+    }  # fmt: skip
+    alike = own == before and all(there.get(key) == getattr(cfg, key) for key in ("dataset", "amp", *PREPROCESSING))
+    return teacher.eval().requires_grad_(False), checkpoint.get("val") if alike else None
 
 
 def evaluate(
@@ -311,7 +330,9 @@ def main() -> int:
 
     # Networks and objective
     memory = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
-    teacher = None if supervised else load_teacher(args, cfg, dataset).to(device, memory_format=memory)
+    teacher, teacher_scores = (None, None) if supervised else load_teacher(args, cfg, dataset, splits["val"])
+    if teacher is not None:
+        teacher = teacher.to(device, memory_format=memory)
     seed_everything(cfg.seed)
     arguments = cfg.network_args.get(cfg.student, {})
     kd = None
@@ -351,7 +372,9 @@ def main() -> int:
         scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"], world.rank)
         start, best, totals, counted = state["step"], state["best"], state["totals"], state["counted"]
-    log = RunLog(folder, start) if world.main else SilentLog()
+    tracker = open_tracker(cfg.logger, folder, dataclasses.asdict(cfg), start > 0) if world.main else None
+    log = RunLog(folder, start, tracker) if world.main else SilentLog()
+    diagnosis = Diagnosis(cfg.diagnose_interval, student.parameters(), world, log, cfg.compile)
     stop = StopSignal()
     described = {
         "kind": "3d",
@@ -388,6 +411,8 @@ def main() -> int:
             batch=cfg.cases_per_batch, rank=rank, size=size,
         ),
     )  # fmt: skip
+    if teacher is not None and not start:
+        log.scalars(0, "teacher", teacher_scores or evaluate(teacher, dataset, splits["val"], cfg, world)[0])
     batches = iter(loader)
     steps = range(start, cfg.max_steps)
     bar = tqdm(
@@ -417,6 +442,7 @@ def main() -> int:
         if (device.type == "cpu" or logs or saves) and not math.isfinite(loss.item()):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise FloatingPointError(f"step {step}: the loss is not finite ({values}); cases {batch['case']}")
+        diagnosis.measure(step, terms, scaler)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         world.average_gradients(trained)
@@ -458,6 +484,8 @@ def main() -> int:
     if world.main:
         if start >= cfg.max_steps:
             print(f"nothing to do: {folder} has all {cfg.max_steps} steps")
+        for finding in findings(read_log(folder / "log.jsonl")):
+            print(f"warning: {finding}", file=sys.stderr)
         print(f"best validation Dice {best['dice']:.4f} at step {best['step']}; results in {folder}")
     world.leave()
     return 0

@@ -103,19 +103,20 @@ class World:
                 parameter.grad = torch.zeros_like(parameter)
             bucket.append(parameter.grad)
             if sum(g.numel() * g.element_size() for g in bucket) >= BUCKET:
-                self._average(bucket)
+                self.average(bucket)
                 bucket = []
-        self._average(bucket)
+        self.average(bucket)
 
     def average_statistics(self, module: nn.Module) -> None:
         """Average the running means and variances of batch norms, so that all processes evaluate one network."""
         if self.size == 1:
             return
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._average([s for m in norms for s in (m.running_mean, m.running_var) if s is not None])
+        self.average([s for m in norms for s in (m.running_mean, m.running_var) if s is not None])
 
-    def _average(self, tensors: Sequence[Tensor]) -> None:
-        if not tensors:
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes, all in one message."""
+        if not tensors or self.size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)

@@ -17,7 +17,8 @@ from utils.config import ConfigError
 # max_steps is among them: from the resumed step on, schedules follow the new length.
 RESUMABLE = frozenset({
     "data_root", "cache_dir", "runs_dir", "device", "workers", "log_interval", "save_interval", "val_interval",
-    "val_start", "max_steps", "teacher_checkpoint", "memory_gb", "eval_batch", "window_batch",
+    "val_start", "max_steps", "teacher_checkpoint", "memory_gb", "eval_batch", "window_batch", "diagnose_interval",
+    "logger",
 })  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def site(tmp_path_factory):
 
 def trained(site, *flags, processes, tag):
     """Run folder of a training with so many processes."""
-    script, opts = str(ROOT / "train_3d_distill.py"), ("--opts", f"tag={tag}")
+    script, opts = str(ROOT / "train_3d_distill.py"), ("--opts", f"tag={tag}", "diagnose_interval=2")
     arguments = ("--config", "tiny.yaml", *flags)
     if processes == 1:
         train(*flags, *opts, cwd=site)

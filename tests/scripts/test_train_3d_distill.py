@@ -28,6 +28,9 @@ def test_teacher_then_distilled_student_then_test(workspace):
     folder = workspace / "runs/tiny/acf_bckd/resunet-unet/seed0"
     assert str(folder.relative_to(workspace)) in out.stdout
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    # The teacher was validated on the same cases when it was trained: its scores are read, not measured again.
+    teacher = load_checkpoint(workspace / "runs/tiny/supervised/resunet/seed0/best.pt")
+    assert log.pop(0) == {"step": 0, "kind": "teacher", **teacher["val"]}
     assert [(e["step"], e["kind"]) for e in log] == [(1, "train"), (1, "val"), (3, "train"), (3, "val")]
     assert {"seg", "afd", "cfd", "hbd", "sbd", "lr", "loss"} <= log[0].keys()
     assert log[0]["loss"] == pytest.approx(sum(log[0][k] for k in ("seg", "afd", "cfd", "hbd", "sbd")), rel=1e-5)
