@@ -9,7 +9,9 @@ Reads the predictions that test_3d.py or test_2d.py wrote, on the grid of the or
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,69 +40,77 @@ def main() -> int:
     args = parser.parse_args()
     summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in args.runs]
     checkpoint = load_checkpoint(args.runs[0] / "best.pt")
-    if checkpoint["kind"].endswith("-semi"):
-        return few_labels(args, checkpoint, summaries)
-    dataset = build_dataset(**checkpoint["dataset"])
-    if dataset.multilabel:
-        names = list(dataset.class_names)
-    else:
-        names = list(dataset.class_names[1:])
-    case = dataset.find([args.case or checkpoint["cases"][summaries[0]["split"]][0]])[0]
+    case = args.case or checkpoint["cases"][summaries[0]["split"].split("+")[0]][0]
+    views = views_of(checkpoint, [run / "predictions" for run in args.runs], case, args.slice)
+    scores = [f"{title(s)}\nDice {100 * d:.1f} %" for s, d in zip(summaries, views.dice)]
+    save(views.pictures, ["image", "ground truth", *scores], views.aspect, views.present, views.names, args.out)
+    print(f"picture of {case}{views.place}: {args.out}")
+    return 0
 
+
+class Views(NamedTuple):
+    """One slice of a case: the image, the ground truth and predictions."""
+
+    pictures: list[np.ndarray]  # in this order, (H, W, 3) uint8
+    dice: list[float]  # of each prediction, mean over classes
+    aspect: float  # height over width of a pixel
+    present: list[int]  # ids that occur
+    names: list[str]  # of the classes 1, 2, ...
+    place: str  # ', slice 12'
+
+
+def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None = None) -> Views:
+    """The case `name` as the folders of predictions have it, on the grid of the original files; z: None for the slice
+    with the most classes. DataError or OSError for what is not there."""
+    if checkpoint["kind"].endswith("-semi"):
+        return _few_labels(checkpoint, folders, name, z)
+    dataset = build_dataset(**checkpoint["dataset"])
+    names = list(dataset.class_names if dataset.multilabel else dataset.class_names[1:])
+    case = dataset.find([name])[0]
     image, affine = read_image(case, dataset.in_channels)
     label, _ = dataset.native_label(case)
     volumes = [label]
-    for run in args.runs:
-        stored, _ = read_volume(run / "predictions" / f"{case.name}.nii.gz")
+    for folder in folders:
+        stored, _ = read_volume(folder / f"{name}.nii.gz")
         volumes.append(dataset.encode_label(stored[None]) if dataset.multilabel else stored)
-    scores = [
-        np.nanmean(class_dice(volume, label, dataset.num_classes, dataset.multilabel)) for volume in volumes[1:]
-    ]
+    scores = [class_dice(volume, label, dataset.num_classes, dataset.multilabel) for volume in volumes[1:]]
     shown = [figures.regions_to_ids(v) if v.ndim == 4 else v for v in volumes]
     grey, *shown = (_to_ras(volume, affine) for volume in (image[0], *shown))
-    z = args.slice if args.slice is not None else figures.fullest_slice(shown[0])
+    z = figures.fullest_slice(shown[0]) if z is None else z
     if dataset.intensity == "window":
         grey = np.clip(grey, *dataset.window)
-    titles = ["image", "ground truth", *(f"{title(s)}\nDice {100 * d:.1f} %" for s, d in zip(summaries, scores))]
-    draw(grey[..., z], [None, *(volume[..., z] for volume in shown)], titles, names, _aspect(affine), args.out)
-    print(f"picture of {case.name}, slice {z}: {args.out}")
-    return 0
+    ids = [volume[..., z] for volume in shown]
+    pictures = [figures.overlay(grey[..., z], label, len(names) + 1) for label in (np.zeros_like(ids[0]), *ids)]
+    return Views(pictures, _means(scores), _aspect(affine), _present(ids), names, f", slice {z}")
 
 
-def few_labels(args: argparse.Namespace, checkpoint: dict, summaries: list[dict]) -> int:
-    """The picture for runs of train_2d_crkd.py and train_3d_crkd.py: volumes without geometry, or photographs."""
+def _few_labels(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None) -> Views:
+    """The same for runs of train_2d_crkd.py and train_3d_crkd.py: volumes without geometry, or photographs."""
     dataset = build_semi_dataset(**checkpoint["dataset"])
-    case = dataset.find([args.case or checkpoint["cases"][summaries[0]["split"].split("+")[0]][0]])[0]
-    volume = dataset.read_volume(case)
-    label, classes = volume["label"][0], dataset.num_classes
-    shown = [label]
-    for run in args.runs:
-        stored = run / "predictions" / f"{case.name}"
+    volume = dataset.read_volume(dataset.find([name])[0])
+    image, label, classes = volume["image"], volume["label"][0], dataset.num_classes
+    ids = [label]
+    for folder in folders:
         if label.ndim == 3:
-            shown.append(np.asarray(nib.load(f"{stored}.nii.gz").dataobj))
+            ids.append(np.asarray(nib.load(folder / f"{name}.nii.gz").dataobj))
         else:
-            shown.append(np.asarray(Image.open(f"{stored}.png")) // 255)
-    scores = [np.nanmean(class_dice(prediction, label, classes)) for prediction in shown[1:]]
-    image = volume["image"]
+            ids.append(np.asarray(Image.open(folder / f"{name}.png")) // 255)
+    scores = [class_dice(prediction, label, classes) for prediction in ids[1:]]
+    place = ""
     if label.ndim == 3:
-        z = args.slice if args.slice is not None else figures.fullest_slice(label)
-        image, shown = image[..., z], [ids[..., z] for ids in shown]
-    pictures = [figures.views([(image, ids)], classes) for ids in (None, *shown)]
-    titles = ["image", "ground truth", *(f"{title(s)}\nDice {100 * d:.1f} %" for s, d in zip(summaries, scores))]
-    present = sorted({int(k) for ids in shown for k in np.unique(ids)} - {0})
-    save(pictures, titles, 1.0, present, list(dataset.class_names[1:]), args.out)
-    print(f"picture of {case.name}: {args.out}")
-    return 0
+        z = figures.fullest_slice(label) if z is None else z
+        image, ids, place = image[..., z], [volume[..., z] for volume in ids], f", slice {z}"
+    pictures = [figures.views([(image, shown)], classes) for shown in (None, *ids)]
+    return Views(pictures, _means(scores), 1.0, _present(ids), list(dataset.class_names[1:]), place)
 
 
-def draw(
-    grey: np.ndarray, labels: list, titles: list[str], names: list[str], aspect: float, out: Path
-) -> None:
-    """Write a row of overlays with a legend of the classes that occur."""
-    present = sorted({int(k) for label in labels if label is not None for k in np.unique(label)} - {0})
-    ids = [np.zeros(grey.shape, np.uint8) if label is None else label for label in labels]
-    pictures = [figures.overlay(grey, label, len(names) + 1) for label in ids]
-    save(pictures, titles, aspect, present, names, out)
+def _means(scores: list[list[float]]) -> list[float]:
+    """Of each case over the classes that are defined; NaN without any."""
+    return [float(np.nanmean(row)) if not np.isnan(row).all() else float("nan") for row in scores]
+
+
+def _present(ids: list[np.ndarray]) -> list[int]:
+    return sorted({int(k) for each in ids for k in np.unique(each)} - {0})
 
 
 def save(
