@@ -3,7 +3,7 @@
 Neither is a requirement: each is imported when it is asked for. A resumed run goes on under the same identifier, kept
 in tracker.json of the run folder. The services' own environment variables hold: WANDB_MODE=offline, WANDB_PROJECT,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ... Without them the project, or experiment, is the name of the data set,
-and MLflow writes files to <runs_dir>/mlruns. Pictures stay in TensorBoard.
+and MLflow writes to the database <runs_dir>/mlflow.db. Pictures stay in TensorBoard.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from utils.config import ConfigError
 LOGGERS = ("", "wandb", "mlflow")
 OFFLINE = {
     "wandb": "WANDB_MODE=offline records without network or account",
-    "mlflow": "without MLFLOW_TRACKING_URI it writes to files",
+    "mlflow": "without MLFLOW_TRACKING_URI it writes to a file, runs/mlflow.db",
 }
 
 
@@ -94,7 +94,8 @@ class MlflowTracker(Tracker):
         super().__init__(folder, config, identifier)
         self.mlflow = importlib.import_module("mlflow")
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            self.mlflow.set_tracking_uri((Path(config["runs_dir"]) / "mlruns").resolve().as_uri())
+            # A database: MLflow no longer takes a folder of files by default.
+            self.mlflow.set_tracking_uri(f"sqlite:///{(Path(config['runs_dir']) / 'mlflow.db').resolve()}")
         if not os.environ.get("MLFLOW_EXPERIMENT_NAME"):
             self.mlflow.set_experiment(config["dataset"])
         run = self.mlflow.start_run(run_id=identifier, run_name=None if identifier else run_name(folder, config))

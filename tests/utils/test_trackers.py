@@ -140,7 +140,7 @@ def test_mlflow(mlflow, folder, tmp_path):
     log = RunLog(folder, 0, open_tracker("mlflow", folder, config(tmp_path), False))
     log.scalars(7, "val", {"dice": 0.5, "kidney (left)": 0.25, "liver": math.nan})
     log.close()
-    assert mlflow.uri == (tmp_path / "runs/mlruns").as_uri() and mlflow.experiment == "tiny"
+    assert mlflow.uri == f"sqlite:///{tmp_path / 'runs/mlflow.db'}" and mlflow.experiment == "tiny"
     assert mlflow.starts == [(None, "tiny/kd/a-b/seed0")] and mlflow.ended == 1
     assert mlflow.params[0]["lr"] == "0.1"
     assert mlflow.lines == [(7, {"val/dice": 0.5, "val/kidney _left_": 0.25})]
