@@ -116,6 +116,7 @@ def test_steps_that_are_measured(network):
     assert len(log.lines) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", KD_METHODS)
 def test_every_method_can_be_measured_and_trained_on(method):
     """The backward pass of each method's terms can run more than once, and gives the step's own gradient again."""
