@@ -63,6 +63,9 @@ def test_regions_are_scored_and_written_as_ids(workspace):
     ids = np.unique(np.asarray(nib.load(folder / "predictions/case3.nii.gz").dataobj))
     assert set(ids.tolist()) <= {0, 1, 2, 3}
     run("tools/figure.py", str(folder), "--out", "figure.png", cwd=workspace)
+    run("tools/report.py", str(folder), cwd=workspace)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "enhancing tumour" in page and page.count('src="data:image/png') == 3
 
 
 def test_a_key_that_the_format_ignores_is_an_error(workspace):

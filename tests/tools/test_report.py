@@ -1,0 +1,212 @@
+"""The report of run folders: what it holds, counts and compares. Real trainings and a browser: test_report_browser."""
+
+import re
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.scripts.conftest import run
+from tests.tools.report_runs import CLASSES, scores_of, write_run, write_scores
+from tools import report_charts
+from tools.report import read_rows
+from utils.statistics import average_seeds, case_means, paired_comparison
+
+
+def report(*folders, cwd, ok=True, options=()):
+    result = run("tools/report.py", *map(str, folders), "--out", "page.html", *options, cwd=cwd, ok=ok)
+    return (cwd / "page.html").read_text(encoding="utf-8") if ok else result.stderr
+
+
+def section(page, name):
+    """What is between the tags of a section."""
+    found = re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL)
+    return found.group(1) if found else None
+
+
+def table_rows(text):
+    """The rows of the tables in a piece of HTML, as lists of texts."""
+    rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
+    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A folder for runs, and no time spent on charts."""
+    for name in ("line_chart", "share_chart", "box_chart", "interval_chart", "dot_chart"):
+        monkeypatch.setattr(report_charts, name, lambda *rest, **options: "<svg></svg>")
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The report of one distilled run."""
+    folder = tmp_path_factory.mktemp("one")
+    return report(write_run(folder / "runs"), cwd=folder)
+
+
+def test_one_run(page):
+    rows = table_rows(section(page, "summary"))
+    assert rows[1][0] == "unet ← resunet, kd" and "1 of 36" in rows[1] and "1,234,567" in rows[1]
+    assert section(page, "comparison") is None
+    for name in ("teacher", "classes", "cases", "pictures", "training", "validation", "terms", "settings"):
+        assert section(page, name), name
+
+
+def test_the_page_needs_nothing_else(page):
+    assert not re.findall(r"""(?:src|href|action)=["'](?!data:|#)""", page)
+    assert not re.findall(r"url\((?!#)|@import|fetch\(|XMLHttp", page)
+
+
+def test_equal_runs_give_equal_pages(tmp_path):
+    folder = write_run(tmp_path / "runs")
+    assert report(folder, cwd=tmp_path) == report(folder, cwd=tmp_path)
+
+
+def test_missed_organs_count_as_zero_and_are_shown(page):
+    rows = {row[0]: row for row in table_rows(section(page, "cases"))}
+    assert rows["case01"][5] == "1" and rows["case01"][-1] == "missed"
+    assert rows["case02"][5] == "0" and rows["case02"][-1] == "–"
+    # The mean of the case with the miss holds the zero.
+    found = [float(value) for value in rows["case01"][6:8]]
+    assert float(rows["case01"][1]) == pytest.approx(sum(found) / 3, abs=0.09)
+    (duct,) = [row for row in table_rows(section(page, "classes")) if row[0] == "duct"]
+    assert duct[1] == "12" and duct[-3:] == ["1", "0", "1"]
+
+
+def test_every_term_and_every_class_has_its_curve(page):
+    for name in ("loss, all terms", "seg", "kd", "learning rate"):
+        assert f"{name}: " in section(page, "training"), name
+    for name in ("mean Dice", *CLASSES):
+        assert f"{name}: Dice, % over steps" in section(page, "validation"), name
+    assert "share of the gradient norm" in section(page, "terms")
+
+
+def test_terms_are_explained(page):
+    terms = section(page, "terms")
+    assert "The term &#x27;kd&#x27; is negligible: at most 0.4 % of the gradient norm in 5 measurements" in terms
+    row = next(row for row in table_rows(terms) if row[0] == "kd")
+    assert row == ["kd", "60.0", "0.4", "0.4 to 0.4", "+0.20", "5"]
+
+
+def test_a_teacher_that_is_no_better(runs, tmp_path):
+    page = report(write_run(runs, teacher_dice=0.6), cwd=tmp_path)
+    assert "The teacher is not better than the student on the validation cases: Dice 0.6000" in section(page, "terms")
+
+
+def test_a_log_without_measurements_says_so(runs, tmp_path):
+    page = report(write_run(runs, diagnosed=False), cwd=tmp_path)
+    assert "Gradients of the terms were not measured" in section(page, "terms")
+
+
+def test_teacher_and_student_alone_are_found_by_their_folders(runs, tmp_path):
+    folder = write_run(runs)
+    text = section(report(folder, cwd=tmp_path), "teacher")
+    assert "student alone" not in text and "validation cases" in text
+    write_run(runs, "supervised", student="resunet", gain=0.1)
+    write_run(runs, "supervised", student="unet", gain=-0.1)
+    text = section(report(folder, cwd=tmp_path), "teacher")
+    assert "Dice on test cases" in text and "gap closed" in text
+    first = table_rows(text)[1]
+    assert first[0] == "liver" and first[1:4] == ["90.0", "64.8", "74.8"] and first[5] == "40 %"
+
+
+def test_seeds_are_one_cell_in_a_comparison(runs, tmp_path):
+    alone = [write_run(runs, "supervised", seed) for seed in (0, 1)]
+    taught = [write_run(runs, "kd", seed, gain=0.05) for seed in (0, 1)]
+    comparison = section(report(*alone, *taught, cwd=tmp_path), "comparison")
+    row = next(row for row in table_rows(comparison) if "seeds) −" in row[0])
+    assert row[0] == "unet ← resunet, kd (2 seeds) − unet, supervised (2 seeds)" and row[1] == "12"
+    means = {folder: case_means({"": read_rows(folder / "metrics.csv", "resampled")}, "dice")[0][""]
+             for folder in (*alone, *taught)}  # fmt: skip
+    (expected,) = paired_comparison({
+        "alone": average_seeds([means[f] for f in alone]), "taught": average_seeds([means[f] for f in taught]),
+    })  # fmt: skip
+    assert row[4] == f"+{100 * expected['difference']:.2f}"
+    assert row[5] == f"+{100 * expected['low']:.2f} to +{100 * expected['high']:.2f}"
+    assert row[8] == (f"{expected['p']:.4f}" if expected["p"] < 0.01 else f"{expected['p']:.3f}")
+    assert "At least 6" not in comparison
+    assert "Left out of every run: 2 organs" in comparison  # one missed, one absent
+
+
+def test_three_runs_are_compared_in_pairs_or_with_the_first(runs, tmp_path):
+    folders = [write_run(runs, "supervised"), write_run(runs, "kd"), write_run(runs, "cwd", gain=0.1)]
+    text = section(report(*folders, cwd=tmp_path), "comparison")
+    assert sum("−" in row[0] and "first" not in row[0] for row in table_rows(text)) == 6  # 3 pairs, 2 metrics
+    text = section(report(*folders, cwd=tmp_path, options=["--against-first"]), "comparison")
+    assert sum("−" in row[0] and "first" not in row[0] for row in table_rows(text)) == 4
+
+
+def test_few_cases_are_pointed_out(runs, tmp_path):
+    folders = [write_run(runs, "supervised", cases=4), write_run(runs, "kd", cases=4, gain=0.1)]
+    assert "so few differing cases can give is 0.125" in section(report(*folders, cwd=tmp_path), "comparison")
+
+
+def test_runs_without_scores_say_how_to_make_them(runs, tmp_path):
+    page = report(write_run(runs, tested=False), cwd=tmp_path)
+    assert "has no test scores" in page and "python test_3d.py --ckpt" in page
+    assert section(page, "cases") is None and section(page, "training")
+    both = report(write_run(runs, "cwd"), runs / "tiny/kd/resunet-unet/seed0", cwd=tmp_path)
+    assert "has no test scores" in both and section(both, "cases")
+
+
+def test_runs_with_few_labels(runs, tmp_path):
+    folders = [write_run(runs, "supervised", few_labels=True), write_run(runs, "crkd", few_labels=True, gain=0.1)]
+    page = report(*folders, cwd=tmp_path)
+    assert "HD95, voxels" in section(page, "summary") and "unet2d, 3 labelled, crkd" in section(page, "comparison")
+    assert section(page, "teacher") is None
+    assert "python test_2d.py" in section(page, "pictures")  # there is no data set here
+
+
+def test_runs_scored_in_different_ways_are_pointed_out(runs, tmp_path):
+    first, second = write_run(runs, "supervised"), write_run(runs, "kd")
+    path = second / "summary.json"
+    path.write_text(path.read_text().replace('"pooled"', '"directed"'))
+    assert "scored in different ways" in section(report(first, second, cwd=tmp_path), "comparison")
+
+
+def test_another_test_of_the_same_run(runs, tmp_path):
+    folder = write_run(runs)
+    error = report(folder, cwd=tmp_path, ok=False, options=["--suffix", "_last"])
+    assert "metrics_last.csv: no such scores; there are: metrics.csv" in error
+    for name in ("metrics", "summary"):
+        source = next(folder.glob(f"{name}.*"))
+        source.rename(folder / f"{name}_last{source.suffix}")
+    assert section(report(folder, cwd=tmp_path, options=["--suffix", "_last"]), "cases")
+
+
+def test_names_with_markup_are_text(runs, tmp_path):
+    folder = write_run(runs, tag="<script>alert(1)</script>")
+    rows = scores_of(np.random.default_rng(0), 3, 0.0)
+    for row in rows:
+        row["case"] = f'<b onclick="x">{row["case"]}'
+    write_scores(folder, yaml.safe_load((folder / "config.yaml").read_text()), rows)
+    page = report(folder, cwd=tmp_path)
+    assert "<script>alert" not in page and "<b onclick" not in page
+    assert "&lt;b onclick=" in page
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 9, "kind": "train", "loss": 1.0}\n{"step": 19, "ki'])
+def test_a_log_that_is_empty_or_cut_off(runs, tmp_path, content):
+    folder = write_run(runs)
+    (folder / "log.jsonl").write_text(content)
+    assert section(report(folder, cwd=tmp_path), "training")
+
+
+def test_runs_of_equal_names_are_told_apart(runs, tmp_path):
+    folders = [write_run(runs, seed=seed) for seed in (0, 1)]
+    page = report(*folders, cwd=tmp_path)
+    assert "unet ← resunet, kd, seed 0" in page and "unet ← resunet, kd, seed 1" in page
+    assert section(page, "comparison") is None  # seeds of one cell are not compared
+
+
+@pytest.mark.parametrize("name, expected", [("nowhere", "no such folder"), (".", "neither config.yaml nor best.pt")])
+def test_what_is_no_run(tmp_path, name, expected):
+    assert expected in report(tmp_path / name, cwd=tmp_path, ok=False)
+
+
+def test_a_damaged_table_of_scores(runs, tmp_path):
+    folder = write_run(runs)
+    path = folder / "metrics.csv"
+    path.write_text(path.read_text().replace("jaccard", "overlap"))
+    assert "expected one column of jaccard" in report(folder, cwd=tmp_path, ok=False)
