@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 from PIL import Image
 
-from dataloaders import DataError
 from tools import report_charts as charts
 from tools.figure import Views, views_of
 from tools.report_parts import (
@@ -507,7 +506,7 @@ def pictures_section(runs: list[Run], data_root: str | None) -> str:
             try:
                 checkpoint = checkpoint or checkpoint_of(run, data_root)
                 views = views_of(checkpoint, [run.folder / f"predictions{run.suffix}"], case)
-            except (DataError, CheckpointError, OSError) as error:
+            except (ValueError, OSError) as error:  # no data, no prediction, or one of another grid
                 problem = problem or " ".join(str(error).split())
                 content += stored_overlay(run, case, caption)
             else:
@@ -532,8 +531,11 @@ def pictures_section(runs: list[Run], data_root: str | None) -> str:
 
 
 def checkpoint_of(run: Run, data_root: str | None) -> dict:
-    name = run.summary["checkpoint"]
-    checkpoint = load_checkpoint(run.folder / name)
+    """Of the tested file; CheckpointError if it does not say which data it was made for."""
+    path = run.folder / run.summary["checkpoint"]
+    checkpoint = load_checkpoint(path)
+    if "dataset" not in checkpoint or "kind" not in checkpoint:
+        raise CheckpointError(f"{path}: does not say which data it was trained on")
     if data_root:
         checkpoint["dataset"] = checkpoint["dataset"] | {"root": data_root}
     return checkpoint
