@@ -309,7 +309,8 @@ def test_every_run_is_scored_by_both_protocols(trained, kind, method, protocol):
     unit, published = site.kind.unit, protocol == "published"
     hd95, sides = ("directed", "mean_of_both") if published and unit == "pixels" else ("pooled", "one_sided")
     titles = ["dice", "jaccard", f"hd95_{hd95}_{unit}", f"asd_{sides}_{unit}"] + [f"assd_{unit}"] * (not published)
-    assert list(rows[0]) == ["case", "class", *(f"{title}_{protocol}" for title in titles), *FLAGS, "accuracy"]
+    last = [*FLAGS, "accuracy", f"diagonal_{unit}"]
+    assert list(rows[0]) == ["case", "class", *(f"{title}_{protocol}" for title in titles), *last]
     assert [(row["case"], row["class"]) for row in rows] == [(name, k) for name in names for k in classes]
     for row in rows:
         k = 1 + classes.index(row["class"])
