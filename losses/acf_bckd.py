@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from losses.distance import boundary_distance_squared
-from losses.kd import check_weights
+from losses.kd import check_not_negative, check_weights
 from losses.taps import attention_energy, class_map, energy_distance, require_taps, resize_nearest
 from losses.voxelwise import voxel_chunks, voxel_sums
 
@@ -349,8 +349,7 @@ class ACFBCKD(nn.Module):
         if not 0.0 <= floor <= 1.0:
             raise ValueError(f"acf_bckd: floor must lie in [0, 1], got {floor}")
         check_weights("acf_bckd", afd=afd, cfd=cfd, hbd=hbd, sbd=sbd)
-        if decay < 0:
-            raise ValueError(f"acf_bckd: decay must be at least 0, got {decay}")
+        check_not_negative("acf_bckd", decay=decay)
         if label_classes is not None and not 1 <= label_classes <= num_classes:
             raise ValueError(f"acf_bckd: label_classes must lie in 1..{num_classes}, got {label_classes}")
         if correction_source is None:

@@ -40,6 +40,13 @@ def check_positive(method: str, **values: float) -> None:
             raise ValueError(f"{method}: {name} must be above 0, got {value}")
 
 
+def check_not_negative(method: str, **values: float) -> None:
+    """Raise ValueError for an argument of `method` below 0."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{method}: {name} must be at least 0, got {value}")
+
+
 def check_weights(method: str, **values: float | None) -> None:
     """Raise ValueError for a weight of `method` that is negative or not finite; None stands for a default."""
     for name, value in values.items():

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.consistency import ce_dice_loss, sigmoid_rampup
-from losses.kd import check_choice, check_fractions, check_positive, check_weights
+from losses.kd import check_choice, check_fractions, check_not_negative, check_positive, check_weights
 from methods.base import Method, pseudo_label_report
 from methods.mlrpl import entropy_map
 from utils.ema import ema_decay, ema_update
@@ -70,7 +70,8 @@ class ACMT(Method):
     ) -> None:
         super().__init__(make_network, max_steps)
         check_choice("acmt", "strategy", strategy, STRATEGIES)
-        check_fractions("acmt", ema_decay=ema_decay, ramp_length=ramp_length)
+        check_fractions("acmt", ema_decay=ema_decay)
+        check_not_negative("acmt", ramp_length=ramp_length)  # above 1: longer than the training
         check_positive("acmt", noise=noise)
         check_weights("acmt", consistency=consistency, entropy_weight=entropy_weight)
         if strategy == "prototype" and self.num_classes != 2:

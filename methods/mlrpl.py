@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.consistency import cross_entropy_map, sigmoid_rampup
-from losses.kd import check_fractions, check_weights, class_masks, unit_vectors
+from losses.kd import check_not_negative, check_weights, class_masks, unit_vectors
 from methods.base import Method, pseudo_label_report, require_method
 
 
@@ -79,7 +79,7 @@ class MLRPL(Method):
         super().__init__(make_network, max_steps)
         require_method("mlrpl", self.network, "both", "vnet_dual")
         check_weights("mlrpl", weight=weight)
-        check_fractions("mlrpl", ramp_length=ramp_length)
+        check_not_negative("mlrpl", ramp_length=ramp_length)
         self.weight, self.ramp_length, self.preset = weight, ramp_length, preset
 
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
