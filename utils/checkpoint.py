@@ -1,9 +1,11 @@
 """Checkpoints that survive a crash and hold tensors and plain Python values only.
 
 A checkpoint is written to a temporary file, flushed to disk and moved into place, so a reader sees the old one or the
-new one, never half of one. `save_last` also keeps the one before.
+new one, never half of one. `save_last` also keeps the one before. A checkpoint is a zip file, whose CRC-32 of every
+record is checked on loading (torch.load itself does not look at them).
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -14,7 +16,10 @@ from typing import Any
 
 import torch
 
+from utils.files import write_whole
+
 PREVIOUS = "last.previous.pt"
+DAMAGED = "last.damaged.pt"
 
 
 class CheckpointError(ValueError):
@@ -22,35 +27,12 @@ class CheckpointError(ValueError):
 
 
 def atomic_save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
-    """Write `content` to `path` by way of a temporary file in the same folder.
+    """Write `content` to `path`, whole or not at all; DiskError if the disk does not take it.
 
     previous: where the file that stood at `path` goes once the new one is safe on disk.
     """
     _check_plain(content, path.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` survive a power cut; where folders cannot be opened (Windows), nothing to do."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    write_whole(path, lambda file: torch.save(content, file), previous)
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -76,9 +58,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     damaged = f"{path}: damaged or not a checkpoint (%s); restore it, or resume from the previous one"
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(damaged % "not in torch.save's format")
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("not in torch.save's format")
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        if wrong is not None:
+            raise zipfile.BadZipFile(f"the checksum of its part {wrong} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -93,7 +79,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 
 
 def load_last(folder: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], str | None]:
-    """The newest readable checkpoint of a run, and a warning if that was not `last.pt`."""
+    """The newest readable checkpoint of a run, and a warning if that was not `last.pt`.
+
+    An unreadable `last.pt` is set aside as `last.damaged.pt`: the next save would otherwise make it the previous one,
+    in place of the readable one.
+    """
     problems = []
     for name in ("last.pt", PREVIOUS):
         try:
@@ -101,7 +91,12 @@ def load_last(folder: Path, device: str | torch.device = "cpu") -> tuple[dict[st
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        return content, f"{problems[0]}; going on from {folder / name}" if problems else None
+        if not problems:
+            return content, None
+        with contextlib.suppress(FileNotFoundError):  # there was none, or another process of the run was faster
+            os.replace(folder / "last.pt", folder / DAMAGED)
+        kept = f", the damaged one is now {DAMAGED}" if (folder / DAMAGED).exists() else ""
+        return content, f"{problems[0]}; going on from {folder / name}, step {content.get('step')}{kept}"
     raise CheckpointError(f"cannot resume: {'; '.join(problems)}; start without --resume")
 
 

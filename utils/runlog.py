@@ -4,8 +4,10 @@ Kinds of lines: `train`, means since the line before; `val`; `teacher`, the teac
 `diagnosis`, see utils/diagnosis.py.
 """
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.files import write_text, writing
 from utils.trackers import Tracker
 
 
@@ -35,31 +38,41 @@ class RunLog:
                     break
                 if entry["step"] < start_step:
                     kept.append(line + "\n")
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder), purge_step=start_step if start_step else None)
+        write_text(self.path, "".join(kept))
+        with writing(self.path):
+            self.file = self.path.open("ab", buffering=0)  # nothing is left in a buffer if a write fails
+        with self._board():
+            self.board = SummaryWriter(str(folder), purge_step=start_step if start_step else None)
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line {"step", "kind", ...values}; NaN becomes null. TensorBoard tags are kind/name."""
         clean = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+        line = memoryview((json.dumps({"step": step, "kind": kind, **clean}) + "\n").encode("utf-8"))
+        with writing(self.path):
+            while line:
+                line = line[self.file.write(line) :]
+            os.fsync(self.file.fileno())  # a checkpoint is never newer than the log on the disk
+        with self._board():
+            for name, value in values.items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
         if self.tracker is not None:
             self.tracker.scalars(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def image(self, step: int, tag: str, picture: np.ndarray) -> None:
         """Add an RGB picture (H, W, 3) uint8 to TensorBoard."""
-        self.board.add_image(tag, picture, step, dataformats="HWC")
+        with self._board():
+            self.board.add_image(tag, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         self.file.close()
-        self.board.close()
+        with self._board():
+            self.board.close()
         if self.tracker is not None:
             self.tracker.close()
+
+    def _board(self) -> contextlib.AbstractContextManager:
+        """Events are written by a thread, whose failure shows at the next event."""
+        return writing(self.path.with_name("TensorBoard events"))
 
 
 def read_log(path: Path) -> list[dict]:

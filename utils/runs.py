@@ -1,24 +1,33 @@
 """Run folders, devices, and stopping on a signal."""
 
+import contextlib
 import dataclasses
 import math
 import os
+import re
+import shutil
 import signal
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from utils.checkpoint import PREVIOUS
+from utils.checkpoint import PREVIOUS, CheckpointError
 from utils.config import ConfigError
+from utils.files import FULL, DiskError, remove_temporary, write_text
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic of a step already taken.
 # max_steps is among them: from the resumed step on, schedules follow the new length.
 RESUMABLE = frozenset({
     "data_root", "cache_dir", "runs_dir", "device", "workers", "log_interval", "save_interval", "val_interval",
     "val_start", "max_steps", "teacher_checkpoint", "memory_gb", "eval_batch", "window_batch", "diagnose_interval",
-    "logger",
+    "logger", "skip_nonfinite",
 })  # fmt: skip
 
 
@@ -71,10 +80,8 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
                 f"{folder}: cannot resume with another configuration ({shown}); only these may differ: "
                 f"{', '.join(sorted(RESUMABLE))}"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".yaml.tmp")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)
+    remove_temporary(folder)
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _plain(value: Any) -> Any:
@@ -109,7 +116,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        for name in STOPPING:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._note)
 
@@ -125,3 +132,63 @@ class StopSignal:
     def exit_code(self) -> int:
         """128 + signal number, as shells report it."""
         return 128 + (self.received or 0)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Of a loader process (worker_init_fn): a signal to stop is the training process's to act on.
+
+    Schedulers signal all processes of a job, and a terminal all of its foreground. A loader that died of it would take
+    the training down before it has saved. SIGTERM from the training process itself still ends the loader.
+    """
+    for name in STOPPING:
+        if hasattr(signal, name) and not (name == "SIGTERM" and hasattr(signal, "sigwaitinfo")):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def run_script(main: Callable[[], int], *expected: type[Exception]) -> int | str:
+    """What a training script hands to sys.exit: main's exit code or, for errors that have a cause outside of the code,
+    one line that says what to do. Other errors keep their traceback.
+
+    expected: further errors whose message is such a line.
+    """
+    hook = threading.excepthook
+
+    def quiet(arguments: threading.ExceptHookArgs) -> None:  # TensorBoard's thread: RunLog says it in one line
+        if not isinstance(arguments.exc_value, OSError) or arguments.exc_value.errno not in FULL:
+            hook(arguments)
+
+    threading.excepthook = quiet
+    try:
+        return main()
+    except (ConfigError, CheckpointError, DiskError, FloatingPointError, *expected) as problem:
+        return f"error: {problem}"
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid", str(error)):
+            raise
+        return f"error: {_dead_loader(str(error))}"
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved is intact, go on with --resume", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        threading.excepthook = hook
+
+
+def _dead_loader(message: str) -> str:
+    """Why a loader process most likely died, and what to do; `message` is torch's."""
+    with contextlib.suppress(OSError):
+        shared = shutil.disk_usage("/dev/shm")
+        message += f"; /dev/shm has {shared.free / 2**20:.0f} of {shared.total / 2**20:.0f} MB free"
+    return (
+        f"a loader process died ({' '.join(message.split())}). Most likely the machine ran out of memory (Killed) or "
+        f"of shared memory (Bus error; containers: --shm-size=8g). Use fewer with --opts workers=1, none with "
+        f"workers=0, or less memory_gb where the configuration has it; what was saved is intact, go on with --resume"
+    )
