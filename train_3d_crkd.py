@@ -13,6 +13,7 @@ Results go to runs/<dataset>/<method>/<network>-<labelled>/seed<k>/; `python tes
 import argparse
 import dataclasses
 import inspect
+import math
 import shlex
 import sys
 
@@ -30,7 +31,6 @@ from networks import NETWORKS, build_network, check_network
 from utils import figures, plugins
 from utils.checkpoint import (
     PREVIOUS,
-    CheckpointError,
     atomic_save,
     code_version,
     load_checkpoint,
@@ -56,8 +56,18 @@ from utils.config import (
 from utils.diagnosis import Diagnosis, findings
 from utils.distributed import World, join_world
 from utils.modes import weightless
+from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import Averages, RunLog, SilentLog, read_log
-from utils.runs import StopSignal, labelled_name, open_run, parse_labelled, resolve_device, run_folder
+from utils.runs import (
+    StopSignal,
+    labelled_name,
+    leave_signals_to_parent,
+    open_run,
+    parse_labelled,
+    resolve_device,
+    run_folder,
+    run_script,
+)
 from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
 from utils.trackers import LOGGERS, open_tracker, require_logger
@@ -106,6 +116,8 @@ class Config:
     weight_decay: float = 1e-4
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     amp: str = "off"  # off | bf16 | fp16
+    skip_nonfinite: int = 0  # steps that may be left out where a loss or gradient is not finite; 0: stop
+    deterministic: bool = False  # deterministic algorithms; utils/numerics.py says what they cannot guarantee
     compile: bool = False  # torch.compile of the network
     channels_last: bool = True  # memory order of weights and activations: 15 to 30 % off a step, on the CPU too
     # Validation, output
@@ -135,6 +147,7 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", help=", ".join(AMP_MODES))
+    parser.add_argument("--deterministic", action="store_true", default=None, help="deterministic algorithms")
     parser.add_argument("--compile", action="store_true", default=None, help="compile the network (torch.compile)")
     parser.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, help="channels-last memory order (the default)"
@@ -146,7 +159,9 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
         "--opts", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
     )  # fmt: skip
     args = parser.parse_args()
-    keys = ("method", "labelled", "network", "seed", "device", "amp", "compile", "channels_last", "logger")
+    keys = (
+        "method", "labelled", "network", "seed", "device", "amp", "deterministic", "compile", "channels_last", "logger"
+    )  # fmt: skip
     flags = {key: getattr(args, key) for key in keys}
     given = gather(args.config, args.opts, flags)
     args.plugins = plugins.plug_in(given, PLUGGABLE)
@@ -189,7 +204,7 @@ def validate(cfg: Config) -> None:
         ),
         "[0, inf)": (
             "workers", "seed", "memory_gb", "momentum", "weight_decay", "schedule_steps", "grad_clip", "min_lr",
-            "diagnose_interval",
+            "diagnose_interval", "skip_nonfinite",
         ),
         "(0, inf)": ("lr",),
     })  # fmt: skip
@@ -271,6 +286,8 @@ def main() -> int:
     resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
     world, name = join_world(cfg.device)
     device = resolve_device(name)
+    if cfg.deterministic:
+        use_deterministic(device, cfg.compile, quiet=not world.main)
 
     # Data: disjoint lists, everything that is trained on read and checked before the first step
     with constructing(args.config):
@@ -305,6 +322,7 @@ def main() -> int:
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = build_optimizer(cfg.optimizer, trained, cfg.lr, cfg.momentum, cfg.weight_decay, cfg.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+    watch = StepWatch(folder, {"method": method}, scaler, world, cfg.skip_nonfinite)
 
     # Resume
     start, best, averages = 0, {"dice": -1.0, "step": -1}, Averages()
@@ -317,6 +335,7 @@ def main() -> int:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"], world.rank)
+        watch.load_state_dict(state.get("watch", {}))
         start, best = state["step"], state["best"]
         averages.load_state_dict(state["averages"])
     tracker = open_tracker(cfg.logger, folder, dataclasses.asdict(cfg), start > 0) if world.main else None
@@ -340,14 +359,14 @@ def main() -> int:
             save_last({
                 **described, "weights": method.evaluated.state_dict(), "method": method.state_dict(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": random_states,
-                "step": step, "best": best, "averages": averages.state_dict(),
+                "step": step, "best": best, "averages": averages.state_dict(), "watch": watch.state_dict(),
             }, folder)  # fmt: skip
 
     def batches(split: str, size: int, augment, keys: tuple[str, ...], stream: int):
         return iter(DataLoader(
             PatchDataset(splits[split], dataset.read, augment, cfg.seed, keys=keys, stream=stream),
             batch_size=world.share(size, f"{split}_batch"), num_workers=cfg.workers, collate_fn=collate,
-            pin_memory=device.type == "cuda",
+            pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent,
             sampler=DrawSampler(
                 len(splits[split]), cfg.seed, start * size, cfg.max_steps * size, stream, size, world.rank, world.size
             ),
@@ -365,11 +384,12 @@ def main() -> int:
         steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step", disable=not world.main
     )
     for step in bar:  # one step = one batch, and one optimiser update for nearly all methods
-        labelled, unlabelled, cases = next(labelled_batches), None, []
-        labelled = {key: labelled[key].to(device, non_blocking=True) for key in ("image", "label")}
+        labelled, unlabelled = next(labelled_batches), None
+        cases = labelled.pop("case")
+        labelled = {key: value.to(device, non_blocking=True) for key, value in labelled.items()}
         if method.uses_unlabelled:
             unlabelled = next(unlabelled_batches)
-            cases = unlabelled.pop("case")
+            cases = cases + unlabelled.pop("case")
             if method.mixes:
                 unlabelled |= {f"mix_{key}": value for key, value in next(mix_batches).items() if key != "case"}
             unlabelled = {key: value.to(device, non_blocking=True) for key, value in unlabelled.items()}
@@ -383,28 +403,30 @@ def main() -> int:
         saves = done % cfg.save_interval == 0 or last or stopping
         logs = done % cfg.log_interval == 0 or last
         for _ in range(method.updates):  # one, but for methods that learn from a batch several times
+            watch.before()
             with autocast(device, cfg.amp):
                 terms = method.loss(labelled, unlabelled, step)  # the whole method: methods/<name>.py
                 loss = sum(terms.values())
-            if (logs or saves) and not torch.isfinite(loss):  # before the update, so that no checkpoint holds it
-                values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-                raise FloatingPointError(f"step {step}: the loss is not finite ({values}); unlabelled cases {cases}")
             diagnosis.measure(step, terms, scaler)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             world.average_gradients(trained)
-            if cfg.grad_clip:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-        method.after_step(step)
+            settles = logs or saves or validates
+            updated = watch.passes(step, terms, {"labelled": labelled, "unlabelled": unlabelled}, cases, settles)
+            if updated:  # else the step is left out
+                if cfg.grad_clip:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+                scaler.step(optimizer)
+                scaler.update()
+        if updated:
+            method.after_step(step)
+            averages.add(terms | method.monitor)
 
-        averages.add(terms | method.monitor)
         if logs:
             means = world.means(averages.take())
-            total = sum(means[name] for name in terms)
-            log.scalars(step, "train", {"loss": total, **means, "lr": lr})
+            total = sum(means.get(name, math.nan) for name in terms)  # NaN if all steps were left out
+            log.scalars(step, "train", {"loss": total, **means, "lr": lr, **watch.report()})
             bar.set_postfix(loss=f"{total:.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
         if saves or validates:
             world.average_statistics(method)
@@ -442,7 +464,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, FloatingPointError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_script(main, DataError))

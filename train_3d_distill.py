@@ -59,8 +59,9 @@ from utils.config import (
 from utils.diagnosis import Diagnosis, findings
 from utils.distributed import World, join_world
 from utils.modes import weightless
+from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import RunLog, SilentLog, read_log
-from utils.runs import StopSignal, open_run, resolve_device, run_folder
+from utils.runs import StopSignal, leave_signals_to_parent, open_run, resolve_device, run_folder, run_script
 from utils.schedules import poly_lr, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
 from utils.trackers import LOGGERS, open_tracker, require_logger
@@ -119,6 +120,8 @@ class Config:
     weight_decay: float = 5e-4
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     amp: str = "off"  # off | bf16 | fp16
+    skip_nonfinite: int = 0  # steps that may be left out where a loss or gradient is not finite; 0: stop
+    deterministic: bool = False  # deterministic algorithms; utils/numerics.py says what they cannot guarantee
     compile: bool = False  # torch.compile of the networks
     channels_last: bool = False  # memory order of weights and activations
     # Validation, output
@@ -145,6 +148,7 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", help=", ".join(AMP_MODES))
+    parser.add_argument("--deterministic", action="store_true", default=None, help="deterministic algorithms")
     parser.add_argument("--compile", action="store_true", default=None, help="compile the networks (torch.compile)")
     parser.add_argument("--channels-last", action="store_true", default=None, help="channels-last memory order")
     parser.add_argument("--logger", help="also log to wandb or mlflow, if installed")
@@ -154,7 +158,9 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
         "--opts", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
     )  # fmt: skip
     args = parser.parse_args()
-    keys = ("teacher", "student", "method", "seed", "device", "amp", "compile", "channels_last", "logger")
+    keys = (
+        "teacher", "student", "method", "seed", "device", "amp", "deterministic", "compile", "channels_last", "logger"
+    )  # fmt: skip
     flags = {key: getattr(args, key) for key in keys}
     given = gather(args.config, args.opts, flags)
     args.plugins = plugins.plug_in(given, PLUGGABLE)
@@ -194,7 +200,7 @@ def validate(cfg: Config) -> None:
         ),
         "[0, inf)": (
             "workers", "seed", "teacher_seed", "val_start", "momentum", "weight_decay", "grad_clip", "min_lr",
-            "diagnose_interval",
+            "diagnose_interval", "skip_nonfinite",
         ),
         "(0, inf)": ("lr",), "[0, 1)": ("overlap",),
         "[0, 1]": ("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
@@ -319,6 +325,8 @@ def main() -> int:
     resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
     world, name = join_world(cfg.device)
     device = resolve_device(name)
+    if cfg.deterministic:
+        use_deterministic(device, cfg.compile, quiet=not world.main)
 
     # Data: three disjoint lists, everything read and checked before the first step
     with constructing(args.config):
@@ -357,6 +365,8 @@ def main() -> int:
     trained = [p for module in (student, kd) if module is not None for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+    modules = {"student": student} if kd is None else {"student": student, "method": kd}
+    watch = StepWatch(folder, modules, scaler, world, cfg.skip_nonfinite)
 
     # Resume
     start, best, totals, counted = 0, {"dice": -1.0, "step": -1}, {}, 0
@@ -371,6 +381,7 @@ def main() -> int:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"], world.rank)
+        watch.load_state_dict(state.get("watch", {}))
         start, best, totals, counted = state["step"], state["best"], state["totals"], state["counted"]
     tracker = open_tracker(cfg.logger, folder, dataclasses.asdict(cfg), start > 0) if world.main else None
     log = RunLog(folder, start, tracker) if world.main else SilentLog()
@@ -394,6 +405,7 @@ def main() -> int:
                 **described, "weights": student.state_dict(), "method": kd.state_dict() if kd is not None else {},
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": random_states,
                 "step": step, "best": best, "totals": totals, "counted": counted,
+                "watch": watch.state_dict(),
             }, folder)  # fmt: skip
 
     # A process loads its part of the cases of each batch or, where that does not come out even, of each case's crops.
@@ -404,7 +416,7 @@ def main() -> int:
     loader = DataLoader(
         PatchDataset(splits["train"], dataset.training_sample, augment, cfg.seed, cfg.crops_per_case, kept=kept),
         batch_size=cfg.cases_per_batch // size, num_workers=cfg.workers, collate_fn=collate,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # or the loader would draw from the state that a resumed run has just restored
         sampler=DrawSampler(
             len(splits["train"]), cfg.seed, start * cfg.cases_per_batch, cfg.max_steps * cfg.cases_per_batch,
@@ -424,6 +436,7 @@ def main() -> int:
         label = batch["label"].to(device, non_blocking=True)  # (B, 1 or K, H, W, D)
         lr = poly_lr(step, cfg.lr, cfg.max_steps, cfg.min_lr)
         set_lr(optimizer, lr)
+        watch.before()
         with autocast(device, cfg.amp):
             student_out = student(image, return_features=True)
             terms = {"seg": seg_loss(student_out.logits, label)}
@@ -438,26 +451,24 @@ def main() -> int:
         stopping = world.any(bool(stop))
         saves = validates or done % cfg.save_interval == 0 or stopping
         logs = last or done % cfg.log_interval == 0
-        # .item() makes a GPU wait, so there the loss is looked at only when it is logged, or about to be saved.
-        if (device.type == "cpu" or logs or saves) and not math.isfinite(loss.item()):
-            values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-            raise FloatingPointError(f"step {step}: the loss is not finite ({values}); cases {batch['case']}")
         diagnosis.measure(step, terms, scaler)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         world.average_gradients(trained)
-        if cfg.grad_clip:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
+        if watch.passes(step, terms, batch, batch["case"], wait=logs or saves):  # else the step is left out
+            if cfg.grad_clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
+            counted += 1
 
-        totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
-        counted += 1
         if logs:
             means = world.means({name: value.item() / counted for name, value in totals.items()})
-            log.scalars(step, "train", {"loss": sum(means.values()), **means, "lr": lr})
-            bar.set_postfix(loss=f"{sum(means.values()):.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
+            total = sum(means.values()) if means else math.nan  # of no step but such that were left out
+            log.scalars(step, "train", {"loss": total, **means, "lr": lr, **watch.report()})
+            bar.set_postfix(loss=f"{total:.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
             totals, counted = {}, 0
         if saves:
             world.average_statistics(student)
@@ -492,7 +503,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, FloatingPointError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_script(main, DataError))
