@@ -1,0 +1,526 @@
+"""The documents keep their word: their commands run, their links lead somewhere, their tables are those of the code.
+
+The fenced `sh` blocks of every document are run by a shell in a workspace of phantoms. `python` is there a small script
+that hands its arguments to this process, so that no interpreter is started; what makes a command small enough is in the
+tables below, and nothing else is changed. What is not run is in NOT_RUN, with the reason.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
+import os
+import re
+import runpy
+import select
+import shutil
+import stat
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import train_2d_crkd
+import train_3d_crkd
+import train_3d_distill
+from losses import KD_METHODS
+from methods import SSL_METHODS
+from networks import NETWORKS, build_network
+from tests.scripts.conftest import Result, make_workspace
+from tests.scripts.conftest import run as run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "RESULTS.md", *(ROOT / "docs").glob("*.md")])
+TRAINING = ("train_3d_distill.py", "train_2d_crkd.py", "train_3d_crkd.py")
+TESTING = {"train_3d_distill.py": "test_3d.py", "train_3d_crkd.py": "test_3d.py", "train_2d_crkd.py": "test_2d.py"}
+
+# --- what makes a command small ---
+
+# KEY=VALUE settings that every training gets after its own.
+SETTINGS = ["max_steps=2", "val_interval=2", "log_interval=1", "workers=0"]
+# Flags whose values are replaced, by script (and, for generated data, by data set).
+VALUES: dict[str, dict[str, list[str]]] = {
+    "tools/make_splits.py": {"--counts": ["3", "1", "1"], "--val": ["3"]},
+    "tools/make_demo_data.py btcv": {"--cases": ["4"], "--shape": ["24", "20", "16"]},
+    "tools/make_demo_data.py word": {"--cases": ["4"], "--shape": ["24", "20", "16"]},
+    "tools/make_demo_data.py brats21": {"--cases": ["6"], "--shape": ["24", "24", "24"]},
+    "tools/make_demo_data.py acdc": {"--cases": ["16"], "--shape": ["32", "32"]},
+    "tools/make_demo_data.py la": {"--cases": ["12"], "--shape": ["24", "24", "20"]},
+    "tools/make_demo_data.py kvasir": {"--cases": ["30"], "--shape": ["32", "32"]},
+    "tools/make_demo_data.py isic2018": {"--cases": ["30"], "--shape": ["32", "32"]},
+}
+# Keys of the configurations, in the workspace's copies.
+WIDTHS = {
+    "resunet": {"channels": [4, 4, 8, 8]}, "segresnet": {"init_filters": 4}, "unet": {"channels": [2, 4, 4, 8]},
+    "espnetv2": {"channels": [16, 32, 48, 64]}, "mobile_unet": {"width": 0.25},
+    "lcovnet": {"channels": [4, 6, 8, 12, 16]}, "unet2d": {"channels": [4, 4, 8, 8, 8]}, "vnet": {"n_filters": 4},
+    "vnet_dual": {"n_filters": 4}, "vnet_lefed": {"n_filters": 4},
+}  # fmt: skip
+NARROW = {"network_args": WIDTHS}
+NIFTI = {"patch_size": [32, 32, 32], "spacing": [2.0, 2.0, 2.0], "window_batch": 1, "rot90_prob": 0.0, **NARROW}
+PHANTOM_CT = NIFTI | {"spacing": [12.0, 12.0, 14.0]}
+SLICES = {"patch_size": [32, 32], "labelled_batch": 2, "unlabelled_batch": 2, **NARROW}
+VOLUMES = {"patch_size": [16, 16, 16], "stride": [16, 16, 16], "val_stride": [16, 16, 16], **NARROW}
+OWN_LISTS = {"split_dir": ""}  # of the JSON
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "btcv": NIFTI, "hippocampus": NIFTI, "word": NIFTI, "spleen": NIFTI | OWN_LISTS, "pancreas": NIFTI | OWN_LISTS,
+    "brats21": {"patch_size": [32, 32, 32], **NARROW, **OWN_LISTS}, "demo_btcv": PHANTOM_CT, "demo_word": PHANTOM_CT,
+    "demo_brats21": {"patch_size": [32, 32, 32], **NARROW}, "acdc": SLICES | {"split_dir": "data/ACDC/splits"},
+    "demo_acdc": SLICES, "isic2018": SLICES, "demo_isic2018": SLICES, "kvasir": SLICES | {"split_dir": "splits/kvasir"},
+    "demo_kvasir": SLICES, "la": VOLUMES | {"split_dir": "data/LA/splits"}, "demo_la": VOLUMES,
+}  # fmt: skip
+# What a block gets in its environment, by document: RESULTS.md trains every trial of the ablation.
+ENVIRONMENT = {"RESULTS.md": {"ONLY": "default|joint"}}
+NOT_RUN = {
+    "scripts/test.sh": "runs the tests, this one too",
+    "scripts/bench.sh": "takes half an hour; every benchmark has a test of its own",
+    "benchmarks/data_speed.py": "a measurement, with a test of its own",
+    "-m venv": "makes an environment",
+    "-m pip": "installs",
+    "tensorboard": "a server",
+}
+
+
+# --- reading ---
+
+
+def blocks(document: Path, language: str) -> Iterator[tuple[int, str]]:
+    """(line number, text) of the fenced code blocks of a language."""
+    lines = document.read_text(encoding="utf-8").splitlines()
+    start, kind, margin = None, "", 0
+    for number, line in enumerate(lines):
+        fence = re.match(r"( *)```(\S*)", line)
+        if fence and start is None:
+            start, kind, margin = number + 1, fence[2], len(fence[1])
+        elif fence:
+            if kind == language:
+                yield start + 1, "\n".join(text[margin:] for text in lines[start:number]) + "\n"
+            start = None
+    assert start is None, f"{document.name}: a code block is not closed"
+
+
+def prose(document: Path) -> str:
+    """The text outside of code blocks."""
+    return re.sub(r"^ *```.*?^ *```", "", document.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def ids(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+COMMANDS = {
+    f"{ids(document)}:{line}": text for document in DOCUMENTS for line, text in blocks(document, "sh")
+}  # fmt: skip
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", lambda m: m[1] or "", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(document: Path) -> set[str]:
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", prose(document), re.M)}
+
+
+def flags_of(script: Path) -> set[str]:
+    """The flags that a Python script's parser or a shell script's `case` knows, read off its source."""
+    text = script.read_text(encoding="utf-8")
+    if script.suffix == ".sh":
+        return set(re.findall(r"^ *(--[a-z-]+)\)", text, re.M))
+    found = {"--help"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            found |= {name for name in names if isinstance(name, str) and name.startswith("--")}
+            optional = any(k.arg == "action" and "BooleanOptional" in ast.unparse(k.value) for k in node.keywords)
+            found |= {f"--no-{name[2:]}" for name in names if optional}
+    if script.name == "make_splits.py":
+        found |= flags_of(script.with_name("make_splits_2d.py"))
+    return found
+
+
+def scripts() -> list[Path]:
+    folders = [ROOT, ROOT / "tools", ROOT / "scripts", ROOT / "benchmarks", ROOT / "docs" / "figures"]
+    return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".py", ".sh")]
+
+
+# --- quick checks ---
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_links_lead_somewhere(document):
+    text = prose(document)
+    for label, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (document.parent / path).resolve() if path else document
+        assert found.exists(), f"[{label}]({target}): no such file"
+        assert found.is_relative_to(ROOT), f"[{label}]({target}): outside of the repository"
+        assert not anchor or anchor in anchors(found), f"[{label}]({target}): no such heading"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_files_of_the_tree_exist(document):
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
+    made = {"data", "runs", "cache"}  # by users
+    names = re.findall(rf"`((?:(?:{folders})/)?[\w./-]+\.(?:py|md|yaml|sh|cff|toml))[`:]", prose(document))
+    for name in names:
+        known = [path for path in (ROOT / name, document.parent / name, ROOT / "configs" / name) if path.is_file()]
+        mine = name.split("/")[0] in made or any(Path(name).name in text for _, text in blocks(document, "python"))
+        assert known or mine or name in ("config.yaml", "configs/mine.yaml"), f"{name}: no such file"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_flags_exist(document):
+    everything = {flag for script in scripts() for flag in flags_of(script)}
+    everything |= {"--" + "no-channels-last", "--nproc_per_node", "--standalone"}
+    for flag in re.findall(r"`(--[a-zA-Z][\w-]*)", prose(document)):
+        assert flag in everything, f"{flag}: no script has it"
+
+
+@pytest.mark.parametrize("place", COMMANDS)
+def test_commands_are_shell_and_their_flags_those_of_the_script(place):
+    text = COMMANDS[place]
+    subprocess.run(["sh", "-n"], input=text, text=True, check=True)
+    joined = re.sub(r"\\\n", " ", re.sub(r"<<'(\w+)'\n.*?^\1$", "", text, flags=re.S | re.M))
+    for line in joined.splitlines():
+        match = re.search(r"(?:python|torchrun|sh)[^#\n]*?\s((?:[\w.]+/)*[\w.]+\.(?:py|sh))\s?(.*)", line)
+        if not match:
+            continue
+        script, rest = ROOT / match[1], match[2].split(" # ")[0]
+        assert script.is_file(), f"{place}: {match[1]}: no such script"
+        used = set(re.findall(r"(?<![\w=-])--[a-zA-Z][\w-]*", rest))
+        assert used <= flags_of(script), f"{place}: {match[1]} has no {', '.join(sorted(used - flags_of(script)))}"
+
+
+@pytest.mark.parametrize("script, document", [
+    *((script, "docs/training.md") for script in TRAINING), ("test_2d.py", "docs/testing.md"),
+    ("test_3d.py", "docs/testing.md"),
+])  # fmt: skip
+def test_every_flag_is_described(script, document):
+    missing = flags_of(ROOT / script) - {"--help"} - set(re.findall(r"--[\w-]+", prose(ROOT / document)))
+    assert not missing, f"{document} does not describe {', '.join(sorted(missing))} of {script}"
+
+
+def test_every_key_is_described():
+    text = prose(ROOT / "docs/training.md").partition("## Keys")[2].partition("## Run folder")[0]
+    rows = [row.split("|")[1] for row in text.splitlines() if row.startswith("| `")]
+    described = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    modules = (train_3d_distill, train_2d_crkd, train_3d_crkd)
+    keys = {field.name for module in modules for field in dataclasses.fields(module.Config)}
+    assert described == keys
+
+
+def test_arguments_and_defaults_of_methods():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    lines = re.findall(r"- Arguments \(`(\w+)`\): `(.*)`$", text, re.M)
+    stated = {name: yaml.safe_load(arguments) for name, arguments in lines}
+    assert stated.keys() == KD_METHODS.keys() | SSL_METHODS.keys()
+    given = {"self", "preset", "student_channels", "teacher_channels", "num_classes", "multilabel"}
+    given |= {"make_network", "max_steps"}
+    for name, cls in (KD_METHODS | SSL_METHODS).items():
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        actual = {p.name: p.default for p in parameters if p.name not in given}
+        actual = {key: list(value) if isinstance(value, tuple) else value for key, value in actual.items()}
+        assert stated[name] == actual, name
+    for name, cls in (KD_METHODS | SSL_METHODS | NETWORKS).items():
+        assert f"../{cls.__module__.replace('.', '/')}.py)" in text, f"{name}: its file is not linked"
+
+
+def test_networks_are_described():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", text.partition("## Networks")[2], re.M))
+    assert rows.keys() == NETWORKS.keys()
+    classes = {"unet2d": (1, 4), "vnet": (1, 2), "vnet_dual": (1, 2), "vnet_lefed": (1, 2)}
+    for name, row in rows.items():
+        network = build_network(name, *classes.get(name, (1, 14)))
+        count, stride = sum(p.numel() for p in network.parameters()), NETWORKS[name].stride
+        assert f"| {count:,}" in row and f"| {stride} |" in row, name
+
+
+def test_documents_are_found_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/[\w.]+\.md)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert linked >= {ids(document) for document in DOCUMENTS if document.parent.name == "docs"}
+
+
+def test_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "title", "message", "type", "license", "authors", "references"} <= citation.keys()
+    assert citation["license"] == "Apache-2.0" and citation["type"] == "software"
+    for entry in [citation, *citation["references"]]:
+        assert entry["title"] and all(author.get("name") or author.get("family-names") for author in entry["authors"])
+        assert entry is citation or entry["type"] in ("article", "conference-paper", "software", "dataset")
+
+
+# --- running the commands ---
+
+PYTHON = r"""#!/bin/sh
+# Hands its arguments to the test process and shows what comes back.
+[ "$1" != - ] || cat > "$SERVER/stdin"
+printf '%s\0' "$#" "$(basename "$0")" "$@" > "$SERVER/request"
+read -r code < "$SERVER/reply"
+cat "$SERVER/out"
+cat "$SERVER/err" >&2
+exit "$code"
+"""
+SLURM = {"scontrol": "#!/bin/sh\necho node0\n", "srun": '#!/bin/sh\nexec "$@"\n'}
+
+
+class Workspace:
+    """A folder with small configurations and phantoms where the documents expect data, and a shell in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.done = folder, set()
+        self.server = folder / "server"
+        for name in ("server", "bin", "configs", ".venv/bin"):
+            (folder / name).mkdir(parents=True)
+        for fifo in ("request", "reply"):
+            os.mkfifo(self.server / fifo)
+        for name, text in {"python": PYTHON, "torchrun": PYTHON, "tensorboard": PYTHON, **SLURM}.items():
+            _executable(folder / "bin" / name, text)
+        _executable(folder / ".venv/bin/python", PYTHON)
+        for name in ("requirements.txt", "requirements-dev.txt"):
+            shutil.copy(ROOT / name, folder / name)
+            stamp = (ROOT / "requirements.txt").read_text() + (ROOT / name).read_text()  # scripts/setup.sh
+            (folder / f".venv/installed-{name}").write_text(stamp)
+        shutil.copytree(ROOT / "scripts", folder / "scripts")
+        for name in NOT_RUN:
+            if name.endswith(".sh"):
+                (folder / name).write_text("exit 0\n")
+        for path in (ROOT / "configs").glob("*.yaml"):
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            overlay = {key: value for key, value in CONFIGURATIONS[path.stem].items() if self._takes(content, key)}
+            (folder / "configs" / path.name).write_text(_as_yaml(path.read_text(encoding="utf-8"), content | overlay))
+        self._make_data()
+
+    @staticmethod
+    def _takes(content: dict, key: str) -> bool:
+        return not (key == "spacing" and content.get("format") == "brats")
+
+    def _make_data(self) -> None:
+        """Every data set at its place: balls and boxes in NIfTI, and what tools/make_demo_data.py generates."""
+        data, tiny = self.folder / "data", make_workspace(self.folder / "tiny") / "data"
+        for root, datalist in (
+            ("WORD", "dataset.json"), ("Task04_Hippocampus", "dataset.json"), ("Task09_Spleen", "dataset.json"),
+            ("Task07_Pancreas", "dataset.json"), ("mine", "dataset.json"),
+        ):  # fmt: skip
+            shutil.copytree(tiny, data / root)
+            (data / root / "dataset_0.json").rename(data / root / datalist)
+        btcv = data / "synapse_raw"
+        for part, name in (("imagesTr", "img"), ("labelsTr", "label")):
+            (btcv / part).mkdir(parents=True)
+            for number, path in enumerate(sorted((tiny / part).iterdir()), 1):
+                shutil.copy(path, btcv / part / f"{name}{number:04d}.nii.gz")
+        entries = [
+            {"image": f"imagesTr/img{k:04d}.nii.gz", "label": f"labelsTr/label{k:04d}.nii.gz"} for k in range(1, 8)
+        ]
+        (btcv / "dataset_0.json").write_text(yaml.safe_dump({"training": entries}, default_flow_style=True))
+        lists = {"btcv": ("img{:04d}", "val"), "hippocampus": ("case{}", "test")}
+        for name, (pattern, last) in lists.items():
+            folder = self.folder / "splits" / name
+            folder.mkdir(parents=True)
+            for split, numbers in {"train": (1, 2, 3, 4), "val": (5,), last: (6,)}.items():
+                (folder / f"{split}.txt").write_text("".join(pattern.format(k) + "\n" for k in numbers))
+        for name, root in (
+            ("brats21", "brats21"), ("acdc", "ACDC"), ("la", "LA"), ("kvasir", "Kvasir-SEG"), ("isic2018", "ISIC2018"),
+        ):  # fmt: skip
+            words = ["tools/make_demo_data.py", "--dataset", name, "--out", f"data/{root}"]
+            assert self.execute(["python", *words]).returncode == 0
+        # As downloaded: no train and val folders, and no lists
+        kvasir = data / "Kvasir-SEG"
+        for part in ("images", "masks"):
+            (kvasir / part).mkdir()
+            for path in sorted(kvasir.glob(f"*/{part}/*")):
+                path.rename(kvasir / part / path.name)
+        for path in [*kvasir.glob("ratio_*"), kvasir / "train", kvasir / "val"]:
+            shutil.rmtree(path)
+        for path in kvasir.glob("*.txt"):
+            path.unlink()
+        # The released checkpoint of docs/training.md
+        network = build_network("resunet", 1, 14, **WIDTHS["resunet"])
+        weights = {f"segmentor.backbone.{key}": value for key, value in network.state_dict().items()}
+        torch.save({"state_dict": weights}, self.folder / "best_Dice_81-69_epoch_800.pth")
+
+    def shell(self, text: str, environment: dict[str, str]) -> tuple[int, str]:
+        """Exit status and output of a block run by `sh -e`, whose Python commands this process runs."""
+        environment = environment | {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SERVER": str(self.server), "SLURM_JOB_ID": "1",
+            "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node0",
+        }  # fmt: skip
+        script, log = self.server / "script.sh", self.server / "log"
+        script.write_text(text, encoding="utf-8")
+        request = os.open(self.server / "request", os.O_RDWR | os.O_NONBLOCK)  # open for writing too: no end of file
+        try:
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    ["sh", "-e", str(script)], cwd=self.folder, env=os.environ | environment, stdout=output,
+                    stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                received = b""
+                while process.poll() is None:
+                    if select.select([request], [], [], 0.02)[0]:
+                        received += os.read(request, 65536)
+                    words = received.decode().split("\0")
+                    if len(words) < 3 or len(words) < int(words[0]) + 3:
+                        continue
+                    received = b""
+                    result = self.execute(words[1:-1])
+                    (self.server / "out").write_text(result.stdout, encoding="utf-8")
+                    (self.server / "err").write_text(result.stderr, encoding="utf-8")
+                    (self.server / "reply").write_text(f"{result.returncode}\n")
+        finally:
+            os.close(request)
+        return process.returncode, log.read_text(encoding="utf-8")
+
+    def execute(self, words: list[str]) -> Result:
+        """Run `python ...` or `torchrun ...` in this process; torchrun's script in one process, with its flags checked
+        (tests/scripts/test_distributed.py runs several)."""
+        program, *words = words
+        if program == "torchrun":
+            parsed = torch.distributed.run.get_args_parser().parse_args(words)
+            words = [parsed.training_script, *parsed.training_script_args]
+        if {program, words[0], " ".join(words[:2])} & NOT_RUN.keys():
+            return Result(0, "", "")
+        if words[0] == "-m":
+            return self._in_process(lambda: runpy.run_module(words[1], run_name="__main__", alter_sys=True), words[1:])
+        if words[0] == "-":
+            shutil.copy(self.server / "stdin", self.folder / "stdin.py")
+            return run_script(str(self.folder / "stdin.py"), *words[1:], cwd=self.folder, ok=False)
+        script, *arguments = words
+        arguments = self._small(script, arguments)
+        key = (script, *arguments)
+        if key in self.done and script in (*TRAINING, *TESTING.values()):
+            return Result(0, "", "")
+        if "--show-run" not in arguments:
+            self._provide(script, arguments)
+        own = self.folder / script
+        result = run_script(str(own if own.is_file() else script), *arguments, cwd=self.folder, ok=False)
+        self.done |= {key} if result.returncode == 0 and "--show-run" not in arguments else set()
+        return result
+
+    def _in_process(self, function, argv: list[str]) -> Result:
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        before, directory = sys.argv, Path.cwd()
+        try:
+            os.chdir(self.folder)
+            sys.argv = argv
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                function()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except Exception:
+            err.write(traceback.format_exc())
+            code = 1
+        finally:
+            os.chdir(directory)
+            sys.argv = before
+        return Result(code, out.getvalue(), err.getvalue())
+
+    @staticmethod
+    def _small(script: str, arguments: list[str]) -> list[str]:
+        """The arguments with the tables at the head of this file, and on the CPU."""
+        table = f"{script} {value_of(arguments, '--dataset')}" if script.endswith("make_demo_data.py") else script
+        replaced = VALUES.get(table, {})
+        if script.endswith("make_demo_data.py"):
+            arguments = [*arguments, *(flag for flag in replaced if flag not in arguments)]
+        grouped: list[list[str]] = [[]]
+        for word in arguments:
+            grouped += [[word]] if word.startswith("--") else []
+            if not word.startswith("--"):
+                grouped[-1].append(word)
+        for group in grouped:
+            if group and group[0] in replaced:
+                group[1:] = replaced[group[0]]
+            if group and group[0] == "--device":
+                group[1:] = ["cpu"]
+        if script in TRAINING:
+            options = next((group for group in grouped if group and group[0] == "--opts"), None)
+            if options is None:
+                grouped.append(options := ["--opts"])
+            options[:] = [word for word in options if not word.startswith("device=")] + SETTINGS
+        return [word for group in grouped for word in group]
+
+    def _provide(self, script: str, arguments: Sequence[str]) -> None:
+        """What a command relies on: runs that another document trains. A training that is not resumed starts clean."""
+        training = script in TRAINING
+        if training:
+            shown = run_script(script, *arguments, "--show-run", cwd=self.folder, ok=False)
+            own = Path(shown.stdout.strip() or "none")
+            if "--resume" not in arguments and shown.returncode == 0 and own != Path("none"):
+                shutil.rmtree(self.folder / own, ignore_errors=True)
+            method, teacher = value_of(arguments, "--method"), value_of(arguments, "--teacher") or "resunet"
+            seed = next((a.split("=")[1] for a in arguments if a.startswith("teacher_seed=")), "0")
+            if script == "train_3d_distill.py" and method != "supervised":
+                config = Path(value_of(arguments, "--config")).stem
+                self._train(Path(f"runs/{config}/supervised/{teacher}/seed{seed}"), tested=False)
+        for word in arguments:
+            for found in re.findall(r"runs/[\w-]+/[\w-]+/[\w.%-]+/seed[\w-]+", word):
+                self._train(Path(found), tested=not training and script not in TESTING.values())
+
+    def _train(self, run: Path, tested: bool) -> None:
+        """Make a run folder that is not there by the command that its name stands for."""
+        _, dataset, method, networks, seed = run.parts
+        script = "train_3d_distill.py"
+        config = yaml.safe_load((self.folder / f"configs/{dataset}.yaml").read_text(encoding="utf-8"))
+        words = ["--config", f"configs/{dataset}.yaml", "--method", method, "--seed", re.match(r"seed(\d+)", seed)[1]]
+        if "labelled" in config:
+            script = "train_3d_crkd.py" if len(config["patch_size"]) == 3 else "train_2d_crkd.py"
+            words += ["--labelled", networks.rpartition("-")[2]]
+        elif method == "supervised":
+            words += ["--student", networks]
+        else:
+            words += ["--teacher", networks.split("-")[0], "--student", networks.split("-")[1]]
+        if not (self.folder / run / "best.pt").is_file():
+            result = self.execute(["python", script, *words])
+            assert result.returncode == 0, result.stderr
+            assert (self.folder / run / "best.pt").is_file(), f"{run}: {script} {' '.join(words)} makes another folder"
+        if tested and not (self.folder / run / "summary.json").is_file():
+            result = self.execute(["python", TESTING[script], "--ckpt", f"{run}/best.pt"])
+            assert result.returncode == 0, result.stderr
+
+
+def value_of(arguments: Sequence[str], flag: str) -> str | None:
+    """The word after a flag."""
+    return next((b for a, b in itertools.pairwise(arguments) if a == flag), None)
+
+
+def _executable(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def _as_yaml(original: str, content: dict) -> str:
+    """The comments at the head and the keys, one a line: shell scripts read some by line."""
+    head = "".join(line for line in original.splitlines(True) if line.startswith("#"))
+    return head + yaml.safe_dump(content, default_flow_style=None, sort_keys=False, width=10**6)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if any(blocks(d, "sh"))], ids=ids)
+def test_commands_run(document, workspace):
+    for line, text in blocks(document, "sh"):
+        code, output = workspace.shell(text, ENVIRONMENT.get(document.name, {}))
+        assert code == 0, f"{ids(document)}, line {line}:\n{text}\n{output[-3000:]}"
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_by_their_script(tmp_path):
+    run_script("docs/figures/draw.py", "--out", str(tmp_path), cwd=ROOT)
+    for committed in (ROOT / "docs/figures").glob("*.png"):
+        assert (tmp_path / committed.name).is_file(), f"{committed.name} is not drawn by docs/figures/draw.py"
+        assert committed.stat().st_size < 2**20
