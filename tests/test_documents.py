@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.run
 import yaml
 
 import train_2d_crkd
@@ -280,7 +281,8 @@ class Workspace:
     """A folder with small configurations and phantoms where the documents expect data, and a shell in it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.done = folder, set()
+        self.folder, self.document = folder, ""
+        self.owner: dict[Path, tuple[str, tuple[str, ...]]] = {}  # run folder -> document and command that made it
         self.server = folder / "server"
         for name in ("server", "bin", "configs", ".venv/bin"):
             (folder / name).mkdir(parents=True)
@@ -351,9 +353,10 @@ class Workspace:
         weights = {f"segmentor.backbone.{key}": value for key, value in network.state_dict().items()}
         torch.save({"state_dict": weights}, self.folder / "best_Dice_81-69_epoch_800.pth")
 
-    def shell(self, text: str, environment: dict[str, str]) -> tuple[int, str]:
+    def shell(self, document: str, text: str) -> tuple[int, str]:
         """Exit status and output of a block run by `sh -e`, whose Python commands this process runs."""
-        environment = environment | {
+        self.document = document
+        environment = ENVIRONMENT.get(document, {}) | {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SERVER": str(self.server), "SLURM_JOB_ID": "1",
             "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node0",
         }  # fmt: skip
@@ -398,15 +401,10 @@ class Workspace:
             return run_script(str(self.folder / "stdin.py"), *words[1:], cwd=self.folder, ok=False)
         script, *arguments = words
         arguments = self._small(script, arguments)
-        key = (script, *arguments)
-        if key in self.done and script in (*TRAINING, *TESTING.values()):
+        if "--show-run" not in arguments and self._provide(script, arguments):
             return Result(0, "", "")
-        if "--show-run" not in arguments:
-            self._provide(script, arguments)
         own = self.folder / script
-        result = run_script(str(own if own.is_file() else script), *arguments, cwd=self.folder, ok=False)
-        self.done |= {key} if result.returncode == 0 and "--show-run" not in arguments else set()
-        return result
+        return run_script(str(own if own.is_file() else script), *arguments, cwd=self.folder, ok=False)
 
     def _in_process(self, function, argv: list[str]) -> Result:
         out, err, code = io.StringIO(), io.StringIO(), 0
@@ -450,22 +448,33 @@ class Workspace:
             options[:] = [word for word in options if not word.startswith("device=")] + SETTINGS
         return [word for group in grouped for word in group]
 
-    def _provide(self, script: str, arguments: Sequence[str]) -> None:
-        """What a command relies on: runs that another document trains. A training that is not resumed starts clean."""
+    def _provide(self, script: str, arguments: Sequence[str]) -> bool:
+        """Make what a command relies on; -> whether the command has been run for another document already.
+
+        Every document starts without the runs of the others, and follows on its own: what it trains twice in one
+        folder is as much of a mistake as it would be for a reader.
+        """
         training = script in TRAINING
         if training:
             shown = run_script(script, *arguments, "--show-run", cwd=self.folder, ok=False)
-            own = Path(shown.stdout.strip() or "none")
-            if "--resume" not in arguments and shown.returncode == 0 and own != Path("none"):
+            if shown.returncode:
+                return False
+            own = Path(shown.stdout.strip())
+            document, command = self.owner.get(own, ("", ()))
+            if document != self.document:
+                if command == (script, *arguments) and (self.folder / own / "last.pt").is_file():
+                    return True
                 shutil.rmtree(self.folder / own, ignore_errors=True)
-            method, teacher = value_of(arguments, "--method"), value_of(arguments, "--teacher") or "resunet"
+            self.owner[own] = self.document, (script, *arguments)
+            teacher = value_of(arguments, "--teacher") or "resunet"
             seed = next((a.split("=")[1] for a in arguments if a.startswith("teacher_seed=")), "0")
-            if script == "train_3d_distill.py" and method != "supervised":
+            if script == "train_3d_distill.py" and value_of(arguments, "--method") != "supervised":
                 config = Path(value_of(arguments, "--config")).stem
                 self._train(Path(f"runs/{config}/supervised/{teacher}/seed{seed}"), tested=False)
         for word in arguments:
             for found in re.findall(r"runs/[\w-]+/[\w-]+/[\w.%-]+/seed[\w-]+", word):
                 self._train(Path(found), tested=not training and script not in TESTING.values())
+        return False
 
     def _train(self, run: Path, tested: bool) -> None:
         """Make a run folder that is not there by the command that its name stands for."""
@@ -481,7 +490,9 @@ class Workspace:
         else:
             words += ["--teacher", networks.split("-")[0], "--student", networks.split("-")[1]]
         if not (self.folder / run / "best.pt").is_file():
+            document, self.document = self.document, f"(needed by {self.document})"
             result = self.execute(["python", script, *words])
+            self.document = document
             assert result.returncode == 0, result.stderr
             assert (self.folder / run / "best.pt").is_file(), f"{run}: {script} {' '.join(words)} makes another folder"
         if tested and not (self.folder / run / "summary.json").is_file():
@@ -514,7 +525,7 @@ def workspace(tmp_path_factory) -> Workspace:
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if any(blocks(d, "sh"))], ids=ids)
 def test_commands_run(document, workspace):
     for line, text in blocks(document, "sh"):
-        code, output = workspace.shell(text, ENVIRONMENT.get(document.name, {}))
+        code, output = workspace.shell(document.name, text)
         assert code == 0, f"{ids(document)}, line {line}:\n{text}\n{output[-3000:]}"
 
 
