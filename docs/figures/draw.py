@@ -115,15 +115,15 @@ def acf_bckd() -> plt.Figure:
     box(axes, 7.75, 2.95, "HBD\non label boundaries", VERMILION, 1.55)
     box(axes, 9.4, 2.95, "SBD\nby distance", VERMILION, 1.3)
     arrow(axes, (7.4, 3.99), (7.65, 3.26), BLUE, dashed=True)
-    arrow(axes, (7.95, 4.2), (9.3, 3.26), BLUE, dashed=True, bend=-0.15)
+    arrow(axes, (7.95, 4.2), (9.3, 3.26), BLUE, dashed=True, bend=-0.1)
     arrow(axes, (7.4, 1.01), (7.65, 2.64), ORANGE)
     arrow(axes, (7.95, 0.85), (9.3, 2.64), ORANGE, bend=0.2)
     box(axes, 9.4, 0.7, "$L_{seg}$", VERMILION, 1.0)
     arrow(axes, (7.95, 0.7), (8.9, 0.7), ORANGE)
-    box(axes, 8.6, 1.8, "label", GREEN, 0.8, 0.42)
-    arrow(axes, (8.45, 2.01), (8.0, 2.64), GREEN, dashed=True)
-    arrow(axes, (8.8, 1.59), (9.25, 1.01), GREEN, dashed=True)
-    axes.text(8.55, 3.52, "$\\alpha(t)$ HBD + $(1-\\alpha(t))$ SBD", ha="center", fontsize=9.5)
+    box(axes, 8.3, 2.0, "label", GREEN, 0.7, 0.4)
+    arrow(axes, (8.25, 2.2), (8.05, 2.64), GREEN, dashed=True)
+    arrow(axes, (8.5, 1.8), (9.2, 1.01), GREEN, dashed=True)
+    axes.text(9.25, 4.35, "$\\alpha(t)$ HBD + $(1-\\alpha(t))$ SBD", ha="center", fontsize=9.5)
     legend(axes, 0.3, 0.16)
     return figure
 
@@ -142,7 +142,9 @@ def crkd() -> plt.Figure:
         box(axes, 4.75, y, text, ORANGE, 1.55)
         box(axes, 6.65, y, f"$P_{{{name}}}$,  $F_{{{name}}}$", ORANGE, 1.2)
         arrow(axes, (5.53, y), (6.05, y), ORANGE)
-    axes.text(4.75, 3.95, "one network", ha="center", va="center", fontsize=8.5, color=GREY, style="italic")
+    for low, high in ((rows["fp"], rows["s"]), (rows["s"], rows["l"])):
+        axes.plot([4.75, 4.75], [low + 0.31, high - 0.31], color=ORANGE, linewidth=1.2, linestyle=":", zorder=1)
+    axes.text(4.85, 3.95, "the same weights", va="center", fontsize=8.5, color=GREY)
     arrow(axes, (1.63, rows["l"]), (3.97, rows["l"]), dashed=True)
     arrow(axes, (3.1, 2.36), (3.97, rows["s"]), dashed=True)
     arrow(axes, (3.1, 1.74), (3.97, rows["fp"]), dashed=True)
@@ -157,7 +159,7 @@ def crkd() -> plt.Figure:
     for start, end in (
         ((7.25, 4.9), (7.75, 4.9)), ((7.25, 4.8), (7.75, 4.1)), ((7.25, 3.15), (7.75, 3.9)), ((7.25, 3.0), (7.75, 3.0)),
         ((7.25, 2.9), (7.75, 2.2)), ((7.25, 1.3), (7.75, 2.8)), ((7.25, 1.2), (7.75, 1.95)), ((7.25, 1.1), (7.75, 1.1)),
-        ((7.25, 2.8), (7.75, 1.3)),
+        ((7.25, 2.8), (7.75, 1.3)), ((7.25, 1.38), (7.75, 3.8)),
     ):  # fmt: skip
         arrow(axes, start, end, ORANGE)
     arrow(axes, (3.9, 0.3), (8.9, 0.79), BLUE, dashed=True, bend=0.12)
@@ -181,12 +183,12 @@ def boundary() -> plt.Figure:
         return np.rot90(volume[:, :, at])[:, ::-1]  # as utils.figures.overlay
 
     image = np.clip((image + 175) / 425, 0, 1)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.6), layout="constrained", facecolor="white")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.3), layout="constrained", facecolor="white")
     left.imshow(overlay(image[:, :, at], label[:, :, at], 14))
-    left.set_title("generated scan and label", fontsize=10)
+    left.set_title("generated scan and label\n", fontsize=10)
     middle.imshow(shown(image), cmap="gray")
     drawn = middle.imshow(np.ma.masked_equal(shown(weight), 0), cmap="viridis", norm=LogNorm())
-    middle.set_title(r"HBD: weight of a voxel, $\sum_k\, [v \in \partial_k]\, /\, (K\,|\partial_k|)$", fontsize=10)
+    middle.set_title("HBD: weight of a voxel, the sum over\nits boundaries of $1 / (K\\,|\\partial_k|)$", fontsize=10)
     figure.colorbar(drawn, ax=middle, shrink=0.75)
     drawn = right.imshow(shown(field), cmap="cividis", norm=LogNorm(vmin=1))
     right.contour(shown(liver), [0.5], colors="white", linewidths=1.2)
