@@ -2,7 +2,8 @@
 
 The fenced `sh` blocks of every document are run by a shell in a workspace of phantoms. `python` is there a small script
 that hands its arguments to this process, so that no interpreter is started; what makes a command small enough is in the
-tables below, and nothing else is changed. What is not run is in NOT_RUN, with the reason.
+tables below, and nothing else is changed. What is not run is in NOT_RUN, with the reason. A `python` block that begins
+with `# name.py` is a file that the document asks its reader to save.
 """
 
 import ast
@@ -49,7 +50,9 @@ TESTING = {"train_3d_distill.py": "test_3d.py", "train_3d_crkd.py": "test_3d.py"
 # --- what makes a command small ---
 
 # KEY=VALUE settings that every training gets after its own.
-SETTINGS = ["max_steps=2", "val_interval=2", "log_interval=1", "workers=0"]
+SETTINGS = ["max_steps=1", "val_interval=1", "log_interval=1", "workers=0"]
+# Sides of a patch, where a command asks for its own.
+PATCH = {"train_3d_distill.py": "[16,16,16]", "train_2d_crkd.py": "[32,32]", "train_3d_crkd.py": "[16,16,16]"}
 # Flags whose values are replaced, by script (and, for generated data, by data set).
 VALUES: dict[str, dict[str, list[str]]] = {
     "tools/make_splits.py": {"--counts": ["3", "1", "1"], "--val": ["3"]},
@@ -69,15 +72,15 @@ WIDTHS = {
     "vnet_dual": {"n_filters": 4}, "vnet_lefed": {"n_filters": 4},
 }  # fmt: skip
 NARROW = {"network_args": WIDTHS}
-NIFTI = {"patch_size": [32, 32, 32], "spacing": [2.0, 2.0, 2.0], "window_batch": 1, "rot90_prob": 0.0, **NARROW}
+NIFTI = {"patch_size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0], "crops_per_case": 1, "overlap": 0.0, **NARROW}
 PHANTOM_CT = NIFTI | {"spacing": [12.0, 12.0, 14.0]}
 SLICES = {"patch_size": [32, 32], "labelled_batch": 2, "unlabelled_batch": 2, **NARROW}
 VOLUMES = {"patch_size": [16, 16, 16], "stride": [16, 16, 16], "val_stride": [16, 16, 16], **NARROW}
 OWN_LISTS = {"split_dir": ""}  # of the JSON
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "btcv": NIFTI, "hippocampus": NIFTI, "word": NIFTI, "spleen": NIFTI | OWN_LISTS, "pancreas": NIFTI | OWN_LISTS,
-    "brats21": {"patch_size": [32, 32, 32], **NARROW, **OWN_LISTS}, "demo_btcv": PHANTOM_CT, "demo_word": PHANTOM_CT,
-    "demo_brats21": {"patch_size": [32, 32, 32], **NARROW}, "acdc": SLICES | {"split_dir": "data/ACDC/splits"},
+    "brats21": {"patch_size": [16, 16, 16], **NARROW, **OWN_LISTS}, "demo_btcv": PHANTOM_CT, "demo_word": PHANTOM_CT,
+    "demo_brats21": {"patch_size": [16, 16, 16], **NARROW}, "acdc": SLICES | {"split_dir": "data/ACDC/splits"},
     "demo_acdc": SLICES, "isic2018": SLICES, "demo_isic2018": SLICES, "kvasir": SLICES | {"split_dir": "splits/kvasir"},
     "demo_kvasir": SLICES, "la": VOLUMES | {"split_dir": "data/LA/splits"}, "demo_la": VOLUMES,
 }  # fmt: skip
@@ -85,10 +88,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 ENVIRONMENT = {"RESULTS.md": {"ONLY": "default|joint"}}
 NOT_RUN = {
     "scripts/test.sh": "runs the tests, this one too",
+    "scripts/test_reliability.sh": "runs tests",
     "scripts/bench.sh": "takes half an hour; every benchmark has a test of its own",
     "benchmarks/data_speed.py": "a measurement, with a test of its own",
     "-m venv": "makes an environment",
     "-m pip": "installs",
+    "-m pytest": "runs tests",
     "tensorboard": "a server",
 }
 
@@ -109,6 +114,15 @@ def blocks(document: Path, language: str) -> Iterator[tuple[int, str]]:
                 yield start + 1, "\n".join(text[margin:] for text in lines[start:number]) + "\n"
             start = None
     assert start is None, f"{document.name}: a code block is not closed"
+
+
+def saved_files(document: Path) -> dict[str, str]:
+    """Name -> content of the files that a document has its reader save."""
+    found = {}
+    for _, text in blocks(document, "python"):
+        if name := re.match(r"# (\w+\.py)\n", text):
+            found[name[1]] = text
+    return found
 
 
 def prose(document: Path) -> str:
@@ -181,7 +195,7 @@ def test_files_of_the_tree_exist(document):
     names = re.findall(rf"`((?:(?:{folders})/)?[\w./-]+\.(?:py|md|yaml|sh|cff|toml))[`:]", prose(document))
     for name in names:
         known = [path for path in (ROOT / name, document.parent / name, ROOT / "configs" / name) if path.is_file()]
-        mine = name.split("/")[0] in made or any(Path(name).name in text for _, text in blocks(document, "python"))
+        mine = name.split("/")[0] in made or name.startswith("path/to/") or name in saved_files(document)
         assert known or mine or name in ("config.yaml", "configs/mine.yaml"), f"{name}: no such file"
 
 
@@ -303,7 +317,7 @@ class Workspace:
             (folder / f".venv/installed-{name}").write_text(stamp)
         shutil.copytree(ROOT / "scripts", folder / "scripts")
         for name in NOT_RUN:
-            if name.endswith(".sh"):
+            if (folder / name).is_file():
                 (folder / name).write_text("exit 0\n")
         for path in (ROOT / "configs").glob("*.yaml"):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -344,6 +358,10 @@ class Workspace:
         ):  # fmt: skip
             words = ["tools/make_demo_data.py", "--dataset", name, "--out", f"data/{root}"]
             assert self.execute(["python", *words]).returncode == 0
+        # The demonstrations, made with the same arguments
+        assert self.execute(["python", "tools/make_demo_data.py", "--dataset", "btcv"]).returncode == 0
+        for name, root in (("acdc", "ACDC"), ("la", "LA"), ("kvasir", "Kvasir-SEG")):
+            shutil.copytree(data / root, data / f"{name}_phantom")
         # As downloaded: no train and val folders, and no lists
         kvasir = data / "Kvasir-SEG"
         for part in ("images", "masks"):
@@ -368,7 +386,8 @@ class Workspace:
         }  # fmt: skip
         script, log = self.server / "script.sh", self.server / "log"
         script.write_text(text, encoding="utf-8")
-        request = os.open(self.server / "request", os.O_RDWR | os.O_NONBLOCK)  # open for writing too: no end of file
+        # Open for reading and writing: neither side ever sees an end of file.
+        request, reply = (os.open(self.server / name, os.O_RDWR | os.O_NONBLOCK) for name in ("request", "reply"))
         try:
             with log.open("wb") as output:
                 process = subprocess.Popen(
@@ -386,9 +405,10 @@ class Workspace:
                     result = self.execute(words[1:-1])
                     (self.server / "out").write_text(result.stdout, encoding="utf-8")
                     (self.server / "err").write_text(result.stderr, encoding="utf-8")
-                    (self.server / "reply").write_text(f"{result.returncode}\n")
+                    os.write(reply, f"{result.returncode}\n".encode())
         finally:
             os.close(request)
+            os.close(reply)
         return process.returncode, log.read_text(encoding="utf-8")
 
     def execute(self, words: list[str]) -> Result:
@@ -409,8 +429,10 @@ class Workspace:
         arguments = self._small(script, arguments)
         if "--show-run" not in arguments and self._provide(script, arguments):
             return Result(0, "", "")
-        own = self.folder / script
-        return run_script(str(own if own.is_file() else script), *arguments, cwd=self.folder, ok=False)
+        path = next((folder / script for folder in (self.folder, ROOT) if (folder / script).is_file()), None)
+        if path is None:
+            return Result(2, "", f"{script}: no such script\n")
+        return run_script(str(path), *arguments, cwd=self.folder, ok=False)
 
     def _in_process(self, function, argv: list[str]) -> Result:
         out, err, code = io.StringIO(), io.StringIO(), 0
@@ -452,6 +474,7 @@ class Workspace:
             if options is None:
                 grouped.append(options := ["--opts"])
             options[:] = [word for word in options if not word.startswith("device=")] + SETTINGS
+            options[:] = [f"patch_size={PATCH[script]}" if w.startswith("patch_size=") else w for w in options]
         return [word for group in grouped for word in group]
 
     def _provide(self, script: str, arguments: Sequence[str]) -> bool:
@@ -531,6 +554,8 @@ def workspace(tmp_path_factory) -> Workspace:
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if any(blocks(d, "sh"))], ids=ids)
 def test_commands_run(document, workspace):
     failed = []
+    for name, text in saved_files(document).items():
+        (workspace.folder / name).write_text(text, encoding="utf-8")
     for line, text in blocks(document, "sh"):
         code, output = workspace.shell(document.name, text)
         if code:
