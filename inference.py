@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,8 +24,11 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 @contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def _evaluating(network: nn.Module | Callable) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every module is in the mode that it had."""
+    if not isinstance(network, nn.Module):
+        yield
+        return
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
@@ -35,9 +38,15 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _device_of(network: nn.Module | Callable) -> torch.device:
+    """Where the network's weights are; the CPU for what has none, such as a function that runs an exported model."""
+    weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    return torch.device("cpu") if weight is None else weight.device
+
+
 @torch.inference_mode()
 def predict_logits(
-    network: nn.Module,
+    network: nn.Module | Callable[[Tensor], Tensor],
     image: Tensor,
     *,
     patch_size: Sequence[int],
@@ -52,9 +61,10 @@ def predict_logits(
 
     Windows of `patch_size` that overlap by the fraction `overlap` are averaged with equal weight (the papers'
     protocol); a volume smaller than a window is padded with zeros, so any size can be segmented. stride: voxels from
-    one window to the next along each axis, in place of `overlap`; the last window ends where the volume does. The
-    network runs where its weights are. tta: mean over the eight mirrored copies. probabilities: average the softmax of
-    the windows instead of the logits (the protocol of the left-atrium tables) and return that.
+    one window to the next along each axis, in place of `overlap`; the last window ends where the volume does. network:
+    a module, which runs where its weights are, or any function of windows (B, C, *patch_size) on the CPU. tta: mean
+    over the eight mirrored copies. probabilities: average the softmax of the windows instead of the logits (the
+    protocol of the left-atrium tables) and return that.
     """
     size = tuple(image.shape[1:])
     windows = _place_windows(size, patch_size, overlap, stride, tta)
@@ -65,7 +75,7 @@ def predict_logits(
 
 @torch.inference_mode()
 def predict_labels(
-    network: nn.Module,
+    network: nn.Module | Callable[[Tensor], Tensor],
     image: Tensor,
     *,
     patch_size: Sequence[int],
@@ -76,11 +86,13 @@ def predict_labels(
     tta: bool = False,
     probabilities: bool = False,
     multilabel: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Ids (H, W, D) or, if `multilabel`, regions (K, H, W, D), uint8, of one image (C, H, W, D), on its device.
 
     `to_labels` of `predict_logits`, whose arguments it takes, but the logits of the whole volume never exist: those of
-    one slab do, as thick as a window. On a CPU a `window_batch` of 1 needs the least memory and time.
+    one slab do, as thick as a window. On a CPU a `window_batch` of 1 needs the least memory and time. progress: called
+    with the number of windows that are done and of all.
     """
     if multilabel and probabilities:
         raise ValueError("probabilities are of exclusive classes, multilabel regions overlap: choose one of the two")
@@ -93,7 +105,7 @@ def predict_labels(
     labels = None
     with _evaluating(network):
         for begin, logits in _averages(
-            network, image, windows, patch_size, slab, axis, window_batch, amp, probabilities
+            network, image, windows, patch_size, slab, axis, window_batch, amp, probabilities, progress
         ):  # fmt: skip
             part = to_labels(logits, multilabel)
             if labels is None:
@@ -149,7 +161,7 @@ def _cover(
 
 
 def _averages(
-    network: nn.Module,
+    network: nn.Module | Callable,
     image: Tensor,
     windows: Sequence[tuple],
     patch_size: Sequence[int],
@@ -158,13 +170,14 @@ def _averages(
     window_batch: int,
     amp: str,
     probabilities: bool,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (begin, logits (K, *part of the volume)), parts that follow each other along `axis` and fill the volume.
 
     slab: sides of the memory in which windows add up. It spans the volume but for `axis`, along which it holds at
     least a window; the windows then come in the order of that axis. A part is valid until the next one is asked for.
     """
-    device, size = next(network.parameters()).device, image.shape[1:]
+    device, size = _device_of(network), image.shape[1:]
     cover = _cover(windows, size, patch_size, image.device)
     total, begin = None, 0  # begin: the voxel along `axis` at which the slab lies
     for first in range(0, len(windows), window_batch):
@@ -194,6 +207,8 @@ def _averages(
             place = list(inside)
             place[axis] = slice(inside[axis].start - begin, inside[axis].stop - begin)
             _add(total[(slice(None), *place)], logits, weight, probabilities)
+        if progress is not None:
+            progress(first + len(batch), len(windows))
     yield begin, total.narrow(axis + 1, 0, size[axis] - begin)
 
 
@@ -278,9 +293,9 @@ def _use_group_norms(network: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def predict_slices(network: nn.Module, slices: Tensor, *, batch: int = 16, amp: str = "off") -> Tensor:
+def predict_slices(network: nn.Module | Callable, slices: Tensor, *, batch: int = 16, amp: str = "off") -> Tensor:
     """Ids (N, H, W) uint8 on the CPU of images (N, C, H, W), whose sides the network's stride divides."""
-    device = next(network.parameters()).device
+    device = _device_of(network)
     with _evaluating(network):
         ids = []
         for part in slices.split(batch):

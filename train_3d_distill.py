@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders import DATASETS, DataError, MSDDataset, build_dataset
+from dataloaders import DATASETS, DataError, MSDDataset, build_dataset, describe_dataset
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
 from inference import AMP_MODES, autocast, predict_labels
 from losses import KD_METHODS, PRESETS, build_kd
@@ -72,7 +72,10 @@ PLUGGABLE = {
     "method": plugins.distillation(KD_METHODS), "format": plugins.data_format(DATASETS, MSDDataset),
 }  # fmt: skip
 # Keys that only some data formats have a use for
-PREPROCESSING = ("orientation", "spacing", "intensity", "window", "crop_foreground", "normalize", "k_divisible")
+PREPROCESSING = (
+    "orientation", "spacing", "intensity", "window", "crop_foreground", "normalize", "k_divisible", "regions",
+    "regions_class_order", "fold",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +83,17 @@ class Config:
     # Data. How each key is used: dataloaders/msd.py
     dataset: str  # name of the data set: names the run folder
     data_root: str  # folder that holds the data list
-    datalist: str  # decathlon JSON in it
-    class_names: tuple[str, ...]  # by label id, background first
     patch_size: tuple[int, int, int]  # voxels of the preprocessed grid
     max_steps: int  # optimiser updates
     format: str = "msd"  # class in dataloaders.DATASETS
+    datalist: str = "dataset.json"  # the data set's JSON in data_root
+    class_names: tuple[str, ...] = ()  # by label id, background first; []: as the JSON says
+    in_channels: int = 0  # 0: as the JSON says
+    regions: dict = dataclasses.field(default_factory=dict)  # nnunet: {name: [ids]} that overlap; {}: as the JSON says
+    regions_class_order: tuple[int, ...] = ()  # nnunet: id of each region in predictions; []: as the JSON says
+    fold: int = 0  # nnunet: entry of splits_final.json, where split_dir is empty
     split_dir: str = ""  # folder with train.txt, val.txt, test.txt; "": the JSON's own lists
     cache_dir: str = "cache"  # preprocessed cases
-    in_channels: int = 1
     orientation: str = "RAS"
     spacing: tuple[float, ...] = ()  # mm; []: as stored
     intensity: str = "window"  # window | zscore | none
@@ -177,6 +183,7 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
             network_args=check_nested("network_args", cfg.network_args, NETWORKS, PLUGGABLE["student"].takes),
             method_args=check_nested("method_args", cfg.method_args, KD_METHODS, PLUGGABLE["method"].takes, NETWORKS),
         )  # fmt: skip
+        cfg = complete(cfg)
         validate(cfg)
     # Only what concerns this run is stored: an edit elsewhere in the file must not keep it from resuming.
     cfg = dataclasses.replace(
@@ -184,6 +191,14 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
         method_args={k: v for k, v in cfg.method_args.items() if k in method_keys(cfg)},
     )  # fmt: skip
     return args, cfg
+
+
+def complete(cfg: Config) -> Config:
+    """`cfg` with what it leaves out and the data set's own files tell: class names, channels, regions."""
+    if cfg.format not in DATASETS:
+        return cfg  # validate says so
+    told = describe_dataset(cfg.format, cfg.data_root, cfg.datalist, dataclasses.asdict(cfg))
+    return dataclasses.replace(cfg, **told)
 
 
 def validate(cfg: Config) -> None:
@@ -229,7 +244,7 @@ def try_out(cfg: Config) -> None:
         with trying(f"method_args: {cfg.method}"), weightless():
             build_kd(
                 cfg.method, channels["student"], channels["teacher"], classes,
-                multilabel=DATASETS[cfg.format].multilabel, preset=cfg.preset, **method_arguments(cfg),
+                multilabel=DATASETS[cfg.format].multilabel or bool(cfg.regions), preset=cfg.preset, **method_arguments(cfg),
             )  # fmt: skip
 
 

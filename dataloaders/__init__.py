@@ -1,17 +1,21 @@
 """Data formats by name. To add one: a file with a class like `MSDDataset` or `ACDCDataset`, and a line below."""
 
+from pathlib import Path
+
 from dataloaders.acdc import ACDCDataset
 from dataloaders.brats import BraTSDataset
 from dataloaders.cases import Case, DataError
 from dataloaders.images2d import Images2DDataset
 from dataloaders.la import LADataset
 from dataloaders.msd import MSDDataset
+from dataloaders.nnunet import NnUNetDataset
 from dataloaders.semi import SemiDataset
 
 # Of train_3d_distill.py
 DATASETS: dict[str, type[MSDDataset]] = {
     "msd": MSDDataset,
     "brats": BraTSDataset,
+    "nnunet": NnUNetDataset,
 }
 
 # Of train_2d_crkd.py and train_3d_crkd.py: each makes labelled and unlabelled lists
@@ -23,7 +27,7 @@ SEMI_DATASETS: dict[str, type[SemiDataset]] = {
 
 __all__ = [
     "DATASETS", "SEMI_DATASETS", "Case", "DataError", "MSDDataset", "SemiDataset", "build_dataset",
-    "build_semi_dataset",
+    "build_semi_dataset", "describe_dataset",
 ]  # fmt: skip
 
 
@@ -32,6 +36,20 @@ def build_dataset(format: str, **arguments) -> MSDDataset:
     if format not in DATASETS:
         raise DataError(f"unknown data format '{format}'; choose from {', '.join(sorted(DATASETS))}")
     return DATASETS[format](**arguments)
+
+
+def describe_dataset(format: str, root: str, datalist: str, given: dict) -> dict:
+    """Values for those keys of `given` that are empty there and that the data set's own files tell, such as
+    class_names, in_channels, and nnU-Net's regions."""
+    if format not in DATASETS:
+        raise DataError(f"unknown data format '{format}'; choose from {', '.join(sorted(DATASETS))}")
+    cls = DATASETS[format]
+    empty = [key for key in cls.described_keys if not given.get(key)]
+    if not empty:
+        return {}
+    if empty == ["in_channels"] and not (Path(root) / datalist).is_file():
+        return {"in_channels": 1}  # nothing can be trained without the list, so this is never more than shown
+    return cls.described(Path(root), datalist, empty)
 
 
 def build_semi_dataset(format: str, **arguments) -> SemiDataset:

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from dataloaders import augment_ssl
-from dataloaders.cases import Case, DataError, select
+from dataloaders.cases import Case, DataError, read_image, select
 from dataloaders.semi import SemiDataset, read_h5
 
 _VOLUME = re.compile(r"((.+)_frame\d+)\.h5")
@@ -72,13 +72,34 @@ class ACDCDataset(SemiDataset):
             "name": case.name,
         }
 
+    def read_unlabelled(self, case: Case) -> dict:
+        """A scan file (NIfTI, NRRD, ...): image (1, H, W, D) scaled to 0..1 over the volume, rows and columns as the
+        HDF5 files have them, D slices along the file's third axis; the file's own affine and native_shape."""
+        image, affine = read_image(case, self.in_channels)
+        native_shape = list(image.shape[1:])
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        if spacing[2] < 0.99 * spacing.max():
+            size = " x ".join(f"{mm:.3g}" for mm in spacing)
+            raise DataError(
+                f"{case.images[0]}: voxels of {size} mm, expected slices along the third axis, farther apart than the "
+                f"pixels; store the scan as a stack of short-axis slices"
+            )
+        image -= image.min()
+        image /= image.max()
+        # The HDF5 files come from arrays (z, y, x), nibabel gives (x, y, z).
+        return {"image": image.swapaxes(1, 2), "native_affine": affine, "native_shape": native_shape}
+
+    def native_file(self, prediction: np.ndarray) -> np.ndarray:
+        """What `native_prediction` gives for a volume of `read_unlabelled`, in the axis order of its file."""
+        return prediction.swapaxes(0, 1)
+
     def network_slices(self, volume: dict) -> np.ndarray:
         """The slices of a volume as the network takes them: (D, 1, *patch_size) float32."""
         return augment_ssl.resize_nearest(np.moveaxis(volume["image"], -1, 0), self.patch_size)
 
     def native_prediction(self, prediction: np.ndarray, volume: dict) -> np.ndarray:
         """Label maps (D, *patch_size) -> (H, W, D), nearest neighbour."""
-        return np.moveaxis(augment_ssl.resize_nearest(prediction, volume["label"].shape[1:3]), 0, -1)
+        return np.moveaxis(augment_ssl.resize_nearest(prediction, volume["image"].shape[1:3]), 0, -1)
 
     def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
         """Half the time rot_flip, a quarter a turn of up to 20 degrees, a quarter nothing; then resized."""

@@ -65,10 +65,16 @@ def resize_rgb(sample: dict, size: Sequence[int]) -> dict:
     """Image bilinear, label nearest (Pillow, so reduction averages). Nothing happens if the size is right already."""
     if sample["image"].shape[1:] == tuple(size):
         return sample
-    width_height = (size[1], size[0])
-    label = Image.fromarray(np.ascontiguousarray(sample["label"][0])).resize(width_height, Image.Resampling.NEAREST)
-    image = to_pil(sample["image"]).resize(width_height, Image.Resampling.BILINEAR)
-    return sample | {"image": from_pil(image), "label": np.asarray(label)[None]}
+    label = Image.fromarray(np.ascontiguousarray(sample["label"][0]))
+    label = np.asarray(label.resize((size[1], size[0]), Image.Resampling.NEAREST))[None]
+    return sample | {"image": resize_image(sample["image"], size), "label": label}
+
+
+def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """8-bit image (1 or 3, H, W) -> (1 or 3, *size), bilinear; nothing happens if the size is right already."""
+    if image.shape[1:] == tuple(size):
+        return image
+    return from_pil(to_pil(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def pad_for_crop(array: np.ndarray, size: Sequence[int]) -> np.ndarray:

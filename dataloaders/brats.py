@@ -10,6 +10,7 @@ holds the scans as they are (16-bit where that loses nothing, 72 MB each), and a
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +33,12 @@ class BraTSDataset(MSDDataset):
     """
 
     multilabel = True
+
+    @classmethod
+    def described(cls, root: Path, datalist: str, keys: Sequence[str]) -> dict:
+        """Regions and channels are the same in every release."""
+        known = {"class_names": REGIONS, "in_channels": len(CHANNELS)}
+        return {key: known[key] for key in keys}
 
     def __init__(
         self,
@@ -70,13 +77,13 @@ class BraTSDataset(MSDDataset):
         if not brain.any():
             raise DataError(f"{case.images[0]}: no channel has a value above 0, so there is no brain to crop to")
         occupied = [np.flatnonzero(brain.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-        inside = [channel[channel != 0].astype(np.float64) for channel in image]
+        mean, std = _statistics(image)
         short = np.abs(image).max() < 2**15 and bool((image == np.rint(image)).all())
         return {
             "image": image.astype(np.int16) if short else image,
             "label": label[None],
-            "mean": [float(values.mean()) for values in inside],
-            "std": [float(values.std()) or 1.0 for values in inside],
+            "mean": mean,
+            "std": std,
             "box": [[int(found[0]) for found in occupied], [int(found[-1]) + 1 for found in occupied]],
             "affine": affine,
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
@@ -91,6 +98,25 @@ class BraTSDataset(MSDDataset):
         image = _standardise(np.asarray(sample["image"], np.float32), sample.pop("mean"), sample.pop("std"))
         del sample["box"]  # what is normalised already must not serve as a training sample
         return sample | {"image": image, "label": self.encode_label(sample["label"])}
+
+    def preprocess_image(self, case: Case, image: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The whole volume z-scored, on its own grid."""
+        _check_order(case)
+        return _standardise(image, *_statistics(image)), affine
+
+    def channel_of(self, name: str) -> tuple[str, int] | None:
+        """Also the releases' own names: CASE-t1c or CASE_t1ce, ...; segmentations beside them are no channels."""
+        scan, separator, suffix = name.replace("_", "-").rpartition("-")
+        suffix = _SUFFIXES_2021.get(suffix.lower(), suffix.lower())
+        if separator and suffix in (*CHANNELS, "seg"):
+            return name[: len(scan)], CHANNELS.index(suffix) if suffix in CHANNELS else -1
+        return super().channel_of(name)
+
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self.class_names, ((1, 3), (1, 2, 3), (3,))))
+
+    def id_names(self) -> dict[int, str]:
+        return {0: "background", 1: "necrotic core", 2: "oedema", 3: "enhancing tumour"}
 
     def training_sample(self, case: Case) -> dict:
         """The case as patches are cut from it: memory-mapped, not normalised."""
@@ -150,6 +176,12 @@ def crop_padded(array: np.ndarray, start: Sequence[int], size: Sequence[int]) ->
         inner.append(slice(begin, end))
         padding.append((before, want - before - (end - begin)))
     return np.pad(np.asarray(array[(..., *inner)]), [(0, 0)] * (array.ndim - 3) + padding)
+
+
+def _statistics(image: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the non-zero voxels of each channel; 1 in place of a deviation of 0."""
+    inside = [channel[channel != 0].astype(np.float64) for channel in image]
+    return [float(values.mean()) for values in inside], [float(values.std()) or 1.0 for values in inside]
 
 
 def _standardise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

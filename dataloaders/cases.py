@@ -2,18 +2,13 @@
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what was found, what was expected and the fix."""
+from dataloaders.volumes import DataError, read_volume, stem
 
 
 @dataclass(frozen=True)
@@ -32,17 +27,7 @@ def read_datalist(root: Path, datalist: str) -> dict[str, list[Case]]:
     plain names. A case is called after its image file, or after the folder of its channel files.
     """
     path = root / datalist
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such data list; put the data set there (README, section 'Data') or name its folder with "
-            f"--opts data_root=FOLDER"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object with a list 'training', got {type(content).__name__}")
+    content = read_decathlon(path)
     sections: dict[str, list[Case]] = {}
     for section, entries in content.items():
         if section not in ("training", "validation", "test", "testing") or not isinstance(entries, list):
@@ -62,6 +47,53 @@ def read_datalist(root: Path, datalist: str) -> dict[str, list[Case]]:
     return sections
 
 
+def read_json(path: Path, kind: type = dict, expected: str = "an object with a list 'training'"):
+    """The object (or what `kind` says) in a data set's JSON file; DataError if it is missing or malformed."""
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such data list; put the data set there (README, section 'Data') or name its folder with "
+            f"--opts data_root=FOLDER"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, kind):
+        raise DataError(f"{path}: expected {expected}, got {type(content).__name__}")
+    return content
+
+
+def read_decathlon(path: Path) -> dict:
+    """The object in a decathlon JSON; DataError if it is nnU-Net's."""
+    content = read_json(path)
+    if "channel_names" in content:
+        raise DataError(f"{path}: in the style of nnU-Net v2 ('channel_names'); set format: nnunet")
+    return content
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Class names by id, as a decathlon JSON says: "labels": {"0": "background", "1": "liver"}."""
+    labels = read_decathlon(path).get("labels")
+    if not isinstance(labels, dict) or sorted(labels) != sorted(map(str, range(max(len(labels), 2)))):
+        raise DataError(
+            f"{path}: 'labels' is {labels!r}, expected a name for each id, none left out: "
+            f'{{"0": "background", "1": "liver"}}; mend it, or set class_names in the configuration'
+        )
+    return tuple(str(labels[str(k)]) for k in range(len(labels)))
+
+
+def read_num_channels(path: Path) -> int:
+    """How many channels the scans have, as a decathlon JSON says: "modality": {"0": "T1", "1": "T2"}; 1 without it."""
+    modality = read_decathlon(path).get("modality", "unknown")
+    modality = {"0": modality} if isinstance(modality, str) else modality
+    if not isinstance(modality, (dict, list)) or not modality:
+        raise DataError(
+            f"{path}: 'modality' is {modality!r}, expected a name for each channel, such as "
+            f'{{"0": "T1", "1": "T2"}}; mend it, or set in_channels in the configuration'
+        )
+    return len(modality)
+
+
 def _entry(path: Path, section: str, index: int, entry: object) -> Case:
     if isinstance(entry, str):
         entry = {"image": entry}
@@ -75,16 +107,8 @@ def _entry(path: Path, section: str, index: int, entry: object) -> Case:
             f'{{"image": "imagesTr/x.nii.gz", "label": "labelsTr/x.nii.gz"}} (image may be a list of files)'
         )
     # Several channel files are named CASE-t1c, CASE-t1n, ...: the folder carries the case's name.
-    name = Path(images[0]).parent.name if len(images) > 1 else _stem(images[0])
+    name = Path(images[0]).parent.name if len(images) > 1 else stem(images[0])
     return Case(name, tuple(path.parent / image for image in images), path.parent / label if label else None)
-
-
-def _stem(file: str) -> str:
-    name = Path(file).name
-    for suffix in (".nii.gz", ".nii", ".nrrd", ".mha"):
-        if name.endswith(suffix):
-            return name[: -len(suffix)]
-    return Path(name).stem
 
 
 def read_split(folder: Path, name: str) -> list[str] | None:
@@ -126,25 +150,6 @@ def check_disjoint(splits: dict[str, Sequence[Case]]) -> None:
                         f"'{case.name}' is in both the {owner[key]} and the {split} list ({key}); "
                         f"every case may be in one list only"
                     )
-
-
-def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and 4x4 affine of a NIfTI file; DataError if it is missing, unreadable or truncated."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; restore it or take the case out of the lists")
-    try:
-        image = nib.load(path)
-        voxels, affine = np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(
-            f"{path}: unreadable or truncated ({type(error).__name__}: {error}); copy the file again"
-        ) from error
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise DataError(
-            f"{path}: its affine maps no volume ({affine[:3].tolist()}); expected finite, independent axes in mm, "
-            f"repair the header"
-        )
-    return voxels, affine
 
 
 def read_image(case: Case, in_channels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -94,15 +94,19 @@ class Images2DDataset(SemiDataset):
             "name": case.name,
         }  # fmt: skip
 
+    def read_unlabelled(self, case: Case) -> dict:
+        """An image file: image (3, H, W) float32 in 0..1 at its own size."""
+        return {"image": augment_ssl.from_pil(_open(case.images[0], "RGB")), "name": case.name}
+
     def network_slices(self, volume: dict) -> np.ndarray:
         """The image as the network takes it: (1, 3, *patch_size) float32."""
         if self.eval_resize == "nearest":
             return augment_ssl.resize_nearest(volume["image"], self.patch_size)[None]
-        return augment_ssl.resize_rgb(volume, self.patch_size)["image"][None]
+        return augment_ssl.resize_image(volume["image"], self.patch_size)[None]
 
     def native_prediction(self, prediction: np.ndarray, volume: dict) -> np.ndarray:
         """Label maps (1, *patch_size) -> (H, W), nearest neighbour."""
-        return augment_ssl.resize_nearest(prediction, volume["label"].shape[1:])[0]
+        return augment_ssl.resize_nearest(prediction, volume["image"].shape[1:])[0]
 
     def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
         """The weak view, or with augmentation 'supervised' the pipeline of fully supervised runs."""

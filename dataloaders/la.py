@@ -13,11 +13,16 @@ checkpoint on the 20 test scans. To keep the test scans out of that choice, add 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Orientation, Spacing
 
 from dataloaders import augment_ssl
-from dataloaders.cases import Case, DataError
+from dataloaders.cases import Case, DataError, read_image
 from dataloaders.semi import SemiDataset, read_h5
 
+ORIENTATION = "LPS"  # of the arrays in the files, as the challenge's own scans store them
+SPACING = 0.625  # mm, along each axis
 LAYOUTS = ("{}/mri_norm2.h5", "data/{}.h5", "2018LA_Seg_Training Set/{}/mri_norm2.h5")
 
 
@@ -54,6 +59,23 @@ class LADataset(SemiDataset):
     def read_volume(self, case: Case) -> dict:
         """A scan: image (1, H, W, D) float32, label (1, H, W, D) uint8; spacing 1 and affine identity."""
         return self._load(case) | {"spacing": [1.0, 1.0, 1.0], "affine": np.eye(4), "name": case.name}
+
+    def read_unlabelled(self, case: Case) -> dict:
+        """A scan file (NIfTI, NRRD, ...) as the HDF5 files hold scans: image (1, H, W, D) float32 in the axis order LPS
+        and on a grid of 0.625 mm, z-scored over the whole scan; affine, native_affine and native_shape.
+
+        The HDF5 files were cropped around the atrium before they were z-scored, so crop new scans likewise: of a much
+        larger field of view mean and deviation are other ones.
+        """
+        image, native_affine = read_image(case, self.in_channels)
+        native = {"native_affine": native_affine, "native_shape": list(image.shape[1:])}
+        scan = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(native_affine))
+        axes = Orientation(axcodes=ORIENTATION, labels=(("L", "R"), ("P", "A"), ("I", "S")))
+        scan = Compose([axes, Spacing(pixdim=[SPACING] * 3, mode="bilinear")])(scan)
+        image = np.array(scan.numpy(), dtype=np.float32)
+        image -= np.float32(image.mean(dtype=np.float64))
+        image /= np.float32(image.std(dtype=np.float64))
+        return {"image": image, "affine": scan.affine.numpy(), **native}
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """Quarter turns and a mirror in the axial plane, then a random crop."""

@@ -22,7 +22,19 @@ from monai.transforms import (
 
 from dataloaders import augment
 from dataloaders.cache import CaseCache
-from dataloaders.cases import Case, DataError, check_disjoint, read_datalist, read_image, read_label, read_split, select
+from dataloaders.cases import (
+    Case,
+    DataError,
+    check_disjoint,
+    read_class_names,
+    read_datalist,
+    read_image,
+    read_label,
+    read_num_channels,
+    read_split,
+    select,
+)
+from dataloaders.volumes import channel_number
 
 INTENSITIES = ("window", "zscore", "none")
 CROPS = ("pos_neg", "uniform")
@@ -40,6 +52,13 @@ class MSDDataset:
     """
 
     multilabel = False
+    described_keys = ("class_names", "in_channels")  # arguments that `described` knows
+
+    @classmethod
+    def described(cls, root: Path, datalist: str, keys: Sequence[str]) -> dict:
+        """Values of `keys`, which are among `described_keys`, as the data set itself tells them."""
+        readers = {"class_names": read_class_names, "in_channels": read_num_channels}
+        return {key: readers[key](root / datalist) for key in keys}
 
     def __init__(
         self,
@@ -83,15 +102,14 @@ class MSDDataset:
 
     def splits(self) -> dict[str, list[Case]]:
         """The lists train, val and test (the last may be empty), checked to be disjoint and not empty."""
-        sections = read_datalist(self.root, self.datalist)
-        labelled = [case for cases in sections.values() for case in cases if case.label is not None]
-        result = {}
-        for split, section in (("train", "training"), ("val", "validation"), ("test", "test")):
-            if self.split_dir:
+        labelled = self.labelled()
+        if self.split_dir:
+            result = {}
+            for split in ("train", "val", "test"):
                 names = read_split(Path(self.split_dir), split)
                 result[split] = select(labelled, names, f"{self.split_dir}/{split}.txt") if names else []
-            else:
-                result[split] = [case for case in sections.get(section, []) if case.label is not None]
+        else:
+            result = self.own_splits()
         for split in ("train", "val"):
             if not result[split]:
                 where = f"{self.split_dir}/{split}.txt" if self.split_dir else f"{self.root / self.datalist}"
@@ -104,9 +122,25 @@ class MSDDataset:
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The labelled cases called `names`, from any list of the JSON; DataError naming those that are not there."""
+        return select(self.labelled(), names, str(self.root / self.datalist))
+
+    def labelled(self) -> list[Case]:
+        """All labelled cases, from any list of the data set."""
         sections = read_datalist(self.root, self.datalist)
-        labelled = [case for cases in sections.values() for case in cases if case.label is not None]
-        return select(labelled, names, str(self.root / self.datalist))
+        return [case for cases in sections.values() for case in cases if case.label is not None]
+
+    def labelled_tests(self) -> list[Case]:
+        """The labelled cases that the data set keeps for the test."""
+        return self.own_splits()["test"]
+
+    def own_splits(self) -> dict[str, list[Case]]:
+        """The lists train, val and test that come with the data set; each may be empty."""
+        sections = read_datalist(self.root, self.datalist)
+        names = {"train": "training", "val": "validation", "test": "test"}
+        return {
+            split: [case for case in sections.get(section, []) if case.label is not None]
+            for split, section in names.items()
+        }
 
     def prepare(self, splits: dict[str, Sequence[Case]]) -> None:
         """Preprocess every case of the lists that is not cached yet, and refuse one scan under two names."""
@@ -129,14 +163,12 @@ class MSDDataset:
         image, affine = read_image(case, self.in_channels)
         label = read_label(case, self.allowed_ids, image.shape[1:], affine)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
-        sample = self._transform({
+        sample = self._transform(case, {
             "image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine)),
             "label": MetaTensor(torch.from_numpy(label[None].astype(np.float32)), affine=torch.from_numpy(affine)),
         })  # fmt: skip
         image, label = sample["image"].numpy(), self.encode_label(sample["label"].numpy().astype(np.uint8))
         affine = sample["image"].affine.numpy()
-        if min(image.shape[1:]) == 0:
-            raise DataError(f"{case.images[0]}: nothing is left after cropping to the foreground; check the window")
         inside = (image > 0).any(0) if self.crop_foreground else np.ones(image.shape[1:], bool)
         positive = label.any(0)
         return {
@@ -149,6 +181,33 @@ class MSDDataset:
             "ids": self._ids(label),
             **native,
         }
+
+    def read_unlabelled(self, case: Case) -> dict:
+        """A scan without a label as `read` gives it: image (C, H, W, D) float32, affine, and the stored grid's
+        native_affine and native_shape. Nothing is cached."""
+        image, affine = read_image(case, self.in_channels)
+        native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
+        image, affine = self.preprocess_image(case, image, affine)
+        return {"image": image, "affine": affine, **native}
+
+    def preprocess_image(self, case: Case, image: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image (C, H, W, D) as stored and its affine -> both as networks see them; `case` names it in errors."""
+        sample = {"image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine))}
+        result = self._transform(case, sample)["image"]
+        return np.ascontiguousarray(result.numpy(), dtype=np.float32), result.affine.numpy()
+
+    def channel_of(self, name: str) -> tuple[str, int] | None:
+        """Name of a channel's file, without suffix -> name of its scan and number of the channel (below 0: none that a
+        network sees); None for a name that says neither, that of a file with a whole scan."""
+        return channel_number(name) if self.in_channels > 1 else None
+
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """What a prediction shows, by name: the ids that it is made of in what `decode_prediction` gives."""
+        return {name: (k,) for k, name in enumerate(self.class_names) if k}
+
+    def id_names(self) -> dict[int, str]:
+        """Names of the ids that `decode_prediction` gives."""
+        return dict(enumerate(self.class_names))
 
     def encode_label(self, label: np.ndarray) -> np.ndarray:
         """Stored ids (1, H, W, D) -> what the networks are trained on; the same for multi-class data."""
@@ -197,20 +256,24 @@ class MSDDataset:
     def _ids(self, label: np.ndarray) -> list[int]:
         return np.unique(label).tolist()
 
-    def _transform(self, sample: dict) -> dict:
-        keys = ("image", "label")
+    def _transform(self, case: Case, sample: dict) -> dict:
+        """The deterministic transforms of an image, and of a label if there is one."""
+        keys = tuple(sample)
         steps = []
         if self.orientation:
             steps.append(Orientationd(keys, axcodes=self.orientation, labels=_AXES))
         if self.spacing:
-            steps.append(Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")))
+            steps.append(Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")[: len(keys)]))
         if self.intensity == "window":
             steps.append(ScaleIntensityRanged("image", *self.window, 0.0, 1.0, clip=True))
         elif self.intensity == "zscore":
             steps.append(NormalizeIntensityd("image", channel_wise=True))
         if self.crop_foreground:
             steps.append(CropForegroundd(keys, source_key="image", select_fn=_positive, allow_smaller=True))
-        return Compose(steps)(sample)
+        sample = Compose(steps)(sample)
+        if min(sample["image"].shape[1:]) == 0:
+            raise DataError(f"{case.images[0]}: nothing is left after cropping to the foreground; check the window")
+        return sample
 
     def _parameters(self) -> dict:
         return {

@@ -19,11 +19,12 @@ def to_native(
     result = affine_transform(
         padded, to_source[:3, :3], to_source[:3, 3] + 1, output_shape=tuple(native_shape), order=0, mode="constant"
     )
-    # Whatever lies more than half a voxel outside the grid was cropped away: background.
-    corners = [np.arange(n) for n in native_shape]
-    for axis in range(3):
-        coordinate = sum(
-            to_source[axis, k] * corners[k].reshape([-1 if j == k else 1 for j in range(3)]) for k in range(3)
-        ) + to_source[axis, 3]
-        result *= (coordinate >= -0.5 - 1e-6) & (coordinate <= prediction.shape[axis] - 0.5 + 1e-6)
+    # Whatever lies more than half a voxel outside the grid was cropped away: background. Plane by plane, since the
+    # coordinates of a large scan's voxels would take many times the memory of its ids.
+    _, y, z = np.ogrid[:1, : native_shape[1], : native_shape[2]]
+    for x, plane in enumerate(result):
+        for axis, size in enumerate(prediction.shape):
+            terms = to_source[axis]
+            coordinate = terms[0] * x + terms[1] * y[0] + terms[2] * z[0] + terms[3]
+            plane *= (coordinate >= -0.5 - 1e-6) & (coordinate <= size - 0.5 + 1e-6)
     return result

@@ -105,6 +105,27 @@ class SemiDataset(abc.ABC):
     def read_volume(self, case: Case) -> dict:
         """An evaluation case on its own grid: image (C, *spatial), label (1, *spatial), spacing."""
 
+    def read_unlabelled(self, case: Case) -> dict:
+        """A file without a label, of a kind that people have, as the network's data are: `image` as `read_volume` has
+        it, float32, and what the way back to the file's own grid takes."""
+        raise DataError(f"{case.images[0]}: {type(self).__name__} has no `read_unlabelled`, so new files cannot be read")
+
+    def channel_of(self, name: str) -> None:
+        """None: each file is a whole scan (see MSDDataset.channel_of)."""
+        return None
+
+    def decode_prediction(self, prediction: np.ndarray) -> np.ndarray:
+        """Prediction -> ids as label files hold them: the same."""
+        return prediction
+
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """Name of each class but the background: its id."""
+        return {name: (k,) for k, name in enumerate(self.class_names) if k}
+
+    def id_names(self) -> dict[int, str]:
+        """Names of the ids."""
+        return dict(enumerate(self.class_names))
+
     @abc.abstractmethod
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """The weak view: random geometry of image and label."""

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
 def distillation_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
     """Network, run folder, input channels and description, as train_3d_distill.py would make them."""
     flags = {"student": args.network, "method": args.method, "teacher": args.teacher, "seed": args.seed}
-    cfg = load_config(train_3d_distill.Config, args.config, args.opts, flags)
+    cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, args.config, args.opts, flags))
     train_3d_distill.validate(cfg)
     networks = cfg.student if cfg.method == "supervised" else f"{cfg.teacher}-{cfg.student}"
     folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)

@@ -5,10 +5,12 @@
     python tools/make_demo_data.py --dataset brats21 --out data/brats21_phantom --cases 8 --shape 96 112 88
     python tools/make_demo_data.py --dataset acdc --out data/acdc_phantom --cases 20
     python tools/make_demo_data.py --dataset kvasir --cases 100 --shape 128 150
+    python tools/make_demo_data.py --dataset btcv --layout nnunet --cases 8 --shape 48 48 32
 
 btcv, word, brats21: NIfTI with a decathlon JSON. Voxel sizes vary between the CT cases, and three training cases are
 awkward in ways that real ones are: an oblique affine, an axis order other than RAS, and a missing gallbladder. One
-BraTS training case has no enhancing tumour.
+BraTS training case has no enhancing tumour. With --layout nnunet the same scans as an nnU-Net v2 raw data set with one
+fold in splits_final.json; the labels of brats21 are then region-based.
 acdc: HDF5 volumes of two frames per patient in data/, their slices in data/slices/, lists of patients in splits/.
 la: <ID>/mri_norm2.h5, lists in splits/. isic2018, kvasir: train/ and val/ with images/ (JPEG) and masks/ (PNG), and
 lists per share of labelled images.
@@ -62,7 +64,10 @@ def parse_args(argv=None):
     """Command line -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, choices=sorted(SHAPES))
-    parser.add_argument("--out", type=Path, help="folder to write (default: data/<dataset>_phantom)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: data/<dataset>[_nnunet]_phantom)")
+    parser.add_argument(
+        "--layout", choices=("decathlon", "nnunet"), default="decathlon", help="of btcv, word and brats21"
+    )  # fmt: skip
     parser.add_argument("--cases", type=int, help="scans, patients (acdc) or images (default: 16; 20 acdc, 100 images)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -70,7 +75,10 @@ def parse_args(argv=None):
         help="three numbers, voxels in RAS order, or two, rows and columns (acdc, images); the field of view stays",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    args.out = args.out or Path("data") / f"{args.dataset}_phantom"
+    nnunet = args.layout == "nnunet"
+    if nnunet and args.dataset not in GENERATORS:
+        parser.error(f"--layout nnunet: for {', '.join(GENERATORS)}, not for {args.dataset}")
+    args.out = args.out or Path("data") / f"{args.dataset}{'_nnunet' * nnunet}_phantom"
     args.shape = tuple(args.shape or SHAPES[args.dataset])
     args.cases = CASES.get(args.dataset, 16) if args.cases is None else args.cases
     if len(args.shape) != len(SHAPES[args.dataset]):
@@ -185,6 +193,43 @@ def write_decathlon(args):
     return f"{counts} cases; datalist: {args.out / JSON_NAMES[args.dataset]}"
 
 
+def write_nnunet(args):
+    """Write NIfTI cases as an nnU-Net v2 raw data set -> what was written, in words."""
+    write_decathlon(args)
+    datalist = args.out / JSON_NAMES[args.dataset]
+    content = json.loads(datalist.read_text())
+    datalist.unlink()
+    names = {"training": [], "validation": [], "test": []}
+    for section, found in names.items():
+        part = "Ts" if section == "test" else "Tr"
+        for number, entry in enumerate(content[section], 1 + sum(map(len, names.values()))):
+            found.append(f"{args.dataset}_{number:04d}")
+            images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+            moves = {f"images{part}/{found[-1]}_{k:04d}": file for k, file in enumerate(images)}
+            for target, file in {**moves, f"labels{part}/{found[-1]}": entry["label"]}.items():
+                target = args.out / f"{target}.nii.gz"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (args.out / file).rename(target)
+    for folder in sorted((path for path in args.out.rglob("*") if path.is_dir()), reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    labels = {name: int(k) for k, name in content["labels"].items()}
+    regions = {}
+    if args.dataset == "brats21":
+        labels = {"background": 0, "whole tumour": [1, 2, 3], "tumour core": [1, 3], "enhancing tumour": [3]}
+        regions = {"regions_class_order": [2, 1, 3]}
+    described = {
+        "channel_names": content["modality"], "labels": labels, **regions, "file_ending": ".nii.gz",
+        "numTraining": len(names["training"]) + len(names["validation"]), "name": content["name"],
+        "description": content["description"],
+    }  # fmt: skip
+    (args.out / "dataset.json").write_text(json.dumps(described, indent=2) + "\n")
+    folds = [{"train": names["training"], "val": names["validation"]}]
+    (args.out / "splits_final.json").write_text(json.dumps(folds, indent=2) + "\n")
+    counts = ", ".join(f"{len(found)} {section}" for section, found in names.items())
+    return f"{counts} cases in nnU-Net's layout; {args.out / 'dataset.json'}"
+
+
 def save_h5(path, image, label):
     """Write image and label as the public HDF5 files have them; no time of writing is stored."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,6 +315,8 @@ def main(argv=None):
     """Write the data set unless an identical one is there already."""
     args = parse_args(argv)
     arguments = {"dataset": args.dataset, "cases": args.cases, "seed": args.seed, "shape": list(args.shape)}
+    if args.layout != "decathlon":
+        arguments["layout"] = args.layout
     record = args.out / "generator.json"
     if args.out.exists() and any(args.out.iterdir()):
         found = json.loads(record.read_text()) if record.exists() else None
@@ -279,7 +326,8 @@ def main(argv=None):
         reason = f"was made with {found}, not {arguments}" if found else "is not empty and holds no finished demo data"
         sys.exit(f"{args.out} {reason}; remove it or choose another --out")
 
-    summary = WRITERS.get(args.dataset, write_decathlon)(args)
+    usual = write_nnunet if args.layout == "nnunet" else write_decathlon
+    summary = WRITERS.get(args.dataset, usual)(args)
     record.write_text(json.dumps(arguments) + "\n")  # last: an interrupted run is not taken for a finished one
     print(f"wrote {summary}")
 

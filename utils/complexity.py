@@ -107,3 +107,24 @@ def _resident_mib(field: str) -> float:
     """
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
+
+
+def saved_bytes(net: nn.Module, input_shape: Sequence[int]) -> int:
+    """Bytes that a forward pass in training keeps for the backward one, without the parameters; float32.
+
+    Counted on the meta device from what autograd saves, each memory once, so no memory and hardly any time is needed.
+    Losses, gradients, optimiser states and scratch space come on top.
+    """
+    shapes_only = copy.deepcopy(net).to("meta").train().requires_grad_(True)
+    parameters = {p.untyped_storage()._cdata for p in shapes_only.parameters()}
+    kept = {}  # holds the storages, so that none is counted under the address of another that is gone
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        shapes_only(torch.empty(tuple(input_shape), device="meta"))
+    return sum(storage.nbytes() for storage in kept.values())

@@ -119,7 +119,8 @@ def check_run_names(cfg: Any) -> None:
                 f"or spaces at the ends"
             )
     names = cfg.class_names
-    if not 2 <= len(names) <= 256 or len(set(names)) != len(names):
+    fewest = 1 if getattr(cfg, "regions", None) else 2  # regions come without a background
+    if not fewest <= len(names) <= 256 or len(set(names)) != len(names):
         raise ConfigError(f"class_names: 2 to 256 different names, background first; got {_short(list(names))}")
     for name in names:
         if not name or name != name.strip() or name in ("dice", "mean"):
@@ -130,7 +131,9 @@ def check_run_names(cfg: Any) -> None:
 
 def check_unused(cfg: Any, keys: Iterable[str], reason: str) -> None:
     """ConfigError for one of `keys` of `cfg` that departs from its default although nothing would read it."""
-    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    fields = dataclasses.fields(cfg)
+    defaults = {f.name: f.default for f in fields}
+    defaults |= {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
     for key in keys:
         if getattr(cfg, key) != defaults[key]:
             raise ConfigError(f"{key}: {reason} does not use this key; remove it")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import DATASETS, Case, DataError, build_dataset
+from dataloaders import DATASETS, Case, DataError, build_dataset, describe_dataset
 from dataloaders.cases import check_disjoint, read_datalist, read_image, read_label, read_volume
 from dataloaders.msd import MSDDataset
 from dataloaders.native import to_native
@@ -407,6 +407,28 @@ def test_one_case_twice_in_one_list_is_an_error(pair):
     pair.lists["validation"] *= 2
     with pytest.raises(DataError, match="'b'"):
         pair.dataset().splits()
+
+
+def test_class_names_and_channels_come_from_the_json(tmp_path):
+    def told(given, **content):
+        (tmp_path / "d.json").write_text(json.dumps({"training": [{"image": "a", "label": "b"}], **content}))
+        return describe_dataset("msd", str(tmp_path), "d.json", given)
+
+    labels = {str(k): f"c{k}" for k in range(12)}  # by number, not by text
+    assert told({}, labels=labels) == {"class_names": tuple(labels.values()), "in_channels": 1}
+    for modality in ({"0": "T1", "1": "T2"}, ["T1", "T2"]):
+        assert told({"class_names": ("a", "b")}, modality=modality) == {"in_channels": 2}
+    assert told({"class_names": ("a", "b"), "in_channels": 0}, modality="CT") == {"in_channels": 1}
+    assert told({"class_names": ("a", "b"), "in_channels": 3}) == {}
+    for labels in (None, {"0": "a"}, {"0": "a", "2": "b"}, {"a": 0, "b": 1}, ["a", "b"]):
+        with pytest.raises(DataError, match=r"d.json: 'labels' is .*expected a name for each id"):
+            told({}, labels=labels)
+    with pytest.raises(DataError, match=r"'modality' is \{\}, expected a name for each channel"):
+        told({"class_names": ("a", "b")}, modality={})
+    assert describe_dataset("msd", str(tmp_path), "absent.json", {"class_names": ("a", "b")}) == {"in_channels": 1}
+    with pytest.raises(DataError, match="no such data list"):
+        describe_dataset("msd", str(tmp_path), "absent.json", {})
+    assert describe_dataset("brats", str(tmp_path), "absent.json", {})["in_channels"] == 4
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_teacher_of_a_supervised_run(config):
     assert checkpoint["cases"] == {"train": ["image0", "image1"], "val": ["image2"], "test": []}
     assert all(torch.equal(checkpoint["weights"][key], value) for key, value in state.items())
     # The distillation script takes it as a teacher, and test_3d.py finds every key it reads.
-    cfg = load_config(train_3d_distill.Config, config)
+    cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, config))
     dataset = build_dataset(**checkpoint["dataset"])
     teacher = train_3d_distill.load_teacher(Namespace(config=config), cfg, dataset)
     assert all(torch.equal(teacher.state_dict()[key], value) for key, value in state.items())

@@ -12,7 +12,7 @@ from networks.mobile_unet import MobileUNet
 from networks.resunet import ResUNet
 from networks.segresnet import SegResNet
 from networks.unet import UNet
-from utils.complexity import count_macs, count_parameters, measure_latency, peak_memory
+from utils.complexity import count_macs, count_parameters, measure_latency, peak_memory, saved_bytes
 
 
 # Published convolution GMACs of one sample at 96 x 96 x 96: BTCV, WORD, BraTS. The tolerance is above half a digit,
@@ -77,3 +77,12 @@ def test_peak_memory_of_a_known_allocation():
     # Two maps of 64 MiB live at once; a fresh process that imports torch takes seconds to start.
     make = functools.partial(nn.Sequential, nn.Softplus(), nn.Softplus())
     assert peak_memory(make, (1, 16, 1024, 1024), threads=1) == pytest.approx(128, abs=30)
+
+
+def test_saved_bytes_are_what_autograd_keeps():
+    """A convolution keeps its input, a ReLU its output; weights do not count, nor does the input twice."""
+    voxels = 8**3
+    net = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(3, 1, 1))
+    assert saved_bytes(net, (2, 2, 8, 8, 8)) == 4 * 2 * voxels * (2 + 3)
+    double = torch.nn.Sequential(net, torch.nn.Sigmoid())
+    assert saved_bytes(double, (2, 2, 8, 8, 8)) == 4 * 2 * voxels * (2 + 3 + 1)

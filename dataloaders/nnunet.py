@@ -1,0 +1,245 @@
+"""nnU-Net v2 raw data sets, `DatasetXXX_Name`: channels in files of their own, ids by name, regions that may overlap.
+
+    dataset.json               channel_names {"0": "CT"}, labels {"background": 0, "liver": 1}, file_ending ".nii.gz"
+    imagesTr/CASE_0000.nii.gz  channel 0 of a scan; CASE_0001.nii.gz is channel 1, ...
+    labelsTr/CASE.nii.gz
+    imagesTs/, labelsTs/       the test list, if there are labels
+    splits_final.json          [{"train": [CASE, ...], "val": [CASE, ...]}, ...], one entry per fold; nnU-Net writes it
+                               to its folder of preprocessed data: copy it here to train on the same folds
+
+As nnU-Net allows, dataset.json may list the files under "dataset": {CASE: {"images": [...], "label": ...}}.
+Region-based labels, {"whole tumour": [1, 2, 3], "tumour core": [2, 3]} with regions_class_order, are trained as classes
+that overlap, one sigmoid each; predictions are written with the ids of regions_class_order, later ones over earlier.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dataloaders.cases import Case, DataError, read_json, select
+from dataloaders.msd import MSDDataset
+from dataloaders.volumes import SUFFIXES, channel_number
+
+SPLITS = "splits_final.json"
+OBJECT = "an object with 'channel_names' and 'labels'"
+
+
+class NnUNetDataset(MSDDataset):
+    """Cases of an nnU-Net v2 raw data set, preprocessed as MSDDataset's.
+
+    regions: name -> label ids, if labels are region-based; class_names are then these names, without background.
+    regions_class_order: the id that a prediction has for each region. fold: which entry of splits_final.json is used
+    where split_dir is empty.
+    """
+
+    described_keys = (*MSDDataset.described_keys, "regions", "regions_class_order")
+
+    @classmethod
+    def described(cls, root: Path, datalist: str, keys: Sequence[str]) -> dict:
+        """Class names, channels and regions, as dataset.json says."""
+        known = read_description(root / datalist)
+        return {key: known[key] for key in keys}
+
+    def __init__(
+        self,
+        root: str,
+        datalist: str,
+        class_names: Sequence[str],
+        in_channels: int = 1,
+        split_dir: str = "",
+        cache_dir: str = "cache",
+        orientation: str = "RAS",
+        spacing: Sequence[float] = (),
+        intensity: str = "window",
+        window: Sequence[float] = (-175.0, 250.0),
+        crop_foreground: bool = True,
+        regions: dict[str, Sequence[int]] | None = None,
+        regions_class_order: Sequence[int] = (),
+        fold: int = 0,
+    ) -> None:
+        self.regions = {name: tuple(ids) for name, ids in (regions or {}).items()}
+        self.regions_class_order, self.fold = tuple(regions_class_order), fold
+        self.multilabel = bool(self.regions)
+        if self.regions and tuple(self.regions) != tuple(class_names):
+            raise DataError(f"class_names: {list(class_names)}, but regions {list(self.regions)}; leave the former out")
+        if len(self.regions_class_order) != len(self.regions):
+            raise DataError(
+                f"regions_class_order: {list(regions_class_order)}, expected one id for each of {list(self.regions)}"
+            )
+        super().__init__(
+            root, datalist, class_names, in_channels, split_dir, cache_dir, orientation, spacing, intensity, window,
+            crop_foreground,
+        )  # fmt: skip
+
+    @property
+    def allowed_ids(self) -> tuple[int, ...]:
+        if not self.regions:
+            return super().allowed_ids
+        return tuple(sorted({0, *(k for ids in self.regions.values() for k in ids)}))
+
+    def labelled(self) -> list[Case]:
+        """All labelled cases, those of labelsTs too."""
+        return [case for cases in self._folders().values() for case in cases]
+
+    def labelled_tests(self) -> list[Case]:
+        """The cases of labelsTs."""
+        return self._folders()["Ts"]
+
+    def own_splits(self) -> dict[str, list[Case]]:
+        """Train and val of the fold of splits_final.json; test: what labelsTs holds."""
+        path, folders = self.root / SPLITS, self._folders()
+        result = {"train": [], "val": [], "test": folders["Ts"]}
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such list of folds; copy nnU-Net's there, or draw lists (tools/make_splits.py --format "
+                f"nnunet, tools/new_config.py) and set split_dir"
+            )
+        folds = read_json(path, list, "a list of folds")
+        if not 0 <= self.fold < len(folds):
+            raise DataError(f"{path}: {len(folds)} folds, counted from 0; fold is {self.fold}, choose one of them")
+        entry = folds[self.fold]
+        for split in ("train", "val"):
+            names = entry.get(split) if isinstance(entry, dict) else None
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise DataError(f"{path}: fold {self.fold} has no list of case names '{split}'; copy the file again")
+            result[split] = select(folders["Tr"], names, f"{path}, fold {self.fold}")
+        return result
+
+    def encode_label(self, label: np.ndarray) -> np.ndarray:
+        """Stored ids (1, H, W, D) -> regions (K, H, W, D) uint8 if labels are region-based."""
+        if not self.regions:
+            return label
+        return np.stack([np.isin(label[0], ids) for ids in self.regions.values()]).astype(np.uint8)
+
+    def decode_prediction(self, prediction: np.ndarray) -> np.ndarray:
+        """Regions (K, H, W, D) -> ids (H, W, D) of regions_class_order, later regions over earlier ones."""
+        if not self.regions:
+            return prediction
+        ids = np.zeros(prediction.shape[1:], np.uint8)
+        for region, value in zip(prediction, self.regions_class_order):
+            ids[np.asarray(region) > 0] = value
+        return ids
+
+    def channel_of(self, name: str) -> tuple[str, int] | None:
+        """Every image file ends in the number of its channel, also where there is but one."""
+        return channel_number(name)
+
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.regions) or super().structures()
+
+    def id_names(self) -> dict[int, str]:
+        if not self.regions:
+            return super().id_names()
+        # An id stands for its region without those that are painted over it.
+        return {0: "background"} | {
+            value: name if k + 1 == len(self.regions) else f"{name}, the rest of it"
+            for k, (name, value) in enumerate(zip(self.regions, self.regions_class_order))
+        }
+
+    def _folders(self) -> dict[str, list[Case]]:
+        """Labelled cases of imagesTr and imagesTs, sorted by name."""
+        content = read_json(self.root / self.datalist, expected=OBJECT)
+        ending = _ending(self.root / self.datalist, content)
+        listed = content.get("dataset")
+        if listed is not None:
+            return {"Tr": [self._listed(name, entry) for name, entry in sorted(listed.items())], "Ts": []}
+        result = {}
+        for part in ("Tr", "Ts"):
+            labels = sorted((self.root / f"labels{part}").glob(f"*{ending}"))
+            result[part] = [self._case(path, path.name[: -len(ending)], part, ending) for path in labels]
+        if not result["Tr"]:
+            raise DataError(f"{self.root / 'labelsTr'}: no *{ending} files; expected one for each labelled scan")
+        return result
+
+    def _case(self, label: Path, name: str, part: str, ending: str) -> Case:
+        folder = self.root / f"images{part}"
+        images = tuple(folder / f"{name}_{k:04d}{ending}" for k in range(self.in_channels))
+        missing = [path for path in images if not path.is_file()]
+        if missing:
+            whole = (folder / f"{name}{ending}").is_file()
+            fix = "its name lacks the channel, rename it" if whole else "restore it or remove the label"
+            raise DataError(f"{missing[0]}: no such file, expected for {label.relative_to(self.root)}; {fix}")
+        return Case(name, images, label)
+
+    def _listed(self, name: str, entry: object) -> Case:
+        images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(images, list) or len(images) != self.in_channels or not isinstance(label, str):
+            raise DataError(
+                f"{self.root / self.datalist}: case '{name}' is {entry!r}; expected 'images', a list of "
+                f"{self.in_channels}, and 'label'"
+            )
+        return Case(name, tuple(self.root / image for image in images), self.root / label)
+
+    def _ids(self, label: np.ndarray) -> list[int]:
+        """Of regions: the numbers, counted from 1, of those that occur."""
+        if not self.regions:
+            return super()._ids(label)
+        return [k + 1 for k, region in enumerate(label) if region.any()]
+
+    def _parameters(self) -> dict:
+        return super()._parameters() | {"regions": [list(ids) for ids in self.regions.values()]}
+
+
+def read_description(path: Path) -> dict:
+    """class_names, in_channels, regions and regions_class_order of an nnU-Net v2 dataset.json."""
+    content = read_json(path, expected=OBJECT)
+    channels, labels = content.get("channel_names"), content.get("labels")
+    if "modality" in content and channels is None:
+        raise DataError(
+            f"{path}: in the style of nnU-Net v1 and the decathlon ('modality', labels by id); if its image files have "
+            f"no channel number (_0000) set format: msd, otherwise convert it (nnUNetv2_convert_old_nnUNet_dataset)"
+        )
+    if not isinstance(channels, dict) or sorted(channels) != sorted(map(str, range(len(channels)))):
+        raise DataError(f'{path}: \'channel_names\' is {channels!r}, expected {{"0": "CT"}} or more, counted from 0')
+    _ending(path, content)
+    if not isinstance(labels, dict) or len(labels) < 2:
+        raise DataError(f"{path}: 'labels' is {labels!r}, expected {{\"background\": 0, \"liver\": 1}} or more")
+    if "ignore" in labels:
+        raise DataError(
+            f"{path}: 'labels' has 'ignore' ({labels['ignore']}), voxels that nobody labelled; losses and scores here "
+            f"need complete labels. Complete them, or take 'ignore' out if no label file holds this id"
+        )
+    wrong = {
+        name: ids for name, ids in labels.items()
+        if not all(type(k) is int and 0 <= k < 256 for k in (ids if isinstance(ids, list) else [ids])) or ids == []
+    }  # fmt: skip
+    if wrong:
+        swapped = all(str(name).isdecimal() for name in labels)
+        fix = "; names and ids are swapped, as in nnU-Net v1" if swapped else ""
+        raise DataError(f"{path}: 'labels' has {wrong}, expected an id 0..255 or a list of ids for each name{fix}")
+    if any(isinstance(ids, list) for ids in labels.values()):
+        return {"in_channels": len(channels)} | _regions(path, labels, content.get("regions_class_order"))
+    names = {k: name for name, k in labels.items()}
+    if sorted(labels.values()) != list(range(len(labels))):
+        raise DataError(
+            f"{path}: 'labels' has the ids {sorted(labels.values())}, expected 0 (background) to {len(labels) - 1}, "
+            f"each once; nnU-Net refuses others too"
+        )
+    return {
+        "class_names": tuple(names[k] for k in range(len(names))), "in_channels": len(channels),
+        "regions": {}, "regions_class_order": (),
+    }  # fmt: skip
+
+
+def _regions(path: Path, labels: dict, order: object) -> dict:
+    regions = {name: ids if isinstance(ids, list) else [ids] for name, ids in labels.items()}
+    regions = {name: ids for name, ids in regions.items() if set(ids) != {0}}
+    inside = [name for name, ids in regions.items() if 0 in ids]
+    if inside:
+        raise DataError(f"{path}: region '{inside[0]}' holds the id 0, which is background; take it out")
+    if not isinstance(order, list) or len(order) != len(regions) or not all(type(k) is int and k > 0 for k in order):
+        raise DataError(
+            f"{path}: 'regions_class_order' is {order!r}, expected one id above 0 for each of {', '.join(regions)}, in "
+            f"the order in which they are painted over each other"
+        )
+    return {"class_names": tuple(regions), "regions": regions, "regions_class_order": tuple(order)}
+
+
+def _ending(path: Path, content: dict) -> str:
+    ending = content.get("file_ending")
+    if ending not in SUFFIXES:
+        raise DataError(
+            f"{path}: 'file_ending' is {ending!r}, expected one of {', '.join(SUFFIXES)}; 3D scans alone can be read"
+        )
+    return ending

@@ -1,0 +1,149 @@
+"""Scans read from files with checks: NIfTI by nibabel, NRRD, MetaImage and DICOM series by SimpleITK."""
+
+import re
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+DICOM_SUFFIXES = (".dcm", ".ima")
+SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES  # of files that hold a whole scan
+IRREGULAR = 0.01  # largest deviation of the distance between two DICOM slices from the usual one, as a share of it
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, what was found, what was expected and the fix."""
+
+
+def has_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+    """Whether the file's name ends in one of `suffixes`, in any case of letters."""
+    return path.name.lower().endswith(suffixes)
+
+
+def stem(file: str | Path) -> str:
+    """File name without folder and suffix; `.nii.gz` counts as one."""
+    name = Path(file).name
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), Path(name).suffix)
+    return name[: len(name) - len(suffix)]
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (H, W, D), or (H, W, D, C), and 4x4 affine (voxel to RAS+ in mm); DataError for whatever is unreadable.
+
+    A folder is that of a DICOM series; where it holds several, one of the wanted series' files names it.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file; restore it or take the case out of the lists")
+    try:
+        if path.is_dir() or has_suffix(path, DICOM_SUFFIXES):
+            voxels, affine = _read_series(path)
+        elif has_suffix(path, ITK_SUFFIXES):
+            voxels, affine = _read_itk(path)
+        else:
+            image = nib.load(path)
+            voxels, affine = np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
+    except DataError:
+        raise
+    # SimpleITK reports everything as RuntimeError.
+    except (ImageFileError, OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise DataError(
+            f"{path}: unreadable or truncated ({type(error).__name__}: {reason}); copy the file again"
+        ) from error
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise DataError(
+            f"{path}: its affine maps no volume ({affine[:3].tolist()}); expected finite, independent axes in mm, "
+            f"repair the header"
+        )
+    return voxels, affine
+
+
+def dicom_series(folder: Path) -> dict[str, list[Path]]:
+    """Series identifier -> its files from the first slice to the last, of the DICOM files right in `folder`."""
+    import SimpleITK as sitk
+
+    with _without_warnings(sitk):
+        return {
+            identifier: [Path(file) for file in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifier)]
+            for identifier in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+        }
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    import SimpleITK as sitk
+
+    with _without_warnings(sitk):
+        return _from_itk(sitk.ReadImage(str(path)), path)
+
+
+def _read_series(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A DICOM series in Hounsfield units where it has any (rescaled as its files say)."""
+    import SimpleITK as sitk
+
+    series = dicom_series(path if path.is_dir() else path.parent)
+    if not path.is_dir():
+        series = {key: files for key, files in series.items() if path.name in {file.name for file in files}}
+    if len(series) != 1:
+        found = "; ".join(f"{len(files)} files such as {files[0].name}" for files in series.values())
+        raise DataError(
+            f"{path}: {len(series)} DICOM series in this folder{f' ({found})' if found else ''}, expected one; "
+            f"{'name one file of the wanted series instead of the folder' if found else 'check the folder'}"
+        )
+    ((_, files),) = series.items()
+    with _without_warnings(sitk):
+        if len(files) == 1:  # several frames in one file
+            return _from_itk(sitk.ReadImage(str(files[0])), path)
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames([str(file) for file in files])
+        reader.MetaDataDictionaryArrayUpdateOn()
+        image = reader.Execute()
+    normal = np.array(image.GetDirection()).reshape(3, 3)[:, 2]
+    places = [
+        float(np.array(reader.GetMetaData(k, "0020|0032").split("\\"), float) @ normal)
+        for k in range(len(files)) if reader.HasMetaDataKey(k, "0020|0032")
+    ]  # fmt: skip
+    gaps = np.diff(places)
+    if len(places) != len(files) or np.abs(gaps - np.median(gaps)).max() > IRREGULAR * abs(np.median(gaps)) + 1e-3:
+        shown = f"{np.abs(gaps).min():.3f} to {np.abs(gaps).max():.3f} mm apart" if len(gaps) else "without positions"
+        raise DataError(
+            f"{path}: the {len(files)} slices of this DICOM series are {shown}, expected one distance; a slice is "
+            f"missing or doubled, copy the series again or convert it with a tool that resamples"
+        )
+    return _from_itk(image, path)
+
+
+def _from_itk(image, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """SimpleITK image -> voxels (H, W, D[, C]) and affine to RAS+; ITK's world is LPS."""
+    import SimpleITK as sitk
+
+    if image.GetDimension() != 3:
+        raise DataError(f"{path}: an image of {image.GetDimension()} axes, expected a 3D scan")
+    voxels = np.swapaxes(sitk.GetArrayFromImage(image), 0, 2)  # (D, W, H[, C]) -> (H, W, D[, C])
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+class _without_warnings:
+    """SimpleITK writes to standard error by itself; what matters is checked here and raised."""
+
+    def __init__(self, sitk) -> None:
+        self.object = sitk.ProcessObject
+
+    def __enter__(self) -> None:
+        self.before = self.object.GetGlobalWarningDisplay()
+        self.object.SetGlobalWarningDisplay(False)
+
+    def __exit__(self, *error: object) -> None:
+        self.object.SetGlobalWarningDisplay(self.before)
+
+
+def channel_number(name: str) -> tuple[str, int] | None:
+    """'case_0002' -> ('case', 2), nnU-Net's way to name the files of a scan's channels; None for other names."""
+    match = re.fullmatch(r"(.+)_(\d{4})", name)
+    return (match[1], int(match[2])) if match else None

@@ -1,0 +1,63 @@
+"""Files of predictions: geometry, completeness, and the table that grows."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tests.dataloaders.test_msd import AFFINES
+from utils.config import ConfigError
+from utils.predictions import SizeTable, beside, failure, millilitres, save_volume, settings_of, structure_sizes
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_volumes_keep_their_affine(tmp_path, name):
+    ids = np.random.default_rng(0).integers(0, 5, (4, 5, 6))
+    save_volume(tmp_path / "a.nii.gz", ids, AFFINES[name])
+    image = nib.load(tmp_path / "a.nii.gz")
+    assert np.array_equal(np.asarray(image.dataobj), ids)
+    for affine, code in (image.get_sform(coded=True), image.get_qform(coded=True)):
+        assert code == 1
+        assert np.allclose(affine, AFFINES[name], atol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+def test_a_sheared_affine_has_no_quaternion(tmp_path):
+    affine = np.eye(4)
+    affine[0, 1] = 0.5  # as of a tilted gantry
+    save_volume(tmp_path / "a.nii.gz", np.zeros((3, 3, 3)), affine)
+    image = nib.load(tmp_path / "a.nii.gz")
+    assert np.allclose(image.affine, affine)
+    assert image.get_qform(coded=True)[1] == 0
+
+
+def test_sizes():
+    ids = np.array([[0, 1, 1], [2, 3, 3]])
+    affine = np.diag([-2.0, 3.0, 5.0, 1.0])
+    assert millilitres(affine) == pytest.approx(0.03)
+    sizes = structure_sizes(ids, {"a": (1,), "b": (1, 3), "none": (7,)}, 0.5)
+    assert sizes == {"a": (2, 1.0), "b": (4, 2.0), "none": (0, 0.0)}
+
+
+def test_the_table_keeps_what_it_has(tmp_path):
+    path = tmp_path / "sizes.csv"
+    table = SizeTable(path, "voxels", "volume_ml")
+    table["b"] = {"liver, left": (3, 0.25)}
+    table.write()
+    table = SizeTable(path, "voxels", "volume_ml")
+    table["a"] = {"liver, left": (1, 0.5)}
+    table.write()
+    assert path.read_text().splitlines() == [
+        "case,structure,voxels,volume_ml", 'a,"liver, left",1,0.5', 'b,"liver, left",3,0.25'
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="no table of case, structure, pixels, percent"):
+        SizeTable(path, "pixels", "percent")
+
+
+def test_settings_and_failures(tmp_path):
+    assert beside(tmp_path / "a.b.nii.gz").name == "a.b.json"
+    assert beside(tmp_path / "a.png").name == "a.json"
+    for content in ("", "[]", "{}"):
+        (tmp_path / "a.json").write_text(content)
+        assert settings_of(tmp_path / "a.nii.gz") is None
+    assert "try --window-batch 1" in failure(tmp_path, MemoryError("no"))
+    assert failure(tmp_path, KeyError("k")) == f"{tmp_path}: KeyError: 'k'"

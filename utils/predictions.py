@@ -1,0 +1,103 @@
+"""Files of predictions: label maps that are complete or not there, what they mean, a table of sizes."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.config import ConfigError
+
+
+def save_volume(path: Path, ids: np.ndarray, affine: np.ndarray) -> None:
+    """Write ids (H, W, D) as NIfTI of 8 bits; affine: voxel to RAS+ in mm."""
+    image = nib.Nifti1Image(ids.astype(np.uint8), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if np.allclose(axes.T @ axes, np.eye(3), atol=1e-5):  # else the quaternion form could not hold the affine
+        image.set_qform(affine, code=1)
+    _complete(path, lambda temporary: nib.save(image, temporary))
+
+
+def save_mask(path: Path, pixels: np.ndarray) -> None:
+    """Write pixels (H, W) or (H, W, 3) uint8 as PNG."""
+    _complete(path, Image.fromarray(pixels).save)
+
+
+def save_about(path: Path, about: dict) -> None:
+    """Write the JSON beside the result `path`: the same name with .json."""
+    beside(path).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def settings_of(path: Path) -> dict | None:
+    """How the result `path` was made, as its JSON says; None if that is missing or says nothing."""
+    try:
+        return json.loads(beside(path).read_text(encoding="utf-8")).get("settings")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def beside(path: Path) -> Path:
+    """Where the JSON of a result is: x.nii.gz, x.png -> x.json."""
+    return path.with_name(path.name.removesuffix(".gz").rpartition(".")[0] + ".json")
+
+
+def _complete(path: Path, write) -> None:
+    """Write by way of a temporary file of the same kind, so that a file that is there is complete."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def structure_sizes(
+    ids: np.ndarray, structures: dict[str, tuple[int, ...]], unit: float
+) -> dict[str, tuple[int, float]]:
+    """Structure, a set of ids -> its voxels, and the same times `unit`, to four decimals."""
+    counts = np.bincount(np.asarray(ids).ravel(), minlength=256)
+    totals = {name: int(sum(counts[k] for k in which)) for name, which in structures.items()}
+    return {name: (voxels, round(voxels * unit, 4)) for name, voxels in totals.items()}
+
+
+def millilitres(affine: np.ndarray) -> float:
+    """Volume of a voxel."""
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+
+
+class SizeTable(dict):
+    """Case -> structure -> (count, size); begins with what its CSV file holds, `write` puts all of it there."""
+
+    def __init__(self, path: Path, count: str, size: str) -> None:
+        super().__init__()
+        self.path, self.header = path, ("case", "structure", count, size)
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.reader(file)
+                if tuple(next(reader, ())) != self.header:
+                    raise ConfigError(f"{path}: no table of {', '.join(self.header)}; move it or choose another folder")
+                for case, structure, number, value in reader:
+                    self.setdefault(case, {})[structure] = int(number), float(value)
+
+    def write(self) -> None:
+        def lines(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(self.header)
+                for case in sorted(self):
+                    writer.writerows([case, name, *values] for name, values in self[case].items())
+
+        _complete(self.path, lines)
+
+
+def failure(source: Path, error: Exception) -> str:
+    """One line about an error that no check of ours foresaw."""
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    hint = "; not enough memory: try --window-batch 1, or --device cpu" if memory else ""
+    return f"{source}: {type(error).__name__}: {' '.join(str(error).split())[:300]}{hint}"
