@@ -26,7 +26,11 @@ gradient is taken at once, so that no map is kept: memory grows with chunk * 13,
 for its cache.
 
 State. The queues are buffers, so they are saved and resumed with the module; each process has its own. They change in
-training mode only. Random draws come from torch's global CPU generator.
+training mode only. Random draws come from torch's global generators, of the CPU and, on a GPU, of that GPU.
+
+Fixed shapes. How many voxels are of a class is known on the device alone, and asking makes the host wait. On other
+devices than the CPU every shape is therefore that of the grid: all voxels are rows, anchors by their weight of 1 or 0,
+and a class queues the voxels of its largest random keys, an absent one what its slots held before.
 """
 
 import torch
@@ -46,7 +50,7 @@ from losses.kd import (
     softmax_kl,
     unit_vectors,
 )
-from losses.taps import require_taps, resize_nearest
+from losses.taps import moved, require_taps, resize_nearest
 
 PAIRS = ("own", "all", "first")
 
@@ -57,11 +61,18 @@ def _log_sum_exp(similarities: Tensor, probs: Tensor) -> Tensor:
 
 
 class _SimilarityKL(torch.autograd.Function):
-    """Mean over rows of KL(softmax(tq tk'/t) || softmax(sq sk'/t)), with the gradient computed strip by strip."""
+    """Mean over rows of KL(softmax(tq tk'/t) || softmax(sq sk'/t)), with the gradient computed strip by strip.
+
+    weights: of the rows, float32 (n,), or None for ones.
+    """
 
     @staticmethod
-    def forward(ctx, student_rows, student_columns, teacher_rows, teacher_columns, temperature, chunk):
+    def forward(ctx, student_rows, student_columns, teacher_rows, teacher_columns, weights, temperature, chunk):
         rows = student_rows.shape[0]
+        total_weight = rows
+        if weights is not None:
+            total_weight = weights.sum()
+            total_weight = total_weight.where(total_weight > 0, 1.0)
         needs_rows, needs_columns = ctx.needs_input_grad[:2]
         grad_rows = torch.zeros_like(student_rows) if needs_rows else None
         grad_columns = torch.zeros_like(student_columns) if needs_columns else None
@@ -72,24 +83,30 @@ class _SimilarityKL(torch.autograd.Function):
             s = torch.mm(student_rows[strip], student_columns.T).div_(temperature)
             t = torch.mm(teacher_rows[strip], teacher_columns.T).div_(temperature)
             p, q = s.softmax(1), t.softmax(1)
-            total += (_log_sum_exp(s, p) - _log_sum_exp(t, q)).sum()
-            total += torch.dot(q.view(-1), t.sub_(s).view(-1))
+            if weights is None:
+                total += (_log_sum_exp(s, p) - _log_sum_exp(t, q)).sum()
+                total += torch.dot(q.view(-1), t.sub_(s).view(-1))
+            else:
+                total += torch.dot(_log_sum_exp(s, p) - _log_sum_exp(t, q), weights[strip].double())
+                total += torch.dot(torch.mul(q, t.sub_(s), out=t).sum(1), weights[strip])
             if needs_rows or needs_columns:
                 slope = p.sub_(q)  # of the loss, by the similarities, but for a constant factor
+                if weights is not None:
+                    slope.mul_(weights[strip, None])
                 if needs_rows:
                     torch.mm(slope, student_columns, out=grad_rows[strip])
                 if needs_columns:
                     grad_columns.addmm_(slope.T, student_rows[strip])
         for gradient in (grad_rows, grad_columns):
             if gradient is not None:
-                gradient.div_(rows * temperature)
+                gradient.div_(total_weight * temperature)
         ctx.save_for_backward(grad_rows, grad_columns)
-        return (total / rows).float()
+        return (total / total_weight).float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None, None, None, None
+        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), *[None] * 5
 
 
 def similarity_kl(
@@ -99,17 +116,19 @@ def similarity_kl(
     teacher_columns: Tensor,
     temperature: float = 1.0,
     chunk: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """KL between the teacher's and the student's softmax over similarities, mean over rows; scalar float32.
 
     rows (n, C), columns (m, C), float32; C may differ between student and teacher. chunk: rows at a time; None
-    means 128 on a CPU and 1024 elsewhere. Gradient to the student's rows and columns only, first order only.
+    means 128 on a CPU and 1024 elsewhere. weights (n,) float32, at least 0: of the rows in the mean, which is 0 with a
+    graph if all are 0; None for ones. Gradient to the student's rows and columns only, first order only.
     """
     if chunk is None:
         chunk = 128 if student_rows.device.type == "cpu" else 1024
     with torch.autocast(student_rows.device.type, enabled=False):
         return _SimilarityKL.apply(
-            student_rows, student_columns, teacher_rows.detach(), teacher_columns.detach(), temperature, chunk
+            student_rows, student_columns, teacher_rows.detach(), teacher_columns.detach(), weights, temperature, chunk
         )
 
 
@@ -181,9 +200,24 @@ class Memory(nn.Module):
             self.queue[row, start : start + count] = vectors
             self.pointer[row] = start + count
 
+    @torch.no_grad()
+    def push_some(self, first_row: int, vectors: Tensor, counts: Tensor) -> None:
+        """`push` of the first counts[i] of vectors[i] to the ring of class first_row + i, for all of them at once.
+
+        vectors (n, k, C); counts (n,) int64 from 0, which leaves a ring as it is, to k. The shapes of what is done do
+        not depend on the counts: slots past a count are written with what they hold.
+        """
+        size, places = self.queue.shape[1], torch.arange(vectors.shape[1], device=vectors.device)
+        rings, pointer = self.queue[first_row:], self.pointer[first_row:]
+        full = pointer + counts >= size
+        slots = (torch.where(full, size - counts, pointer)[:, None] + places) % size
+        slots = slots[..., None].expand(vectors.shape)
+        rings.scatter_(1, slots, torch.where((places < counts[:, None])[..., None], vectors, rings.gather(1, slots)))
+        pointer.copy_(torch.where(full, 0, pointer + counts))
+
     def draw(self, count: int) -> Tensor:
         """(num_classes * count, C) vectors: the same random slots of every ring."""
-        slots = torch.randperm(self.queue.shape[1])[:count].to(self.queue.device)
+        slots = moved(torch.randperm(self.queue.shape[1])[:count], self.queue.device)
         return self.queue[:, slots].flatten(0, 1)
 
 
@@ -266,6 +300,8 @@ class CIRKD(nn.Module):
     @torch.no_grad()
     def _enqueue(self, teacher_vectors: Tensor, foreground: Tensor) -> None:
         """Queue, per sample and class in it, the mean and a few of its unit teacher vectors (B, N, C)."""
+        if teacher_vectors.device.type != "cpu":
+            return self._enqueue_fixed(teacher_vectors, foreground)
         for sample, index in foreground.any(2).nonzero().tolist():
             row = self.first_row + index
             voxels = foreground[sample, index].nonzero()[:, 0]
@@ -275,20 +311,40 @@ class CIRKD(nn.Module):
             chosen = chosen if self.legacy else voxels[chosen]
             self.pixels.push(row, F.normalize(vectors[chosen], dim=1))
 
+    @torch.no_grad()
+    def _enqueue_fixed(self, teacher_vectors: Tensor, foreground: Tensor) -> None:
+        """`_enqueue` by operations whose shapes are those of the arguments; the voxels are drawn by random keys."""
+        counts = foreground.sum(2)  # (B, foreground classes)
+        candidates = foreground
+        if self.legacy:
+            candidates = torch.arange(foreground.shape[2], device=counts.device) < counts[..., None]
+        keys = torch.rand(candidates.shape, device=counts.device).masked_fill(~candidates, -1.0)
+        chosen = keys.topk(min(self.pixels_per_class, keys.shape[2]), dim=2).indices
+        with torch.autocast(teacher_vectors.device.type, enabled=False):
+            means = F.normalize(foreground.to(teacher_vectors.dtype) @ teacher_vectors, dim=2)  # sums, scaled alike
+            for vectors, index, mean, count in zip(teacher_vectors, chosen, means, counts):
+                self.regions.push_some(self.first_row, mean[:, None], count.clamp(max=1))
+                picked = F.normalize(vectors[index], dim=2)
+                self.pixels.push_some(self.first_row, picked, count.clamp(max=index.shape[1]))
+
     def _memory_terms(self, student_pooled: Tensor, teacher_vectors: Tensor, foreground: Tensor) -> dict[str, Tensor]:
         with torch.autocast(student_pooled.device.type, enabled=False):
             projected = unit_vectors(self.head(student_pooled.transpose(1, 2)).transpose(1, 2), dim=2)
         if self.training:
             self._enqueue(teacher_vectors, foreground)
-        anchors = foreground.any(1)
-        student_anchors, teacher_anchors = projected[anchors], teacher_vectors[anchors]
+        anchors, weights = foreground.any(1), None
+        if anchors.device.type == "cpu":
+            student_anchors, teacher_anchors = projected[anchors], teacher_vectors[anchors]
+        else:  # as many rows as there are voxels
+            student_anchors, teacher_anchors = projected.flatten(0, 1), teacher_vectors.flatten(0, 1)
+            weights = anchors.flatten().float()
 
         def contrast(memory: Memory, count: int) -> Tensor:
             vectors = memory.draw(count).float()
             if len(student_anchors) == 0:
                 return 0.0 * projected.sum()  # 0 that the head's parameters still take part in, as DDP needs
             return similarity_kl(
-                student_anchors, vectors, teacher_anchors, vectors, self.contrast_temperature, self.chunk
+                student_anchors, vectors, teacher_anchors, vectors, self.contrast_temperature, self.chunk, weights
             )
 
         terms = {}

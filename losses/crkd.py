@@ -15,19 +15,23 @@ gives a 0 that has a graph, labels are mixed without arithmetic, and the boxes o
 extents were drawn for.
 
 Random draws come from the `generator` argument, or from torch's global one without it. All arithmetic is float32.
+
+How many voxels stand for a class is known on the device alone, and asking makes the host wait. On other devices than
+the CPU, CSD therefore computes with shapes that do not depend on it: `_of_fixed_shape`.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from losses.consistency import without_channel
 from losses.kd import PRESETS, check_choice, check_positive, unit_vectors
-from losses.taps import resize_nearest
+from losses.taps import moved, resize_nearest
 
 
 def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +78,8 @@ def low_entropy_consistency(
 class ProjectionHead(nn.Module):
     """Pointwise layers to unit vectors of `channels`: (B, in_channels, *spatial) maps, or rows (N, in_channels).
 
-    Rows go through the same layers as the voxels of a map: batch norm then takes its statistics over the rows.
+    Rows go through the same layers as the voxels of a map: batch norm then takes its statistics over the rows, of which
+    `counted` (N,) bool may leave some out.
     num_layers: pointwise convolutions, all but the last with batch norm and ReLU. dims: 2 or 3, the kernels' rank only;
     names and shapes are those of released checkpoints. Output float32.
     """
@@ -91,11 +96,43 @@ class ProjectionHead(nn.Module):
         self.final_conv = conv(channels if num_layers > 1 else in_channels, channels, 1)
         self.dims = dims
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
         if x.ndim == 2:
             as_map = x.T.reshape(1, x.shape[1], x.shape[0], *[1] * (self.dims - 1))  # N voxels of one image
-            return self.forward(as_map)[0].flatten(1).T
-        return F.normalize(self.final_conv(self.layers(x)).float(), dim=1, eps=1e-12)
+            return self.forward(as_map, counted)[0].flatten(1).T
+        for layer in self.layers:
+            partial = counted is not None and layer.training and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            x = _norm_by(layer, x, counted) if partial else layer(x)
+        return F.normalize(self.final_conv(x).float(), dim=1, eps=1e-12)
+
+
+def _norm_by(norm: nn.modules.batchnorm._BatchNorm, x: Tensor, counted: Tensor) -> Tensor:
+    """`norm` in training of the map x (1, C, N, ...) of N voxels, with the statistics of the `counted` (N,) bool alone.
+
+    Over those of all processes if it is a SyncBatchNorm. Without any, running statistics stay as they are.
+    """
+    weight = counted.to(x.dtype)
+    rows = x.flatten(2)[0]  # (C, N)
+    sums = torch.cat([rows @ weight, weight.sum()[None]])
+    synchronised = isinstance(norm, nn.SyncBatchNorm)
+    if synchronised:
+        sums = dist_nn.all_reduce(sums, group=norm.process_group)
+    count = sums[-1].detach()
+    mean = sums[:-1] / count.clamp(min=1)
+    centred = rows - mean[:, None]
+    squares = centred.square() @ weight
+    if synchronised:
+        squares = dist_nn.all_reduce(squares, group=norm.process_group)
+    var = squares / count.clamp(min=1)
+    if norm.track_running_stats:
+        with torch.no_grad():
+            some = count > 0
+            norm.num_batches_tracked += some
+            momentum = norm.momentum * some
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(squares / (count - 1).clamp(min=1), momentum)
+    scaled = centred * (var + norm.eps).rsqrt()[:, None] * norm.weight[:, None] + norm.bias[:, None]
+    return scaled.view_as(x)
 
 
 def class_semantic_distillation(
@@ -120,7 +157,8 @@ def class_semantic_distillation(
     """CSD: supervised contrastive loss, labelled rows as anchors against unlabelled rows of both views.
 
     features: (B, c, *grid) of the labelled batch and of the two unlabelled views. head: module (N, c) -> (N, d) unit
-    rows that projects the sampled rows, all in one call; None if the features are projected already. pred_l, label_l:
+    rows that projects the sampled rows, all in one call, on a GPU with a mask (N,) of those that count as its second
+    argument; None if the features are projected already. pred_l, label_l:
     ids of the labelled batch; pred_u, conf_u: pseudo-label and its confidence, at any resolution (ids are resized to
     the grid by nearest neighbour, confidences linearly).
     samples: rows per stream, shared out equally among the classes (the last one takes the remainder), drawn with
@@ -149,14 +187,23 @@ def class_semantic_distillation(
         reliable = conf_u >= (conf_u.mean() if threshold is None else threshold)
         correct = (pred_l == label_l) if use_tp else torch.ones_like(pred_l, dtype=torch.bool)
 
+        masks = [(pred_l == k) & correct for k in range(num_classes)]
+        masks += [(pred_u == k) & reliable for k in range(num_classes)]
+        share = [samples // num_classes + (samples % num_classes if k == num_classes - 1 else 0)
+                 for k in range(num_classes)]  # fmt: skip
+    features = (features_l, features_s, features_fp)
+    if features_l.device.type != "cpu":
+        sides = torch.stack(masks[:num_classes]), torch.stack(masks[num_classes:])
+        with torch.autocast(features_l.device.type, enabled=False):
+            return _of_fixed_shape(features, *sides, share, head, tau, split_streams, normalise_mean, generator)
+
+    with torch.no_grad():
         # Which voxels of which stream stand for which class: (stream, class, indices of all its voxels, the candidates
         # among them as positions, None for all, rows wanted).
         groups = []
-        masks = [(pred_l == k) & correct for k in range(num_classes)]
-        masks += [(pred_u == k) & reliable for k in range(num_classes)]
         indices = _indices(masks)
         for k, (anchors, contrast) in enumerate(zip(indices[:num_classes], indices[num_classes:])):
-            wanted = samples // num_classes + (samples % num_classes if k == num_classes - 1 else 0)
+            wanted = share[k]
             first = second = None
             if split_streams:
                 order = _permutation(len(contrast), generator)
@@ -167,7 +214,6 @@ def class_semantic_distillation(
         groups.sort(key=lambda group: group[0])
         drawn = [_draw(rows, positions, wanted, generator) for _, _, rows, positions, wanted in groups]
 
-    features = (features_l, features_s, features_fp)
     streams = {stream for stream, *_ in groups}
     if 0 not in streams or not streams & {1, 2}:
         # An empty slice is a 0 in whose graph every input, and the head for DDP's sake, takes part.
@@ -192,18 +238,95 @@ def class_semantic_distillation(
         return _contrast(
             torch.cat(vectors[True]),
             torch.cat(vectors[False]),
-            _moved(torch.tensor(classes[True]), features_l.device),
-            _moved(torch.tensor(classes[False]), features_l.device),
+            torch.tensor(classes[True]),
+            torch.tensor(classes[False]),
             tau,
         )
 
 
 def _contrast(anchors: Tensor, contrast: Tensor, anchor_class: Tensor, contrast_class: Tensor, tau: float) -> Tensor:
     """Mean over anchors (n, d) of -log softmax(similarities / tau) at the contrast rows (m, d) of the same class."""
-    log_p = (anchors @ contrast.T / tau).log_softmax(1)
-    positive = anchor_class[:, None] == contrast_class
-    # An anchor without positives contributes 0 and counts.
-    return -(log_p.where(positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)).mean()
+    return _contrasts(anchors @ contrast.T / tau, anchor_class[:, None] == contrast_class).mean()
+
+
+def _contrasts(similarities: Tensor, positive: Tensor) -> Tensor:
+    """-log softmax of each row (n, m), mean over its positives; (n,). An anchor without positives contributes 0."""
+    log_p = similarities.log_softmax(1)
+    return -(log_p.where(positive, 0.0).sum(1) / positive.sum(1).clamp(min=1))
+
+
+def _of_fixed_shape(
+    features: tuple[Tensor, Tensor, Tensor],
+    anchors: Tensor,
+    contrast: Tensor,
+    share: Sequence[int],
+    head: nn.Module | None,
+    tau: float,
+    split_streams: bool,
+    normalise_mean: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """`class_semantic_distillation` without a question to the device: shapes that depend on shapes alone.
+
+    anchors, contrast: bool (K, voxels of the batch), which voxels stand for which class; share: rows wanted of each.
+    Every class of every stream has as many rows as the largest share, whether it has voxels or not; what is too many
+    gets no weight.
+    """
+    device, num_classes, width = anchors.device, len(share), max(share)
+    with torch.no_grad():
+        members = [_members_first(anchors, False, generator), _members_first(contrast, split_streams, generator)]
+        of_class, total = contrast.sum(1), anchors.sum(1)
+        half = of_class // 2 if split_streams else of_class
+        counts = torch.stack([total, half, of_class - half if split_streams else of_class])[..., None]  # (3, K, 1)
+        start = torch.stack([torch.zeros_like(half), torch.zeros_like(half), half if split_streams else 0 * half])
+        place = torch.arange(width, device=device)
+        wanted = torch.full((num_classes, 1), share[0], device=device)
+        wanted[-1] = share[-1]
+        # With replacement where there are enough, else each in turn.
+        drawn = (_rand((3, num_classes, width), generator, device, torch.float64) * counts).long()
+        position = torch.where(counts >= wanted, drawn, place % counts.clamp(min=1)) + start[..., None]
+        index = [members[min(s, 1)].gather(1, position[s]).flatten() for s in range(3)]
+        present = counts > 0
+        usable = present[0].any() & present[1:].any()
+        distinct = usable & (place < torch.minimum(counts, wanted))  # (3, K, width): no row that repeats another
+        valid = present & (place < wanted)
+
+    rows = torch.cat([_rows(feature, i) for feature, i in zip(features, index)])
+    rows = (rows if head is None else head(rows, distinct.flatten())).unflatten(0, (3, num_classes, width))
+    if head is not None:
+        weight = distinct.to(rows.dtype)
+        mean = (rows * weight[..., None]).sum(2) / weight.sum(2, keepdim=True).clamp(min=1)
+    else:
+        mean = torch.stack([
+            _means(feature, members[min(s, 1)], start[s], counts[s, :, 0]) for s, feature in enumerate(features)
+        ])  # fmt: skip
+    if normalise_mean:
+        mean = unit_vectors(mean, dim=2)
+    vectors = torch.cat([rows, mean[:, :, None]], dim=2)
+    valid = torch.cat([valid, present], dim=2)
+    classes = torch.arange(num_classes, device=device)[:, None].expand(valid.shape)
+    (valid_a, valid_c), (class_a, class_c) = ((t[0].flatten(), t[1:].flatten()) for t in (valid, classes))
+    similarities = vectors[0].flatten(0, 1) @ vectors[1:].flatten(0, 2).T / tau
+    similarities = similarities.masked_fill(~valid_c & usable, -math.inf)  # not all of them, which would give NaN
+    losses = _contrasts(similarities, (class_a[:, None] == class_c) & valid_c)
+    counted = valid_a & usable
+    return losses.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def _members_first(masks: Tensor, shuffled: bool, generator: torch.Generator | None) -> Tensor:
+    """Indices (K, N) int64 of the True entries of each mask (K, N), in order or shuffled, then of all others."""
+    keys = _rand(masks.shape, generator, masks.device) if shuffled else masks.new_zeros(masks.shape, dtype=torch.uint8)
+    return keys.masked_fill(~masks, 1).argsort(1, stable=True)
+
+
+def _means(feature: Tensor, members: Tensor, start: Tensor, count: Tensor) -> Tensor:
+    """Mean vector (K, C) of a map (B, C, *grid) over members[k, start[k] : start[k] + count[k]] of each class k."""
+    place = torch.arange(members.shape[1], device=members.device) - start[:, None]
+    weight = torch.zeros(members.shape, dtype=torch.float32, device=members.device)
+    weight.scatter_(1, members, ((place >= 0) & (place < count[:, None])).float())
+    weight = weight / count.clamp(min=1)[:, None]
+    feature = feature.float().flatten(2)
+    return torch.einsum("kbv,bcv->kc", weight.unflatten(1, (len(feature), -1)), feature)
 
 
 def _on_grid(values: Tensor, ndim: int, grid: torch.Size, linear: bool = False) -> Tensor:
@@ -224,16 +347,13 @@ def _rows(feature: Tensor, index: Tensor) -> Tensor:
 
 
 def _indices(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Indices (n,) int64 of the True entries of each mask (N,); one transfer of all counts, the only wait for a GPU."""
+    """Indices (n,) int64 of the True entries of each mask (N,), for the CPU: their number is a shape."""
     counts = torch.stack([mask.sum() for mask in masks]).tolist()
     return [mask.nonzero_static(size=count)[:, 0] for mask, count in zip(masks, counts)]
 
 
 def _draw(rows: Tensor, positions: Tensor | None, wanted: int, generator: torch.Generator | None) -> Tensor:
-    """`wanted` entries of rows[positions] with replacement, or all of them if there are fewer; None for all `rows`.
-
-    Positions are drawn from before they are moved to the device of `rows`: only the drawn ones travel.
-    """
+    """`wanted` entries of rows[positions] with replacement, or all of them if there are fewer; None for all `rows`."""
     count = len(rows if positions is None else positions)
     if count >= wanted:
         drawn = _integers(count, wanted, generator)
@@ -242,18 +362,19 @@ def _draw(rows: Tensor, positions: Tensor | None, wanted: int, generator: torch.
 
 
 def _at(rows: Tensor, positions: Tensor | None) -> Tensor:
-    return rows if positions is None else rows[_moved(positions, rows.device)]
-
-
-def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, from page-locked memory if that is a GPU: a copy from elsewhere makes the host wait."""
-    if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    return rows if positions is None else rows[moved(positions, rows.device)]
 
 
 def _device(generator: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
+
+
+def _rand(
+    shape: Sequence[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uniform in [0, 1) on `device`, drawn there unless the generator is of another."""
+    source = device if generator is None else generator.device
+    return moved(torch.rand(tuple(shape), generator=generator, device=source, dtype=dtype), device)
 
 
 def _integers(high: int, count: int, generator: torch.Generator | None) -> Tensor:
@@ -447,7 +568,7 @@ def draw_exchange(
 
 def exchange(values: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
     """`values` (B, *spatial) or (B, C, *spatial) of any dtype, with those of the partner where `mask` (B, *spatial)."""
-    partner, mask = _moved(partner, values.device), _moved(mask, values.device)
+    partner, mask = moved(partner, values.device), moved(mask, values.device)
     if values.ndim == mask.ndim + 1:
         mask = mask[:, None]
     return torch.where(mask, values[partner], values)
@@ -467,6 +588,6 @@ def symmetric_cutmix(
     confidence (`pseudo_label`), (B, *spatial) or (B, 1, *spatial). Returns the four mixed: new tensors of the same
     dtypes and shapes. prob: probability that a pair is mixed.
     """
-    partner, mask = (_moved(t, weak.device) for t in draw_exchange(len(weak), weak.shape[2:], prob, generator))
+    partner, mask = (moved(t, weak.device) for t in draw_exchange(len(weak), weak.shape[2:], prob, generator))
     mixed = (exchange(values, partner, mask) for values in (weak, strong, pred, conf))
     return tuple(mixed)

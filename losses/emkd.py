@@ -57,19 +57,22 @@ def region_affinity(student_feature: Tensor, teacher_feature: Tensor, masks: Ten
     features (B, C, *grid), channels may differ. masks (B, K, *grid) bool, may overlap.
     """
     masks = masks.transpose(0, 1).flatten(1)  # (K, B * V)
-    masks = masks[masks.any(1)]
-    if len(masks) < 2:
-        return 0.0 * student_feature.float().mean()
+    present = masks.any(1)
+    if masks.device.type == "cpu":  # saves the work for absent classes; a GPU would have to be waited for
+        masks, present = masks[present], present[present]
 
     def cosines(feature: Tensor) -> Tensor:
         members = masks.to(torch.float32)
         with torch.autocast(feature.device.type, enabled=False):
             vectors = feature.float().transpose(0, 1).flatten(1)  # (C, B * V)
-            regions = unit_vectors((members / members.sum(1, keepdim=True)) @ vectors.T, dim=1)
+            # An absent class has the vector 0.
+            regions = unit_vectors((members / members.sum(1, keepdim=True).clamp(min=1)) @ vectors.T, dim=1)
             return regions @ regions.T
 
-    upper = torch.ones(len(masks), len(masks), dtype=torch.bool, device=masks.device).triu(1)
-    return (cosines(student_feature) - cosines(teacher_feature.detach()))[upper].square().mean()
+    first, second = torch.triu_indices(len(masks), len(masks), 1, device=masks.device)
+    pairs = (present[first] & present[second]).sum()
+    difference = (cosines(student_feature) - cosines(teacher_feature.detach()))[first, second]
+    return difference.square().sum() / pairs.clamp(min=1)
 
 
 class EMKD(nn.Module):

@@ -1,4 +1,4 @@
-"""What distillation losses share: checks of feature taps, resizing between grids, class maps."""
+"""What losses share: checks of feature taps, resizing between grids, class maps, copies that no GPU is waited for."""
 
 from collections.abc import Iterable, Mapping
 
@@ -20,6 +20,13 @@ def require_taps(method: str, role: str, channels: Mapping[str, int], taps: Iter
 def resize_nearest(feature: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     """`feature` (B, C, *spatial) on a grid of `size` by nearest neighbour; the same tensor if it has that size."""
     return feature if tuple(feature.shape[2:]) == tuple(size) else F.interpolate(feature, size=tuple(size))
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, from page-locked memory if that is a GPU: a copy from elsewhere makes the host wait."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def class_map(label: Tensor) -> Tensor:

@@ -160,15 +160,14 @@ def far_from_prototype(feature: Tensor, probs: Tensor, certain: Tensor, pred: Te
     mode = "bilinear" if feature.ndim == 4 else "trilinear"
     feature = F.interpolate(feature, size=tuple(pred.shape[1:]), mode=mode, align_corners=True)
     confidence, label = probs.max(1)
-    distances = []
+    distances, known = [], torch.ones((), dtype=torch.bool, device=pred.device)
     for k in range(2):
         weight = (confidence * (certain & (label == k)))[:, None]
-        if not weight.any():
-            return torch.zeros_like(certain)
+        known = known & weight.any()
         axes = [0, *range(2, feature.ndim)]
         prototype = (feature * weight).sum(axes, keepdim=True) / weight.sum()
         distances.append((feature - prototype).square().sum(1))
-    return (distances[1] < distances[0]).long() != pred
+    return ((distances[1] < distances[0]).long() != pred) & known
 
 
 def label_errors(probs: Tensor, given: Tensor) -> Tensor:
@@ -182,6 +181,8 @@ def label_errors(probs: Tensor, given: Tensor) -> Tensor:
     """
     num_classes = probs.shape[1]
     p, labels = probs.movedim(1, -1).reshape(-1, num_classes), given.flatten()
+    if p.device.type != "cpu":
+        return _label_errors_fixed(p, labels).view_as(given)
     sizes = torch.bincount(labels, minlength=num_classes)
     if (sizes == 0).any():
         return torch.ones_like(given, dtype=torch.bool)
@@ -207,3 +208,40 @@ def label_errors(probs: Tensor, given: Tensor) -> Tensor:
                 margin = p[members, j] - p[members, i]
                 by_rate[members[margin.argsort(descending=True)[: int(joint[i, j].round())]]] = True
     return (by_class & by_rate & (p.argmax(1) != labels)).view_as(given)
+
+
+def _label_errors_fixed(p: Tensor, labels: Tensor) -> Tensor:
+    """`label_errors` of rows p (V, C) and labels (V,), bool (V,), with shapes that depend on V and C alone.
+
+    For GPUs, which would have to be waited for to learn how many voxels are of a class, or are wrong. On a CPU it takes
+    longer, because it sorts all voxels for each class.
+    """
+    num_classes = p.shape[1]
+    ids = torch.arange(num_classes, device=p.device)
+    member = labels[:, None] == ids
+    sizes = member.sum(0)
+    own = p.gather(1, labels[:, None])[:, 0]
+    thresholds = own[:, None].where(member, 0.0).sum(0) / sizes.clamp(min=1)
+    passing = p >= thresholds - 1e-6
+    believed = p.masked_fill(~passing, -1.0).argmax(1)
+    joint = torch.zeros(num_classes**2, dtype=torch.float64, device=p.device)
+    joint = joint.index_add_(0, labels * num_classes + believed, passing.any(1).double()).view(num_classes, -1)
+    joint.diagonal().clamp_(min=1)
+    joint = joint / joint.sum(1, keepdim=True) * sizes[:, None]
+
+    last = sizes.cumsum(0)
+
+    def rank(key: Tensor) -> Tensor:
+        """Place of each voxel among those of its label by ascending `key`, from 0."""
+        order = key.argsort()
+        order = order[labels[order].argsort(stable=True)]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return place - (last - sizes)[labels]
+
+    by_class = rank(own) < (joint.sum(1) - joint.diagonal()).round()[labels]
+    by_rate = torch.zeros_like(by_class)
+    for j in range(num_classes):
+        by_rate |= (labels != j) & (rank(own - p[:, j]) < joint[:, j].round()[labels])
+    errors = by_class & by_rate & (sizes > MIN_MEMBERS)[labels] & (p.argmax(1) != labels)
+    return errors | (sizes == 0).any()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from losses.consistency import ce_dice_loss, dice_loss, sigmoid_rampup
 from losses.crkd import draw_boxes, pseudo_label
 from losses.kd import check_choice, check_fractions, check_weights
+from losses.taps import moved
 from methods.base import Method, pseudo_label_report, require_method
 from utils.modes import evaluating
 
@@ -106,7 +107,7 @@ class CrossMatch(Method):
                     mix = self._mix_targets(image_l, unlabelled["mix_weak"])
             else:
                 mix = self._mix_targets(image_l, unlabelled["mix_weak"])
-        boxes = [draw_boxes(len(weak), weak.shape[2:], self.cutmix_prob).to(weak.device) for _ in range(2)]
+        boxes = [moved(draw_boxes(len(weak), weak.shape[2:], self.cutmix_prob), weak.device) for _ in range(2)]
         strong = [
             torch.where(box[:, None], unlabelled[f"mix_strong{k}"], unlabelled[f"strong{k}"])
             for k, box in enumerate(boxes)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from losses.consistency import ce_dice_loss, dice_loss
 from losses.crkd import draw_boxes, pseudo_label
 from losses.kd import check_fractions
+from losses.taps import moved
 from methods.base import Method, pseudo_label_report, require_method
 from utils.modes import evaluating
 
@@ -75,7 +76,7 @@ class UniMatch(Method):
         count, shape = len(image_l), weak.shape[2:]
         with torch.no_grad(), evaluating(self.network):
             pred_mix, conf_mix = pseudo_label(self.network(unlabelled["mix_weak"]))
-        boxes = [draw_boxes(len(weak), shape, self.cutmix_prob).to(weak.device) for _ in range(2)]
+        boxes = [moved(draw_boxes(len(weak), shape, self.cutmix_prob), weak.device) for _ in range(2)]
         strong = [
             torch.where(box[:, None], unlabelled[f"mix_strong{k}"], unlabelled[f"strong{k}"])
             for k, box in enumerate(boxes)
