@@ -50,7 +50,7 @@ from losses.kd import (
     softmax_kl,
     unit_vectors,
 )
-from losses.taps import moved, require_taps, resize_nearest
+from losses.taps import moved, readable, require_taps, resize_nearest
 
 PAIRS = ("own", "all", "first")
 
@@ -300,7 +300,7 @@ class CIRKD(nn.Module):
     @torch.no_grad()
     def _enqueue(self, teacher_vectors: Tensor, foreground: Tensor) -> None:
         """Queue, per sample and class in it, the mean and a few of its unit teacher vectors (B, N, C)."""
-        if teacher_vectors.device.type != "cpu":
+        if not readable(foreground):
             return self._enqueue_fixed(teacher_vectors, foreground)
         for sample, index in foreground.any(2).nonzero().tolist():
             row = self.first_row + index
@@ -333,7 +333,7 @@ class CIRKD(nn.Module):
         if self.training:
             self._enqueue(teacher_vectors, foreground)
         anchors, weights = foreground.any(1), None
-        if anchors.device.type == "cpu":
+        if readable(anchors):
             student_anchors, teacher_anchors = projected[anchors], teacher_vectors[anchors]
         else:  # as many rows as there are voxels
             student_anchors, teacher_anchors = projected.flatten(0, 1), teacher_vectors.flatten(0, 1)

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from losses.consistency import without_channel
 from losses.kd import PRESETS, check_choice, check_positive, unit_vectors
-from losses.taps import moved, resize_nearest
+from losses.taps import moved, readable, resize_nearest
 
 
 def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ def class_semantic_distillation(
         share = [samples // num_classes + (samples % num_classes if k == num_classes - 1 else 0)
                  for k in range(num_classes)]  # fmt: skip
     features = (features_l, features_s, features_fp)
-    if features_l.device.type != "cpu":
+    if not readable(masks[0]):
         sides = torch.stack(masks[:num_classes]), torch.stack(masks[num_classes:])
         with torch.autocast(features_l.device.type, enabled=False):
             return _of_fixed_shape(features, *sides, share, head, tau, split_streams, normalise_mean, generator)

@@ -34,7 +34,7 @@ from losses.kd import (
     softmax_kl,
     unit_vectors,
 )
-from losses.taps import require_taps, resize_nearest
+from losses.taps import readable, require_taps, resize_nearest
 
 
 def importance_map(feature: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def region_affinity(student_feature: Tensor, teacher_feature: Tensor, masks: Ten
     """
     masks = masks.transpose(0, 1).flatten(1)  # (K, B * V)
     present = masks.any(1)
-    if masks.device.type == "cpu":  # saves the work for absent classes; a GPU would have to be waited for
+    if readable(masks):  # saves the work for absent classes
         masks, present = masks[present], present[present]
 
     def cosines(feature: Tensor) -> Tensor:

@@ -22,6 +22,14 @@ def resize_nearest(feature: Tensor, size: torch.Size | tuple[int, ...]) -> Tenso
     return feature if tuple(feature.shape[2:]) == tuple(size) else F.interpolate(feature, size=tuple(size))
 
 
+def readable(values: Tensor) -> bool:
+    """Whether the host can ask what `values` are without waiting for their device: whether they are on the CPU.
+
+    Where it cannot, a loss must not let a shape depend on them.
+    """
+    return values.device.type == "cpu"
+
+
 def moved(values: Tensor, device: torch.device) -> Tensor:
     """`values` on `device`, from page-locked memory if that is a GPU: a copy from elsewhere makes the host wait."""
     if device.type == "cuda" and values.device.type == "cpu":

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from losses.consistency import ce_dice_loss, sigmoid_rampup
 from losses.kd import check_choice, check_fractions, check_not_negative, check_positive, check_weights
+from losses.taps import readable
 from methods.base import Method, pseudo_label_report
 from methods.mlrpl import entropy_map
 from utils.ema import ema_decay, ema_update
@@ -181,7 +182,7 @@ def label_errors(probs: Tensor, given: Tensor) -> Tensor:
     """
     num_classes = probs.shape[1]
     p, labels = probs.movedim(1, -1).reshape(-1, num_classes), given.flatten()
-    if p.device.type != "cpu":
+    if not readable(labels):
         return _label_errors_fixed(p, labels).view_as(given)
     sizes = torch.bincount(labels, minlength=num_classes)
     if (sizes == 0).any():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from losses import cirkd
 from losses.cirkd import CIRKD, Memory, default_pool, pair_kl, pooled_vectors, similarity_kl
 from losses.kd import unit_vectors
 from tests.losses import reference as ref
@@ -292,6 +293,89 @@ def test_memory_is_a_ring_that_restarts():
     assert memory.queue[1, :, 0].tolist() == [4.0, 1.0, 2.0, 3.0, 3.0]
     assert memory.pointer.tolist() == [0, 1]
     np.testing.assert_allclose(memory.queue[0].norm(dim=1).numpy(), 1.0, rtol=1e-6)
+
+
+def test_pushing_some_of_all_classes_is_pushing_them_one_by_one():
+    rng = torch.Generator().manual_seed(0)
+    one, all_at_once = Memory(4, 7, 2), Memory(4, 7, 2)
+    all_at_once.load_state_dict(one.state_dict())
+    for _ in range(30):
+        vectors, counts = torch.randn(3, 5, 2, generator=rng), torch.randint(0, 6, (3,), generator=rng)
+        for k, count in enumerate(counts.tolist()):
+            if count:
+                one.push(1 + k, vectors[k, :count])
+        all_at_once.push_some(1, vectors, counts)
+        assert torch.equal(all_at_once.queue, one.queue) and torch.equal(all_at_once.pointer, one.pointer)
+
+
+@pytest.mark.parametrize("arguments, meaning", SETTINGS[:4])
+@pytest.mark.parametrize("classes", [(0, 1, 2), (0, 2), (0,)])
+def test_fixed_shapes_change_nothing_where_nothing_is_left_to_chance(arguments, meaning, classes, monkeypatch):
+    """The form for GPUs: all voxels of a class are queued, all slots are drawn, so that only their order differs."""
+    sizes = {"pixel_queue": 30, "pixel_contrast": 30, "region_queue": 7, "region_contrast": 7, "pixels_per_class": 10}
+    multilabel = arguments.get("multilabel", False)
+    case = example(multilabel, teacher=LARGE)
+    kept = torch.isin(torch.arange(3), torch.tensor(classes[1:] if multilabel else classes))
+    label = case.label * kept.view(1, 3, 1, 1, 1) if multilabel else case.label * kept[case.label.long()]
+    case = case._replace(label=label.to(case.label.dtype))
+    found = []
+    for host in (True, False):
+        monkeypatch.setattr(cirkd, "readable", lambda values, host=host: host)
+        module = make(teacher=LARGE, **sizes, **arguments)
+        for _ in range(4):  # the rings come round
+            terms = ref.evaluate(module, case)
+        leaves = [case.student.features[TAP], *module.parameters()]
+        gradients = torch.autograd.grad(terms["cirkd_pixel"] + terms["cirkd_region"], leaves)
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        # The order of a class's voxels in its ring is random in either.
+        queue = state.pop("pixels.queue")
+        rounded = [sorted(map(tuple, ring.mul(1e4).round().int().tolist())) for ring in queue]
+        found.append((terms, gradients, state, rounded))
+    assert (found[0][0]["cirkd_pixel"] > 0) == (len(classes) > 1)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-5, atol=1e-6)
+    assert len(found[0][3]) == len(found[1][3])
+    for one, two in zip(found[0][3], found[1][3]):
+        np.testing.assert_allclose(one, two, atol=1)
+
+
+@pytest.mark.parametrize("preset", ["clean", "as_released"])
+def test_fixed_shapes_draw_every_voxel_of_a_class_equally_often(preset):
+    module = make(preset=preset, num_classes=2, pixel_queue=4, pixel_contrast=4)
+    angle = torch.arange(12) / 4
+    vectors = torch.stack([angle.cos(), angle.sin(), 0 * angle, 0 * angle], 1)[None]
+    members = torch.zeros(1, 1, 12, dtype=torch.bool)
+    members[..., [1, 4, 5, 8, 11]] = True
+    seen = torch.zeros(12)
+    for _ in range(1000):
+        module.pixels.pointer.zero_()
+        module._enqueue_fixed(vectors, members)
+        queued = module.pixels.queue[module.first_row, :3]
+        distance = (queued[:, None] - vectors[0]).norm(dim=2)
+        assert distance.amin(1).max() < 1e-5
+        drawn = distance.argmin(1)
+        assert len(set(drawn.tolist())) == 3 and module.pixels.pointer[module.first_row] == 3
+        seen[drawn] += 1
+    expected = torch.zeros(12)
+    expected[members[0, 0].nonzero()[:, 0] if preset == "clean" else slice(5)] = 600
+    assert (seen - expected).abs().max() < 80 and not seen[expected == 0].any()  # five standard deviations
+
+
+def test_similarity_kl_of_rows_with_weights_is_that_of_the_rows_that_have_one():
+    rng = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randn(n, 3, generator=rng).requires_grad_() for n in (10, 7))
+    theirs, their_columns = (torch.randn(n, 5, generator=rng) for n in (10, 7))
+    kept = torch.rand(10, generator=rng) < 0.5
+    expected = similarity_kl(rows[kept], columns, theirs[kept], their_columns, 0.5)
+    gradients = torch.autograd.grad(3 * expected, [rows, columns])
+    for chunk in (1, 3, 64):
+        found = similarity_kl(rows, columns, theirs, their_columns, 0.5, chunk, kept.float())
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(3 * found, [rows, columns]), gradients)
+    nothing = similarity_kl(rows, columns, theirs, their_columns, 0.5, weights=torch.zeros(10))
+    assert nothing.item() == 0.0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(nothing, [rows, columns]))
 
 
 def test_similarity_kl_equals_autograd_for_any_chunk():

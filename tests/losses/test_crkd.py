@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from losses import crkd
 from losses.crkd import (
     ProjectionHead,
     _indices,
+    _members_first,
     _MutualCosine,
     class_semantic_distillation,
     comparison_mask,
@@ -252,8 +254,16 @@ def test_projection_head_does_not_permute_axes():
 class Unit(nn.Module):
     """A projection without parameters: rows to unit length."""
 
-    def forward(self, rows):
+    def forward(self, rows, counted=None):
         return F.normalize(rows, dim=1)
+
+
+@pytest.fixture(params=["cpu", "elsewhere"])
+def place(request, monkeypatch):
+    """CSD as on the CPU, and as on a device that must not be asked how many voxels are of a class."""
+    if request.param != "cpu":
+        monkeypatch.setattr(crkd, "readable", lambda values: False)
+    return request.param
 
 
 def csd_case(grid=(6, 5), classes=3, channels=4, batch=2, seed=0):
@@ -305,7 +315,7 @@ def slow_csd(arrays, maps, classes, samples, tau, threshold, use_tp, normalise_m
         ({"tau": 0.2, "use_tp": False, "threshold": 0.6, "normalise_mean": False}, False),
     ],
 )
-def test_csd_equals_slow_reference(grid, missing, arguments, normalise):
+def test_csd_equals_slow_reference(grid, missing, arguments, normalise, place):
     features, (pred_l, label_l, pred_u, conf) = csd_case(grid)
     label_l = torch.where(label_l == 0, label_l, pred_l)
     if missing:
@@ -331,7 +341,7 @@ def test_csd_equals_slow_reference(grid, missing, arguments, normalise):
         check_gradients(one, arrays[stream], feature.grad, entries=3)
 
 
-def test_csd_with_a_head_equals_projecting_the_maps_first():
+def test_csd_with_a_head_equals_projecting_the_maps_first(place):
     # Exact where no row is left out and the projection looks at one row at a time.
     torch.manual_seed(0)
     head = ProjectionHead(4, 8, dims=2).eval()
@@ -343,7 +353,7 @@ def test_csd_with_a_head_equals_projecting_the_maps_first():
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.1])
-def test_csd_of_perfect_clusters(tau):
+def test_csd_of_perfect_clusters(tau, place):
     # One direction per class, classes orthogonal: whatever is drawn, 130 of 520 contrast rows are alike.
     classes = torch.arange(4).repeat_interleave(64 * 8).view(2, 32, 32)
     features = F.one_hot(classes, 16).movedim(-1, 1).float()
@@ -354,7 +364,7 @@ def test_csd_of_perfect_clusters(tau):
         assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_csd_of_random_features_is_the_logarithm_of_the_contrast_size():
+def test_csd_of_random_features_is_the_logarithm_of_the_contrast_size(place):
     features, maps = csd_case((64, 64), classes=4, channels=256)
     value = class_semantic_distillation(*features, *maps, 4, tau=1.0, use_tp=False, head=Unit(), generator=seeded())
     assert value.item() == pytest.approx(math.log(520), abs=0.05)
@@ -364,7 +374,7 @@ def used(feature):
     return feature.grad.abs().amax(1) > 0
 
 
-def test_csd_samples_few_rows_of_reliable_voxels_and_splits_the_streams():
+def test_csd_samples_few_rows_of_reliable_voxels_and_splits_the_streams(place):
     features, (pred_l, label_l, pred_u, conf) = csd_case((16, 16))
     loss = class_semantic_distillation(
         *features, pred_l, label_l, pred_u, conf, 3, head=Unit(), samples=32, generator=seeded()
@@ -392,7 +402,7 @@ def test_csd_samples_few_rows_of_reliable_voxels_and_splits_the_streams():
         assert (s & (pred_u == k)).sum() == (reliable & (pred_u == k)).sum() // 2
 
 
-def test_csd_without_tp_and_with_shared_streams_uses_all_rows():
+def test_csd_without_tp_and_with_shared_streams_uses_all_rows(place):
     features, (pred_l, label_l, pred_u, conf) = csd_case((8, 8))
     class_semantic_distillation(
         *features, pred_l, label_l, pred_u, conf, 3, samples=3000, threshold=0.5, use_tp=False, split_streams=False
@@ -401,7 +411,7 @@ def test_csd_without_tp_and_with_shared_streams_uses_all_rows():
     assert anchors.all() and torch.equal(s, conf >= 0.5) and torch.equal(fp, conf >= 0.5)
 
 
-def test_csd_is_a_function_of_the_generator():
+def test_csd_is_a_function_of_the_generator(place):
     features, maps = csd_case((16, 16))
 
     def value(seed):
@@ -417,7 +427,7 @@ def test_csd_is_a_function_of_the_generator():
 
 
 @pytest.mark.parametrize("side", ["anchors", "contrast", "both"])
-def test_csd_of_an_empty_side_is_zero_with_a_graph(side):
+def test_csd_of_an_empty_side_is_zero_with_a_graph(side, place):
     features, (pred_l, label_l, pred_u, conf) = csd_case()
     head = ProjectionHead(4, 8, dims=2)
     if side != "contrast":
@@ -430,7 +440,7 @@ def test_csd_of_an_empty_side_is_zero_with_a_graph(side):
     assert all(t.grad is not None and not t.grad.any() for t in (*features, *head.parameters()))
 
 
-def test_csd_with_single_voxels():
+def test_csd_with_single_voxels(place):
     # A class with one reliable voxel: the first stream has no row of it, and nothing breaks, batch norm included.
     features, (pred_l, label_l, pred_u, conf) = csd_case()
     pred_u, conf = torch.zeros_like(pred_u), torch.zeros_like(conf)
@@ -439,11 +449,12 @@ def test_csd_with_single_voxels():
     loss = class_semantic_distillation(*features, pred_l, label_l, pred_u, conf, 3, head=head, threshold=0.5)
     loss.backward()
     assert torch.isfinite(loss)
-    assert features[1].grad is None and used(features[2]).sum() == 1
+    assert (features[1].grad is None) == (place == "cpu") and used(features[2]).sum() == 1
+    assert place == "cpu" or not used(features[1]).any()
 
 
 @pytest.mark.parametrize("grid, factor", [((4, 3), 2), ((3, 2, 2), 2)])
-def test_csd_brings_maps_to_the_feature_grid(grid, factor):
+def test_csd_brings_maps_to_the_feature_grid(grid, factor, place):
     features, maps = csd_case(grid)
     fine = [m for m in maps]
     for axis in range(1, 1 + len(grid)):
@@ -458,7 +469,7 @@ def test_csd_brings_maps_to_the_feature_grid(grid, factor):
     assert torch.isfinite(class_semantic_distillation(*features, *fine, 3, **arguments))
 
 
-def test_csd_trains_the_head_and_survives_half_precision():
+def test_csd_trains_the_head_and_survives_half_precision(place):
     for dtype in (torch.float16, torch.bfloat16):
         features, maps = csd_case((8, 8))
         features = leaves(*(f.to(dtype) for f in features))
@@ -531,6 +542,78 @@ def test_csd_draws_the_rows_of_its_definition(grid, split):
         )
         expected = plain_csd(features, *maps, conf, 4, 42, 0.1, split, seeded(seed))
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    "grid, arguments",
+    [
+        ((16, 12), {"samples": 42}),
+        ((16, 12), {"samples": 42, "use_tp": False, "threshold": 0.7, "preset": "as_released"}),
+        ((8, 6, 5), {"samples": 30, "tau": 0.5, "normalise_mean": False}),
+        ((8, 6, 5), {"samples": 3000}),
+    ],
+)
+def test_csd_of_fixed_shape_is_csd_of_the_same_draws(grid, arguments, split, projected, monkeypatch):
+    """The form for GPUs, with draws that depend on their place alone: value, gradients and running statistics."""
+    maps = [torch.where(torch.rand(2, *grid, generator=seeded(i)) < 0.04, 2, randn(2, *grid, seed=i) > 0)
+            for i in (4, 5, 6)]  # fmt: skip
+    conf = torch.rand(2, *grid, generator=seeded(7))
+
+    def uniform(count):
+        return (torch.arange(1, count + 1, dtype=torch.float64) * 0.618) % 1
+
+    def rand(shape, generator, device, dtype=torch.float32):
+        if len(shape) == 3:
+            return uniform(shape[-1]).expand(shape)
+        return torch.linspace(0.9, 0.1, shape[-1]).expand(shape)
+
+    monkeypatch.setattr(crkd, "_integers", lambda high, count, generator: (uniform(count) * high).long())
+    monkeypatch.setattr(crkd, "_permutation", lambda count, generator: torch.arange(count).flip(0))
+    monkeypatch.setattr(crkd, "_rand", rand)
+    found = []
+    for host in (True, False):
+        monkeypatch.setattr(crkd, "readable", lambda values, host=host: host)
+        features = leaves(*(randn(2, 4, *grid, seed=i) for i in range(3)))
+        torch.manual_seed(0)
+        head = ProjectionHead(4, 8, dims=len(grid)) if projected else nn.Identity()
+        loss = class_semantic_distillation(
+            *features, *maps, conf, 4, head=head if projected else None, split_streams=split, **arguments
+        )
+        loss.backward()
+        tensors = [loss, *(f.grad for f in features), *(p.grad for p in head.parameters()), *head.buffers()]
+        found.append(tensors)
+    assert found[0][0] > 0
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("side", ["anchors", "contrast"])
+def test_csd_of_an_empty_side_leaves_running_statistics_alone(side, place):
+    features, (pred_l, label_l, pred_u, conf) = csd_case()
+    head = ProjectionHead(4, 8, dims=2)
+    before = [buffer.clone() for buffer in head.buffers()]
+    if side == "anchors":
+        label_l = (pred_l + 1) % 3
+    class_semantic_distillation(
+        *features, pred_l, label_l, pred_u, conf, 3, head=head, threshold=0.5 if side == "anchors" else 2.0
+    )
+    assert all(torch.equal(*pair) for pair in zip(before, head.buffers(), strict=True))
+
+
+def test_members_come_first_in_order_or_in_any_order_equally_often():
+    masks = torch.tensor([[False, True, False, True, True], [False] * 5, [True] * 5])
+    ordered = _members_first(masks, False, None)
+    assert ordered[0, :3].tolist() == [1, 3, 4] and ordered[2].tolist() == list(range(5))
+    assert all(sorted(row) == list(range(5)) for row in ordered.tolist())
+    rng, seen = seeded(), {}
+    for _ in range(1200):
+        shuffled = _members_first(masks, True, rng)
+        assert sorted(shuffled[2].tolist()) == list(range(5))
+        order = tuple(shuffled[0, :3].tolist())
+        seen[order] = seen.get(order, 0) + 1
+    assert seen.keys() == set(itertools.permutations((1, 3, 4)))
+    assert all(abs(count - 200) < 65 for count in seen.values())  # five standard deviations
 
 
 def test_indices_of_hard_masks():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from losses import emkd
 from losses.emkd import EMKD, importance_map
 from tests.losses import reference as ref
 
@@ -88,6 +89,28 @@ def test_one_class_alone_has_no_relations_but_a_graph():
     case = ref.make_case(student_taps=STUDENT, teacher_taps=TEACHER)
     term = ref.evaluate(make(), case._replace(label=torch.zeros_like(case.label)))["emkd_region"]
     assert term.item() == 0.0 and term.requires_grad
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("present", [(0, 1, 2, 3), (0, 2, 3), (1,), ()])
+def test_absent_classes_get_no_weight_where_they_cannot_be_left_out(multilabel, present, monkeypatch):
+    """The form for GPUs, which must not be asked which classes there are."""
+    if not (present or multilabel):
+        present = (3,)
+    case = ref.make_case(spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER)
+    if multilabel:
+        label = case.label * torch.tensor([k in present for k in range(4)]).view(1, 4, 1, 1, 1)
+    else:
+        label = torch.tensor(present)[case.label.long() % len(present)]
+    case = case._replace(label=label.to(case.label.dtype))
+    found = []
+    for host in (True, False):
+        monkeypatch.setattr(emkd, "readable", lambda values, host=host: host)
+        term = ref.evaluate(make(multilabel=multilabel), case)["emkd_region"]
+        leaves = list(case.student.features.values())
+        found.append([term, *torch.autograd.grad(term, leaves)])
+    assert (found[0][0] > 0) == (len(present) > 1)
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_importance_is_blind_to_scale():

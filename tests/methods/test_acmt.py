@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from methods import acmt
 from methods.acmt import ACMT, STRATEGIES, far_from_prototype, label_errors
 from networks.unet2d import UNet2D
 from networks.vnet import VNet
@@ -192,9 +193,16 @@ def reference(student_net, teacher_net, labelled, weak, step, strategy, released
 # Label errors.
 
 
+@pytest.fixture(params=["cpu", "elsewhere"])
+def place(request, monkeypatch):
+    """As on the CPU, and as on a device that must not be asked how many voxels are of a class."""
+    if request.param != "cpu":
+        monkeypatch.setattr(acmt, "readable", lambda values: False)
+
+
 @pytest.mark.parametrize("classes, grid", [(2, (9, 7)), (3, (9, 7)), (4, (4, 6, 5))])
 @pytest.mark.parametrize("seed", range(4))
-def test_label_errors_equal_confident_learning_voxel_by_voxel(classes, grid, seed):
+def test_label_errors_equal_confident_learning_voxel_by_voxel(classes, grid, seed, place):
     rng = torch.Generator().manual_seed(seed)
     given = torch.randint(0, classes, (2, *grid), generator=rng)
     logits = 1.5 * torch.randn(2, classes, *grid, generator=rng)
@@ -204,7 +212,7 @@ def test_label_errors_equal_confident_learning_voxel_by_voxel(classes, grid, see
     assert torch.equal(found, slow_label_errors(logits.softmax(1), given))
 
 
-def test_label_errors_finds_the_labels_that_were_flipped():
+def test_label_errors_finds_the_labels_that_were_flipped(place):
     truth = torch.arange(400).view(1, 20, 20) % 2
     p1 = torch.where(truth == 1, 0.9, 0.1)
     flipped = torch.zeros_like(truth, dtype=torch.bool)
@@ -213,19 +221,19 @@ def test_label_errors_finds_the_labels_that_were_flipped():
     assert torch.equal(label_errors(torch.stack([1 - p1, p1], 1), given), flipped)
 
 
-def test_label_errors_of_certain_and_right_labels_are_none():
+def test_label_errors_of_certain_and_right_labels_are_none(place):
     given = torch.randint(0, 3, (2, 6, 6), generator=torch.Generator().manual_seed(0))
     probs = torch.nn.functional.one_hot(given, 3).movedim(-1, 1) * 0.94 + 0.02
     assert not label_errors(probs, given).any()
 
 
-def test_label_errors_are_everywhere_if_a_class_is_absent():
+def test_label_errors_are_everywhere_if_a_class_is_absent(place):
     probs = torch.rand(2, 3, 5, 5).softmax(1)
     assert label_errors(probs, torch.randint(0, 2, (2, 5, 5))).all()
 
 
 @pytest.mark.parametrize("members, marked", [(5, 0), (6, 3)])
-def test_label_errors_spare_classes_of_five_voxels(members, marked):
+def test_label_errors_spare_classes_of_five_voxels(members, marked, place):
     given = torch.zeros(1, 10, 10, dtype=torch.long)
     given.view(-1)[:members] = 1
     p1 = torch.full((1, 10, 10), 0.1)
