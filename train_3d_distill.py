@@ -244,7 +244,8 @@ def try_out(cfg: Config) -> None:
         with trying(f"method_args: {cfg.method}"), weightless():
             build_kd(
                 cfg.method, channels["student"], channels["teacher"], classes,
-                multilabel=DATASETS[cfg.format].multilabel or bool(cfg.regions), preset=cfg.preset, **method_arguments(cfg),
+                multilabel=DATASETS[cfg.format].multilabel or bool(cfg.regions), preset=cfg.preset,
+                **method_arguments(cfg),
             )  # fmt: skip
 
 

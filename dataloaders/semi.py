@@ -108,7 +108,7 @@ class SemiDataset(abc.ABC):
     def read_unlabelled(self, case: Case) -> dict:
         """A file without a label, of a kind that people have, as the network's data are: `image` as `read_volume` has
         it, float32, and what the way back to the file's own grid takes."""
-        raise DataError(f"{case.images[0]}: {type(self).__name__} has no `read_unlabelled`, so new files cannot be read")
+        raise DataError(f"{case.images[0]}: {type(self).__name__} has no `read_unlabelled`, new files cannot be read")
 
     def channel_of(self, name: str) -> None:
         """None: each file is a whole scan (see MSDDataset.channel_of)."""
