@@ -288,12 +288,14 @@ def test_citation():
 PYTHON = r"""#!/bin/sh
 # Hands its arguments to the test process and shows what comes back.
 [ "$1" != - ] || cat > "$SERVER/stdin"
-printf '%s\0' "$#" "$(basename "$0")" "$@" > "$SERVER/request"
+printf '%s\0' "$#" "$PWD" "$(basename "$0")" "$@" > "$SERVER/request"
 read -r code < "$SERVER/reply"
 cat "$SERVER/out"
 cat "$SERVER/err" >&2
 exit "$code"
 """
+# scripts/setup.sh without the part that installs
+SETUP = 'cd "$(dirname "$0")/.." || exit 1\npython=.venv/bin/python\n'
 SLURM = {"scontrol": "#!/bin/sh\necho node0\n", "srun": '#!/bin/sh\nexec "$@"\n'}
 
 
@@ -311,11 +313,10 @@ class Workspace:
         for name, text in {"python": PYTHON, "torchrun": PYTHON, "tensorboard": PYTHON, **SLURM}.items():
             _executable(folder / "bin" / name, text)
         _executable(folder / ".venv/bin/python", PYTHON)
-        for name in ("requirements.txt", "requirements-dev.txt"):
-            shutil.copy(ROOT / name, folder / name)
-            stamp = (ROOT / "requirements.txt").read_text() + (ROOT / name).read_text()  # scripts/setup.sh
-            (folder / f".venv/installed-{name}").write_text(stamp)
+        for path in ROOT.glob("requirements*.txt"):
+            shutil.copy(path, folder)
         shutil.copytree(ROOT / "scripts", folder / "scripts")
+        (folder / "scripts/setup.sh").write_text(SETUP)
         for name in NOT_RUN:
             if (folder / name).is_file():
                 (folder / name).write_text("exit 0\n")
@@ -399,10 +400,10 @@ class Workspace:
                     if select.select([request], [], [], 0.02)[0]:
                         received += os.read(request, 65536)
                     words = received.decode().split("\0")
-                    if len(words) < 3 or len(words) < int(words[0]) + 3:
+                    if len(words) < 4 or len(words) < int(words[0]) + 4:
                         continue
                     received = b""
-                    result = self.execute(words[1:-1])
+                    result = self.execute(words[2:-1], Path(words[1]))
                     (self.server / "out").write_text(result.stdout, encoding="utf-8")
                     (self.server / "err").write_text(result.stderr, encoding="utf-8")
                     os.write(reply, f"{result.returncode}\n".encode())
@@ -411,9 +412,10 @@ class Workspace:
             os.close(reply)
         return process.returncode, log.read_text(encoding="utf-8")
 
-    def execute(self, words: list[str]) -> Result:
+    def execute(self, words: list[str], directory: Path | None = None) -> Result:
         """Run `python ...` or `torchrun ...` in this process; torchrun's script in one process, with its flags checked
-        (tests/scripts/test_distributed.py runs several)."""
+        (tests/scripts/test_distributed.py runs several). directory: where; by default the workspace."""
+        directory = directory or self.folder
         program, *words = words
         if program == "torchrun":
             parsed = torch.distributed.run.get_args_parser().parse_args(words)
@@ -421,10 +423,10 @@ class Workspace:
         if {program, words[0], " ".join(words[:2])} & NOT_RUN.keys():
             return Result(0, "", "")
         if words[0] == "-m":
-            return self._in_process(lambda: runpy.run_module(words[1], run_name="__main__", alter_sys=True), words[1:])
+            return self._in_process(words[1:], directory)
         if words[0] == "-":
             shutil.copy(self.server / "stdin", self.folder / "stdin.py")
-            return run_script(str(self.folder / "stdin.py"), *words[1:], cwd=self.folder, ok=False)
+            return run_script(str(self.folder / "stdin.py"), *words[1:], cwd=directory, ok=False)
         script, *arguments = words
         arguments = self._small(script, arguments)
         if "--show-run" not in arguments and self._provide(script, arguments):
@@ -432,24 +434,26 @@ class Workspace:
         path = next((folder / script for folder in (self.folder, ROOT) if (folder / script).is_file()), None)
         if path is None:
             return Result(2, "", f"{script}: no such script\n")
-        return run_script(str(path), *arguments, cwd=self.folder, ok=False)
+        return run_script(str(path), *arguments, cwd=directory, ok=False)
 
-    def _in_process(self, function, argv: list[str]) -> Result:
+    @staticmethod
+    def _in_process(argv: list[str], directory: Path) -> Result:
+        """What `python -m` does with argv, the module first."""
         out, err, code = io.StringIO(), io.StringIO(), 0
-        before, directory = sys.argv, Path.cwd()
+        argv_before, before = sys.argv, Path.cwd()
         try:
-            os.chdir(self.folder)
+            os.chdir(directory)
             sys.argv = argv
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                function()
+                runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except Exception:
             err.write(traceback.format_exc())
             code = 1
         finally:
-            os.chdir(directory)
-            sys.argv = before
+            os.chdir(before)
+            sys.argv = argv_before
         return Result(code, out.getvalue(), err.getvalue())
 
     @staticmethod
