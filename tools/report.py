@@ -44,7 +44,7 @@ from tools.report_parts import (
     table,
     warning,
 )
-from tools.results_table import notes, scores, title
+from tools.results_table import notes, penalised, scores, title
 from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.diagnosis import findings, term_history
@@ -175,6 +175,12 @@ def named(runs: list[Run]) -> list[Run]:
     return runs
 
 
+def distance(run: Run, metric: str) -> str:
+    """The mean distance and, where organs failed, the one with these as the diagonal: as in results_table.py."""
+    also = penalised(run.summary, run.space, metric)
+    return number(own_scores(run)["mean"][metric], metric) + ("" if also is None else f" / {also:.2f}*")
+
+
 def distilled(run: Run) -> bool:
     return "labelled" not in run.config and run.config["method"] != "supervised"
 
@@ -250,7 +256,7 @@ def summary_section(runs: list[Run]) -> str:
         rows.append([
             run.name, *(number(means["mean"][m], m) for m in ("dice",)),
             "–" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
-            *(number(means["mean"][m], m) for m in ("jaccard", "hd95", "asd")),
+            number(means["mean"]["jaccard"], "jaccard"), *(distance(run, metric) for metric in ("hd95", "asd")),
             f"{counts['missed']} of {counts['pairs']}", str(counts["spurious"]),
             f"{summary['parameters']:,}", f"{summary['gmacs']:.2f}", f"{summary['ms_per_volume']:.0f}",
             f"{summary['checkpoint']}, step {summary['step']:,} of {summary['max_steps']:,}",
@@ -264,7 +270,7 @@ def summary_section(runs: list[Run]) -> str:
             "predicted where there is none. The interval is a bootstrap over the cases (BCa, 9,999 resamples, seeded); "
             "it does not hold the variation between trainings."
         )
-        lines = [line for line in notes(tested) if not line.startswith("Checkpoint steps")]
+        lines = [line for line in notes(tested, runs[0].space) if not line.startswith("Checkpoint steps")]
         text += f"<ul class='soft'>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
     for run in untested:
         script = "test_2d.py" if len(run.config["patch_size"]) == 2 else "test_3d.py"

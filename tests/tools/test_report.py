@@ -48,6 +48,8 @@ def page(tmp_path_factory):
 def test_one_run(page):
     rows = table_rows(section(page, "summary"))
     assert rows[1][0] == "unet ← resunet, kd" and "1 of 36" in rows[1] and "1,234,567" in rows[1]
+    assert any(cell.endswith(" / 30.50*") for cell in rows[1])  # the distance with the miss as the diagonal
+    assert "* with missed and wrongly predicted organs" in section(page, "summary")
     assert section(page, "comparison") is None
     for name in ("teacher", "classes", "cases", "pictures", "training", "validation", "terms", "settings"):
         assert section(page, name), name
