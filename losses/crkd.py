@@ -316,7 +316,7 @@ def _of_fixed_shape(
 def _members_first(masks: Tensor, shuffled: bool, generator: torch.Generator | None) -> Tensor:
     """Indices (K, N) int64 of the True entries of each mask (K, N), in order or shuffled, then of all others."""
     keys = _rand(masks.shape, generator, masks.device) if shuffled else masks.new_zeros(masks.shape, dtype=torch.uint8)
-    return keys.masked_fill(~masks, 1).argsort(1, stable=True)
+    return keys.masked_fill(~masks, 1).argsort(dim=1, stable=True)
 
 
 def _means(feature: Tensor, members: Tensor, start: Tensor, count: Tensor) -> Tensor:

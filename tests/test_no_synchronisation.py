@@ -33,7 +33,7 @@ READING = {
 
 
 class Waits(TorchDispatchMode):
-    """Lists the operations on the meta device for which the host would wait for a GPU; what is read is 0."""
+    """Lists the operations on the meta device for which the host would wait for a GPU; what is read is 1."""
 
     def __init__(self):
         super().__init__()
@@ -54,14 +54,14 @@ class Waits(TorchDispatchMode):
             if leaves or (enters and waits):
                 self.found.append(name)
             if leaves:
-                copy = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+                copy = torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
                 return copy if name == "_to_copy" else args[0].copy_(copy)
         elif there and name in READING:
             self.found.append(name)
             if name in ("_local_scalar_dense", "item"):
-                return torch.zeros((), dtype=there[0].dtype).item()
+                return torch.ones((), dtype=there[0].dtype).item()
             if name in ("is_nonzero", "equal"):
-                return False
+                return True
         elif there and name.startswith("index") and name != "index_select":
             masks = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
             filled = name == "index_put_" and args[2].numel() == 1  # a masked_fill
@@ -136,36 +136,44 @@ def update(parameters, name="sgd"):
     return optimizer
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def has_released_form(method, multilabel):
+    """'dist', 'ifvd' and others refuse some presets."""
+    with contextlib.suppress(ValueError):
+        channels = build_network("unet", 1, 3).feature_channels
+        build_kd(method, channels, channels, 3, multilabel=multilabel, preset="as_released")
+        return True
+    return False
+
+
 @pytest.mark.parametrize("multilabel", [False, True])
-@pytest.mark.parametrize("method", [*KD_METHODS, "supervised"])
-def test_a_step_of_distillation_waits_for_nothing(method, multilabel, preset):
+@pytest.mark.parametrize("method", KD_METHODS)
+def test_a_step_of_distillation_waits_for_nothing(method, multilabel):
     classes = 3
     with META:
         teacher = build_network("resunet", 1, classes).eval().requires_grad_(False)
         student = build_network("unet", 1, classes).train()
-        kd = None
-        if method != "supervised":
-            kd = build_kd(
+        image = torch.zeros(2, 1, 16, 16, 16)
+        label = torch.zeros(2, classes if multilabel else 1, 16, 16, 16, dtype=torch.uint8)
+        forms = [
+            build_kd(
                 method, student.feature_channels, teacher.feature_channels, classes, multilabel=multilabel,
                 preset=preset,
-            ).train()  # fmt: skip
-        image = torch.zeros(2, 1, 32, 32, 32)
-        label = torch.zeros(2, classes if multilabel else 1, 32, 32, 32, dtype=torch.uint8)
-    trained = [p for module in (student, kd) if module is not None for p in module.parameters()]
+            ).train()
+            for preset in PRESETS if preset == "clean" or has_released_form(method, multilabel)
+        ]  # fmt: skip
+    trained = [p for module in (student, *forms) for p in module.parameters()]
     optimizer, seg_loss = update(trained), SegmentationLoss(multilabel)
     with Waits() as waits:
-        for step in range(2):
-            student_out = student(image, return_features=True)
-            terms = {"seg": seg_loss(student_out.logits, label)}
-            if kd is not None:
-                with torch.no_grad():
-                    teacher_out = teacher(image, return_features=True)
-                terms |= kd(student_out, teacher_out, label, progress=step / 2)
-            optimizer.zero_grad(set_to_none=True)
-            sum(terms.values()).backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-            optimizer.step()
+        student_out = student(image, return_features=True)
+        loss = seg_loss(student_out.logits, label)
+        with torch.no_grad():
+            teacher_out = teacher(image, return_features=True)
+        for kd in forms:
+            loss = loss + sum(kd(student_out, teacher_out, label, progress=0.5).values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
     assert waits.found == []
     assert all(p.grad is not None for p in student.parameters())
 
@@ -181,7 +189,7 @@ CELLS = [
     (method, dims, arguments, preset)
     for (method, cls), preset in itertools.product(SSL_METHODS.items(), PRESETS)
     for dims in cls.dimensions
-    for arguments in VARIANTS.get(method, [{}])
+    for arguments in (VARIANTS.get(method, [{}]) if preset == "clean" else VARIANTS.get(method, [{}])[:2])
 ]
 
 
@@ -201,13 +209,12 @@ def test_a_step_of_a_semi_supervised_method_waits_for_nothing(method, dims, argu
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = update(parameters, "adamw" if method == "crossmatch" else "sgd")
     with Waits() as waits:
-        for step in (4, 5):
-            for _ in range(trained.updates):
-                terms = trained.loss(labelled, unlabelled if trained.uses_unlabelled else None, step)
-                optimizer.zero_grad(set_to_none=True)
-                sum(terms.values()).backward()
-                optimizer.step()
-            trained.after_step(step)
+        for _ in range(trained.updates):
+            terms = trained.loss(labelled, unlabelled if trained.uses_unlabelled else None, 4)
+            optimizer.zero_grad(set_to_none=True)
+            sum(terms.values()).backward()
+            optimizer.step()
+        trained.after_step(4)
     assert waits.found == []
     assert any(p.grad is not None for p in trained.network.parameters())
 
@@ -219,7 +226,7 @@ class Enough(Exception):
     """Ends a training after the steps that are looked at."""
 
 
-def waits_of_each_step(monkeypatch, start, steps=7):
+def waits_of_each_step(monkeypatch, start, steps=5):
     """Run a script on the meta device; -> how often each of its first steps waits, from `set_lr` to `set_lr`."""
     at, waits = [], Waits()
 
@@ -236,21 +243,20 @@ def waits_of_each_step(monkeypatch, start, steps=7):
     return np.diff(at).tolist()
 
 
-OPTIONS = ("log_interval=3", "max_steps=100", "val_interval=100", "save_interval=100")
+OPTIONS = ("log_interval=2", "max_steps=100", "val_interval=100", "save_interval=100")
 
 
-@pytest.mark.parametrize("method", ["supervised", "acf_bckd", "cirkd"])
+@pytest.mark.parametrize("method", ["acf_bckd", "cirkd"])
 def test_the_distillation_script_waits_when_it_logs(method, tmp_path, monkeypatch):
     folder = make_workspace(tmp_path)
     options = (*OPTIONS, "grad_clip=1.0", "method_args={cirkd: {pixel_queue: 100, pixel_contrast: 9}}")
-    if method != "supervised":
-        train("--method", "supervised", "--student", "resunet", "--opts", "max_steps=1", cwd=folder)
+    train("--method", "supervised", "--student", "resunet", "--opts", "max_steps=1", cwd=folder)
     counts = waits_of_each_step(monkeypatch, lambda: train("--method", method, "--opts", *options, cwd=folder))
-    assert [count > 0 for count in counts] == [False, False, True] * 2 + [False]
+    assert [count > 0 for count in counts] == [False, True, False, True, False]
 
 
-@pytest.mark.parametrize("kind, method", [("acdc", "crkd"), ("acdc", "unimatch"), ("la", "crkd"), ("la", "lefed")])
+@pytest.mark.parametrize("kind, method", [("acdc", "unimatch"), ("la", "crkd")])
 def test_the_semi_supervised_scripts_wait_when_they_log(kind, method, tmp_path, monkeypatch):
     site = make_site(tmp_path, kind)
     counts = waits_of_each_step(monkeypatch, lambda: site.train("--method", method, "--opts", *OPTIONS))
-    assert [count > 0 for count in counts] == [False, False, True] * 2 + [False]
+    assert [count > 0 for count in counts] == [False, True, False, True, False]
