@@ -33,7 +33,7 @@ READING = {
 
 
 class Waits(TorchDispatchMode):
-    """Lists the operations on the meta device for which the host would wait for a GPU; what is read is 1."""
+    """Lists the operations on the meta device for which the host would wait for a GPU; what is read is 0."""
 
     def __init__(self):
         super().__init__()
@@ -54,14 +54,14 @@ class Waits(TorchDispatchMode):
             if leaves or (enters and waits):
                 self.found.append(name)
             if leaves:
-                copy = torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+                copy = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
                 return copy if name == "_to_copy" else args[0].copy_(copy)
         elif there and name in READING:
             self.found.append(name)
             if name in ("_local_scalar_dense", "item"):
-                return torch.ones((), dtype=there[0].dtype).item()
+                return torch.zeros((), dtype=there[0].dtype).item()
             if name in ("is_nonzero", "equal"):
-                return True
+                return False
         elif there and name.startswith("index") and name != "index_select":
             masks = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
             filled = name == "index_put_" and args[2].numel() == 1  # a masked_fill

@@ -35,8 +35,8 @@ class _Step:
     arrived: Any = None  # CUDA event
 
     def known(self, wait: bool) -> bool:
-        if self.arrived is None:
-            return True
+        if self.arrived is None:  # on the CPU, where it is known at once, or on a device without such events
+            return wait or self.bad.device.type == "cpu"
         if wait:
             self.arrived.synchronize()
         return self.arrived.query()
