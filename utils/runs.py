@@ -70,8 +70,9 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
     if resume and path.exists():
         # Keys that did not exist when the run began had what is their default now.
         fields = dataclasses.fields(config)
-        defaults = {f.name: _plain(f.default) for f in fields if f.default is not dataclasses.MISSING}
-        before = defaults | yaml.safe_load(path.read_text(encoding="utf-8"))
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        defaults |= {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+        before = _plain(defaults) | yaml.safe_load(path.read_text(encoding="utf-8"))
         differ = sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k))
         refused = [key for key in differ if key not in RESUMABLE]
         if refused:

@@ -132,11 +132,14 @@ def test_a_run_from_before_a_key_existed_can_go_on(tmp_path):
     class Now:
         lr: float = 0.1
         added: str = "default"
+        regions: dict = dataclasses.field(default_factory=lambda: {"all": (1, 2)})
 
     open_run(tmp_path, Before(), resume=False)
     open_run(tmp_path, Now(), resume=True)
     with pytest.raises(ConfigError, match="added: 'default' then, 'other' now"):
         open_run(tmp_path, Now(added="other"), resume=True)
+    with pytest.raises(ConfigError, match=r"regions: .*then, \{\} now"):
+        open_run(tmp_path, Now(regions={}), resume=True)
 
 
 @pytest.mark.parametrize("text, value", [
