@@ -51,7 +51,7 @@ def read_json(path: Path, kind: type = dict, expected: str = "an object with a l
     """The object (or what `kind` says) in a data set's JSON file; DataError if it is missing or malformed."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such data list; put the data set there (README, section 'Data') or name its folder with "
+            f"{path}: no such data list; put the data set there (docs/data.md) or name its folder with "
             f"--opts data_root=FOLDER"
         )
     try:

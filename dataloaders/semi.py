@@ -52,7 +52,7 @@ class SemiDataset(abc.ABC):
         """
         if not self.root.is_dir():
             raise DataError(
-                f"{self.root}: no such folder; put the data set there (README, section 'Data') or name its folder with "
+                f"{self.root}: no such folder; put the data set there (docs/data.md) or name its folder with "
                 f"--opts data_root=FOLDER"
             )
         lists = self._lists()

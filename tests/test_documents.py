@@ -28,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import torch.distributed.run
@@ -45,7 +47,7 @@ from tests.scripts.conftest import run as run_script
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "RESULTS.md", *(ROOT / "docs").glob("*.md")])
 TRAINING = ("train_3d_distill.py", "train_2d_crkd.py", "train_3d_crkd.py")
-TESTING = {"train_3d_distill.py": "test_3d.py", "train_3d_crkd.py": "test_3d.py", "train_2d_crkd.py": "test_2d.py"}
+TESTING = ("test_3d.py", "test_2d.py")
 
 # --- what makes a command small ---
 
@@ -72,7 +74,7 @@ WIDTHS = {
     "vnet_dual": {"n_filters": 4}, "vnet_lefed": {"n_filters": 4},
 }  # fmt: skip
 NARROW = {"network_args": WIDTHS}
-NIFTI = {"patch_size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0], "crops_per_case": 1, "overlap": 0.0, **NARROW}
+NIFTI = {"patch_size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0], "crops_per_case": 2, "overlap": 0.0, **NARROW}
 PHANTOM_CT = NIFTI | {"spacing": [12.0, 12.0, 14.0]}
 SLICES = {"patch_size": [32, 32], "labelled_batch": 2, "unlabelled_batch": 2, **NARROW}
 VOLUMES = {"patch_size": [16, 16, 16], "stride": [16, 16, 16], "val_stride": [16, 16, 16], **NARROW}
@@ -81,8 +83,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "btcv": NIFTI, "hippocampus": NIFTI, "word": NIFTI, "spleen": NIFTI | OWN_LISTS, "pancreas": NIFTI | OWN_LISTS,
     "brats21": {"patch_size": [16, 16, 16], **NARROW, **OWN_LISTS}, "demo_btcv": PHANTOM_CT, "demo_word": PHANTOM_CT,
     "demo_brats21": {"patch_size": [16, 16, 16], **NARROW}, "acdc": SLICES | {"split_dir": "data/ACDC/splits"},
-    "demo_acdc": SLICES, "isic2018": SLICES, "demo_isic2018": SLICES, "kvasir": SLICES | {"split_dir": "splits/kvasir"},
-    "demo_kvasir": SLICES, "la": VOLUMES | {"split_dir": "data/LA/splits"}, "demo_la": VOLUMES,
+    "demo_acdc": SLICES, "isic2018": SLICES, "demo_isic2018": SLICES, "demo_kvasir": SLICES,
+    "kvasir": SLICES | {"split_dir": "splits/kvasir_phantom"}, "la": VOLUMES | {"split_dir": "data/LA/splits"},
+    "demo_la": VOLUMES,
 }  # fmt: skip
 # What a block gets in its environment, by document: RESULTS.md trains every trial of the ablation.
 ENVIRONMENT = {"RESULTS.md": {"ONLY": "default|joint"}}
@@ -96,6 +99,10 @@ NOT_RUN = {
     "-m pytest": "runs tests",
     "tensorboard": "a server",
 }
+
+
+# Flags that documents name in prose and that are those of torchrun and pip.
+FOREIGN_FLAGS = {"--nproc_per_node", "--standalone", "--require-hashes"}
 
 
 # --- reading ---
@@ -139,6 +146,17 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@functools.cache
+def tree() -> frozenset[str]:
+    """The files of the repository, as a user sees them."""
+    hidden = {"data", "runs", "cache", "__pycache__"}
+    found = set()
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in hidden and name[0] != "."]
+        found |= {(Path(folder) / name).relative_to(ROOT).as_posix() for name in files}
+    return frozenset(found)
+
+
 def slug(heading: str) -> str:
     """GitHub's anchor of a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", lambda m: m[1] or "", heading).strip().lower()
@@ -164,6 +182,8 @@ def flags_of(script: Path) -> frozenset[str]:
             found |= {f"--no-{name[2:]}" for name in names if optional}
     if script.name == "make_splits.py":
         found |= flags_of(script.with_name("make_splits_2d.py"))
+    if "add_plugin_flags(parser)" in text:
+        found |= flags_of(ROOT / "utils/plugins.py")
     return frozenset(found)
 
 
@@ -194,15 +214,14 @@ def test_files_of_the_tree_exist(document):
     made = {"data", "runs", "cache"}  # by users
     names = re.findall(rf"`((?:(?:{folders})/)?[\w./-]+\.(?:py|md|yaml|sh|cff|toml))[`:]", prose(document))
     for name in names:
-        known = [path for path in (ROOT / name, document.parent / name, ROOT / "configs" / name) if path.is_file()]
+        known = any(file == name or file.endswith(f"/{name}") for file in tree())
         mine = name.split("/")[0] in made or name.startswith("path/to/") or name in saved_files(document)
         assert known or mine or name in ("config.yaml", "configs/mine.yaml"), f"{name}: no such file"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
 def test_flags_exist(document):
-    everything = {flag for script in scripts() for flag in flags_of(script)}
-    everything |= {"--" + "no-channels-last", "--nproc_per_node", "--standalone"}
+    everything = {flag for script in scripts() for flag in flags_of(script)} | FOREIGN_FLAGS
     for flag in re.findall(r"`(--[a-zA-Z][\w-]*)", prose(document)):
         assert flag in everything, f"{flag}: no script has it"
 
@@ -339,6 +358,9 @@ class Workspace:
         ):  # fmt: skip
             shutil.copytree(tiny, data / root)
             (data / root / "dataset_0.json").rename(data / root / datalist)
+        for path in (data / "Task09_Spleen/labelsTr").iterdir():  # of two classes
+            label = nib.load(path)
+            nib.save(nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint8), label.affine), path)
         btcv = data / "synapse_raw"
         for part, name in (("imagesTr", "img"), ("labelsTr", "label")):
             (btcv / part).mkdir(parents=True)
@@ -373,6 +395,20 @@ class Workspace:
             shutil.rmtree(path)
         for path in kvasir.glob("*.txt"):
             path.unlink()
+        words = ["tools/make_splits.py", "images", "--data-root", "data/Kvasir-SEG", "--out", "splits/kvasir_phantom"]
+        assert self.execute(["python", *words, "--val", "120"]).returncode == 0
+        shutil.copytree(btcv / "imagesTr", self.folder / "scans")
+        shutil.copytree(kvasir / "images", self.folder / "photos")
+        nnunet = data / "Dataset101_Liver"
+        for part in ("images", "labels"):
+            (nnunet / f"{part}Tr").mkdir(parents=True)
+            for path in (tiny / f"{part}Tr").iterdir():
+                channel = "_0000" if part == "images" else ""
+                shutil.copy(path, nnunet / f"{part}Tr" / path.name.replace(".nii", f"{channel}.nii"))
+        (nnunet / "dataset.json").write_text(json.dumps({
+            "channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "tumour": 2},
+            "file_ending": ".nii.gz", "numTraining": 7,
+        }))  # fmt: skip
         # The released checkpoint of docs/training.md
         network = build_network("resunet", 1, 14, **WIDTHS["resunet"])
         weights = {f"segmentor.backbone.{key}": value for key, value in network.state_dict().items()}
@@ -456,8 +492,7 @@ class Workspace:
             sys.argv = argv_before
         return Result(code, out.getvalue(), err.getvalue())
 
-    @staticmethod
-    def _small(script: str, arguments: list[str]) -> list[str]:
+    def _small(self, script: str, arguments: list[str]) -> list[str]:
         """The arguments with the tables at the head of this file, and on the CPU."""
         table = f"{script} {value_of(arguments, '--dataset')}" if script.endswith("make_demo_data.py") else script
         replaced = VALUES.get(table, {})
@@ -478,6 +513,9 @@ class Workspace:
             if options is None:
                 grouped.append(options := ["--opts"])
             options[:] = [word for word in options if not word.startswith("device=")] + SETTINGS
+            config = self.folder / (value_of(arguments, "--config") or "")
+            if config.is_file() and "network_args" not in config.read_text(encoding="utf-8"):  # a document wrote it
+                options.append(f"network_args={json.dumps(WIDTHS)}")
             options[:] = [f"patch_size={PATCH[script]}" if w.startswith("patch_size=") else w for w in options]
         return [word for group in grouped for word in group]
 
@@ -506,11 +544,26 @@ class Workspace:
                 self._train(Path(f"runs/{config}/supervised/{teacher}/seed{seed}"), tested=False)
         for word in arguments:
             for found in re.findall(r"runs/[\w-]+/[\w-]+/[\w.%-]+/seed[\w-]+", word):
-                self._train(Path(found), tested=not training and script not in TESTING.values())
+                self._train(Path(found), tested=not training and script not in TESTING)
         return False
 
     def _train(self, run: Path, tested: bool) -> None:
         """Make a run folder that is not there by the command that its name stands for."""
+        best = self.folder / run / "best.pt"
+        if not best.is_file():
+            script, words = self._command_of(run)
+            document, self.document = self.document, f"(needed by {self.document})"
+            result = self.execute(["python", script, *words])
+            self.document = document
+            assert result.returncode == 0, result.stderr
+            assert best.is_file(), f"{run}: {script} {' '.join(words)} makes another folder"
+        if tested and not (self.folder / run / "summary.json").is_file():
+            script = "test_2d.py" if torch.load(best, weights_only=True)["kind"] == "2d-semi" else "test_3d.py"
+            result = self.execute(["python", script, "--ckpt", f"{run}/best.pt"])
+            assert result.returncode == 0, result.stderr
+
+    def _command_of(self, run: Path) -> tuple[str, list[str]]:
+        """Training script and arguments whose run folder this is."""
         _, dataset, method, networks, seed = run.parts
         script = "train_3d_distill.py"
         config = yaml.safe_load((self.folder / f"configs/{dataset}.yaml").read_text(encoding="utf-8"))
@@ -522,15 +575,7 @@ class Workspace:
             words += ["--student", networks]
         else:
             words += ["--teacher", networks.split("-")[0], "--student", networks.split("-")[1]]
-        if not (self.folder / run / "best.pt").is_file():
-            document, self.document = self.document, f"(needed by {self.document})"
-            result = self.execute(["python", script, *words])
-            self.document = document
-            assert result.returncode == 0, result.stderr
-            assert (self.folder / run / "best.pt").is_file(), f"{run}: {script} {' '.join(words)} makes another folder"
-        if tested and not (self.folder / run / "summary.json").is_file():
-            result = self.execute(["python", TESTING[script], "--ckpt", f"{run}/best.pt"])
-            assert result.returncode == 0, result.stderr
+        return script, words
 
 
 def value_of(arguments: Sequence[str], flag: str) -> str | None:
