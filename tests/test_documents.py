@@ -43,6 +43,7 @@ from methods import SSL_METHODS
 from networks import NETWORKS, build_network
 from tests.scripts.conftest import Result, make_workspace
 from tests.scripts.conftest import run as run_script
+from utils.runs import RESUMABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "RESULTS.md", *(ROOT / "docs").glob("*.md")])
@@ -258,6 +259,11 @@ def test_every_key_is_described():
     modules = (train_3d_distill, train_2d_crkd, train_3d_crkd)
     keys = {field.name for module in modules for field in dataclasses.fields(module.Config)}
     assert described == keys
+
+
+def test_keys_that_may_differ_when_a_run_is_resumed():
+    stated = re.search(r"These may differ: `([^`]*)`", prose(ROOT / "docs/training.md"))[1]
+    assert set(stated.split()) == RESUMABLE
 
 
 def test_arguments_and_defaults_of_methods():
