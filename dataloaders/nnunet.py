@@ -126,7 +126,15 @@ class NnUNetDataset(MSDDataset):
         return channel_number(name)
 
     def structures(self) -> dict[str, tuple[int, ...]]:
-        return dict(self.regions) or super().structures()
+        """A region is made of its own id and of those of the regions within it; of regions that overlap without one
+        being within the other, the label map holds the overlap for the later one alone."""
+        if not self.regions:
+            return super().structures()
+        pairs = list(zip(self.regions.values(), self.regions_class_order))
+        return {
+            name: tuple(sorted({value for other, value in pairs if set(other) <= set(ids)}))
+            for name, ids in self.regions.items()
+        }
 
     def id_names(self) -> dict[int, str]:
         if not self.regions:

@@ -80,6 +80,9 @@ def test_regions_overlap_and_come_back_as_ids(root):
     odd = dataset.decode_prediction(np.array([0, 1, 1]).reshape(3, 1, 1, 1))
     assert odd.item() == 3
     assert dataset.structures() == {"whole": (1, 2, 3), "core": (1, 3), "enhancing": (3,)}
+    renamed = make(root, REGIONS | {"regions_class_order": [7, 8, 9]})  # predictions may have ids of their own
+    assert renamed.structures() == {"whole": (7, 8, 9), "core": (8, 9), "enhancing": (9,)}
+    assert np.array_equal(np.unique(renamed.decode_prediction(label)), [0, 7, 8, 9])
     assert dataset.id_names()[2] == "whole, the rest of it"
     assert np.array_equal(dataset.native_label(case)[0], label)
     assert dataset.read(case)["ids"] == [1, 2, 3]

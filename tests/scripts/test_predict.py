@@ -1,6 +1,7 @@
 """Prediction of new scans and images as a user runs it, against what the testers write for the same ones."""
 
 import csv
+import hashlib
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from PIL import Image
 from tests.dataloaders.test_volumes import write_dicom
 from tests.scripts import test_multilabel, test_train_crkd
 from tests.scripts.conftest import make_workspace, run, train
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import atomic_save, load_checkpoint
 
 MORE = ("--opts", "max_steps=60", "val_interval=60", "lr=0.1")  # else predictions are nothing but background
 
@@ -191,6 +192,46 @@ def test_regions_come_back_as_ids(tmp_path):
     about = json.loads((tmp_path / "out/case3.json").read_text())
     assert about["structures"]["tumour core"] == [1, 3]
     assert about["volumes_ml"]["whole tumour"] == pytest.approx((ids > 0).sum() / 1000, abs=1e-4)
+
+
+def test_one_region_of_several_ids(tmp_path):
+    """nnU-Net's layout without a background class or any class names in the configuration; also taught by a teacher."""
+    make_workspace(tmp_path)
+    for kind, ending in (("images", "_0000"), ("labels", "")):
+        for k in range(7):
+            source = tmp_path / f"data/{kind}Tr/case{k}.nii.gz"
+            source.rename(source.with_name(f"case{k}{ending}.nii.gz"))
+    (tmp_path / "data/dataset.json").write_text(json.dumps({
+        "channel_names": {"0": "CT"}, "labels": {"background": 0, "both": [1, 2]}, "regions_class_order": [5],
+        "file_ending": ".nii.gz",
+    }))  # fmt: skip
+    folds = [{"train": [f"case{k}" for k in range(5)], "val": ["case5", "case6"]}]
+    (tmp_path / "data/splits_final.json").write_text(json.dumps(folds))
+    text = (tmp_path / "tiny.yaml").read_text().replace("class_names: [background, ball, box]", "format: nnunet")
+    (tmp_path / "tiny.yaml").write_text(text.replace("datalist: dataset_0.json", ""))
+    train("--method", "supervised", "--student", "resunet", *MORE, cwd=tmp_path)
+    train("--method", "kd", "--opts", "max_steps=2", cwd=tmp_path)
+    best = tmp_path / "runs/tiny/supervised/resunet/seed0/best.pt"
+    assert load_checkpoint(best)["class_names"] == ["both"]
+    shutil.copy(best, tmp_path)
+    predict(cwd=tmp_path, source="data/imagesTr")
+    assert len(list((tmp_path / "out").glob("case?.nii.gz"))) == 7
+    assert set(np.unique(array(tmp_path / "out/case0.nii.gz"))) == {0, 5}
+    about = json.loads((tmp_path / "out/case0.json").read_text())
+    assert about["labels"] == {"0": "background", "5": "both"}
+    assert about["volumes_ml"]["both"] == pytest.approx(0.008 * (array(tmp_path / "out/case0.nii.gz") == 5).sum())
+
+
+def test_a_class_of_the_users_own_must_be_named(site):
+    content = load_checkpoint(site / "best.pt")
+    source = b"from networks import NETWORKS\n\n\nclass Own(NETWORKS['resunet']):\n    pass\n"
+    (site / "own.py").write_bytes(source)
+    record = {"file": "own.py", "sha256": hashlib.sha256(source).hexdigest(), "roles": ["student"]}
+    content |= {"plugins": {"Own": record}, "network": content["network"] | {"name": "Own"}}
+    atomic_save(content, site / "best.pt")
+    refused = predict(cwd=site, ok=False)
+    assert "to run that file, say so: --plugin own.py:Own" in refused.stderr
+    assert "segmented 1," in predict("--plugin", "own.py:Own", cwd=site).stdout
 
 
 def semi_site(folder, kind, method="supervised"):
