@@ -24,7 +24,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -116,13 +115,15 @@ def _norm_by(norm: nn.modules.batchnorm._BatchNorm, x: Tensor, counted: Tensor) 
     sums = torch.cat([rows @ weight, weight.sum()[None]])
     synchronised = isinstance(norm, nn.SyncBatchNorm)
     if synchronised:
-        sums = dist_nn.all_reduce(sums, group=norm.process_group)
+        from torch.distributed.nn.functional import all_reduce  # not every build of torch has it
+
+        sums = all_reduce(sums, group=norm.process_group)
     count = sums[-1].detach()
     mean = sums[:-1] / count.clamp(min=1)
     centred = rows - mean[:, None]
     squares = centred.square() @ weight
     if synchronised:
-        squares = dist_nn.all_reduce(squares, group=norm.process_group)
+        squares = all_reduce(squares, group=norm.process_group)
     var = squares / count.clamp(min=1)
     if norm.track_running_stats:
         with torch.no_grad():
