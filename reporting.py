@@ -164,6 +164,15 @@ def failures(counts: dict) -> int:
     return counts["missed"] + counts["spurious"]
 
 
+def selection(summary: dict) -> str:
+    """Which list chose the checkpoint of a summary; a choice on test cases is said in so many words."""
+    if summary["checkpoint"] != "best.pt":
+        return f"{summary['checkpoint']}: not selected, the state of its step"
+    if summary.get("selected_on", "val") == "test":
+        return "best.pt was selected on the test list, by --select-on test: no estimate for new cases"
+    return f"best.pt was selected on the {summary.get('selected_on', 'val')} list"
+
+
 def report(summary: dict) -> None:
     """Print one table: classes, then the mean, and what a reader must know about it."""
     scores, unit = summary["native"], summary["unit"]
@@ -184,5 +193,6 @@ def report(summary: dict) -> None:
           f"none, {counts['absent']} absent")  # fmt: skip
     if failed:
         print("* with missed and wrongly predicted structures as the diagonal of the volume: compare runs by these")
+    print(selection(summary))
     if summary["selected_on_reported"]:
         print("note: this checkpoint was selected on cases that are reported here; the scores of last.pt were not")

@@ -28,7 +28,7 @@ from inference import AMP_MODES, predict_slices
 from metrics import EMPTY_POLICIES, HD95_DEFINITIONS
 from networks import NETWORKS, build_network
 from utils import figures, plugins
-from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
+from utils.checkpoint import CheckpointError, dataset_arguments, load_checkpoint, load_network_weights
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
 from utils.distributed import World, join_world
@@ -46,6 +46,7 @@ def parse_args() -> argparse.Namespace:
         help="default: test, or val where there is no test list; published protocol of volumes: both",
     )  # fmt: skip
     parser.add_argument("--data-root", help="folder of the data set, if it is not where the run found it")
+    parser.add_argument("--allow-outside", action="store_true", help="lists may name files outside of the data root")
     parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
@@ -87,7 +88,7 @@ def score(args: argparse.Namespace, path: Path, world: World, device: torch.devi
     contracts = (plugins.network(NETWORKS), plugins.data_format(SEMI_DATASETS, SemiDataset))
     plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
     config, described = checkpoint["config"], checkpoint["network"]
-    arguments = dict(checkpoint["dataset"]) | ({"root": args.data_root} if args.data_root else {})
+    arguments = dataset_arguments(checkpoint, path, args.data_root, allow_outside=args.allow_outside)
     if published and arguments["format"] == "images2d":
         arguments["eval_resize"] = "nearest"
     dataset = build_semi_dataset(**arguments)

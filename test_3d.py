@@ -40,7 +40,7 @@ from inference import AMP_MODES, fast_copy, largest_component, predict_labels
 from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, diagonal, summarise
 from networks import NETWORKS, build_network
 from utils import figures, plugins
-from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
+from utils.checkpoint import CheckpointError, dataset_arguments, load_checkpoint, load_network_weights
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
 from utils.distributed import World, join_world
@@ -55,6 +55,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", choices=("test", "val"), help="default: test, or val where there is no test list")
     parser.add_argument("--data-root", help="folder of the data set, if it is not where the run found it")
     parser.add_argument("--cache-dir", help="folder of preprocessed cases")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="read and cache where the checkpoint says, wherever that is"
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
@@ -107,10 +110,9 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
         raise CheckpointError(f"{args.ckpt}: not a checkpoint of train_3d_distill.py or tools/import_checkpoint.py")
     plug_in(args, args.ckpt, checkpoint, plugins.data_format(DATASETS, MSDDataset))
     config, described = checkpoint["config"], checkpoint["network"]
-    arguments = dict(checkpoint["dataset"])
-    arguments |= {"root": args.data_root} if args.data_root else {}
-    arguments |= {"cache_dir": args.cache_dir} if args.cache_dir else {}
-    dataset = build_dataset(**arguments)
+    dataset = build_dataset(
+        **dataset_arguments(checkpoint, args.ckpt, args.data_root, args.cache_dir, args.allow_outside)
+    )
     split = args.split or ("test" if checkpoint["cases"]["test"] else "val")
     cases = dataset.find(checkpoint["cases"][split])
     if not cases:
@@ -179,13 +181,15 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     rows = {space: [row for of_case, _, _ in results for row in of_case[space]] for space in SPACES}
     seconds = [value for _, _, value in results]
     write_csv(out / f"metrics{suffix}.csv", rows, args.hd95)
-    # The best checkpoint was chosen on val: scores on val are then the highest of many, not an estimate.
-    selected_on_reported = split == "val" and args.ckpt.stem == "best"
+    # The best checkpoint was chosen on a list: scores on it are then the highest of many, not an estimate.
+    selected_on = checkpoint.get("selected_on", "val")
+    selected_on_reported = split == selected_on and args.ckpt.stem == "best"
     summary = {
         "dataset": config["dataset"], "method": config["method"], "preset": config["preset"],
         "teacher": None if config["method"] == "supervised" else config["teacher"], "student": described["name"],
         "seed": config["seed"], "tag": config["tag"], "checkpoint": args.ckpt.name, "step": checkpoint["step"],
-        "max_steps": config["max_steps"], "split": split, "selected_on_reported": selected_on_reported,
+        "max_steps": config["max_steps"], "split": split, "selected_on": selected_on,
+        "selected_on_reported": selected_on_reported,
         "hd95_definition": args.hd95, "empty_policy": args.empty, "tta": args.tta, "amp": args.amp, "fast": args.fast,
         **{space: summarise(rows[space]) for space in SPACES},
         "parameters": count_parameters(network),
@@ -218,7 +222,9 @@ def score_semi(
     if args.cache_dir:
         raise ConfigError("--cache-dir is for runs of train_3d_distill.py")
     config, described = checkpoint["config"], checkpoint["network"]
-    dataset = build_semi_dataset(**checkpoint["dataset"] | ({"root": args.data_root} if args.data_root else {}))
+    dataset = build_semi_dataset(
+        **dataset_arguments(checkpoint, path, args.data_root, allow_outside=args.allow_outside)
+    )
     usual = "test" if checkpoint["cases"]["test"] else "val"
     split = args.split or usual
     cases = dataset.find(checkpoint["cases"][split])
@@ -368,6 +374,7 @@ def report(summary: dict, names: tuple[str, ...], selected_on_reported: bool) ->
             f"by the published code's protocol: Dice {shown['dice']} %, HD95 {shown['hd95_voxels']} voxels "
             f"({shown['hd95_voxels_penalised']} with missed organs as the diagonal)"
         )
+    print(reporting.selection(summary))
     if selected_on_reported:
         print("note: this checkpoint was selected on the cases reported here; report last.pt beside it")
 

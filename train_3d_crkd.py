@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders import SEMI_DATASETS, DataError, SemiDataset, build_semi_dataset
+from dataloaders import SEMI_DATASETS, DataError, Report, SemiDataset, build_semi_dataset
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
 from inference import AMP_MODES, autocast, predict_labels
 from methods import PRESETS, SSL_METHODS, Method, build_method
@@ -59,9 +59,11 @@ from utils.modes import weightless
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import Averages, RunLog, SilentLog, read_log
 from utils.runs import (
+    SELECTIONS,
     StopSignal,
     labelled_name,
     leave_signals_to_parent,
+    no_selection,
     open_run,
     parse_labelled,
     resolve_device,
@@ -74,7 +76,7 @@ from utils.trackers import LOGGERS, open_tracker, require_logger
 
 LABELLED, UNLABELLED, MIX = 0, 1, 2  # streams of random numbers
 # Keys that only some data formats have a use for
-FORMAT_KEYS = ("last_start",)
+FORMAT_KEYS = ("last_start", "patient_pattern", "absent_classes")
 # Where a class of the user's own, FILE.py:ClassName, can stand in place of a name
 PLUGGABLE = {
     "network": plugins.network(NETWORKS), "method": plugins.semi_supervised(SSL_METHODS, Method),
@@ -93,6 +95,8 @@ class Config:
     max_steps: int  # optimiser updates
     split_dir: str = ""  # folder with train.txt, val.txt, test.txt
     labelled: int | float | None = None  # scans that count as labelled, or their share; null: all
+    patient_pattern: str = ""  # group 1 is the patient in a name; "": the usual conventions (dataloaders/cases.py)
+    absent_classes: tuple[str, ...] = ()  # classes that the labelled list may lack
     memory_gb: float = 2.0  # of training scans kept in memory
     last_start: bool = True  # crops may start at the last admissible voxel; the released code never draws it
     labelled_batch: int = 2  # patches in a step
@@ -125,6 +129,7 @@ class Config:
     stride: tuple[int, int, int] = (18, 18, 4)  # voxels between windows when a scan is tested
     val_stride: tuple[int, int, int] = (56, 56, 40)  # the same in validation, which need not be as fine
     window_batch: int = 4
+    select_on: str = "val"  # val | test: the list that chooses best.pt; test is recorded and shown in every table
     log_interval: int = 20  # steps
     save_interval: int = 500  # steps
     diagnose_interval: int = 100  # steps between measurements of each term's gradient, under 1 % of the time; 0: none
@@ -135,7 +140,7 @@ class Config:
     tag: str = ""  # told apart from other runs of the same cell
 
 
-def parse_args() -> tuple[argparse.Namespace, Config]:
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the data set, for example configs/la.yaml")
     parser.add_argument("--method", help=", ".join(SSL_METHODS))
@@ -153,14 +158,17 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
         "--channels-last", action=argparse.BooleanOptionalAction, help="channels-last memory order (the default)"
     )  # fmt: skip
     parser.add_argument("--logger", help="also log to wandb or mlflow, if installed")
+    parser.add_argument("--select-on", choices=SELECTIONS, help="list that chooses best.pt; test is shown in tables")
+    parser.add_argument("--allow-outside", action="store_true", help="lists may name files outside of the data root")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
     parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
     parser.add_argument(
         "--opts", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
     )  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     keys = (
-        "method", "labelled", "network", "seed", "device", "amp", "deterministic", "compile", "channels_last", "logger"
+        "method", "labelled", "network", "seed", "device", "amp", "deterministic", "compile", "channels_last", "logger",
+        "select_on",
     )  # fmt: skip
     flags = {key: getattr(args, key) for key in keys}
     given = gather(args.config, args.opts, flags)
@@ -195,7 +203,7 @@ def validate(cfg: Config) -> None:
         "format": [name for name, cls in SEMI_DATASETS.items() if cls.dims == 3],
         "network": [name for name, cls in NETWORKS.items() if getattr(cls, "dims", 3) == 3],
         "method": SSL_METHODS, "preset": PRESETS, "amp": AMP_MODES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS,
-        "logger": LOGGERS,
+        "logger": LOGGERS, "select_on": SELECTIONS,
     })  # fmt: skip
     check_intervals(cfg, {
         "[1, inf)": (
@@ -291,12 +299,12 @@ def main() -> int:
 
     # Data: disjoint lists, everything that is trained on read and checked before the first step
     with constructing(args.config):
-        dataset = build_semi_dataset(**dataset_arguments(cfg))
-    splits = dataset.splits(cfg.labelled)
-    # LA has no validation list: published rows choose the best checkpoint on the test scans. Reports say so.
-    selection = "val" if splits["val"] else "test"
-    if not splits[selection]:
-        raise ConfigError(f"{cfg.split_dir}: no scan in val.txt or test.txt; there is nothing to validate on")
+        dataset = build_semi_dataset(**dataset_arguments(cfg), allow_outside=args.allow_outside)
+    report = Report()
+    splits = dataset.splits(cfg.labelled, report)
+    report.stop()
+    if not splits[cfg.select_on]:
+        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir))
 
     # Network, method, optimiser
     seed_everything(cfg.seed)
@@ -314,10 +322,12 @@ def main() -> int:
         seed_everything(cfg.seed + 10**6 * world.rank)  # dropout and boxes differ between processes
     if method.uses_unlabelled and not splits["unlabelled"]:
         raise ConfigError(f"labelled: {cfg.labelled} leaves no unlabelled {dataset.unit} for {cfg.method}; label fewer")
-    used = ("labelled", "unlabelled", selection) if method.uses_unlabelled else ("labelled", selection)
-    dataset.prepare({split: splits[split] for split in used})
+    used = [split for split in splits if split != "unlabelled" or method.uses_unlabelled]
+    dataset.prepare({split: splits[split] for split in used}, report)  # test cases too: none may be trained on
+    report.stop()
     with world.main_first():
         if world.main:
+            print(*report.spoken_warnings(), sep="\n", end="\n" * bool(report.warnings), file=sys.stderr)
             open_run(folder, cfg, resume)
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = build_optimizer(cfg.optimizer, trained, cfg.lr, cfg.momentum, cfg.weight_decay, cfg.nesterov)
@@ -350,7 +360,7 @@ def main() -> int:
         },
         "class_names": list(cfg.class_names), "config": dataclasses.asdict(cfg), "dataset": dataset_arguments(cfg),
         "cases": {split: [case.name for case in cases] for split, cases in splits.items()}, "code": code_version(),
-        "plugins": args.plugins, "selected_on": selection,
+        "plugins": args.plugins, "selected_on": cfg.select_on,
     }  # fmt: skip
 
     def save(step: int) -> None:
@@ -431,7 +441,7 @@ def main() -> int:
         if saves or validates:
             world.average_statistics(method)
         if validates:
-            scores, picture = evaluate(method.evaluated, dataset, splits[selection], cfg, world)
+            scores, picture = evaluate(method.evaluated, dataset, splits[cfg.select_on], cfg, world)
             log.scalars(step, "val", scores)
             log.image(step, "val/image, label, prediction", picture)
             if method.pictures:

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders import DATASETS, DataError, MSDDataset, build_dataset, describe_dataset
+from dataloaders import DATASETS, DataError, MSDDataset, Report, build_dataset, describe_dataset
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
 from inference import AMP_MODES, autocast, predict_labels
 from losses import KD_METHODS, PRESETS, build_kd
@@ -61,7 +61,16 @@ from utils.distributed import World, join_world
 from utils.modes import weightless
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import RunLog, SilentLog, read_log
-from utils.runs import StopSignal, leave_signals_to_parent, open_run, resolve_device, run_folder, run_script
+from utils.runs import (
+    SELECTIONS,
+    StopSignal,
+    leave_signals_to_parent,
+    no_selection,
+    open_run,
+    resolve_device,
+    run_folder,
+    run_script,
+)
 from utils.schedules import poly_lr, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
 from utils.trackers import LOGGERS, open_tracker, require_logger
@@ -74,7 +83,7 @@ PLUGGABLE = {
 # Keys that only some data formats have a use for
 PREPROCESSING = (
     "orientation", "spacing", "intensity", "window", "crop_foreground", "normalize", "k_divisible", "regions",
-    "regions_class_order", "fold",
+    "regions_class_order", "fold", "patient_pattern", "absent_classes",
 )  # fmt: skip
 
 
@@ -94,6 +103,8 @@ class Config:
     fold: int = 0  # nnunet: entry of splits_final.json, where split_dir is empty
     split_dir: str = ""  # folder with train.txt, val.txt, test.txt; "": the JSON's own lists
     cache_dir: str = "cache"  # preprocessed cases
+    patient_pattern: str = ""  # group 1 is the patient in a name; "": the usual conventions (dataloaders/cases.py)
+    absent_classes: tuple[str, ...] = ()  # classes that the training list may lack
     orientation: str = "RAS"
     spacing: tuple[float, ...] = ()  # mm; []: as stored
     intensity: str = "window"  # window | zscore | none
@@ -135,6 +146,7 @@ class Config:
     val_interval: int = 500  # steps
     overlap: float = 0.5  # of neighbouring windows
     window_batch: int = 4
+    select_on: str = "val"  # val | test: the list that chooses best.pt; test is recorded and shown in every table
     log_interval: int = 20  # steps
     save_interval: int = 500  # steps
     diagnose_interval: int = 100  # steps between measurements of each term's gradient, under 1 % of the time; 0: none
@@ -145,7 +157,7 @@ class Config:
     tag: str = ""  # told apart from other runs of the same cell
 
 
-def parse_args() -> tuple[argparse.Namespace, Config]:
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the data set, for example configs/btcv.yaml")
     parser.add_argument("--teacher", help=f"one of {', '.join(NETWORKS)}")
@@ -158,14 +170,17 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--compile", action="store_true", default=None, help="compile the networks (torch.compile)")
     parser.add_argument("--channels-last", action="store_true", default=None, help="channels-last memory order")
     parser.add_argument("--logger", help="also log to wandb or mlflow, if installed")
+    parser.add_argument("--select-on", choices=SELECTIONS, help="list that chooses best.pt; test is shown in tables")
+    parser.add_argument("--allow-outside", action="store_true", help="lists may name files outside of the data root")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
     parser.add_argument("--show-run", action="store_true", help="print the run folder and stop")
     parser.add_argument(
         "--opts", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
     )  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     keys = (
-        "teacher", "student", "method", "seed", "device", "amp", "deterministic", "compile", "channels_last", "logger"
+        "teacher", "student", "method", "seed", "device", "amp", "deterministic", "compile", "channels_last", "logger",
+        "select_on",
     )  # fmt: skip
     flags = {key: getattr(args, key) for key in keys}
     given = gather(args.config, args.opts, flags)
@@ -206,7 +221,7 @@ def validate(cfg: Config) -> None:
     networks = [name for name, cls in NETWORKS.items() if getattr(cls, "dims", 3) == 3]
     check_choices(cfg, {
         "format": DATASETS, "student": networks, "teacher": networks, "method": ["supervised", *KD_METHODS],
-        "preset": PRESETS, "amp": AMP_MODES, "logger": LOGGERS,
+        "preset": PRESETS, "select_on": SELECTIONS, "amp": AMP_MODES, "logger": LOGGERS,
     })  # fmt: skip
     check_intervals(cfg, {
         "[1, inf)": (
@@ -346,11 +361,15 @@ def main() -> int:
 
     # Data: three disjoint lists, everything read and checked before the first step
     with constructing(args.config):
-        dataset = build_dataset(**dataset_arguments(cfg))
+        dataset = build_dataset(**dataset_arguments(cfg), allow_outside=args.allow_outside)
         augment = dataset.patch_function(
             cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
         )
-    splits = dataset.splits()
+    report = Report()
+    splits = dataset.splits(report)
+    report.stop()
+    if not splits[cfg.select_on]:
+        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.datalist))
 
     # Networks and objective
     memory = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
@@ -375,8 +394,10 @@ def main() -> int:
         seed_everything(cfg.seed + 10**6 * world.rank)  # dropout and sampled losses differ between processes
     seg_loss = SegmentationLoss(dataset.multilabel)
     with world.main_first():  # so that one process fills the cache
-        dataset.prepare(splits)
+        dataset.prepare(splits, cfg.patch_size, report)
+        report.stop()
         if world.main:
+            print(*report.spoken_warnings(), sep="\n", end="\n" * bool(report.warnings), file=sys.stderr)
             open_run(folder, cfg, resume)
     trained = [p for module in (student, kd) if module is not None for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
@@ -411,7 +432,7 @@ def main() -> int:
         },
         "class_names": list(cfg.class_names), "config": dataclasses.asdict(cfg), "dataset": dataset_arguments(cfg),
         "cases": {split: [case.name for case in cases] for split, cases in splits.items()}, "code": code_version(),
-        "plugins": args.plugins,
+        "plugins": args.plugins, "selected_on": cfg.select_on,
     }  # fmt: skip
 
     def save(step: int) -> None:
@@ -489,7 +510,7 @@ def main() -> int:
         if saves:
             world.average_statistics(student)
         if validates:
-            scores, picture = evaluate(student, dataset, splits["val"], cfg, world)
+            scores, picture = evaluate(student, dataset, splits[cfg.select_on], cfg, world)
             log.scalars(step, "val", scores)
             log.image(step, "val/image, label, prediction", picture)
             if scores["dice"] > best["dice"]:

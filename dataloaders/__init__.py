@@ -4,7 +4,8 @@ from pathlib import Path
 
 from dataloaders.acdc import ACDCDataset
 from dataloaders.brats import BraTSDataset
-from dataloaders.cases import Case, DataError
+from dataloaders.cases import Case
+from dataloaders.faults import DataError, Report
 from dataloaders.images2d import Images2DDataset
 from dataloaders.la import LADataset
 from dataloaders.msd import MSDDataset
@@ -26,16 +27,21 @@ SEMI_DATASETS: dict[str, type[SemiDataset]] = {
 }
 
 __all__ = [
-    "DATASETS", "SEMI_DATASETS", "Case", "DataError", "MSDDataset", "SemiDataset", "build_dataset",
+    "DATASETS", "SEMI_DATASETS", "Case", "DataError", "MSDDataset", "Report", "SemiDataset", "build_dataset",
     "build_semi_dataset", "describe_dataset",
 ]  # fmt: skip
 
 
-def build_dataset(format: str, **arguments) -> MSDDataset:
-    """The data set class of `format` ('msd': any decathlon-style list of NIfTI files) with its arguments."""
+def build_dataset(format: str, allow_outside: bool = False, **arguments) -> MSDDataset:
+    """The data set class of `format` ('msd': any decathlon-style list of NIfTI files) with its arguments.
+
+    allow_outside: lists may name files outside of the data root.
+    """
     if format not in DATASETS:
         raise DataError(f"unknown data format '{format}'; choose from {', '.join(sorted(DATASETS))}")
-    return DATASETS[format](**arguments)
+    dataset = DATASETS[format](**arguments)
+    dataset.allow_outside = allow_outside
+    return dataset
 
 
 def describe_dataset(format: str, root: str, datalist: str, given: dict) -> dict:
@@ -52,8 +58,13 @@ def describe_dataset(format: str, root: str, datalist: str, given: dict) -> dict
     return cls.described(Path(root), datalist, empty)
 
 
-def build_semi_dataset(format: str, **arguments) -> SemiDataset:
-    """The semi-supervised data set class of `format` ('acdc', 'images2d', 'la') with its arguments."""
+def build_semi_dataset(format: str, allow_outside: bool = False, **arguments) -> SemiDataset:
+    """The semi-supervised data set class of `format` ('acdc', 'images2d', 'la') with its arguments.
+
+    allow_outside: lists may name files outside of the data root.
+    """
     if format not in SEMI_DATASETS:
         raise DataError(f"unknown data format '{format}'; choose from {', '.join(sorted(SEMI_DATASETS))}")
-    return SEMI_DATASETS[format](**arguments)
+    dataset = SEMI_DATASETS[format](**arguments)
+    dataset.allow_outside = allow_outside
+    return dataset

@@ -19,9 +19,12 @@ import numpy as np
 
 from dataloaders import augment_ssl
 from dataloaders.cases import Case, DataError, read_image, select
+from dataloaders.faults import CaseNotes, Report
 from dataloaders.semi import SemiDataset, read_h5
 
+LIMITS = (0.0, 1.0)  # of intensities: eight-bit views are cut from them, and anything else would wrap around
 _VOLUME = re.compile(r"((.+)_frame\d+)\.h5")
+_FRAME = re.compile(r"(.+)_frame\d+")
 _SLICE = re.compile(r"((.+)_frame\d+)_slice_(\d+)\.h5")
 
 
@@ -50,8 +53,12 @@ class ACDCDataset(SemiDataset):
         patch_size: Sequence[int] = (256, 256),
         class_names: Sequence[str] = ("background", "right ventricle", "myocardium", "left ventricle"),
         memory_gb: float = 2.0,
+        patient_pattern: str = "",
+        absent_classes: Sequence[str] = (),
     ) -> None:
-        super().__init__(root, split_dir, patch_size, class_names, memory_gb)
+        super().__init__(
+            root, split_dir, patch_size, class_names, memory_gb, patient_pattern, absent_classes
+        )
         if len(patch_size) != 2:
             raise DataError(f"patch_size must be two numbers, height and width, got {list(patch_size)}")
 
@@ -60,10 +67,12 @@ class ACDCDataset(SemiDataset):
         volumes = self._volumes()
         return select([case for cases in volumes.values() for case in cases], names, str(self.root / "data"))
 
-    def read_volume(self, case: Case) -> dict:
+    def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
         """A volume: image (1, H, W, D) float32, label (1, H, W, D) uint8, D slices; spacing 1 and affine identity."""
-        image, label = read_h5(case.images[0], self.num_classes, 3)
-        _check_range(case.images[0], image)
+        image, label = read_h5(case.images[0], self.num_classes, 3, notes=notes, limits=LIMITS)
+        if notes is not None:  # slice by slice, so that a volume is recognised in slices and the other way round
+            for pair in zip(image, label):
+                notes.see(*pair)
         return {
             "image": np.moveaxis(image, 0, -1)[None],
             "label": np.moveaxis(label, 0, -1)[None],
@@ -118,11 +127,25 @@ class ACDCDataset(SemiDataset):
         """Jitter of brightness and contrast, and blur, of a weak view."""
         return augment_ssl.strong_grey(sample, rng)
 
-    def _load(self, case: Case) -> dict[str, np.ndarray]:
+    def named(self, case: Case) -> str:
+        """The patient."""
+        return _FRAME.match(case.name)[1]
+
+    def _load(self, case: Case, notes: CaseNotes | None = None) -> dict[str, np.ndarray]:
         index = case.index if isinstance(case, SliceCase) else None
-        image, label = read_h5(case.images[0], self.num_classes, 2 if index is None else 3, index)
-        _check_range(case.images[0], image)
+        image, label = read_h5(case.images[0], self.num_classes, 2 if index is None else 3, index, notes, LIMITS)
+        if notes is not None:
+            notes.see(image, label)
         return {"image": image[None], "label": label[None]}
+
+    def _check_empty(self, ids: dict[Case, tuple[str, set[int]]], report: Report) -> None:
+        """As for other data, but of a frame's slices together: those above and below the heart are empty."""
+        frames: dict[str, list] = {}
+        for case, (split, found) in ids.items():
+            frame = frames.setdefault(_FRAME.match(case.name)[0], [split, case, set()])
+            frame[2] |= found
+        whole = {case: (split, found) for split, case, found in frames.values()}
+        super()._check_empty(whole, report)
 
     def _volumes(self) -> dict[str, list[Case]]:
         """Patient -> its volumes, by frame."""
@@ -132,34 +155,52 @@ class ACDCDataset(SemiDataset):
                 volumes.setdefault(match[2], []).append(Case(match[1], (path,), path))
         return volumes
 
-    def _evaluation_cases(self, names: Sequence[str]) -> list[Case]:
+    def _evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
         volumes = self._volumes() if names else {}
-        self._require(names, volumes, self.root / "data", "patientXXX_frameYY.h5")
-        return [case for name in names for case in volumes[name]]
+        found = self._found(names, volumes, self.root / "data", "patientXXX_frameYY.h5", report)
+        return [case for name in found for case in volumes[name]]
 
-    def _training_cases(self, names: Sequence[str]) -> list[Case]:
+    def _training_cases(self, names: Sequence[str], report: Report) -> list[Case]:
         folder = self.root / "data" / "slices"
         if not folder.is_dir():
-            cases = self._evaluation_cases(names)
-            return [
-                SliceCase(f"{case.name}_slice_{index + 1}", case.images, case.label, index)
-                for case in cases
-                for index in range(_num_slices(case.images[0], self.num_classes))
-            ]
+            cases = []
+            for case in self._evaluation_cases(names, report):
+                with report.catching("", case.name):
+                    for index in range(_num_slices(case.images[0], self.num_classes)):
+                        cases.append(SliceCase(f"{case.name}_slice_{index + 1}", case.images, case.label, index))
+            return cases
         slices: dict[str, list[tuple]] = {}
         for path in folder.glob("*.h5"):
             if match := _SLICE.fullmatch(path.name):
                 slices.setdefault(match[2], []).append((match[1], int(match[3]), path))
-        self._require(names, slices, folder, "patientXXX_frameYY_slice_Z.h5")
-        return [SliceCase(path.stem, (path,), path) for name in names for _, _, path in sorted(slices[name])]
+        found = self._found(names, slices, folder, "patientXXX_frameYY_slice_Z.h5", report)
+        for name in found:
+            self._check_slices(slices[name], folder, report)
+        return [SliceCase(path.stem, (path,), path) for name in found for _, _, path in sorted(slices[name])]
 
-    def _require(self, names: Sequence[str], found: dict, folder: Path, pattern: str) -> None:
+    def _check_slices(self, slices: list[tuple], folder: Path, report: Report) -> None:
+        """A fault for each slice that is missing between others of its frame."""
+        frames: dict[str, set[int]] = {}
+        for frame, number, _ in slices:
+            frames.setdefault(frame, set()).add(number)
+        for frame, numbers in frames.items():
+            for number in sorted(set(range(1, max(numbers))) - numbers):
+                path = folder / f"{frame}_slice_{number}.h5"
+                report.error(
+                    "missing file", path, f"no such file, though there is slice {max(numbers)}", "every slice from 1",
+                    "complete the data", case=frame,
+                )  # fmt: skip
+
+    def _found(self, names: Sequence[str], found: dict, folder: Path, pattern: str, report: Report) -> list[str]:
+        """The names that have files; a fault for the others."""
         missing = [name for name in names if name not in found]
         if missing:
-            raise DataError(
-                f"{folder}: no files of {len(missing)} of {len(names)} patients, for example '{missing[0]}'; expected "
-                f"{pattern}, complete the data or set split_dir to lists of the patients that are there"
-            )
+            report.error(
+                "missing file", folder,
+                f"no files of {len(missing)} of {len(names)} patients, for example '{missing[0]}'", pattern,
+                "complete the data or set split_dir to lists of the patients that are there",
+            )  # fmt: skip
+        return [name for name in names if name in found]
 
 
 def _num_slices(path: Path, num_classes: int) -> int:
@@ -168,12 +209,3 @@ def _num_slices(path: Path, num_classes: int) -> int:
             return len(file["label"])
     except (OSError, KeyError, TypeError, RuntimeError):
         return len(read_h5(path, num_classes, 3)[0])  # says what is wrong with the file
-
-
-def _check_range(path: Path, image: np.ndarray) -> None:
-    # Eight-bit views are cut from 0..1; anything else would wrap around.
-    if image.min() < -1e-6 or image.max() > 1 + 1e-6:
-        raise DataError(
-            f"{path}: intensities {image.min():.4g}..{image.max():.4g}, expected 0..1; scale each volume with "
-            f"(x - min) / (max - min)"
-        )

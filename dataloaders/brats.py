@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders import augment
-from dataloaders.cases import Case, DataError, read_image, read_label
+from dataloaders.cases import Case, DataError
+from dataloaders.faults import Finding
 from dataloaders.msd import MSDDataset
 
 CHANNELS = ("t1c", "t1n", "t2f", "t2w")
@@ -50,6 +51,8 @@ class BraTSDataset(MSDDataset):
         cache_dir: str = "cache",
         normalize: str = "crop",
         k_divisible: int = 0,
+        patient_pattern: str = "",
+        absent_classes: Sequence[str] = (),
     ) -> None:
         if len(class_names) != len(REGIONS):
             raise DataError(f"class_names: BraTS has the regions {', '.join(REGIONS)}, got {list(class_names)}")
@@ -60,7 +63,8 @@ class BraTSDataset(MSDDataset):
         self.normalize, self.k_divisible = normalize, k_divisible
         super().__init__(
             root, datalist, class_names, in_channels, split_dir, cache_dir,
-            orientation="", spacing=(), intensity="none", crop_foreground=False,
+            orientation="", spacing=(), intensity="none", crop_foreground=False, patient_pattern=patient_pattern,
+            absent_classes=absent_classes,
         )  # fmt: skip
 
     @property
@@ -70,12 +74,13 @@ class BraTSDataset(MSDDataset):
     def preprocess(self, case: Case) -> dict:
         """What the cache holds: `image` (C, H, W, D) as stored, `label` ids (1, H, W, D), per channel the `mean` and
         `std` of the non-zero voxels, the brain's `box` (first and one past the last voxel), and the grid's keys."""
-        _check_order(case)
-        image, affine = read_image(case, self.in_channels)
-        label = read_label(case, self.allowed_ids, image.shape[1:], affine)
+        image, label, affine, seen = self._read_checked(case)
         brain = (image > 0).any(0)
         if not brain.any():
-            raise DataError(f"{case.images[0]}: no channel has a value above 0, so there is no brain to crop to")
+            raise DataError(Finding(
+                "no foreground", str(case.images[0]), "no channel has a value above 0", "a brain to crop to",
+                "give the scan as it was released, skull-stripped, with air at 0",
+            ))  # fmt: skip
         occupied = [np.flatnonzero(brain.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         mean, std = _statistics(image)
         short = np.abs(image).max() < 2**15 and bool((image == np.rint(image)).all())
@@ -90,6 +95,7 @@ class BraTSDataset(MSDDataset):
             "ids": self._ids(label),
             "native_affine": affine,
             "native_shape": list(image.shape[1:]),
+            **seen,
         }
 
     def read(self, case: Case) -> dict:
@@ -128,6 +134,13 @@ class BraTSDataset(MSDDataset):
         enhancing = (ids == 3) | (ids == 4)
         core = (ids == 1) | enhancing
         return np.stack([core, core | (ids == 2), enhancing]).astype(np.uint8)
+
+    def _check_case(self, case: Case) -> None:
+        _check_order(case)
+
+    def present(self, ids: Sequence[int]) -> set[int]:
+        regions = self.encode_label(np.asarray(ids)[None])
+        return set(np.flatnonzero(regions.any(1)).tolist())
 
     def decode_prediction(self, prediction: np.ndarray) -> np.ndarray:
         """Regions (3, H, W, D) -> ids (H, W, D), enhancing tumour as 3; later regions are painted over earlier ones."""
@@ -197,7 +210,7 @@ def _check_order(case: Case) -> None:
     suffixes = [path.name.split(".")[0].replace("_", "-").rsplit("-", 1)[-1].lower() for path in case.images]
     found = [_SUFFIXES_2021.get(suffix, suffix) for suffix in suffixes]
     if sorted(found) == sorted(CHANNELS) and tuple(found) != CHANNELS:
-        raise DataError(
-            f"{case.images[0]}: the channels of '{case.name}' are listed as {', '.join(suffixes)}; the order must be "
-            f"t1c, t1n, t2f, t2w (2021 release: t1ce, t1, flair, t2); mend the data list"
-        )
+        raise DataError(Finding(
+            "channels", str(case.images[0]), f"the channels of '{case.name}' are listed as {', '.join(suffixes)}",
+            "", "the order must be t1c, t1n, t2f, t2w (2021 release: t1ce, t1, flair, t2); mend the data list",
+        ))  # fmt: skip

@@ -8,15 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from dataloaders.cases import Case, DataError, file_digest
+from dataloaders.cases import Case, file_digest
 
-FORMAT = 1  # raise when the stored layout or the meaning of a transform changes
+FORMAT = 2  # raise when the stored layout or the meaning of a transform changes
 
 
 class CaseCache:
@@ -33,26 +32,23 @@ class CaseCache:
                 known = json.loads(self._digests_path.read_text(encoding="utf-8"))
                 self._digests = known if isinstance(known, dict) else {}
 
-    def prepare(self, cases: Sequence[Case], title: str) -> None:
-        """Preprocess what is not there yet, with a progress bar; DataError that lists every faulty case."""
-        problems = []
-        todo = []
-        for case in cases:
-            try:
-                if not self._entry(case).is_dir():
-                    todo.append(case)
-            except DataError as error:
-                problems.append(str(error))
-        for case in tqdm(todo, desc=f"preparing {title}", unit="case", disable=not todo):
-            try:
-                self._make(case)
-            except DataError as error:
-                problems.append(str(error))
-        self._write_digests()
-        if problems:
-            shown = "\n  ".join(problems[:10])
-            more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise DataError(f"{len(problems)} of {len(cases)} {title} cases cannot be used:\n  {shown}{more}")
+    def forget_digests(self) -> None:
+        """Read every file anew, rather than trust its size and time of modification."""
+        self._digests = {}
+
+    def facts(self, case: Case, store: bool = True) -> dict:
+        """The JSON values of the preprocessed sample and the `shape` of its image; made first where they are not there.
+
+        store: keep the sample. DataError that lists all faults of the case.
+        """
+        files = [*case.images, case.label] if case.label else case.images
+        there = all(path.is_file() for path in files)  # else preprocessing says what is missing, and what else is wrong
+        if there and store and not self._entry(case).is_dir():
+            self._make(case)
+        sample = self.read(case) if there and self._entry(case).is_dir() else self.preprocess(case)
+        large = [key for key, value in sample.items() if _is_array(key, value)]
+        shape = tuple(sample["image"].shape[1:])
+        return {key: value for key, value in sample.items() if key not in large} | {"shape": shape}
 
     def read(self, case: Case) -> dict:
         """The preprocessed sample; arrays are memory-mapped and read-only."""
@@ -63,19 +59,6 @@ class CaseCache:
         for path in entry.glob("*.npy"):
             sample[path.stem] = np.load(path, mmap_mode="r")
         return sample
-
-    def duplicates(self, splits: Mapping[str, Sequence[Case]]) -> None:
-        """DataError if two cases have the same image files, byte for byte, under different names."""
-        owner: dict[str, tuple[str, Case]] = {}
-        for split, cases in splits.items():
-            for case in cases:
-                first_split, first = owner.setdefault(self._image_digest(case), (split, case))
-                if first.name != case.name:
-                    raise DataError(
-                        f"{case.images[0]} ({split} list) and {first.images[0]} ({first_split} list) are the same "
-                        f"image under two names; every scan may be listed once"
-                    )
-        self._write_digests()
 
     def _image_digest(self, case: Case) -> str:
         return "-".join(file_digest(path, self._digests) for path in case.images)
@@ -96,7 +79,7 @@ class CaseCache:
         try:
             meta = {}
             for key, value in sample.items():
-                if isinstance(value, np.ndarray) and value.ndim >= 1 and key not in ("affine", "native_affine"):
+                if _is_array(key, value):
                     np.save(temporary / f"{key}.npy", value)
                 else:
                     meta[key] = value.tolist() if isinstance(value, np.ndarray) else value
@@ -109,9 +92,14 @@ class CaseCache:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write_digests(self) -> None:
+    def write_digests(self) -> None:
         if self._digests:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self._digests_path.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps(self._digests), encoding="utf-8")
             os.replace(temporary, self._digests_path)
+
+
+def _is_array(key: str, value: object) -> bool:
+    """Whether a value has a file of its own; the others are in meta.json."""
+    return isinstance(value, np.ndarray) and value.ndim >= 1 and key not in ("affine", "native_affine")

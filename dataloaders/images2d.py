@@ -4,9 +4,10 @@
     <root>/images, <root>/masks                                          lists drawn by tools/make_splits.py
 
 Lists are train.txt, val.txt and, if there is one, test.txt. A line is an image's name without suffix or, as in the
-released lists, `train/images/X.jpg train/masks/X.png`. Labelled images are those of labelled_5%.txt, labelled_44.txt
-or ratio_5%/labeled.txt; where there is no such list they are drawn, always the same ones. Masks are cut at half: JPEG
-masks hold every value between 0 and 255. Sizes are in pixels, so spacing is 1.
+released lists, `train/images/X.jpg train/masks/X.png`; paths with blanks are parted by a tab. Labelled images are those
+of labelled_5%.txt, labelled_44.txt or ratio_5%/labeled.txt; where there is no such list they are drawn, always the same
+ones. Masks are cut at half: JPEG masks hold every value between 0 and 255. Other masks whose few intermediate values
+look like ids of further classes are refused, blurred ones are warned of. Sizes are in pixels, so spacing is 1.
 """
 
 import random
@@ -17,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from dataloaders import augment_ssl
-from dataloaders.cases import Case, DataError, read_split
+from dataloaders.cases import Case, DataError, check_inside, read_split
+from dataloaders.faults import WARNING, CaseNotes, Finding, Report, gathering, no_file, unreadable
 from dataloaders.semi import SemiDataset, labelled_count
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
@@ -46,6 +48,7 @@ class Images2DDataset(SemiDataset):
     dims = 2
     unit = "image"
     in_channels = 3
+    repeats = WARNING  # collections of photographs have some
 
     def __init__(
         self,
@@ -56,8 +59,12 @@ class Images2DDataset(SemiDataset):
         memory_gb: float = 2.0,
         augmentation: str = "semi",
         eval_resize: str = "bilinear",
+        patient_pattern: str = "",
+        absent_classes: Sequence[str] = (),
     ) -> None:
-        super().__init__(root, split_dir or root, patch_size, class_names, memory_gb)
+        super().__init__(
+            root, split_dir or root, patch_size, class_names, memory_gb, patient_pattern, absent_classes
+        )
         if len(patch_size) != 2 or patch_size[0] != patch_size[1]:
             raise DataError(f"patch_size must be two equal numbers, since images are turned, got {list(patch_size)}")
         if len(class_names) != 2:
@@ -81,14 +88,15 @@ class Images2DDataset(SemiDataset):
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The images called `names`, from any list or folder."""
-        found = self._known.keys() >= set(names) or self._by_name().keys() >= set(names)
+        found = self._known.keys() >= set(names) or self._by_name(Report()).keys() >= set(names)
         if not found and (self.split_dir / "train.txt").is_file():
-            self._lists()  # of paths to other folders
-        return self._cases(names)
+            self._lists(Report())  # of paths to other folders
+        with gathering(None) as report:
+            return self._cases(names, report)
 
-    def read_volume(self, case: Case) -> dict:
+    def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
         """An image at its own size: image (3, H, W) float32, label (1, H, W) uint8; spacing 1 pixel."""
-        image, mask = _open_pair(case)
+        image, mask = _open_pair(case, notes)
         return {
             "image": augment_ssl.from_pil(image), "label": np.asarray(mask)[None], "spacing": [1.0, 1.0],
             "name": case.name,
@@ -96,7 +104,7 @@ class Images2DDataset(SemiDataset):
 
     def read_unlabelled(self, case: Case) -> dict:
         """An image file: image (3, H, W) float32 in 0..1 at its own size."""
-        return {"image": augment_ssl.from_pil(_open(case.images[0], "RGB")), "name": case.name}
+        return {"image": augment_ssl.from_pil(_open(case.images[0]).convert("RGB")), "name": case.name}
 
     def network_slices(self, volume: dict) -> np.ndarray:
         """The image as the network takes it: (1, 3, *patch_size) float32."""
@@ -126,8 +134,8 @@ class Images2DDataset(SemiDataset):
         """Colour jitter, grayscale and blur of a weak view."""
         return augment_ssl.strong_rgb(sample, rng)
 
-    def _load(self, case: Case) -> dict[str, np.ndarray]:
-        image, mask = _open_pair(case)
+    def _load(self, case: Case, notes: CaseNotes | None = None) -> dict[str, np.ndarray]:
+        image, mask = _open_pair(case, notes)
         if self.augmentation == "semi":  # the first step of the pipeline, without a random choice: done once
             size = (self.patch_size[1], self.patch_size[0])
             image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
@@ -136,60 +144,68 @@ class Images2DDataset(SemiDataset):
     def _sample(self, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"image": stored["image"].astype(np.float32) / np.float32(255), "label": stored["label"]}
 
-    def _lists(self) -> dict[str, list[str]]:
-        lists = {split: self._read_list(split) for split in ("train", "val", "test")}
+    def _lists(self, report: Report) -> dict[str, list[str]]:
+        lists = {split: self._read_list(split, report) for split in ("train", "val", "test")}
         if lists["train"] is None:
-            lists |= self._ratio_lists()
+            lists |= self._ratio_lists(report)
         folders = self.scan() if lists["train"] is None or lists["val"] is None else {}
         for split in ("train", "val") if lists["train"] else ("train", "val", "test"):
             if lists[split] is None:
-                lists[split] = [self._add(case) for case in folders.get(split, [])]
+                lists[split] = [case.name for case in folders.get(split, []) if self._add(case, report)]
         for split in ("train", "val"):
-            if not lists[split]:
-                raise DataError(
-                    f"{self.split_dir / split}.txt: no such list, and {self.root} has "
-                    f"{', '.join(FOLDERS[key][0] for key in folders) or 'no folder of images'}; expected "
-                    f"{' and '.join(FOLDERS[split])}, or draw lists with tools/make_splits.py images"
-                )
+            if not lists[split] and not (self.split_dir / f"{split}.txt").is_file():
+                report.error(
+                    "list", f"{self.split_dir / split}.txt",
+                    f"no such list, and {self.root} has "
+                    f"{', '.join(FOLDERS[key][0] for key in folders) or 'no folder of images'}",
+                    " and ".join(FOLDERS[split]), "or draw lists with tools/make_splits.py images",
+                )  # fmt: skip
+        self._check_strays(report)
         return {split: names or [] for split, names in lists.items()}
 
-    def _read_list(self, name: str) -> list[str] | None:
+    def _read_list(self, name: str, report: Report) -> list[str] | None:
         """Image names of a list; None if there is none."""
-        lines = read_split(self.split_dir, name)
+        lines = read_split(self.split_dir, name, report)
         if lines is None:
             return None
         source, by_name, names = self.split_dir / f"{name}.txt", None, []
         for line in lines:
-            words = line.split()
-            if len(words) == 2:
-                names.append(self._add(Case(Path(words[0]).stem, (self.root / words[0],), self.root / words[1])))
-            elif len(words) == 1:
-                by_name = by_name or self._by_name()
-                if line not in by_name:
-                    example = next(iter(by_name), "none")
-                    raise DataError(f"{source}: there is no image '{line}' in {self.root}; names look like {example}")
-                names.append(self._add(by_name[line]))
+            paths = line.split("\t") if "\t" in line else line.split()
+            if len(paths) == 2 and all(Path(path).suffix.lower() in SUFFIXES for path in paths):
+                image, mask = (self.root / path.strip() for path in paths)
+                if all([check_inside(p, self.root, source, report, self.allow_outside) for p in (image, mask)]):
+                    with report.catching():
+                        if self._add(Case(image.stem, (image,), mask), report):
+                            names.append(image.stem)
+                continue
+            by_name = by_name or self._by_name(report)
+            if line in by_name:
+                names.append(line)
             else:
-                raise DataError(
-                    f"{source}: line '{line}' has {len(words)} words; expected an image's name, or the paths of image "
-                    f"and mask without blanks"
-                )
+                example = next(iter(by_name), "none")
+                report.error(
+                    "unknown case", source, f"there is no image '{line}' in {self.root}",
+                    "an image's name, or the paths of image and mask, parted by a tab if they have blanks",
+                    f"names look like {example}",
+                )  # fmt: skip
         repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if repeated:
-            raise DataError(f"{source}: listed twice: {', '.join(repeated[:5])}; each image may stand once")
-        return names
+            report.error(
+                "listed twice", source, f"listed twice: {', '.join(repeated[:5])}", "", "each image may stand once"
+            )
+        return list(dict.fromkeys(names))
 
-    def _ratio_lists(self) -> dict[str, list[str]]:
+    def _ratio_lists(self, report: Report) -> dict[str, list[str]]:
         """Train and val of the first ratio_N% folder, if there is one: train is labelled and unlabelled together."""
         for folder in sorted(self.split_dir.glob("ratio_*%")):
-            parts = [self._read_list(f"{folder.name}/{part}") for part in ("labeled", "unlabeled")]
+            parts = [self._read_list(f"{folder.name}/{part}", report) for part in ("labeled", "unlabeled")]
             if all(parts):
                 lists = {"train": sorted({name for part in parts for name in part})}
-                val = None if (self.split_dir / "val.txt").is_file() else self._read_list(f"{folder.name}/val")
+                val = None if (self.split_dir / "val.txt").is_file() else self._read_list(f"{folder.name}/val", report)
                 return lists | ({"val": val} if val else {})
         return {}
 
-    def _choose(self, train: Sequence[str], labelled: int | float | None) -> list[str]:
+    def _choose(self, train: Sequence[str], labelled: int | float | None, report: Report) -> list[str]:
         count = labelled_count(labelled, len(train), f"{self.split_dir}/train.txt", self.unit)
         if count == len(train):
             return list(train)
@@ -198,45 +214,67 @@ class Images2DDataset(SemiDataset):
             percent = round(labelled * 100)
             stored = [f"labelled_{percent}%", f"ratio_{percent}%/labeled"]
         for name in stored:
-            chosen = self._read_list(name)
+            chosen = self._read_list(name, report)
             if chosen is not None:
                 foreign = sorted(set(chosen) - set(train))
                 if foreign:
-                    raise DataError(
-                        f"{self.split_dir / name}.txt: {len(foreign)} of {len(chosen)} images are not in the train "
-                        f"list, for example '{foreign[0]}'; labelled images are training images, draw the list again"
-                    )
-                return chosen
+                    report.error(
+                        "unknown case", f"{self.split_dir / name}.txt",
+                        f"{len(foreign)} of {len(chosen)} images are not in the train list, for example "
+                        f"'{foreign[0]}'", "labelled images are training images", "draw the list again",
+                    )  # fmt: skip
+                return [name for name in chosen if name not in foreign]
         return draw(train, count)
 
-    def _add(self, case: Case) -> str:
+    def _add(self, case: Case, report: Report) -> bool:
+        """Make an image known; False, and a fault, where another one has its name."""
         other = self._known.setdefault(case.name, case)
         if other.images != case.images:
-            raise DataError(
-                f"{case.images[0]} and {other.images[0]} have the same name; every image needs a name of its own"
-            )
-        return case.name
+            report.error(
+                "listed twice", case.images[0], f"{other.images[0]} and this image have the same name", "",
+                "every image needs a name of its own",
+            )  # fmt: skip
+        return other.images == case.images
 
-    def _by_name(self) -> dict[str, Case]:
+    def _by_name(self, report: Report) -> dict[str, Case]:
         """Every image of the folders."""
         for cases in self.scan().values():
             for case in cases:
-                self._add(case)
+                self._add(case, report)
         return self._known
 
-    def _cases(self, names: Sequence[str]) -> list[Case]:
+    def _check_strays(self, report: Report) -> None:
+        """A warning for each mask of the folders without an image: its image may have been lost."""
+        for images, masks in FOLDERS.values():
+            named = {path.stem for path in _files(self.root / images)}
+            for path in _files(self.root / masks) if named else []:
+                if path.stem.removesuffix(MASK_ENDING) not in named:
+                    report.warning(
+                        "stray file", path, "a mask without an image", f"an image of its name in {images}",
+                        "restore the image or remove the mask",
+                    )  # fmt: skip
+
+    def _cases(self, names: Sequence[str], report: Report) -> list[Case]:
         if not all(name in self._known for name in names):
-            self._by_name()
+            self._by_name(report)
         unknown = [name for name in names if name not in self._known]
         if unknown:
-            raise DataError(f"{self.root}: {len(unknown)} of {len(names)} images not found, for example '{unknown[0]}'")
-        cases = [self._known[name] for name in names]
-        for case in cases:
+            report.error(
+                "unknown case", self.root, f"{len(unknown)} of {len(names)} images not found, for example "
+                f"'{unknown[0]}'", "", "complete the data or set data_root and split_dir to where they are",
+            )  # fmt: skip
+        cases = []
+        for case in (self._known[name] for name in names if name in self._known):
             if case.label is None:
-                raise DataError(f"{case.images[0]}: has no mask of the same name; expected one beside the image folder")
-            for path in (*case.images, case.label):
-                if not path.is_file():
-                    raise DataError(f"{path}: no such file; restore it or take the image out of the lists")
+                report.error(
+                    "no label", case.images[0], "has no mask of the same name", "one beside the image folder",
+                    "restore the mask or take the image out of the lists",
+                )  # fmt: skip
+                continue
+            missing = [path for path in (*case.images, case.label) if not path.is_file()]
+            report.take(no_file(path) for path in missing)
+            if not missing:
+                cases.append(case)
         return cases
 
     _training_cases = _evaluation_cases = _cases
@@ -253,35 +291,68 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def _open(path: Path, mode: str) -> Image.Image:
+def _open(path: Path) -> Image.Image:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; restore it or take the image out of the lists")
+        raise DataError(no_file(path))
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise DataError(f"{path}: pixels of mode {image.mode}, expected 8 bits per channel; convert the image")
-            return image.convert(mode)
+            image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{path}: unreadable or truncated ({type(error).__name__}: {error}); copy the file again"
-        ) from error
+        raise DataError(unreadable(path, error)) from error
+    if image.mode[0] in "IF":
+        raise DataError(Finding(
+            "type", str(path), f"pixels of mode {image.mode}", "8 bits per channel", "convert the image"
+        ))  # fmt: skip
+    return image
 
 
-def _open_pair(case: Case) -> tuple[Image.Image, Image.Image]:
-    """Image in mode RGB and mask in mode L with values 0 and 1."""
-    image, mask = _open(case.images[0], "RGB"), _open(case.label, "L")
-    if image.size != mask.size:
-        raise DataError(
-            f"{case.label}: {mask.size[0]} x {mask.size[1]} pixels, but its image {case.images[0].name} has "
-            f"{image.size[0]} x {image.size[1]}; image and mask must have one size"
-        )
-    if all(low == high for low, high in image.getextrema()):
-        raise DataError(f"{case.images[0]}: constant image (every pixel is {image.getpixel((0, 0))}); it is empty")
-    high = mask.getextrema()[1]
+def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image, Image.Image]:
+    """Image in mode RGB and mask in mode L with values 0 and 1; DataError with all faults of the two."""
+    faults, image, mask = Report(), None, None
+    with faults.catching():
+        image = _open(case.images[0]).convert("RGB")
+        if all(low == high for low, high in image.getextrema()):
+            faults.error(
+                "constant", case.images[0], f"constant image (every pixel is {image.getpixel((0, 0))})", "",
+                "it is empty",
+            )  # fmt: skip
+    with faults.catching():
+        mask = _open(case.label)
+        lossy = mask.format == "JPEG" or case.label.suffix.lower() in (".jpg", ".jpeg")
+        mask = mask.convert("L")
+        _check_mask(case.label, mask, lossy, faults)
+    if image is not None and mask is not None and image.size != mask.size:
+        faults.error(
+            "shape", case.label, f"{mask.size[0]} x {mask.size[1]} pixels, but its image {case.images[0].name} has "
+            f"{image.size[0]} x {image.size[1]}", "", "image and mask must have one size",
+        )  # fmt: skip
+    faults.stop()
+    cut = mask.point([int(value > 127) for value in range(256)])
+    if notes is not None:
+        notes.take(faults.warnings)
+        notes.see(np.asarray(image), np.asarray(cut))
+    return image, cut
+
+
+def _check_mask(path: Path, mask: Image.Image, lossy: bool, faults: Report) -> None:
+    """What the grey values of a mask tell. lossy: JPEG, where values beside 0 and 255 are to be expected."""
+    counts = np.asarray(mask.histogram())
+    high = int(np.flatnonzero(counts)[-1])
     if 0 < high <= 127:
-        raise DataError(
-            f"{case.label}: its largest value is {high}, expected 0 and 255 (cut at half); multiply ids by 255"
+        faults.error(
+            "mask values", path, f"its largest value is {high}", "0 and 255 (cut at half)", "multiply ids by 255"
         )
-    return image, mask.point([int(value > 127) for value in range(256)])
+        return
+    between = counts[32:224] if lossy else counts[1:255]  # compression moves a value by less than 32
+    share = between.sum() / counts.sum()
+    levels = np.flatnonzero(between) + 1
+    if not lossy and share > 0.005 and len(levels) <= 8:  # a blurred border has many
+        faults.error(
+            "mask values", path, f"values {levels.tolist()} in {100 * share:.1f} % of the pixels", "0 and 255 alone",
+            "masks are binary: map the ids of several classes to 0 and 255",
+        )  # fmt: skip
+    elif share > (0.02 if lossy else 0.0):
+        faults.warning(
+            "mask values", path, f"{100 * share:.1f} % of the pixels lie between background and foreground",
+            "0 and 255", "masks are cut at half, 128 and above is foreground",
+        )  # fmt: skip

@@ -19,6 +19,7 @@ from monai.transforms import Compose, Orientation, Spacing
 
 from dataloaders import augment_ssl
 from dataloaders.cases import Case, DataError, read_image
+from dataloaders.faults import CaseNotes, Finding, Report, gathering
 from dataloaders.semi import SemiDataset, read_h5
 
 ORIENTATION = "LPS"  # of the arrays in the files, as the challenge's own scans store them
@@ -36,6 +37,7 @@ class LADataset(SemiDataset):
     dims = 3
     unit = "scan"
     needs_val = False
+    pads = True
     in_channels = 1
 
     def __init__(
@@ -46,19 +48,24 @@ class LADataset(SemiDataset):
         class_names: Sequence[str] = ("background", "left atrium"),
         memory_gb: float = 2.0,
         last_start: bool = True,
+        patient_pattern: str = "",
+        absent_classes: Sequence[str] = (),
     ) -> None:
-        super().__init__(root, split_dir, patch_size, class_names, memory_gb)
+        super().__init__(
+            root, split_dir, patch_size, class_names, memory_gb, patient_pattern, absent_classes
+        )
         if len(patch_size) != 3:
             raise DataError(f"patch_size must be three numbers, got {list(patch_size)}")
         self.last_start = last_start
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The scans called `names`."""
-        return self._evaluation_cases(names)
+        with gathering(None) as report:
+            return self._evaluation_cases(names, report)
 
-    def read_volume(self, case: Case) -> dict:
+    def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
         """A scan: image (1, H, W, D) float32, label (1, H, W, D) uint8; spacing 1 and affine identity."""
-        return self._load(case) | {"spacing": [1.0, 1.0, 1.0], "affine": np.eye(4), "name": case.name}
+        return self._load(case, notes) | {"spacing": [1.0, 1.0, 1.0], "affine": np.eye(4), "name": case.name}
 
     def read_unlabelled(self, case: Case) -> dict:
         """A scan file (NIfTI, NRRD, ...) as the HDF5 files hold scans: image (1, H, W, D) float32 in the axis order LPS
@@ -85,22 +92,26 @@ class LADataset(SemiDataset):
         """Bias field, gamma and blur of a weak view."""
         return augment_ssl.strong_volume(sample, rng)
 
-    def _load(self, case: Case) -> dict[str, np.ndarray]:
-        image, label = read_h5(case.images[0], self.num_classes, 3)
+    def _load(self, case: Case, notes: CaseNotes | None = None) -> dict[str, np.ndarray]:
+        image, label = read_h5(case.images[0], self.num_classes, 3, notes=notes)
+        if notes is not None:
+            notes.see(image, label)
         return {"image": image[None], "label": label[None]}
 
-    def _evaluation_cases(self, names: Sequence[str]) -> list[Case]:
+    def _evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
         cases = []
         for name in names:
-            paths = [self.root / layout.format(name) for layout in LAYOUTS]
-            path = next((path for path in paths if path.is_file()), None)
-            if path is None:
-                raise DataError(
-                    f"{paths[0]}: no such file, nor {paths[1].relative_to(self.root)} or "
-                    f"{paths[2].relative_to(self.root)}; complete the data or set split_dir to lists of the scans that "
-                    f"are there"
-                )
-            cases.append(Case(name, (path,), path))
+            with report.catching():
+                Case(name, ())  # a plain name, before it becomes part of a path
+                paths = [self.root / layout.format(name) for layout in LAYOUTS]
+                path = next((path for path in paths if path.is_file()), None)
+                if path is None:
+                    raise DataError(Finding(
+                        "missing file", str(paths[0]), f"no such file, nor {paths[1].relative_to(self.root)} or "
+                        f"{paths[2].relative_to(self.root)}", "",
+                        "complete the data or set split_dir to lists of the scans that are there",
+                    ))  # fmt: skip
+                cases.append(Case(name, (path,), path))
         return cases
 
     _training_cases = _evaluation_cases

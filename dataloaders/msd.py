@@ -4,10 +4,12 @@ Deterministic part, done once per case and cached: reorient, resample, normalise
 (MONAI transforms; steps 1-5 of the CT recipe of ACF-BCKD). Random part, per step: dataloaders/augment.py.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -19,6 +21,7 @@ from monai.transforms import (
     ScaleIntensityRanged,
     Spacingd,
 )
+from tqdm import tqdm
 
 from dataloaders import augment
 from dataloaders.cache import CaseCache
@@ -26,6 +29,7 @@ from dataloaders.cases import (
     Case,
     DataError,
     check_disjoint,
+    patient_function,
     read_class_names,
     read_datalist,
     read_image,
@@ -33,6 +37,17 @@ from dataloaders.cases import (
     read_num_channels,
     read_split,
     select,
+)
+from dataloaders.faults import (
+    ERROR,
+    WARNING,
+    CaseNotes,
+    Finding,
+    Report,
+    check_classes,
+    check_duplicates,
+    gathering,
+    placed,
 )
 from dataloaders.volumes import channel_number
 
@@ -49,9 +64,12 @@ class MSDDataset:
     orientation: axis codes such as RAS, or "" to keep the stored order. spacing: mm per axis, () to keep the stored.
     intensity: 'window' maps window[0]..window[1] to 0..1 and clips, 'zscore' normalises each channel over the volume.
     crop_foreground: cut to the box of voxels above 0 after normalisation.
+    patient_pattern: regular expression whose group 1 is the patient in a case's name, '' for the usual conventions
+    (cases.patient_function). absent_classes: those that the training list may lack.
     """
 
     multilabel = False
+    allow_outside = False  # whether lists may name files outside of root
     described_keys = ("class_names", "in_channels")  # arguments that `described` knows
 
     @classmethod
@@ -73,6 +91,8 @@ class MSDDataset:
         intensity: str = "window",
         window: Sequence[float] = (-175.0, 250.0),
         crop_foreground: bool = True,
+        patient_pattern: str = "",
+        absent_classes: Sequence[str] = (),
     ) -> None:
         if intensity not in INTENSITIES:
             raise DataError(f"intensity must be one of {', '.join(INTENSITIES)}, got '{intensity}'")
@@ -88,6 +108,7 @@ class MSDDataset:
         self.class_names, self.in_channels = tuple(class_names), in_channels
         self.orientation, self.spacing = orientation, tuple(spacing)
         self.intensity, self.window, self.crop_foreground = intensity, tuple(window), crop_foreground
+        self.patient, self.absent_classes = patient_function(patient_pattern), tuple(absent_classes)
         self.cache = CaseCache(Path(cache_dir), self.preprocess, self._parameters())
 
     @property
@@ -100,53 +121,105 @@ class MSDDataset:
         """Ids that a label file may hold."""
         return tuple(range(len(self.class_names)))
 
-    def splits(self) -> dict[str, list[Case]]:
-        """The lists train, val and test (the last may be empty), checked to be disjoint and not empty."""
-        labelled = self.labelled()
-        if self.split_dir:
-            result = {}
-            for split in ("train", "val", "test"):
-                names = read_split(Path(self.split_dir), split)
-                result[split] = select(labelled, names, f"{self.split_dir}/{split}.txt") if names else []
-        else:
-            result = self.own_splits()
-        for split in ("train", "val"):
-            if not result[split]:
-                where = f"{self.split_dir}/{split}.txt" if self.split_dir else f"{self.root / self.datalist}"
-                raise DataError(
-                    f"{where}: the {split} list is empty; expected at least one labelled case "
-                    f"(tools/make_splits.py draws seeded lists)"
-                )
-        check_disjoint(result)
+    @property
+    def classes(self) -> dict[int, str]:
+        """Number -> name of what is scored: the foreground classes, or the regions of multi-label data."""
+        return dict(enumerate(self.class_names)) if self.multilabel else dict(enumerate(self.class_names[1:], 1))
+
+    def splits(self, report: Report | None = None) -> dict[str, list[Case]]:
+        """The lists train, val and test (the last may be empty), checked to be disjoint and not empty.
+
+        report: takes the faults, and the lists have what is left; where it is None, they are raised together.
+        """
+        result: dict[str, list[Case]] = {}
+        with gathering(report) as report:
+            labelled = self.labelled(report)
+            for split in ("train", "val", "test") if self.split_dir else ():
+                names, source = read_split(Path(self.split_dir), split, report), f"{self.split_dir}/{split}.txt"
+                result[split] = select(labelled, names, source, report) if names else []
+            if not self.split_dir:
+                result = self.own_splits(report)
+            for split in ("train", "val") if labelled else ():
+                where = Path(self.split_dir) / f"{split}.txt" if self.split_dir else self.root / self.datalist
+                if not result[split] and not (self.split_dir and where.is_file()):
+                    report.error(
+                        "empty list", where, f"the {split} list is empty", "at least one labelled case",
+                        "tools/make_splits.py draws seeded lists",
+                    )  # fmt: skip
+            check_disjoint(result, report, self.patient)
         return result
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The labelled cases called `names`, from any list of the JSON; DataError naming those that are not there."""
         return select(self.labelled(), names, str(self.root / self.datalist))
 
-    def labelled(self) -> list[Case]:
+    def labelled(self, report: Report | None = None) -> list[Case]:
         """All labelled cases, from any list of the data set."""
-        sections = read_datalist(self.root, self.datalist)
-        return [case for cases in sections.values() for case in cases if case.label is not None]
+        return [case for cases in self._labelled(report).values() for case in cases]
 
     def labelled_tests(self) -> list[Case]:
         """The labelled cases that the data set keeps for the test."""
         return self.own_splits()["test"]
 
-    def own_splits(self) -> dict[str, list[Case]]:
+    def own_splits(self, report: Report | None = None) -> dict[str, list[Case]]:
         """The lists train, val and test that come with the data set; each may be empty."""
-        sections = read_datalist(self.root, self.datalist)
+        labelled = self._labelled(report)
         names = {"train": "training", "val": "validation", "test": "test"}
-        return {
-            split: [case for case in sections.get(section, []) if case.label is not None]
-            for split, section in names.items()
-        }
+        return {split: labelled.get(section, []) for split, section in names.items()}
 
-    def prepare(self, splits: dict[str, Sequence[Case]]) -> None:
-        """Preprocess every case of the lists that is not cached yet, and refuse one scan under two names."""
-        for split, cases in splits.items():
-            self.cache.prepare(cases, split)
-        self.cache.duplicates(splits)
+    def _labelled(self, report: Report | None) -> dict[str, list[Case]]:
+        """The labelled cases of each list of the JSON; others are left out, with a word about it for training lists."""
+        sections = read_datalist(self.root, self.datalist, report, self.allow_outside)
+        for section, cases in sections.items():
+            without = [case for case in cases if case.label is None]
+            if without and section in ("training", "validation") and report is not None:
+                report.warning(
+                    "no label", self.root / self.datalist,
+                    f"{len(without)} of {len(cases)} entries of '{section}' have no label, for example "
+                    f"'{without[0].name}'", "entries with 'image' and 'label'", "they are left out",
+                )  # fmt: skip
+        return {name: [case for case in cases if case.label is not None] for name, cases in sections.items()}
+
+    def prepare(
+        self, splits: dict[str, Sequence[Case]], patch_size: Sequence[int] = (), report: Report | None = None,
+        store: bool = True,
+    ) -> list[Finding]:  # fmt: skip
+        """Preprocess every case of the lists that is not cached yet, and check them together -> the warnings.
+
+        DataError that lists every fault, or with `report` the faults are noted there. patch_size: of training, to tell
+        of smaller scans. store: keep what was preprocessed.
+        """
+        with gathering(report) as report:
+            facts: dict[tuple[str, Case], dict] = {}
+            for split, cases in splits.items():
+                report.count(split, len(cases), f"{split} cases")
+                for case in tqdm(cases, desc=f"preparing {split}", unit="case", delay=1):
+                    with report.catching(split, case.name):
+                        facts[split, case] = self.cache.facts(case, store)
+            if store:
+                self.cache.write_digests()
+            for (split, case), found in facts.items():
+                report.take(placed(_stored_warnings(case, found["warnings"]), split, case.name))
+                if any(side < want for side, want in zip(found["shape"], patch_size)):
+                    sides = " x ".join(map(str, found["shape"]))
+                    report.warning(
+                        "small", case.images[0], f"{sides} voxels after preprocessing",
+                        f"at least the patch, {' x '.join(map(str, patch_size))}", "patches are padded with zeros",
+                        split=split, case=case.name,
+                    )  # fmt: skip
+            _check_orientations({key: found["native_affine"] for key, found in facts.items()}, report)
+            seen = ((split, case.name, case.images[0], found["content"]) for (split, case), found in facts.items())
+            check_duplicates(seen, report, ERROR)
+            training = [found["ids"] for (split, _), found in facts.items() if split == "train"]
+            if training and len(training) == len(splits["train"]):  # else a class may be in a case that is not read
+                present = {number for ids in training for number in self.present(ids)}
+                source = f"{self.split_dir}/train.txt" if self.split_dir else str(self.root / self.datalist)
+                check_classes(present, self.classes, self.absent_classes, source, report)
+        return report.warnings
+
+    def present(self, ids: Sequence[int]) -> set[int]:
+        """Which of `classes` a label with these `ids` has."""
+        return set(ids)
 
     def read(self, case: Case) -> dict:
         """The preprocessed case: image (C, H, W, D) float32, label (1, H, W, D) uint8 and the keys of `preprocess`."""
@@ -160,8 +233,7 @@ class MSDDataset:
         """Read and transform one case. Beside image and label: affine, spacing (mm) and the stored grid's
         native_affine and native_shape; `foreground` and `background`, flat indices of possible patch centres;
         `ids`, the label ids that occur."""
-        image, affine = read_image(case, self.in_channels)
-        label = read_label(case, self.allowed_ids, image.shape[1:], affine)
+        image, label, affine, seen = self._read_checked(case)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
         sample = self._transform(case, {
             "image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine)),
@@ -180,6 +252,7 @@ class MSDDataset:
             "background": np.flatnonzero(inside & ~positive).astype(np.int32),
             "ids": self._ids(label),
             **native,
+            **seen,
         }
 
     def read_unlabelled(self, case: Case) -> dict:
@@ -208,6 +281,24 @@ class MSDDataset:
     def id_names(self) -> dict[int, str]:
         """Names of the ids that `decode_prediction` gives."""
         return dict(enumerate(self.class_names))
+
+    def _read_checked(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
+        """Image, label and affine of a case, and what the cache keeps of the checks; DataError with all its faults."""
+        notes, image, affine = CaseNotes(), None, None
+        with notes.catching():
+            self._check_case(case)
+        with notes.catching():
+            image, affine = read_image(case, self.in_channels, notes)
+        with notes.catching():
+            label = read_label(case, self.allowed_ids, *notes.grid, notes)
+        notes.stop()
+        # Entries of the cache are found by content, wherever the files are: their names are not stored.
+        files = [str(path) for path in (*case.images, case.label)]
+        stored = [[files.index(w.file), w.fault, w.found, w.expected, w.fix] for w in notes.warnings]
+        return image, label, affine, {"content": notes.content, "warnings": stored}
+
+    def _check_case(self, case: Case) -> None:
+        """DataError for what the names of a case's files tell."""
 
     def encode_label(self, label: np.ndarray) -> np.ndarray:
         """Stored ids (1, H, W, D) -> what the networks are trained on; the same for multi-class data."""
@@ -272,7 +363,10 @@ class MSDDataset:
             steps.append(CropForegroundd(keys, source_key="image", select_fn=_positive, allow_smaller=True))
         sample = Compose(steps)(sample)
         if min(sample["image"].shape[1:]) == 0:
-            raise DataError(f"{case.images[0]}: nothing is left after cropping to the foreground; check the window")
+            raise DataError(Finding(
+                "no foreground", str(case.images[0]), "nothing is left after cropping to the foreground", "",
+                "check the window",
+            ))  # fmt: skip
         return sample
 
     def _parameters(self) -> dict:
@@ -285,3 +379,23 @@ class MSDDataset:
 
 def _positive(image):
     return image > 0
+
+
+def _stored_warnings(case: Case, stored: Sequence[Sequence]) -> list[Finding]:
+    """What `_read_checked` noted of a case, with the names that its files have now."""
+    files = [str(path) for path in (*case.images, case.label)]
+    return [Finding(fault, files[k], found, expected, fix, WARNING) for k, fault, found, expected, fix in stored]
+
+
+def _check_orientations(affines: dict[tuple[str, Case], Sequence], report: Report) -> None:
+    """A warning for each case that is stored in another axis order than most: a flipped header looks like that."""
+    codes = {key: "".join(nib.aff2axcodes(np.asarray(affine))) for key, affine in affines.items()}
+    counts = Counter(codes.values()).most_common()
+    if len(counts) < 2 or counts[0][1] == counts[1][1]:
+        return
+    for (split, case), code in codes.items():
+        if code != counts[0][0]:
+            report.warning(
+                "orientation", case.images[0], f"stored as {code}", f"{counts[0][0]}, as {counts[0][1]} of "
+                f"{len(codes)} cases are", "check that the header is right", split=split, case=case.name,
+            )  # fmt: skip

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.cases import Case, DataError, read_json, select
+from dataloaders.cases import Case, DataError, check_inside, read_json, select
+from dataloaders.faults import Finding, Report, gathering
 from dataloaders.msd import MSDDataset
 from dataloaders.volumes import SUFFIXES, channel_number
 
@@ -54,6 +55,8 @@ class NnUNetDataset(MSDDataset):
         intensity: str = "window",
         window: Sequence[float] = (-175.0, 250.0),
         crop_foreground: bool = True,
+        patient_pattern: str = "",
+        absent_classes: Sequence[str] = (),
         regions: dict[str, Sequence[int]] | None = None,
         regions_class_order: Sequence[int] = (),
         fold: int = 0,
@@ -69,7 +72,7 @@ class NnUNetDataset(MSDDataset):
             )
         super().__init__(
             root, datalist, class_names, in_channels, split_dir, cache_dir, orientation, spacing, intensity, window,
-            crop_foreground,
+            crop_foreground, patient_pattern, absent_classes,
         )  # fmt: skip
 
     @property
@@ -78,32 +81,43 @@ class NnUNetDataset(MSDDataset):
             return super().allowed_ids
         return tuple(sorted({0, *(k for ids in self.regions.values() for k in ids)}))
 
-    def labelled(self) -> list[Case]:
+    def labelled(self, report: Report | None = None) -> list[Case]:
         """All labelled cases, those of labelsTs too."""
-        return [case for cases in self._folders().values() for case in cases]
+        return [case for cases in self._folders(report).values() for case in cases]
 
     def labelled_tests(self) -> list[Case]:
         """The cases of labelsTs."""
-        return self._folders()["Ts"]
+        return self._folders(None)["Ts"]
 
-    def own_splits(self) -> dict[str, list[Case]]:
+    def own_splits(self, report: Report | None = None) -> dict[str, list[Case]]:
         """Train and val of the fold of splits_final.json; test: what labelsTs holds."""
-        path, folders = self.root / SPLITS, self._folders()
+        path, folders = self.root / SPLITS, self._folders(report)
         result = {"train": [], "val": [], "test": folders["Ts"]}
         if not path.is_file():
-            raise DataError(
-                f"{path}: no such list of folds; copy nnU-Net's there, or draw lists (tools/make_splits.py --format "
-                f"nnunet, tools/new_config.py) and set split_dir"
-            )
+            raise DataError(Finding(
+                "list", str(path), "no such list of folds", "",
+                "copy nnU-Net's there, or draw lists (tools/make_splits.py --format nnunet, tools/new_config.py) and "
+                "set split_dir",
+            ))  # fmt: skip
         folds = read_json(path, list, "a list of folds")
         if not 0 <= self.fold < len(folds):
-            raise DataError(f"{path}: {len(folds)} folds, counted from 0; fold is {self.fold}, choose one of them")
+            raise DataError(Finding(
+                "list", str(path), f"{len(folds)} folds, counted from 0", "", f"fold is {self.fold}, choose one of them"
+            ))  # fmt: skip
         entry = folds[self.fold]
         for split in ("train", "val"):
             names = entry.get(split) if isinstance(entry, dict) else None
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise DataError(f"{path}: fold {self.fold} has no list of case names '{split}'; copy the file again")
-            result[split] = select(folders["Tr"], names, f"{path}, fold {self.fold}")
+                raise DataError(Finding(
+                    "list", str(path), f"fold {self.fold} has no list of case names '{split}'", "",
+                    "copy the file again",
+                ))  # fmt: skip
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            with gathering(report) as faults:
+                if repeated:
+                    listed = f"'{split}' of fold {self.fold} names '{repeated[0]}' more than once"
+                    faults.error("listed twice", path, listed, "", "each case may stand once")
+                result[split] = select(folders["Tr"], list(dict.fromkeys(names)), f"{path}, fold {self.fold}", faults)
         return result
 
     def encode_label(self, label: np.ndarray) -> np.ndarray:
@@ -145,19 +159,34 @@ class NnUNetDataset(MSDDataset):
             for k, (name, value) in enumerate(zip(self.regions, self.regions_class_order))
         }
 
-    def _folders(self) -> dict[str, list[Case]]:
-        """Labelled cases of imagesTr and imagesTs, sorted by name."""
-        content = read_json(self.root / self.datalist, expected=OBJECT)
-        ending = _ending(self.root / self.datalist, content)
+    def present(self, ids: Sequence[int]) -> set[int]:
+        return {k - 1 for k in ids} if self.regions else super().present(ids)
+
+    def _folders(self, report: Report | None) -> dict[str, list[Case]]:
+        """Labelled cases of imagesTr and imagesTs, sorted by name. report: as in `splits`."""
+        path = self.root / self.datalist
+        content = read_json(path, expected=OBJECT)
+        ending = _ending(path, content)
         listed = content.get("dataset")
-        if listed is not None:
-            return {"Tr": [self._listed(name, entry) for name, entry in sorted(listed.items())], "Ts": []}
-        result = {}
-        for part in ("Tr", "Ts"):
-            labels = sorted((self.root / f"labels{part}").glob(f"*{ending}"))
-            result[part] = [self._case(path, path.name[: -len(ending)], part, ending) for path in labels]
-        if not result["Tr"]:
-            raise DataError(f"{self.root / 'labelsTr'}: no *{ending} files; expected one for each labelled scan")
+        result: dict[str, list[Case]] = {"Tr": [], "Ts": []}
+        with gathering(report) as report:
+            if listed is not None:
+                for name, entry in sorted(listed.items()):
+                    with report.catching():
+                        case = self._listed(name, entry)
+                        files = (*case.images, case.label)
+                        if all([check_inside(file, self.root, path, report, self.allow_outside) for file in files]):
+                            result["Tr"].append(case)
+                return result
+            for part, cases in result.items():
+                for label in sorted((self.root / f"labels{part}").glob(f"*{ending}")):
+                    with report.catching():
+                        cases.append(self._case(label, label.name[: -len(ending)], part, ending))
+            if not (self.root / "labelsTr").is_dir() or not any((self.root / "labelsTr").glob(f"*{ending}")):
+                report.error(
+                    "empty list", self.root / "labelsTr", f"no *{ending} files", "one for each labelled scan",
+                    "complete the data",
+                )  # fmt: skip
         return result
 
     def _case(self, label: Path, name: str, part: str, ending: str) -> Case:
@@ -166,17 +195,19 @@ class NnUNetDataset(MSDDataset):
         missing = [path for path in images if not path.is_file()]
         if missing:
             whole = (folder / f"{name}{ending}").is_file()
-            fix = "its name lacks the channel, rename it" if whole else "restore it or remove the label"
-            raise DataError(f"{missing[0]}: no such file, expected for {label.relative_to(self.root)}; {fix}")
+            raise DataError(Finding(
+                "missing file", str(missing[0]), f"no such file, expected for {label.relative_to(self.root)}", "",
+                "its name lacks the channel, rename it" if whole else "restore it or remove the label",
+            ))  # fmt: skip
         return Case(name, images, label)
 
     def _listed(self, name: str, entry: object) -> Case:
         images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
         if not isinstance(images, list) or len(images) != self.in_channels or not isinstance(label, str):
-            raise DataError(
-                f"{self.root / self.datalist}: case '{name}' is {entry!r}; expected 'images', a list of "
-                f"{self.in_channels}, and 'label'"
-            )
+            raise DataError(Finding(
+                "list", str(self.root / self.datalist), f"case '{name}' is {entry!r}",
+                f"'images', a list of {self.in_channels}, and 'label'", "mend the data list",
+            ))  # fmt: skip
         return Case(name, tuple(self.root / image for image in images), self.root / label)
 
     def _ids(self, label: np.ndarray) -> list[int]:

@@ -1,5 +1,6 @@
 """Scans read from files with checks: NIfTI by nibabel, NRRD, MetaImage and DICOM series by SimpleITK."""
 
+import gzip
 import re
 import zlib
 from pathlib import Path
@@ -8,15 +9,13 @@ import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 
+from dataloaders.faults import DataError, Finding, no_file, unreadable
+
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm", ".ima")
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES  # of files that hold a whole scan
 IRREGULAR = 0.01  # largest deviation of the distance between two DICOM slices from the usual one, as a share of it
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what was found, what was expected and the fix."""
 
 
 def has_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
@@ -37,29 +36,35 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     A folder is that of a DICOM series; where it holds several, one of the wanted series' files names it.
     """
     if not path.exists():
-        raise DataError(f"{path}: no such file; restore it or take the case out of the lists")
+        raise DataError(no_file(path))
     try:
         if path.is_dir() or has_suffix(path, DICOM_SUFFIXES):
             voxels, affine = _read_series(path)
         elif has_suffix(path, ITK_SUFFIXES):
             voxels, affine = _read_itk(path)
         else:
+            if path.suffix == ".gz":
+                _check_sum(path)
             image = nib.load(path)
             voxels, affine = np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
     except DataError:
         raise
     # SimpleITK reports everything as RuntimeError.
     except (ImageFileError, OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise DataError(
-            f"{path}: unreadable or truncated ({type(error).__name__}: {reason}); copy the file again"
-        ) from error
+        raise DataError(unreadable(path, error)) from error
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise DataError(
-            f"{path}: its affine maps no volume ({affine[:3].tolist()}); expected finite, independent axes in mm, "
-            f"repair the header"
-        )
+        raise DataError(Finding(
+            "affine", str(path), f"its affine maps no volume ({affine[:3].tolist()})",
+            "finite, independent axes in mm", "repair the header",
+        ))  # fmt: skip
     return voxels, affine
+
+
+def _check_sum(path: Path) -> None:
+    """Read a gzip file to its end, where the sum of its content is checked: nibabel stops at the last voxel."""
+    with gzip.open(path) as file:
+        while file.read(1 << 22):
+            pass
 
 
 def dicom_series(folder: Path) -> dict[str, list[Path]]:
@@ -89,10 +94,10 @@ def _read_series(path: Path) -> tuple[np.ndarray, np.ndarray]:
         series = {key: files for key, files in series.items() if path.name in {file.name for file in files}}
     if len(series) != 1:
         found = "; ".join(f"{len(files)} files such as {files[0].name}" for files in series.values())
-        raise DataError(
-            f"{path}: {len(series)} DICOM series in this folder{f' ({found})' if found else ''}, expected one; "
-            f"{'name one file of the wanted series instead of the folder' if found else 'check the folder'}"
-        )
+        raise DataError(Finding(
+            "unreadable", str(path), f"{len(series)} DICOM series in this folder{f' ({found})' if found else ''}",
+            "one", "name one file of the wanted series instead of the folder" if found else "check the folder",
+        ))  # fmt: skip
     ((_, files),) = series.items()
     with _without_warnings(sitk):
         if len(files) == 1:  # several frames in one file
@@ -109,10 +114,10 @@ def _read_series(path: Path) -> tuple[np.ndarray, np.ndarray]:
     gaps = np.diff(places)
     if len(places) != len(files) or np.abs(gaps - np.median(gaps)).max() > IRREGULAR * abs(np.median(gaps)) + 1e-3:
         shown = f"{np.abs(gaps).min():.3f} to {np.abs(gaps).max():.3f} mm apart" if len(gaps) else "without positions"
-        raise DataError(
-            f"{path}: the {len(files)} slices of this DICOM series are {shown}, expected one distance; a slice is "
-            f"missing or doubled, copy the series again or convert it with a tool that resamples"
-        )
+        raise DataError(Finding(
+            "unreadable", str(path), f"the {len(files)} slices of this DICOM series are {shown}", "one distance",
+            "a slice is missing or doubled, copy the series again or convert it with a tool that resamples",
+        ))  # fmt: skip
     return _from_itk(image, path)
 
 
@@ -121,7 +126,9 @@ def _from_itk(image, path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
     if image.GetDimension() != 3:
-        raise DataError(f"{path}: an image of {image.GetDimension()} axes, expected a 3D scan")
+        raise DataError(Finding(
+            "shape", str(path), f"an image of {image.GetDimension()} axes", "a 3D scan", "convert the scan"
+        ))  # fmt: skip
     voxels = np.swapaxes(sitk.GetArrayFromImage(image), 0, 2)  # (D, W, H[, C]) -> (H, W, D[, C])
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()

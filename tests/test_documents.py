@@ -348,6 +348,8 @@ class Workspace:
         for path in (ROOT / "configs").glob("*.yaml"):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             overlay = {key: value for key, value in CONFIGURATIONS[path.stem].items() if self._takes(content, key)}
+            first = int(content.get("format") != "brats")
+            overlay["absent_classes"] = content["class_names"][first:]  # tiny data lack most organs
             (folder / "configs" / path.name).write_text(_as_yaml(path.read_text(encoding="utf-8"), content | overlay))
         self._make_data()
 

@@ -351,5 +351,6 @@ def test_the_table_has_classes_mean_counts_and_a_note(capsys, protocol, marked):
     assert lines[5] == "voxels labelled right: 48.50 %"
     assert lines[6] == "of 2 structures: 1 missed, 0 predicted where there is none, 0 absent"
     assert lines[7].startswith("* with missed and wrongly predicted structures as the diagonal of the volume")
-    assert lines[8:] == ["note: this checkpoint was selected on cases that are reported here; "
+    assert lines[8] == "best.pt was selected on the val list"
+    assert lines[9:] == ["note: this checkpoint was selected on cases that are reported here; "
                          "the scores of last.pt were not"] * marked  # fmt: skip

@@ -53,7 +53,7 @@ def main() -> int:
 def labelled_names(format: str, root: Path, datalist: str) -> list[str]:
     """Names of all labelled cases of a data set, sorted."""
     if format != "nnunet":  # these list their cases without saying what the labels mean
-        sections = read_datalist(root, datalist)
+        sections = read_datalist(root, datalist, allow_outside=True)  # no file is read
         return sorted({case.name for cases in sections.values() for case in cases if case.label is not None})
     told = describe_dataset(format, str(root), datalist, {})
     return sorted(case.name for case in build_dataset(format, root=str(root), datalist=datalist, **told).labelled())

@@ -88,6 +88,15 @@ def title(summary: dict) -> str:
     return f"{summary['student']} <- {summary['teacher']}, {summary['method']}{preset}"
 
 
+def selections(summaries: list[dict]) -> str:
+    """Which lists chose the checkpoints of a table; runs that were selected on test cases are named."""
+    chosen = [summary for summary in summaries if summary.get("checkpoint", "best.pt") == "best.pt"]
+    lists = sorted({summary.get("selected_on", "val") for summary in chosen}) or ["none"]
+    on_test = [f"{title(s)}, seed {s['seed']}" for s in chosen if s.get("selected_on") == "test"]
+    named = f"; on test (--select-on test): {'; '.join(dict.fromkeys(on_test))}" if on_test else ""
+    return f"best.pt was selected on: {', '.join(lists)}{named}."
+
+
 def scores(summary: dict, space: str) -> dict:
     """The means of a space; runs of train_2d_crkd.py and train_3d_crkd.py have one only."""
     return summary.get(space, summary["native"])
@@ -141,6 +150,7 @@ def notes(summaries: list[dict], space: str) -> list[str]:
         f"GMACs of one patch {'x'.join(map(str, first['patch_size']))}; milliseconds on {first['device']}"
         + (f" with {first['threads']} thread(s)." if first["device"] == "CPU" else "."),
         f"Checkpoint steps: {steps}.",
+        selections(summaries),
     ]
     if any(summary["selected_on_reported"] for summary in summaries):
         lines.append(
@@ -299,6 +309,8 @@ def few_label_layout(args: argparse.Namespace) -> int:
         f"reported cases."
     )
     print(PENALISED)
+    if runs:
+        print(selections([summary for seeds in runs.values() for summary in seeds.values()]))
     if tagged:
         print(f"{tagged} tagged run(s) left out.")
     if args.csv and written:
@@ -416,6 +428,7 @@ def layout_notes(summaries: list[dict], tagged: int, space: str) -> list[str]:
         definitions = ", ".join(sorted({summary["hd95_definition"] for summary in summaries}))
         splits = ", ".join(sorted({summary["split"] for summary in summaries}))
         lines.append(f"HD95 definition: {definitions}; scored on: {splits}.")
+        lines.append(selections(summaries))
     if any(summary["selected_on_reported"] for summary in summaries):
         lines.append("Where there is no third list, best.pt was selected on the reported cases, as in the paper.")
     if tagged:

@@ -75,7 +75,41 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise CheckpointError(damaged % (" ".join(str(error).split())[:200] or type(error).__name__)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    if isinstance(content.get("dataset"), dict):
+        content["dataset"].pop("allow_outside", None)  # the user's to say, never a file's
     return content
+
+
+def dataset_arguments(
+    checkpoint: dict[str, Any], source: str | Path, root: str | None = None, cache_dir: str | None = None,
+    allow_outside: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """How the data set of a run is built again: what the checkpoint holds, with `root` and `cache_dir` where given.
+
+    The checkpoint may come from others. Its data root is read, nothing outside of it, and nothing is written to an
+    absolute folder or above the working directory, unless the user says so: CheckpointError. A folder of lists that
+    lies there is left out; the checkpoint names its cases itself.
+    """
+    given = {"root": root, "cache_dir": cache_dir}
+    arguments = checkpoint["dataset"] | {key: value for key, value in given.items() if value}
+    arguments["allow_outside"] = allow_outside
+    if allow_outside:
+        return arguments
+    if not cache_dir and not _below(arguments.get("cache_dir", "")):
+        raise CheckpointError(
+            f"{source}: would have preprocessed cases written to {arguments['cache_dir']}; name a folder with "
+            f"--cache-dir, or allow this one with --allow-outside"
+        )
+    lists = arguments.get("split_dir", "")
+    inner = os.path.relpath(lists, arguments["root"]) if lists else ""
+    if not _below(lists) and not _below(inner):
+        arguments["split_dir"] = ""
+    return arguments
+
+
+def _below(path: str) -> bool:
+    """Whether a path, as it is written, stays in the folder that it is relative to."""
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir
 
 
 def load_last(folder: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], str | None]:

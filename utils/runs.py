@@ -27,12 +27,32 @@ STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time
 RESUMABLE = frozenset({
     "data_root", "cache_dir", "runs_dir", "device", "workers", "log_interval", "save_interval", "val_interval",
     "val_start", "max_steps", "teacher_checkpoint", "memory_gb", "eval_batch", "window_batch", "diagnose_interval",
-    "logger", "skip_nonfinite",
+    "logger", "skip_nonfinite", "patient_pattern", "absent_classes",
 })  # fmt: skip
 
 
+SELECTIONS = ("val", "test")  # lists that may choose the best checkpoint
+
+
+def no_selection(select_on: str, source: str) -> str:
+    """What to do where the list that should choose the best checkpoint has no case."""
+    if select_on == "test":
+        return f"select_on: test, but {source} has no test list; choose on validation with --select-on val"
+    return (
+        f"select_on: val, but {source} has no validation list, and there is nothing to validate on; make one of "
+        f"training cases, or choose the best checkpoint on the cases that are reported with --select-on test, which "
+        f"the checkpoint records and every table shows"
+    )
+
+
 def run_folder(runs_dir: str, dataset: str, method: str, networks: str, seed: int, preset: str, tag: str) -> Path:
-    """runs/<dataset>/<method>/<teacher>-<student>/seed<k>; another preset than 'clean' and a tag show in the names."""
+    """runs/<dataset>/<method>/<teacher>-<student>/seed<k>; another preset than 'clean' and a tag show in the names.
+
+    ConfigError for a name that is no plain folder name: a run writes nowhere but in its own folder.
+    """
+    for key, name in {"dataset": dataset, "method": method, "networks": networks, "tag": tag or "-"}.items():
+        if name in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 or ord(c) == 127 for c in name):
+            raise ConfigError(f"{key}: {name!r} names a folder of the run; expected a plain name, without slashes")
     method = method if preset == "clean" or method == "supervised" else f"{method}-{preset}"
     return Path(runs_dir) / dataset / method / networks / (f"seed{seed}-{tag}" if tag else f"seed{seed}")
 

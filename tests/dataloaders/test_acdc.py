@@ -261,13 +261,13 @@ def spoil_slice(root, image=None, label=None, keys=("image", "label")):
 
 @pytest.mark.parametrize("arguments,message", [
     ({"keys": ("image", "mask")}, r"no array 'label', found \['image', 'mask'\]"),
-    ({"label": np.full((20, 14), 4)}, r"label ids \[4\], expected only 0..3"),
+    ({"label": np.full((20, 14), 4)}, r"label ids \[4\]; expected only 0..3"),
     ({"label": np.full((20, 14), 0.5)}, r"label ids \[0.5\]"),
     ({"label": np.zeros((20, 13))}, r"image has shape \(20, 14\), label \(20, 13\)"),
     ({"image": np.zeros((2, 20, 14)), "label": np.zeros((2, 20, 14))}, "expected the same 2 axes"),
     ({"image": np.full((20, 14), np.inf)}, "280 voxels are NaN or infinite"),
     ({"image": np.full((20, 14), 0.3)}, "constant image"),
-    ({"image": np.arange(280.0).reshape(20, 14)}, r"intensities 0..279, expected 0..1"),
+    ({"image": np.arange(280.0).reshape(20, 14)}, r"intensities 0..279; expected 0..1"),
 ])  # fmt: skip
 def test_bad_slices(root, arguments, message):
     read = spoil_slice(root, **arguments)

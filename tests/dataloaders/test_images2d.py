@@ -29,9 +29,9 @@ def save(path, array, **options):
     Image.fromarray(array).save(path, **options)
 
 
-def add(root, folder, names, suffix=".jpg", mask_suffix=".png"):
-    """Images with masks in `folder`/images and `folder`/masks."""
-    for seed, name in enumerate(names):
+def add(root, folder, names, suffix=".jpg", mask_suffix=".png", first=0):
+    """Images with masks in `folder`/images and `folder`/masks, of seeds from `first` on."""
+    for seed, name in enumerate(names, first):
         save(root / folder / "images" / f"{name}{suffix}", pixels(seed))
         save(root / folder / "masks" / f"{name}{mask_suffix}", mask_of(seed))
 
@@ -52,7 +52,7 @@ VAL = ["v0", "v1"]
 def tree(tmp_path):
     """train/ and val/ folders, no lists."""
     add(tmp_path, "train", TRAIN)
-    add(tmp_path, "val", VAL)
+    add(tmp_path, "val", VAL, first=50)
     return tmp_path
 
 
@@ -136,7 +136,7 @@ def test_the_isic_archive_as_it_is(tmp_path):
     ("t00\nt99", r"train.txt: there is no image 't99' in .*; names look like t00"),
     ("t00\nt00", "listed twice: t00"),
     ("t00\ntrain/images/t00.jpg train/masks/t00.png", "listed twice: t00"),
-    ("a b c", "has 3 words"),
+    ("a b c", "there is no image 'a b c' in .*; expected an image's name, or the paths"),
     ("# nothing", "the list is empty"),
     ("train/images/t99.jpg train/masks/t99.png", r"train.images.t99.jpg: no such file"),
     ("train/images/t00.jpg train/masks/t99.png", r"train.masks.t99.png: no such file"),
@@ -269,7 +269,7 @@ def test_memory_holds_eight_bit_pixels(tree, monkeypatch):
 
 @pytest.mark.parametrize("which,array,message", [
     ("masks", mask_of(0, (24, 31)), r"v0.png: 31 x 24 pixels, but its image v0.jpg has 30 x 24"),
-    ("masks", mask_of(0) // 255, r"v0.png: its largest value is 1, expected 0 and 255"),
+    ("masks", mask_of(0) // 255, r"v0.png: its largest value is 1; expected 0 and 255"),
     ("images", np.full((*SHAPE, 3), 40, np.uint8), r"v0.jpg: constant image .*40, 40, 40"),
 ])  # fmt: skip
 def test_bad_pairs(tree, which, array, message):

@@ -436,7 +436,7 @@ def test_class_names_and_channels_come_from_the_json(tmp_path):
     [
         ("{", r"d\.json: not valid JSON"),
         (b"\xff\xfe\x00", r"d\.json: not valid JSON"),
-        ("[]", r"d\.json: expected an object with a list 'training', got list"),
+        ("[]", r"d\.json: holds list; expected an object with a list 'training'"),
         ("{}", r"d\.json: the list 'training' is missing or empty; expected entries with 'image' and 'label'"),
         ('{"training": []}', r"d\.json: the list 'training' is missing or empty"),
         ('{"training": {"image": "a"}}', r"d\.json: the list 'training' is missing"),
@@ -504,7 +504,8 @@ def test_one_file_in_two_lists_by_two_paths(tmp_path):
 def test_one_content_under_two_names(pair):
     shutil.copy(pair.root / "imagesTr" / "a.nii.gz", pair.root / "imagesTr" / "b.nii.gz")
     dataset = pair.dataset()
-    with pytest.raises(DataError, match=r"b\.nii\.gz \(val list\) and .*a\.nii\.gz \(train list\) are the same image"):
+    message = r"b\.nii\.gz: the same image as .*a\.nii\.gz \(train list\), here in the val list"
+    with pytest.raises(DataError, match=message):
         dataset.prepare(dataset.splits())
 
 
@@ -553,12 +554,12 @@ BAD_FILES = {
         r"shape \(11, 10, 8\), but its image a\.nii\.gz has \(12, 10, 8\); image and label must be on one grid",
     ),
     "label affine": ("labelsTr", other_affine, r"puts a corner 1\.00 mm away .*expected the same affine"),
-    "label id": ("labelsTr", lambda path: rewrite(path, put(7)), r"label ids \[7.*\], expected only 0\.\.2; mend"),
+    "label id": ("labelsTr", lambda path: rewrite(path, put(7)), r"label ids \[7.*\]; expected only 0\.\.2; mend"),
     "channels": (
         "imagesTr", lambda path: rewrite(path, lambda v: np.stack([v, v], -1)),
-        r"2 channel\(s\) and shape \(12, 10, 8, 2\), expected 1 channel\(s\)",
+        r"2 channel\(s\) and shape \(12, 10, 8, 2\); expected 1 channel\(s\)",
     ),
-    "slice": ("imagesTr", lambda path: rewrite(path, lambda v: v[..., 0]), r"shape \(12, 10\), expected .*a 3D scan"),
+    "slice": ("imagesTr", lambda path: rewrite(path, lambda v: v[..., 0]), r"shape \(12, 10\); expected .*a 3D scan"),
 }  # fmt: skip
 
 

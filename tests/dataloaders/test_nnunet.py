@@ -146,7 +146,7 @@ def test_files_that_are_missing(root):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("[]", "0 folds, counted from 0; fold is 0"), ("{}", "expected a list of folds, got dict"),
+    ("[]", "0 folds, counted from 0; fold is 0"), ("{}", "holds dict; expected a list of folds"),
     ('[{"train": ["p_1"]}]', "fold 0 has no list of case names 'val'"),
     ('[{"train": ["p_1"], "val": ["zz"]}]', "1 of 1 cases are not in the data list, for example 'zz'"),
 ])  # fmt: skip

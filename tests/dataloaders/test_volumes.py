@@ -98,7 +98,7 @@ def test_bad_files(tmp_path, voxels):
         with pytest.raises(DataError, match=name):
             read_volume(tmp_path / name)
     sitk.WriteImage(sitk.GetImageFromArray(voxels[0]), str(tmp_path / "flat.mha"))
-    with pytest.raises(DataError, match="an image of 2 axes, expected a 3D scan"):
+    with pytest.raises(DataError, match="an image of 2 axes; expected a 3D scan"):
         read_volume(tmp_path / "flat.mha")
     with pytest.raises(DataError, match="no such file"):
         read_volume(tmp_path / "absent.nrrd")

@@ -209,7 +209,7 @@ BAD_DATA = {
     "constant": ("imagesTr", lambda v, a: (np.zeros_like(v), a), "constant image"),
     "shape": ("labelsTr", lambda v, a: (v[:-1], a), "must be on one grid"),
     "affine": ("labelsTr", lambda v, a: (v, a + np.eye(4) * [[5], [0], [0], [0]]), "affine"),
-    "ids": ("labelsTr", lambda v, a: (_with_voxel(v, 9), a), "label ids [9], expected only 0..2"),
+    "ids": ("labelsTr", lambda v, a: (_with_voxel(v, 9), a), "label ids [9]; expected only 0..2"),
 }
 
 

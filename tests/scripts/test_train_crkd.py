@@ -199,7 +199,8 @@ class Site(NamedTuple):
 def make_site(folder: Path, kind: str) -> Site:
     """Data of a kind and its tiny.yaml, in an existing folder."""
     write_data(folder, KINDS[kind])
-    (folder / "tiny.yaml").write_text(CONFIGS[KINDS[kind].config] + COMMON)
+    select_on = "val" if KINDS[kind].val else "test"
+    (folder / "tiny.yaml").write_text(f"{CONFIGS[KINDS[kind].config]}{COMMON}select_on: {select_on}\n")
     return Site(folder, KINDS[kind])
 
 
@@ -764,7 +765,7 @@ FAULTS = {
     "other key": (lambda image, label: {"image": image, "mask": label}, "no array 'label'"),
     "shapes": (lambda image, label: {"image": image, "label": label[:-1]}, "expected the same"),
     "axes": (lambda image, label: {"image": image[None], "label": label[None]}, "expected the same"),
-    "ids": (lambda image, label: {"image": image, "label": with_value(label, 9)}, "label ids [9], expected only 0.."),
+    "ids": (lambda image, label: {"image": image, "label": with_value(label, 9)}, "label ids [9]; expected only 0.."),
     "nan": (lambda image, label: {"image": with_value(image, np.nan), "label": label}, "1 voxels are NaN or infinite"),
     "constant": (lambda image, label: {"image": np.zeros_like(image), "label": label}, "constant image"),
 }
@@ -811,7 +812,7 @@ def test_every_bad_file_is_named_at_once(site):
     for path in paths:
         path.write_bytes(b"")
     message = refused(tiny)
-    assert "6 of 26 files cannot be used" in message
+    assert "6 of 28 files cannot be used" in message
     assert all(path.name in message for path in paths)
 
 
@@ -861,7 +862,9 @@ def test_a_missing_list_is_named(site, kind, split):
 def test_lists_without_anything_to_validate_on_are_refused(site):
     tiny = site("la")
     (tiny.folder / "splits/test.txt").unlink()
-    assert "no scan in val.txt or test.txt" in refused(tiny)
+    assert "splits has no test list" in refused(tiny)
+    tiny.replace("select_on: test", "select_on: val")
+    assert "splits has no validation list, and there is nothing to validate on" in refused(tiny)
 
 
 @pytest.mark.parametrize("kind, method", [cell for cell in CELLS if cell[0] != "images2d"])

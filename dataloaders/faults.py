@@ -1,0 +1,247 @@
+"""What can be wrong with a data set: findings, gathered so that none hides another, and the errors made of them.
+
+Training and tools/check_data.py go through the same functions, so they say the same of a file. A finding of level
+'error' keeps a run from starting; a 'warning' is printed and the run goes on.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ERROR, WARNING = "error", "warning"
+SHOWN = 20  # faults of a list that an error message spells out
+
+FAULTS = {
+    "list": "the data list or a split list is missing or malformed",
+    "empty list": "the training or the validation list names no case",
+    "listed twice": "a name, or one name for two files, occurs more than once in a list",
+    "unknown case": "a list names a case that the data do not have",
+    "outside": "a path leads out of the data root, or a name is no plain file name",
+    "two lists": "one case, by name or by file, is in two of the lists",
+    "same patient": "scans of one patient are in two of the lists",
+    "duplicate": "one image under two names",
+    "missing file": "a listed file does not exist",
+    "unreadable": "a file is truncated, damaged or of another kind",
+    "no label": "a case has no label or mask",
+    "stray file": "a label or mask belongs to no image",
+    "keys": "an HDF5 file lacks the arrays 'image' and 'label'",
+    "type": "values are stored in a type that cannot hold what is expected",
+    "shape": "sizes of image and label, or of channels, differ, or the number of axes is wrong",
+    "channels": "the number or the order of channels is wrong",
+    "affine": "the grid in space is impossible, or differs between image and label",
+    "spacing": "voxel sizes are implausible, or differ between image and label",
+    "orientation": "axes of image and label point elsewhere, or a case is stored unlike the others",
+    "header": "the header places the scan nowhere: an identity affine, or none at all",
+    "not finite": "NaN or infinite intensities",
+    "constant": "every voxel has one value",
+    "range": "intensities lie outside of what the format has",
+    "no foreground": "nothing is left of the scan after cropping to the body or brain",
+    "label ids": "a label holds ids of no class",
+    "mask values": "a mask holds values between background and foreground",
+    "empty label": "a label without foreground",
+    "absent class": "no case of the training list has a class",
+    "small": "a scan is smaller than the patch",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault of one file. split and case: where it was met, as far as that is known."""
+
+    fault: str  # a key of FAULTS
+    file: str
+    found: str
+    expected: str = ""
+    fix: str = ""
+    level: str = ERROR
+    split: str = ""
+    case: str = ""
+
+    def __post_init__(self) -> None:
+        if self.fault not in FAULTS or self.level not in (ERROR, WARNING):
+            raise ValueError(f"no such fault or level: '{self.fault}', '{self.level}'")
+
+    def __str__(self) -> str:
+        parts = (f"{self.file}: {self.found}", self.expected and f"expected {self.expected}", self.fix)
+        return "; ".join(part for part in parts if part)
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, what was found, what was expected and the fix.
+
+    findings: what the message is made of, with warnings that were met on the way; () for wrong arguments.
+    """
+
+    def __init__(self, message: "str | Finding", findings: Sequence[Finding] = ()) -> None:
+        super().__init__(str(message))
+        self.findings = tuple(findings) or ((message,) if isinstance(message, Finding) else ())
+
+
+class Report:
+    """Findings in the order in which they were met. totals: how many cases or files there are of each title."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self._known: set[Finding] = set()
+        self.totals: dict[str, int] = {}
+        self.titles: dict[str, str] = {}  # split -> title
+
+    def error(self, fault: str, file: object, found: str, expected: str = "", fix: str = "", **where: str) -> None:
+        self.take([Finding(fault, str(file), found, expected, fix, **where)])
+
+    def warning(self, fault: str, file: object, found: str, expected: str = "", fix: str = "", **where: str) -> None:
+        self.take([Finding(fault, str(file), found, expected, fix, WARNING, **where)])
+
+    def take(self, findings: Iterable[Finding]) -> None:
+        """Add findings; one that is there already, met again on another way, is not repeated."""
+        for finding in findings:
+            if finding not in self._known:
+                self._known.add(finding)
+                self.findings.append(finding)
+
+    @contextlib.contextmanager
+    def catching(self, split: str = "", case: str = "") -> Iterator[None]:
+        """Note what a DataError says and go on; a DataError about arguments, not files, passes through."""
+        try:
+            yield
+        except DataError as error:
+            if not error.findings:
+                raise
+            self.take(placed(error.findings, split, case))
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == ERROR]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == WARNING]
+
+    def spoken_warnings(self) -> list[str]:
+        """A line for each kind of warning, with its first file."""
+        lines = []
+        for first, *others in grouped(self.warnings):
+            more = f" (and {len(others)} more like it; tools/check_data.py lists them)" if others else ""
+            lines.append(f"warning: {first}{more}")
+        return lines
+
+    def count(self, split: str, total: int, title: str) -> None:
+        """`split` has `total` cases, which belong to `title` in messages, such as 'train cases'."""
+        self.titles[split] = title
+        self.totals[title] = self.totals.get(title, 0) + total
+
+    def stop(self) -> None:
+        """DataError if there is an error; its message has all of them, under the list that they are in."""
+        if not self.errors:
+            return
+        groups: dict[str, list[Finding]] = {}
+        for finding in self.errors:
+            groups.setdefault(self.titles.get(finding.split, "") if finding.case else "", []).append(finding)
+        parts = []
+        for title, found in groups.items():
+            lines = [str(finding) for finding in found[:SHOWN]]
+            if len(found) > SHOWN:
+                lines.append(f"... and {len(found) - SHOWN} more; tools/check_data.py lists them all")
+            cases = len({(finding.split, finding.case) for finding in found})
+            head = f"{cases} of {self.totals[title]} {title} cannot be used:" if title else "faults in the data:"
+            parts.append(lines[0] if not title and len(groups) == len(lines) == 1 else "\n  ".join([head, *lines]))
+        raise DataError("\n".join(parts), self.findings)
+
+
+@contextlib.contextmanager
+def gathering(report: Report | None) -> Iterator[Report]:
+    """`report`, or where there is none a new one, whose errors are raised together at the end."""
+    own = report if report is not None else Report()
+    yield own
+    if report is None:
+        own.stop()
+
+
+class CaseNotes(Report):
+    """What is noted while one case is read: warnings, digests of its images, the label ids that occur.
+
+    grid: shape and affine of the image, known even if its voxels are faulty.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.content: list[str] = []
+        self.ids: set[int] = set()
+        self.grid: tuple[Sequence[int], np.ndarray | None] = (), None
+
+    def see(self, image: np.ndarray, label: np.ndarray) -> None:
+        """Note content and ids. image: any array; label: non-negative ids."""
+        self.content.append(content_digest(image))
+        self.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
+
+
+def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Findings with equal fault, level, expectation and fix together: hundreds of scans may share one weakness."""
+    groups: dict[tuple, list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.fault, finding.level, finding.expected, finding.fix), []).append(finding)
+    return list(groups.values())
+
+
+def placed(findings: Iterable[Finding], split: str, case: str) -> list[Finding]:
+    """The findings with split and case filled in where they are not known."""
+    return [dataclasses.replace(f, split=f.split or split, case=f.case or case) for f in findings]
+
+
+def no_file(path: Path) -> Finding:
+    return Finding("missing file", str(path), "no such file", "", "restore it or take the case out of the lists")
+
+
+def unreadable(path: Path, error: Exception) -> Finding:
+    reason = f"unreadable or truncated ({type(error).__name__}: {' '.join(str(error).split())[-200:]})"
+    return Finding("unreadable", str(path), reason, "", "copy the file again")
+
+
+def content_digest(image: np.ndarray) -> str:
+    """SHA-256 of shape, type and values: the same for one image in two files, however they are compressed."""
+    result = hashlib.sha256(f"{image.shape} {image.dtype}".encode())
+    result.update(np.ascontiguousarray(image).data)
+    return result.hexdigest()
+
+
+def check_duplicates(seen: Iterable[tuple[str, str, Path, Sequence[str]]], report: Report, same_list: str) -> None:
+    """Note images that occur under two names. seen: (split, name, file, digests) of each case; several digests: any.
+
+    Between two lists that is an error, within one of level `same_list`. A pair of names is reported once.
+    """
+    owners: dict[str, tuple[str, str, Path]] = {}
+    pairs = set()
+    for split, name, path, digests in seen:
+        for digest in digests:
+            other_split, other, file = owners.setdefault(digest, (split, name, path))
+            if other == name or (other, name) in pairs:
+                continue
+            pairs.add((other, name))
+            note = report.error if split != other_split or same_list == ERROR else report.warning
+            note(
+                "duplicate", path, f"the same image as {file} ({other_split} list), here in the {split} list", "",
+                "every scan may be listed once, not under two names", split=split,
+            )  # fmt: skip
+
+
+def check_classes(ids: Iterable[int], classes: Mapping[int, str], absent: Sequence[str], source: str, report: Report):
+    """Note classes (id -> name) that no label of the training list has, unless they are named in `absent`.
+
+    An error: a network learns nothing about such a class, misses it in every case, and the printed mean falls by it
+    with nothing to show why. The usual causes are another order of class_names and lists that are too short.
+    """
+    unknown = [name for name in absent if name not in classes.values()]
+    if unknown:
+        raise DataError(f"absent_classes: {unknown} are none of the classes {', '.join(classes.values())}")
+    ids = set(ids)
+    for number, name in classes.items():
+        if number not in ids and name not in absent:
+            report.error(
+                "absent class", source, f"no training case has class {number}, '{name}'", "each class at least once",
+                f"mend class_names or the list, or say so with --opts \"absent_classes=['{name}']\"",
+            )
