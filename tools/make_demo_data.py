@@ -6,6 +6,7 @@
     python tools/make_demo_data.py --dataset acdc --out data/acdc_phantom --cases 20
     python tools/make_demo_data.py --dataset kvasir --cases 100 --shape 128 150
     python tools/make_demo_data.py --dataset btcv --layout nnunet --cases 8 --shape 48 48 32
+    python tools/make_demo_data.py --dataset acdc --corrupt --out data/acdc_corrupt
 
 btcv, word, brats21: NIfTI with a decathlon JSON. Voxel sizes vary between the CT cases, and three training cases are
 awkward in ways that real ones are: an oblique affine, an axis order other than RAS, and a missing gallbladder. One
@@ -46,6 +47,7 @@ from dataloaders.phantoms import (
 )
 from dataloaders.phantoms2d import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
 from dataloaders.semi import labelled_count
+from tools.corrupt_data import write_corrupt
 
 GENERATORS = {"btcv": btcv_phantom, "word": word_phantom, "brats21": brats_phantom}
 PHOTOGRAPHS = {"isic2018": isic_phantom, "kvasir": kvasir_phantom}
@@ -71,14 +73,22 @@ def parse_args(argv=None):
     parser.add_argument("--cases", type=int, help="scans, patients (acdc) or images (default: 16; 20 acdc, 100 images)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--corrupt", action="store_true",
+        help="write a tiny data set for every fault that tools/check_data.py knows of the format, see "
+        "tools/corrupt_data.py; --cases, --seed and --shape do not apply",
+    )  # fmt: skip
+    parser.add_argument(
         "--shape", type=int, nargs="+", metavar="N",
         help="three numbers, voxels in RAS order, or two, rows and columns (acdc, images); the field of view stays",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.corrupt and (args.cases is not None or args.shape is not None):
+        parser.error("--corrupt takes neither --cases nor --shape")
     nnunet = args.layout == "nnunet"
-    if nnunet and args.dataset not in GENERATORS:
-        parser.error(f"--layout nnunet: for {', '.join(GENERATORS)}, not for {args.dataset}")
-    args.out = args.out or Path("data") / f"{args.dataset}{'_nnunet' * nnunet}_phantom"
+    if nnunet and (args.corrupt or args.dataset not in GENERATORS):
+        parser.error(f"--layout nnunet: for {', '.join(GENERATORS)} without --corrupt, not for {args.dataset}")
+    kind = "corrupt" if args.corrupt else "phantom"
+    args.out = args.out or Path("data") / f"{args.dataset}{'_nnunet' * nnunet}_{kind}"
     args.shape = tuple(args.shape or SHAPES[args.dataset])
     args.cases = CASES.get(args.dataset, 16) if args.cases is None else args.cases
     if len(args.shape) != len(SHAPES[args.dataset]):
@@ -317,6 +327,8 @@ def main(argv=None):
     arguments = {"dataset": args.dataset, "cases": args.cases, "seed": args.seed, "shape": list(args.shape)}
     if args.layout != "decathlon":
         arguments["layout"] = args.layout
+    if args.corrupt:
+        arguments = {"dataset": args.dataset, "corrupt": True}
     record = args.out / "generator.json"
     if args.out.exists() and any(args.out.iterdir()):
         found = json.loads(record.read_text()) if record.exists() else None
@@ -326,8 +338,11 @@ def main(argv=None):
         reason = f"was made with {found}, not {arguments}" if found else "is not empty and holds no finished demo data"
         sys.exit(f"{args.out} {reason}; remove it or choose another --out")
 
-    usual = write_nnunet if args.layout == "nnunet" else write_decathlon
-    summary = WRITERS.get(args.dataset, usual)(args)
+    if args.corrupt:
+        summary = write_corrupt(args.dataset, args.out)
+    else:
+        usual = write_nnunet if args.layout == "nnunet" else write_decathlon
+        summary = WRITERS.get(args.dataset, usual)(args)
     record.write_text(json.dumps(arguments) + "\n")  # last: an interrupted run is not taken for a finished one
     print(f"wrote {summary}")
 
