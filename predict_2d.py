@@ -32,6 +32,7 @@ from networks import NETWORKS, build_network
 from utils import figures, plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
 from utils.config import ConfigError
+from utils.exported import ExportedModel
 from utils.predictions import (
     SizeTable,
     failure,
@@ -47,7 +48,9 @@ from utils.runs import resolve_device
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run of train_2d_crkd.py")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--ckpt", type=Path, help="best.pt or last.pt of a run of train_2d_crkd.py")
+    which.add_argument("--model", type=Path, help="exported model (.onnx .xml .ts .pt2) of tools/export.py, on the CPU")
     parser.add_argument("--input", required=True, type=Path, help="an image or scan, or a folder of them")
     parser.add_argument("--output", required=True, type=Path, help="folder for masks, JSON files and a table of sizes")
     parser.add_argument("--overwrite", action="store_true", help="segment again what has a result already")
@@ -67,17 +70,8 @@ def main() -> int:
             raise ConfigError(f"--{flag}: must be at least 1, got {getattr(args, flag)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    checkpoint = load_checkpoint(args.ckpt)
-    if checkpoint.get("kind") != "2d-semi":
-        raise CheckpointError(f"{args.ckpt}: not a checkpoint of train_2d_crkd.py; for 3D ones use predict_3d.py")
-    contracts = (plugins.network(NETWORKS), plugins.data_format(SEMI_DATASETS, SemiDataset))
-    plugins.plug_in_for(checkpoint, args.ckpt, args.plugin, contracts, args.allow_changed_plugin)
+    network, checkpoint = load_predictor(args)
     dataset, described = build_semi_dataset(**checkpoint["dataset"]), checkpoint["network"]
-    network = build_network(
-        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
-    )
-    load_network_weights(network, checkpoint["weights"], str(args.ckpt))
-    network = network.to(resolve_device(args.device)).eval()
     photographs, problems = checkpoint["dataset"]["format"] == "images2d", []
     if photographs:
         cases = find_images(args.input, SUFFIXES)
@@ -89,7 +83,8 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     table = "areas.csv" if photographs else "volumes.csv"
     sizes = SizeTable(args.output / table, *(("pixels", "percent") if photographs else ("voxels", "volume_ml")))
-    settings = {"model": args.ckpt.name, "weights": digest(checkpoint["weights"]), "amp": args.amp}
+    weights = checkpoint["exported"]["weights"] if args.model else digest(checkpoint["weights"])
+    settings = {"model": (args.model or args.ckpt).name, "weights": weights, "amp": args.amp}
     batch, structures = args.batch or checkpoint["config"]["eval_batch"], dataset.structures()
     value = 255 // (dataset.num_classes - 1) if photographs else 1  # of class 1 in the file
     done, kept, differing = 0, 0, []
@@ -136,6 +131,27 @@ def main() -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return int(bool(problems))
+
+
+def load_predictor(args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
+    """What maps slices (B, C, h, w) to logits, and the checkpoint or the description of an exported model."""
+    path = args.model or args.ckpt
+    if args.model and args.amp != "off":
+        raise ConfigError(f"--amp: {path.name} has the precision it was exported with; leave it out")
+    model = ExportedModel(path, args.threads or 0) if args.model else None
+    checkpoint = model.description if args.model else load_checkpoint(path)
+    if checkpoint.get("kind") != "2d-semi":
+        raise CheckpointError(f"{path}: not a network of train_2d_crkd.py; for 3D ones use predict_3d.py")
+    contracts = (plugins.network(NETWORKS), plugins.data_format(SEMI_DATASETS, SemiDataset))
+    plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
+    if args.model:
+        return model, checkpoint
+    described = checkpoint["network"]
+    network = build_network(
+        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
+    )
+    load_network_weights(network, checkpoint["weights"], str(path))
+    return network.to(resolve_device(args.device)).eval(), checkpoint
 
 
 def measured(ids: np.ndarray, affine: np.ndarray | None, structures: dict) -> dict[str, tuple[int, float]]:

@@ -2,6 +2,7 @@
 
     python predict_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/best.pt --input scan.nii.gz --output segmented
     python predict_3d.py --ckpt best.pt --input scans/ --output segmented --tta --amp bf16 --threads 8
+    python predict_3d.py --model deploy/model.onnx --input scans/ --output segmented   # exported by tools/export.py
     python predict_3d.py --ckpt runs/la/crkd/vnet-4/seed0/best.pt --input dicom/ --output segmented --overwrite
 
 --input: a NIfTI, NRRD or MetaImage file (.nii.gz .nii .nrrd .nhdr .mha .mhd), a DICOM series (its folder, or one of its
@@ -53,6 +54,7 @@ from networks import NETWORKS, build_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
 from utils.config import ConfigError
+from utils.exported import ExportedModel
 from utils.predictions import SizeTable, failure, millilitres, save_about, save_volume, settings_of, structure_sizes
 from utils.runs import resolve_device
 
@@ -61,7 +63,9 @@ Predictor = nn.Module | Callable[[torch.Tensor], torch.Tensor]
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--ckpt", type=Path, help="best.pt or last.pt of a run")
+    which.add_argument("--model", type=Path, help="exported model (.onnx .xml .ts .pt2) of tools/export.py, on the CPU")
     parser.add_argument("--input", required=True, type=Path, help="a scan, a DICOM series, or a folder of them")
     parser.add_argument("--output", required=True, type=Path, help="folder for label maps, JSON files and volumes.csv")
     parser.add_argument("--overwrite", action="store_true", help="segment scans again whose result is there already")
@@ -90,7 +94,8 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     structures, volumes = dataset.structures(), SizeTable(args.output / "volumes.csv", "voxels", "volume_ml")
     settings = {
-        "model": args.ckpt.name, "weights": description["weights"], "tta": args.tta, "amp": args.amp, "fast": args.fast
+        "model": (args.model or args.ckpt).name, "weights": description["weights"], "tta": args.tta, "amp": args.amp,
+        "fast": args.fast,
     }  # fmt: skip
     done, kept, differing = 0, 0, []
     try:
@@ -132,6 +137,11 @@ def main() -> int:
 
 def load_predictor(args: argparse.Namespace) -> tuple[Predictor, dict]:
     """What maps windows (B, C, *patch_size) to logits (B, K, *patch_size), and what `describe` says of it."""
+    if args.model:
+        if args.fast or args.amp != "off":
+            raise ConfigError(f"--fast, --amp: {args.model.name} has the precision of its export; leave them out")
+        model = ExportedModel(args.model, args.threads or 0)
+        return model, describe(model.description, args.model)
     checkpoint = load_checkpoint(args.ckpt)
     description = describe(checkpoint, args.ckpt)
     semi = description["kind"] == "3d-semi"
@@ -157,11 +167,12 @@ def describe(checkpoint: dict, path: Path) -> dict:
     windows = {"overlap": config["overlap"]} if kind == "3d" else {
         "stride": list(config["stride"]), "probabilities": True
     }  # fmt: skip
+    weights = digest(checkpoint["weights"]) if "weights" in checkpoint else checkpoint["exported"]["weights"]
     plain = json.loads(json.dumps({"dataset": checkpoint["dataset"], "network": network}))
     return {
         "kind": kind, **plain, "in_channels": network["in_channels"], "num_classes": network["num_classes"],
         "class_names": list(checkpoint["class_names"]), "patch_size": list(config["patch_size"]),
-        "windows": windows, "window_batch": config["window_batch"], "weights": digest(checkpoint["weights"]),
+        "windows": windows, "window_batch": config["window_batch"], "weights": weights,
         "run": {key: config[key] for key in ("dataset", "method", "preset", "seed")} | {"step": checkpoint["step"]},
     }  # fmt: skip
 

@@ -65,8 +65,11 @@ def measure_latency(net: nn.Module, input_shape: Sequence[int], repeats: int = 5
     return statistics.median(times[1:])
 
 
-def peak_memory(make_network: Callable[[], nn.Module], input_shape: Sequence[int], threads: int | None = None) -> float:
+def peak_memory(
+    make_network: Callable[[], nn.Module], input_shape: Sequence[int], threads: int | None = None, whole: bool = False
+) -> float:
     """MiB by which one evaluation pass raises the peak resident memory of a fresh process above input and weights.
+    whole: above input and an idle process, so that weights count, and whatever `make_network` loads to run them.
 
     `make_network` builds the network there, so it must be picklable, say `functools.partial(UNet, 1, 14)`. The figure
     is what the operating system saw: it includes the convolution library's scratch space and its one-off set-up (tens
@@ -76,7 +79,7 @@ def peak_memory(make_network: Callable[[], nn.Module], input_shape: Sequence[int
         raise RuntimeError("peak_memory reads /proc/self/status, which this system lacks; it works on Linux only")
     context = multiprocessing.get_context("spawn")  # a forked process could inherit a lock held by an OpenMP thread
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_forward_once, args=(make_network, tuple(input_shape), threads, sender))
+    process = context.Process(target=_forward_once, args=(make_network, tuple(input_shape), threads, whole, sender))
     process.start()
     sender.close()
     try:
@@ -88,13 +91,15 @@ def peak_memory(make_network: Callable[[], nn.Module], input_shape: Sequence[int
 
 
 def _forward_once(
-    make_network: Callable[[], nn.Module], input_shape: tuple[int, ...], threads: int | None, sender: Connection
-) -> None:
+    make_network: Callable[[], nn.Module], input_shape: tuple[int, ...], threads: int | None, whole: bool,
+    sender: Connection,
+) -> None:  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
-    net = make_network().eval()
     image = torch.randn(input_shape)
-    before = _resident_mib("VmRSS")
+    idle = _resident_mib("VmRSS")
+    net = make_network().eval()
+    before = idle if whole else _resident_mib("VmRSS")
     with torch.no_grad():
         net(image)
     sender.send(max(0.0, _resident_mib("VmHWM") - before))

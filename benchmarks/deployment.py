@@ -1,0 +1,172 @@
+"""What networks cost where they are deployed, and what Dice remains: PyTorch, ONNX Runtime and OpenVINO in one table.
+
+    python benchmarks/deployment.py --ckpt TEACHER/best.pt STUDENT/best.pt --threads 2 --out deployment.md
+    python benchmarks/deployment.py --ckpt best.pt --int8 --data-root data/Task04_Hippocampus
+    python benchmarks/deployment.py --ckpt best.pt --runtimes pytorch onnx --no-dice --repeats 5
+
+Each checkpoint is exported by tools/export.py, which checks it against PyTorch. Latency: median over `--repeats` passes
+of one window of the run's patch_size, after a warm-up, all networks and runtimes in turn, so that a machine that slows
+down slows all of them. Memory: peak of a fresh process above one that has loaded PyTorch and the input, so weights and
+runtime count (Linux). Dice: mean over the cases of the test list, or of the validation list where there is no other, on
+the grid where the network predicts; with --no-dice, or without the data, the column is empty. A row for int8 is the
+static quantisation of `tools/export.py --int8`. Packages: pip install -r requirements-export.txt
+"""
+
+import argparse
+import contextlib
+import functools
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import harness
+from dataloaders import DataError
+from tools import deployed, export
+from utils.checkpoint import CheckpointError
+from utils.complexity import count_macs, count_parameters, peak_memory
+from utils.config import ConfigError
+from utils.exported import FORMATS, ExportedModel, model_files
+
+RUNTIMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+HEADER = (
+    "network", "runtime", "precision", "parameters", "GMACs", "file MB", "ms/window", "x PyTorch", "peak MiB", "Dice %"
+)  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, nargs="+", type=Path, help="best.pt of teacher and students")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
+    parser.add_argument("--int8", action="store_true", help="rows of the quantised models too")
+    parser.add_argument("--repeats", type=int, default=20, help="timed passes of each model (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every runtime")
+    parser.add_argument("--data-root", type=Path, help="folder of the data set, if it is not where the run found it")
+    parser.add_argument("--cache-dir", type=Path, help="folder of preprocessed cases")
+    parser.add_argument("--cases", type=int, default=0, metavar="N", help="cases for the Dice; 0: the whole list")
+    parser.add_argument("--no-dice", action="store_true", help="leave the Dice out")
+    parser.add_argument("--out", type=Path, help="write the table to this file too")
+    args = parser.parse_args(argv)
+    if args.repeats < 1 or args.threads < 1 or args.cases < 0:
+        parser.error("--repeats and --threads must be at least 1, --cases 0 or more")
+    return args
+
+
+def name_of(checkpoint: dict) -> str:
+    """Network and how it was trained."""
+    config, name = checkpoint["config"], checkpoint["network"]["name"]
+    if config["method"] == "supervised":
+        return f"{name}, supervised"
+    taught = f" <- {config['teacher']}" if "teacher" in config else ""
+    return f"{name}{taught}, {config['method']}"
+
+
+def export_all(args: argparse.Namespace, path: Path, folder: Path) -> dict[tuple[str, str], Path]:
+    """(runtime, precision) -> exported model of the checkpoint at `path`."""
+    found = {}
+    common = ["--ckpt", str(path), "--out", str(folder), "--threads", str(args.threads)]
+    for key in ("data_root", "cache_dir"):
+        common += [f"--{key.replace('_', '-')}", str(getattr(args, key))] if getattr(args, key) else []
+    for form in ("onnx", "openvino"):
+        for int8 in (False, True) if args.int8 else (False,):
+            if form in args.runtimes:
+                # The table shows what int8 costs: no bound here.
+                extra = ["--int8", "--max-dice-cost", "1", "--cases", "1"] if int8 else []
+                with contextlib.redirect_stdout(sys.stderr):
+                    export.main([*common, "--format", form, *extra])
+                found[form, "int8" if int8 else "float32"] = folder / f"model{'_int8' if int8 else ''}{FORMATS[form]}"
+    return found
+
+
+def dice_of(args: argparse.Namespace, checkpoint: dict, model: nn.Module, title: str) -> float | None:
+    """Mean Dice; None where the data are not there or not wanted."""
+    if args.no_dice:
+        return None
+    described = deployed.description(checkpoint)
+    try:
+        dataset = deployed.open_dataset(described, args.data_root, args.cache_dir)
+        _, cases = deployed.listed(checkpoint, dataset, ("test", "val"))
+        cases = cases[: args.cases or None]
+        return deployed.mean_dice_of(model, dataset, described, tqdm(cases, desc=f"Dice, {title}", unit="case"))
+    except DataError as problem:
+        if args.data_root:  # asked for
+            raise
+        print(f"note: no Dice of {title}: {str(problem).splitlines()[0]}", file=sys.stderr)
+        return None
+
+
+@torch.inference_mode()
+def run_once(model: nn.Module, window: torch.Tensor) -> None:
+    model(window)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, passes = [], {}
+        for index, path in enumerate(args.ckpt):
+            checkpoint, network = deployed.load_network(path)
+            window = torch.randn(1, checkpoint["network"]["in_channels"], *checkpoint["config"]["patch_size"])
+            models = {("pytorch", "float32"): None, **export_all(args, path, Path(scratch) / str(index))}
+            for (runtime, precision), file in models.items():
+                if runtime not in args.runtimes:
+                    continue
+                make = functools.partial(deployed.network_of, path)
+                if file is not None:
+                    make = functools.partial(ExportedModel, file, args.threads)
+                model = make()
+                rows.append({
+                    "key": (index, runtime, precision), "network": name_of(checkpoint), "runtime": RUNTIMES[runtime],
+                    "parameters": count_parameters(network), "gmacs": count_macs(network, window.shape) / 1e9,
+                    "bytes": sum(part.stat().st_size for part in model_files(file)) if file else None,
+                    "mib": peak_memory(make, window.shape, args.threads, whole=True),
+                    "dice": dice_of(args, checkpoint, model, f"{name_of(checkpoint)}, {RUNTIMES[runtime]} {precision}"),
+                })  # fmt: skip
+                passes[rows[-1]["key"]] = functools.partial(run_once, model, window)
+        seconds = harness.interleaved(passes, args.repeats)
+    text = f"{table(rows, seconds)}\n\n{notes(args)}\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+def table(rows: Sequence[dict], seconds: dict[tuple, float]) -> str:
+    """Markdown; a cell without a value is '-'."""
+    lines = [f"| {' | '.join(HEADER)} |", "|---|---|---|" + "---:|" * (len(HEADER) - 3)]
+    for row in rows:
+        index, _, precision = row["key"]
+        time, reference = seconds[row["key"]], seconds.get((index, "pytorch", "float32"))
+        cells = (
+            row["network"], row["runtime"], precision, f"{row['parameters']:,}", f"{row['gmacs']:.3f}",
+            "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}", f"{1000 * time:.1f}",
+            "-" if reference is None else f"{reference / time:.2f}", f"{row['mib']:.0f}",
+            "-" if row["dice"] is None else f"{100 * row['dice']:.2f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def notes(args: argparse.Namespace) -> str:
+    runtimes = ", ".join(
+        f"{name} {version(name)}" for name, form in (("onnxruntime", "onnx"), ("openvino", "openvino"))
+        if form in args.runtimes
+    )  # fmt: skip
+    return (
+        f"Latency of one window, batch 1, median of {args.repeats} interleaved passes; memory above an idle process "
+        f"that has loaded PyTorch.\n{harness.machine(args.threads)}" + (f"; {runtimes}" if runtimes else "")
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, DataError, CheckpointError, export.ExportError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,433 @@
+"""Exported models: equal to the network they come from, described, refused when they are not good."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from inference import predict_labels
+from networks import NETWORKS, build_network
+from tests.dataloaders.test_brats import write_case
+from tests.scripts.conftest import ROOT, make_workspace, run, train
+from tests.tools.test_import_checkpoint import SMALL
+from tools import deployed, export, monai_bundle
+from utils import exported
+from utils.checkpoint import CheckpointError, atomic_save, load_checkpoint
+from utils.config import ConfigError
+from utils.exported import FORMATS, ExportedModel
+
+RUN = Path("runs/tiny/supervised/unet/seed0")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Tiny scans and a U-Net that knows a little about them."""
+    folder = make_workspace(tmp_path_factory.mktemp("export"))
+    options = ("--opts", "max_steps=60", "val_interval=60", "lr=0.1")
+    train("--method", "supervised", "--student", "unet", *options, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def ckpt(workspace, monkeypatch):
+    """The checkpoint of `workspace`, which is the working folder."""
+    monkeypatch.chdir(workspace)
+    return RUN / "best.pt"
+
+
+def network_of(checkpoint):
+    described = checkpoint["network"]
+    network = build_network(
+        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
+    )
+    network.load_state_dict(checkpoint["weights"])
+    return network.eval()
+
+
+def enliven(network, seed=0):
+    """Random statistics for batch norms, so that leaving them out shows."""
+    torch.manual_seed(seed)
+    for layer in network.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.running_mean.normal_(0, 0.2)
+            layer.running_var.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def semi_checkpoint(path, form, network, classes, patch, **extra):
+    """A checkpoint of a network of few labels, built without training."""
+    arguments = SMALL[network]
+    built = enliven(build_network(network, 3 if form == "images2d" else 1, len(classes), **arguments))
+    dims = len(patch)
+    atomic_save({
+        "kind": f"{dims}d-semi", "class_names": classes, "code": "test", "step": 2, "selected_on": "val",
+        "network": {
+            "name": network, "in_channels": built.in_channels, "num_classes": len(classes), "arguments": arguments,
+        },
+        "config": {
+            "dataset": form, "method": "crkd", "preset": "clean", "seed": 0, "max_steps": 2, "patch_size": patch,
+            "tag": "", "labelled": 1, **extra,
+        },
+        "dataset": {"format": form, "root": "nowhere", "class_names": classes, "patch_size": patch},
+        "cases": {"labelled": ["a"], "unlabelled": [], "val": ["b"], "test": []},
+        "weights": built.state_dict(),
+    }, path)  # fmt: skip
+    return built
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format(ckpt, form, tmp_path, capsys):
+    assert export.main(["--ckpt", str(ckpt), "--format", form, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / f"model{FORMATS[form]}"
+    assert "largest difference" in printed and "case case6 of the test list" in printed and "100.0000 %" in printed
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {file.name for file in exported.model_files(path)} | {f"{path.name}.json", "model_card.md"}
+
+    checkpoint, model = load_checkpoint(ckpt), ExportedModel(path)
+    for key in ("kind", "network", "class_names", "step", "code"):
+        assert model.description[key] == checkpoint[key]
+    assert model.description["config"]["patch_size"] == [16, 16, 16]
+    assert model.description["dataset"]["spacing"] == [2.0, 2.0, 2.0]
+    assert "cases" not in model.description  # names of patients
+    network = network_of(checkpoint)
+    for batch in (1, 2, 5):
+        windows = torch.randn(batch, 1, 16, 16, 16)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(windows), network(windows), rtol=0, atol=1e-4)
+    image = torch.rand(1, 22, 20, 18)
+    options = {"patch_size": (16, 16, 16), "overlap": 0.5}
+    assert torch.equal(predict_labels(model, image, **options), predict_labels(network, image, **options))
+
+
+def test_model_card(ckpt, tmp_path):
+    summary = {
+        "split": "test", "selected_on_reported": False,
+        "native": {
+            "cases": 1, "counts": {"pairs": 2, "missed": 1, "spurious": 0, "absent": 0},
+            "mean": {"dice": 0.4321, "jaccard": 0.3, "hd95": None, "asd": 1.0},
+            "classes": {"ball": {"dice": 0.8, "jaccard": 0.6, "hd95": 3.25, "asd": 1.0}},
+        },
+    }  # fmt: skip
+    common = ["--ckpt", str(ckpt), "--out", str(tmp_path)]
+    export.main([*common, "--format", "torchscript"])
+    assert "not measured: there is no summary.json" in (tmp_path / "model_card.md").read_text()
+    ckpt.with_name("summary.json").write_text(json.dumps(summary))
+    try:
+        export.main([*common, "--format", "torch_export", "--licence", "CC-BY-SA 4.0", "--intended-use", "teaching"])
+    finally:
+        ckpt.with_name("summary.json").unlink()
+    card = (tmp_path / "model_card.md").read_text()
+    for part in (
+        "# unet for tiny", "1. ball", "axes turned to RAS", "resampled to 2.0 x 2.0 x 2.0 mm",
+        "intensities 0..100 mapped to 0..1", "windows of 16 x 16 x 16 that overlap by 0.5",
+        "| ball | 80.00 | 60.00 | 3.25",
+        "| mean of cases | 43.21 | 30.00 | - |", "CC-BY-SA 4.0", "teaching", "torch 2.", "--format torch_export",
+        "`model.ts`", "`model.pt2`", "5 train, 1 val, 1 test",
+    ):  # fmt: skip
+        assert part in card, part
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "unet"])
+def test_every_network_as_onnx(name, tmp_path):
+    dims = NETWORKS[name].dims
+    network = enliven(build_network(name, 2, 3, **SMALL[name]))
+    size = (32,) * dims if name == "mobile_unet" else (32, 16, 48)[:dims]
+    export.write_onnx(network, tmp_path / "model.onnx", torch.zeros(2, 2, *size))
+    run = exported._onnx(tmp_path / "model.onnx", 1)
+    for batch in (1, 3):
+        image = torch.randn(batch, 2, *size)
+        with torch.inference_mode():
+            expected = network(image)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(run(image), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("size, target", [((6, 5, 7), (5, 5, 5)), ((3, 8, 2), (5, 8, 1)), ((9, 4, 6), (1, 1, 1))])
+def test_average_pool_is_the_adaptive_one(size, target):
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(export.average_pool(image, target), F.adaptive_avg_pool3d(image, target))
+
+
+@pytest.fixture(scope="module")
+def model(workspace):
+    """A TorchScript model of the workspace's network."""
+    out = workspace / "deployed"
+    export.main(["--ckpt", str(workspace / RUN / "last.pt"), "--format", "torchscript", "--out", str(out),
+                 "--data-root", str(workspace / "data"), "--cache-dir", str(workspace / "cache")])  # fmt: skip
+    return out / "model.ts"
+
+
+def moved(model, folder):
+    """A copy of model and description to spoil."""
+    for path in (model, exported.sidecar(model)):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder / model.name
+
+
+def test_spoilt_files_are_refused(model, tmp_path):
+    path = moved(model, tmp_path)
+    assert ExportedModel(path).num_classes == 3
+    described = exported.sidecar(path)
+    content = described.read_text()
+    with path.open("r+b") as file:
+        file.seek(200)
+        file.write(b"\0\1\2\3")
+    with pytest.raises(CheckpointError, match=r"model.ts: damaged, or not the file that model.ts.json describes"):
+        ExportedModel(path)
+    described.write_text(content[:100])
+    with pytest.raises(CheckpointError, match=r"model.ts.json: not valid JSON"):
+        ExportedModel(path)
+    described.write_text("[]")
+    with pytest.raises(CheckpointError, match="expected an object, got list"):
+        ExportedModel(path)
+    spoilt = {key: value for key, value in json.loads(content).items() if key not in ("config", "dataset")}
+    described.write_text(json.dumps(spoilt))
+    with pytest.raises(CheckpointError, match="lacks config, dataset"):
+        ExportedModel(path)
+    described.write_text(json.dumps(json.loads(content) | {"exported": {}}))
+    with pytest.raises(CheckpointError, match=r"lacks exported\.files"):
+        ExportedModel(path)
+    described.unlink()
+    with pytest.raises(CheckpointError, match=r"model.ts.json: no such file.*copy it"):
+        ExportedModel(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model.ts: no such model file"):
+        ExportedModel(path)
+    with pytest.raises(CheckpointError, match=r"best.pt: not an exported model; expected .*\.onnx"):
+        ExportedModel(tmp_path / "best.pt")
+
+
+def test_a_model_that_its_runtime_cannot_load(model, tmp_path):
+    path = moved(model, tmp_path)
+    path.write_bytes(b"not a model")
+    content = json.loads(exported.sidecar(path).read_text())
+    content["exported"]["files"]["model.ts"] = exported.file_digest(path)
+    exported.sidecar(path).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="its runtime cannot load it"):
+        ExportedModel(path)
+
+
+def test_another_window_is_refused(model):
+    with pytest.raises(ValueError, match=r"expected an input \(B, 1, 16, 16, 16\), got \(1, 1, 24, 16, 16\)"):
+        ExportedModel(model)(torch.zeros(1, 1, 24, 16, 16))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"--int8 needs the package onnxruntime .*requirements-export\.txt"):
+        exported.optional("onnxruntime", "--int8")
+
+
+def test_a_model_that_differs_is_not_left_behind(ckpt, tmp_path):
+    common = ["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), "--format"]
+    with pytest.raises(export.ExportError, match=r"differs from PyTorch by .* allowed .* the model was removed"):
+        export.main([*common, "onnx", "--tolerance", "1e-12"])
+    assert not (tmp_path / "out").exists()
+    export.main([*common, "torchscript"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(export.ExportError):
+        export.main([*common, "onnx", "--tolerance", "1e-12"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_labels_that_differ_are_noticed():
+    logits = torch.tensor([[[2.0, 0.0], [1.0, 3.0]]])[..., None]  # (1, 2, 2, 1)
+    other = logits.clone()
+    other[0, 0, 1] = 4.0
+    found = export.difference(logits, other, multilabel=False)
+    assert found == {"max_abs_difference": 4.0, "largest": 3.0, "label_agreement": 0.5}
+    assert export.difference(logits, -logits, multilabel=True)["label_agreement"] == 0.25
+
+
+def test_without_the_data_a_generated_scan_serves(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where there is no data/
+    common = ["--ckpt", str(workspace / RUN / "best.pt"), "--format", "torchscript", "--out", "out"]
+    export.main(common)
+    printed = capsys.readouterr()
+    assert "model.ts, a generated scan" in printed.out and "checking on a generated scan" in printed.err
+    scan = workspace / "data/imagesTr/case2.nii.gz"
+    export.main([*common, "--input", str(scan)])
+    assert "model.ts, case2.nii.gz" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no such data list"):
+        export.main([*common, "--data-root", "elsewhere"])
+    with pytest.raises(ValueError, match=r"nothing.nii.gz: no such file"):
+        export.main([*common, "--input", "nothing.nii.gz"])
+
+
+def test_other_checkpoints_are_refused(tmp_path):
+    atomic_save({"kind": "3d"}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of the training scripts"):
+        export.main(["--ckpt", str(tmp_path / "x.pt"), "--format", "onnx"])
+
+
+@pytest.mark.parametrize("form, network, classes, patch, extra", [
+    ("acdc", "unet2d", ["background", "a", "b"], [32, 48], {"eval_batch": 4}),
+    ("images2d", "unet2d", ["background", "lesion"], [32, 32], {"eval_batch": 4}),
+    ("la", "vnet", ["background", "atrium"], [32, 32, 16], {"stride": [16, 24, 8], "window_batch": 2}),
+])  # fmt: skip
+def test_networks_of_few_labels(form, network, classes, patch, extra, tmp_path, capsys):
+    built = semi_checkpoint(tmp_path / "best.pt", form, network, classes, patch, **extra)
+    export.main(["--ckpt", str(tmp_path / "best.pt"), "--format", "torch_export"])
+    assert "model.pt2, a generated scan" in capsys.readouterr().out
+    model = ExportedModel(tmp_path / "export/model.pt2")
+    image = torch.randn(3, built.in_channels, *patch)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(image), built(image), rtol=0, atol=1e-4)
+    if form == "images2d":
+        isic = deployed.phantom_files(model.description, tmp_path)[0]
+        for which in ("--ckpt best.pt", "--model export/model.pt2"):
+            flag, file = which.split()
+            run("predict_2d.py", flag, file, "--input", str(isic), "--output", flag[2:], cwd=tmp_path)
+        masks = [(tmp_path / flag / "phantom.png").read_bytes() for flag in ("ckpt", "model")]
+        assert masks[0] == masks[1]
+    card = (tmp_path / "export/model_card.md").read_text()
+    assert "crkd" in card and f"predict_{len(patch)}d.py" in card
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_prediction_of_new_scans(ckpt, workspace, form, tmp_path):
+    export.main(["--ckpt", str(ckpt), "--format", form, "--out", str(tmp_path)])
+    path = tmp_path / f"model{FORMATS[form]}"
+    scan = ("--input", "data/imagesTr/case6.nii.gz", "--threads", "1")
+    out = run("predict_3d.py", "--model", str(path), *scan, "--output", str(tmp_path / "model"), cwd=workspace)
+    assert "segmented 1, there already 0, failed 0" in out.stdout
+    run("predict_3d.py", "--ckpt", str(ckpt), *scan, "--output", str(tmp_path / "ckpt"), cwd=workspace)
+    found, expected = (np.asarray(nib.load(tmp_path / k / "case6.nii.gz").dataobj) for k in ("model", "ckpt"))
+    assert len(np.unique(expected)) == 3 and np.array_equal(found, expected)
+    about = [json.loads((tmp_path / k / "case6.json").read_text()) for k in ("model", "ckpt")]
+    assert about[0]["settings"] == about[1]["settings"] | {"model": path.name}
+    assert about[0]["labels"] == about[1]["labels"]
+
+
+def test_prediction_refuses_what_a_model_cannot_do(model, workspace):
+    common = ("predict_3d.py", "--model", str(model), "--input", "data/imagesTr", "--output", "none")
+    for flags in (("--fast",), ("--amp", "bf16")):
+        result = run(*common, *flags, cwd=workspace, ok=False)
+        assert "error: --fast, --amp: model.ts has the precision of its export" in result.stderr
+    result = run("predict_2d.py", *common[1:], cwd=workspace, ok=False)
+    assert "not a network of train_2d_crkd.py; for 3D ones use predict_3d.py" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_int8(ckpt, form, tmp_path, capsys):
+    common = ["--ckpt", str(ckpt), "--format", form, "--int8", "--calibration", "6", "--out", str(tmp_path)]
+    export.main([*common, "--max-dice-cost", "0.1"])
+    printed = capsys.readouterr().out
+    path = tmp_path / f"model_int8{FORMATS[form]}"
+    assert "1 test cases: mean Dice" in printed and "which costs" in printed
+    model = ExportedModel(path)
+    checks = model.description["exported"]["checks"]
+    assert model.description["exported"]["precision"] == "int8"
+    assert checks["dice"]["cost"] == pytest.approx(checks["dice"]["float"] - checks["dice"]["int8"])
+    assert 0 < checks["windows"]["max_abs_difference"]  # it is another model
+    assert checks["case"]["label_agreement"] > 0.97
+    assert "int8 costs" in (tmp_path / "model_card.md").read_text()
+    if form == "onnx":
+        operators = {node.op_type for node in exported.optional("onnx", "test").load(path).graph.node}
+        assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    with pytest.raises(export.ExportError, match="more than --max-dice-cost"):
+        export.main([*common, "--max-dice-cost", "-1"])
+
+
+def monai(*arguments, cwd):
+    command = [sys.executable, "-m", "monai.bundle", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_monai_bundle(ckpt, workspace, tmp_path, capsys):
+    export.main(["--ckpt", str(ckpt), "--format", "monai_bundle", "--out", str(tmp_path)])
+    assert "bundle, run by MONAI on case case6" in capsys.readouterr().out
+    folder = tmp_path / "bundle"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "configs/inference.json", "configs/metadata.json", "docs/README.md", "docs/metadata_schema.json",
+        "models/model.ts", "models/model.ts.json",
+    }  # fmt: skip
+
+    verify = ("verify_metadata", "--filepath", "docs/metadata_schema.json", "--meta_file")
+    result = monai(*verify, "configs/metadata.json", cwd=folder)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "metadata is verified with no error" in result.stdout + result.stderr
+    metadata = json.loads((folder / "configs/metadata.json").read_text())
+    del metadata["network_data_format"]["inputs"]["image"]["dtype"]
+    (folder / "spoilt.json").write_text(json.dumps(metadata))
+    result = monai(*verify, "spoilt.json", cwd=folder)
+    assert result.returncode != 0 and "'dtype' is a required property" in result.stderr
+
+    # From inside the bundle, on scans in two orientations, with nothing of ours on the path
+    result = monai(
+        "run", "--config_file", "configs/inference.json", "--dataset_dir", workspace / "data/imagesTr",
+        "--output_dir", tmp_path / "labels", cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    made = sorted(path.name for path in (tmp_path / "labels").iterdir())
+    assert made == [f"case{k}.nii.gz" for k in range(7)]
+    run("test_3d.py", "--ckpt", str(ckpt), "--out", str(tmp_path / "tested"), cwd=workspace)
+    ours, theirs = (nib.load(tmp_path / part / "case6.nii.gz") for part in ("tested/predictions", "labels"))
+    np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-5)
+    ours, theirs = np.asarray(ours.dataobj), np.asarray(theirs.dataobj)
+    assert len(np.unique(ours)) > 1
+    assert (ours == theirs).mean() > 0.9999
+
+
+@pytest.mark.slow
+def test_bundle_of_regions(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    entries = [write_case(tmp_path / "data", f"case{k}", rng) for k in range(3)]
+    lists = {"training": entries[:1], "validation": entries[1:2], "test": entries[2:]}
+    (tmp_path / "data/dataset_0.json").write_text(json.dumps(lists))
+    names = ["tumour core", "whole tumour", "enhancing tumour"]
+    network = build_network("unet", 4, 3, channels=[2, 4, 4, 8])
+    nn.init.constant_(network.up_layer3.conv.bias, 0.02)  # or hardly any voxel were in a region
+    atomic_save({
+        "kind": "3d", "class_names": names, "code": "test", "step": 2,
+        "network": {"name": "unet", "in_channels": 4, "num_classes": 3, "arguments": {"channels": [2, 4, 4, 8]}},
+        "config": {
+            "dataset": "tiny", "method": "supervised", "preset": "clean", "seed": 0, "max_steps": 2, "overlap": 0.5,
+            "patch_size": [16, 16, 16], "tag": "", "window_batch": 2,
+        },
+        "dataset": {"format": "brats", "root": "data", "datalist": "dataset_0.json", "class_names": names},
+        "cases": {"train": ["case0"], "val": ["case1"], "test": ["case2"]}, "weights": network.state_dict(),
+    }, tmp_path / "best.pt")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    export.main(["--ckpt", "best.pt", "--format", "monai_bundle", "--min-agreement", "1"])
+    assert "100.0000 % of the file's voxels labelled as PyTorch does" in capsys.readouterr().out
+    text = (tmp_path / "export/bundle/docs/README.md").read_text()
+    assert "the regions may overlap" in text and "t1c, t1n, t2f, t2w" in text
+
+
+@pytest.mark.slow
+def test_bundle_of_few_labels(tmp_path, capsys):
+    extra = {"stride": [16, 24, 8], "window_batch": 2}
+    semi_checkpoint(tmp_path / "best.pt", "la", "vnet", ["background", "atrium"], [32, 32, 16], **extra)
+    export.main(["--ckpt", str(tmp_path / "best.pt"), "--format", "monai_bundle"])
+    assert "bundle, run by MONAI on a generated scan: " in capsys.readouterr().out
+
+
+def test_bundles_are_for_volumes(tmp_path):
+    with pytest.raises(ConfigError, match="bundles are for 3D networks"):
+        monai_bundle.check_supported({"kind": "2d-semi", "config": {"patch_size": [32, 32]}})
+
+
+def test_int8_is_for_two_formats(capsys):
+    with pytest.raises(SystemExit):
+        export.parse_args(["--ckpt", "x.pt", "--format", "torchscript", "--int8"])
+    assert "--int8 is for --format onnx and openvino" in capsys.readouterr().err
+
+
+def test_the_command_line_reports_errors(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools/export.py"), "--ckpt", "none.pt", "--format", "onnx"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 1 and "error: none.pt: no such checkpoint" in result.stderr

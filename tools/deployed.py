@@ -1,0 +1,195 @@
+"""What tools/export.py and benchmarks/deployment.py share: the network of a checkpoint, cases for it, predictions.
+
+A `sample` is a case as the network takes it. `model` is a network or an exported one in its place.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dataloaders import Case, DataError, build_dataset, build_semi_dataset
+from dataloaders.la import SPACING as LA_SPACING
+from dataloaders.phantoms import BRATS_MODALITIES, brats_phantom, btcv_phantom
+from dataloaders.phantoms2d import acdc_phantom, isic_phantom, la_phantom
+from dataloaders.volumes import stem
+from inference import predict_labels, predict_logits, predict_slices
+from metrics import class_dice, mean_dice
+from networks import build_network
+from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
+
+KINDS = ("3d", "3d-semi", "2d-semi")
+# What prediction needs. Neither tensors nor the lists of cases: names of patients are nobody's business who deploys.
+DESCRIBED = ("kind", "network", "class_names", "config", "dataset", "code", "step", "selected_on", "imported")
+HDF5_GRID = np.diag([-LA_SPACING, -LA_SPACING, LA_SPACING, 1.0])  # axes L, P, S: what the left-atrium files are on
+BODY = (358, 269, 224)  # mm that the generated abdomen is made for
+
+
+class Sample(NamedTuple):
+    """A case: image (C, H, W, D), of 2D networks slices (N, C, h, w); label as it is scored; what the data set read."""
+
+    name: str
+    image: Tensor
+    label: np.ndarray | None
+    volume: dict
+
+
+def load_network(path: Path) -> tuple[dict[str, Any], nn.Module]:
+    """A run's checkpoint and its network in evaluation mode: the student, or the network that few labels trained."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("kind") not in KINDS or not {"weights", "dataset", "network"} <= checkpoint.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of the training scripts or of tools/import_checkpoint.py")
+    network = checkpoint["network"]
+    built = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
+    load_network_weights(built, checkpoint["weights"], str(path))
+    return checkpoint, built.eval().requires_grad_(False)
+
+
+def network_of(path: Path) -> nn.Module:
+    """The network alone."""
+    return load_network(path)[1]
+
+
+def description(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The part of a checkpoint that goes beside an exported model."""
+    return {key: checkpoint[key] for key in DESCRIBED if key in checkpoint}
+
+
+def open_dataset(described: dict[str, Any], data_root: str | Path | None = None, cache_dir: str | Path | None = None):
+    """The data set of a checkpoint or description; the arguments win over what the run had."""
+    arguments = dict(described["dataset"])
+    arguments |= {"root": str(data_root)} if data_root else {}
+    arguments |= {"cache_dir": str(cache_dir)} if cache_dir and "cache_dir" in arguments else {}
+    return (build_dataset if described["kind"] == "3d" else build_semi_dataset)(**arguments)
+
+
+def listed(checkpoint: dict[str, Any], dataset, splits: Sequence[str]) -> tuple[str, list[Case]]:
+    """The first of `splits` that names cases, and those; DataError if their files are not there."""
+    for split in splits:
+        names = checkpoint.get("cases", {}).get(split)
+        if names:
+            return split, dataset.find(names)
+    raise DataError(f"the checkpoint has no {' or '.join(splits)} list")
+
+
+def read(dataset, kind: str, case: Case) -> Sample:
+    """A case of the data set."""
+    if kind == "3d":
+        sample = dataset.read(case)
+        label = np.array(sample["label"] if dataset.multilabel else sample["label"][0])
+        return Sample(case.name, torch.from_numpy(np.array(sample["image"])), label, sample)
+    volume = dataset.read_volume(case)
+    image = volume["image"] if kind == "3d-semi" else dataset.network_slices(volume)
+    return Sample(case.name, torch.from_numpy(np.array(image, np.float32)), volume["label"][0], volume)
+
+
+def read_files(described: dict[str, Any], files: Sequence[Path]) -> Sample:
+    """One case from image files without a label, preprocessed as predict_3d.py and predict_2d.py do."""
+    dataset, case = open_dataset(described), Case(stem(files[0]), tuple(files))
+    volume = dataset.read_unlabelled(case)
+    image = dataset.network_slices(volume) if described["kind"] == "2d-semi" else volume["image"]
+    return Sample(case.name, torch.from_numpy(np.ascontiguousarray(image, np.float32)), None, volume)
+
+
+def image_files(kind: str, case: Case, sample: Sample, folder: Path) -> list[Path]:
+    """Image files of a case of the data set; of arrays in HDF5, written as NIfTI to `folder`."""
+    if kind != "3d-semi":
+        return list(case.images)
+    path = folder / f"{case.name}.nii.gz"
+    nib.save(nib.Nifti1Image(sample.volume["image"][0], HDF5_GRID), path)
+    return [path]
+
+
+def phantom_files(described: dict[str, Any], folder: Path, seed: int = 0) -> list[Path]:
+    """Write a generated case of about one and a half windows a side, in the checkpoint's kind of image."""
+    patch, form = described["config"]["patch_size"], described["dataset"]["format"]
+    shape = tuple(math.ceil(1.5 * side) for side in patch)
+    if form == "images2d":
+        path = folder / "phantom.png"
+        Image.fromarray(isic_phantom(seed, shape)[0]).save(path)
+        return [path]
+    affine = np.diag([*(described["dataset"].get("spacing") or (1.0, 1.0, 1.0)), 1.0])
+    in_channels = described["network"]["in_channels"]
+    if form == "brats":
+        images, _ = brats_phantom(seed, shape)
+        images = {f"phantom-{name}": images[name] for name in BRATS_MODALITIES}
+    elif form == "acdc":
+        image, _ = acdc_phantom(seed, (8, *shape))["frame01"]
+        images, affine = {"phantom": image.T}, np.diag([1.5, 1.5, 8.0, 1.0])
+    elif form == "la":
+        images, affine = {"phantom": la_phantom(seed, shape)[0]}, HDF5_GRID
+    else:
+        spacing = tuple(extent / n for extent, n in zip(BODY, shape))
+        channels = [btcv_phantom(seed + k, shape, spacing)[0] for k in range(in_channels)]
+        if form == "nnunet":
+            images = {f"phantom_{k:04d}": channel for k, channel in enumerate(channels)}
+        else:
+            images = {"phantom": channels[0] if in_channels == 1 else np.stack(channels, -1)}
+    paths = []
+    for name, image in images.items():
+        paths.append(folder / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(np.asarray(image, np.float32), affine), paths[-1])
+    return paths
+
+
+def _windows(described: dict[str, Any]) -> dict[str, Any]:
+    """Sliding-window arguments of the run, as the test script has them."""
+    config = described["config"]
+    common = {"patch_size": config["patch_size"], "window_batch": config["window_batch"]}
+    if described["kind"] == "3d":
+        return common | {"overlap": config["overlap"]}
+    return common | {"stride": config["stride"], "probabilities": True}
+
+
+def predict_scores(model: nn.Module, image: Tensor, described: dict[str, Any]) -> Tensor:
+    """What labels are taken from: averaged logits (K, H, W, D), with few labels averaged probabilities; of slices,
+    logits (N, K, h, w)."""
+    if described["kind"] != "2d-semi":
+        return predict_logits(model, image, **_windows(described))
+    with torch.inference_mode():
+        return torch.cat([model(part) for part in image.split(described["config"]["eval_batch"])])
+
+
+def predict(model: nn.Module, image: Tensor, described: dict[str, Any], multilabel: bool = False) -> np.ndarray:
+    """Labels of a sample's image, as the test scripts make them: ids, or regions if `multilabel`."""
+    if described["kind"] == "2d-semi":
+        return predict_slices(model, image, batch=described["config"]["eval_batch"]).numpy()
+    return predict_labels(model, image, multilabel=multilabel, **_windows(described)).numpy()
+
+
+def mean_dice_of(model: nn.Module, dataset, described: dict[str, Any], cases: Iterable[Case]) -> float:
+    """Mean Dice over cases, on the grid where the network predicts; of slices, on that of the files."""
+    names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
+    scores = []
+    for case in cases:
+        sample = read(dataset, described["kind"], case)
+        labels = predict(model, sample.image, described, dataset.multilabel)
+        if described["kind"] == "2d-semi":
+            labels = dataset.native_prediction(labels, sample.volume)
+        scores.append(class_dice(labels, sample.label, dataset.num_classes, dataset.multilabel))
+    return mean_dice(scores, names)["dice"]
+
+
+def real_windows(sample: Sample, described: dict[str, Any], count: int, seed: int = 0) -> Tensor:
+    """`count` windows (count, C, *patch_size) of a sample: in 3D the middle and random places, in 2D slices."""
+    if described["kind"] == "2d-semi":
+        order = itertools.islice(itertools.cycle(range(len(sample.image))), count)
+        return sample.image[list(order)]
+    patch = described["config"]["patch_size"]
+    missing = [max(side - have, 0) for side, have in zip(patch, sample.image.shape[1:])]
+    padding = [part for m in reversed(missing) for part in (m // 2, m - m // 2)]
+    image = torch.nn.functional.pad(sample.image, padding)
+    rng = np.random.default_rng(seed)
+    windows = []
+    for k in range(count):
+        room = [have - side for have, side in zip(image.shape[1:], patch)]
+        start = [int(rng.integers(r + 1)) if k else r // 2 for r in room]
+        windows.append(image[(slice(None), *(slice(s, s + side) for s, side in zip(start, patch)))])
+    return torch.stack(windows)
