@@ -18,11 +18,11 @@ from utils.complexity import count_macs, count_parameters
 from utils.exported import FORMATS
 
 UNKNOWN_LICENCE = (
-    "not stated. The code that trained the model is under Apache-2.0; whether weights may be passed on, and used for "
+    "Not stated. The code that trained the model is under Apache-2.0; whether weights may be passed on, and used for "
     "what, is for the licence of the training data to say (`--licence` fills this in)"
 )
 INTENDED = (
-    "research on segmentation. Not a medical device: not for diagnosis or treatment without the validation and the "
+    "Research on segmentation. Not a medical device: not for diagnosis or treatment without the validation and the "
     "approval that the law asks for"
 )
 RUNNING = "python predict_{dims}d.py --model {name} --input FILE_OR_FOLDER --output FOLDER"
@@ -112,9 +112,11 @@ def bullets(items: dict[str, str] | Sequence[str]) -> str:
 
 def wrapped(part: str) -> str:
     """Long lines of running text folded at 120 columns; tables, headings and code stay."""
+    if part.startswith("```"):
+        return part
     lines = []
     for line in part.splitlines():
-        plain = line and line[0] not in "|#`"
+        plain = line and line[0] not in "|#"
         indent = "  " if line.startswith("- ") else "   " if line[:1].isdigit() else ""
         lines += textwrap.wrap(line, 120, subsequent_indent=indent, break_on_hyphens=False) if plain else [line]
     return "\n".join(lines)
@@ -209,9 +211,9 @@ def scores(ckpt: Path) -> str:
             note += " The checkpoint was selected on these same cases: the scores are optimistic."
         return "\n".join(lines) + f"\n\n{note}"
     except FileNotFoundError:
-        return f"not measured: there is no {name} beside the checkpoint; the test script writes it."
+        return f"Not measured: there is no {name} beside the checkpoint; the test script writes it."
     except (ValueError, KeyError, TypeError) as error:
-        return f"not known: {name} beside the checkpoint is not a summary of the test scripts ({error!r})."
+        return f"Not known: {name} beside the checkpoint is not a summary of the test scripts ({error!r})."
 
 
 def limits(checkpoint: dict[str, Any]) -> list[str]:
