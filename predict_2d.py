@@ -137,7 +137,7 @@ def load_predictor(args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
     """What maps slices (B, C, h, w) to logits, and the checkpoint or the description of an exported model."""
     path = args.model or args.ckpt
     if args.model and args.amp != "off":
-        raise ConfigError(f"--amp: {path.name} has the precision it was exported with; leave it out")
+        raise ConfigError(f"--amp: {path.name} has the precision of its export; leave it out")
     model = ExportedModel(path, args.threads or 0) if args.model else None
     checkpoint = model.description if args.model else load_checkpoint(path)
     if checkpoint.get("kind") != "2d-semi":

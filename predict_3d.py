@@ -137,20 +137,21 @@ def main() -> int:
 
 def load_predictor(args: argparse.Namespace) -> tuple[Predictor, dict]:
     """What maps windows (B, C, *patch_size) to logits (B, K, *patch_size), and what `describe` says of it."""
-    if args.model:
-        if args.fast or args.amp != "off":
-            raise ConfigError(f"--fast, --amp: {args.model.name} has the precision of its export; leave them out")
-        model = ExportedModel(args.model, args.threads or 0)
-        return model, describe(model.description, args.model)
-    checkpoint = load_checkpoint(args.ckpt)
-    description = describe(checkpoint, args.ckpt)
+    path = args.model or args.ckpt
+    if args.model and (args.fast or args.amp != "off"):
+        raise ConfigError(f"--fast, --amp: {path.name} has the precision of its export; leave them out")
+    model = ExportedModel(path, args.threads or 0) if args.model else None
+    checkpoint = model.description if args.model else load_checkpoint(path)
+    description = describe(checkpoint, path)
     semi = description["kind"] == "3d-semi"
     formats = plugins.data_format(*((SEMI_DATASETS, SemiDataset) if semi else (DATASETS, MSDDataset)))
     contracts = (plugins.network(NETWORKS), formats)
-    plugins.plug_in_for(checkpoint, args.ckpt, args.plugin, contracts, args.allow_changed_plugin)
+    plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
+    if args.model:
+        return model, description
     network = description["network"]
     model = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
-    load_network_weights(model, checkpoint["weights"], str(args.ckpt))
+    load_network_weights(model, checkpoint["weights"], str(path))
     model = model.to(resolve_device(args.device)).eval()
     return fast_copy(model) if args.fast else model, description
 

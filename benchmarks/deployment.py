@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
 from dataloaders import DataError
 from tools import deployed, export
+from utils import plugins
 from utils.checkpoint import CheckpointError
 from utils.complexity import count_macs, count_parameters, peak_memory
 from utils.config import ConfigError
@@ -52,6 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=0, metavar="N", help="cases for the Dice; 0: the whole list")
     parser.add_argument("--no-dice", action="store_true", help="leave the Dice out")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
+    plugins.add_plugin_flags(parser)
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.threads < 1 or args.cases < 0:
         parser.error("--repeats and --threads must be at least 1, --cases 0 or more")
@@ -73,6 +75,8 @@ def export_all(args: argparse.Namespace, path: Path, folder: Path) -> dict[tuple
     common = ["--ckpt", str(path), "--out", str(folder), "--threads", str(args.threads)]
     for key in ("data_root", "cache_dir"):
         common += [f"--{key.replace('_', '-')}", str(getattr(args, key))] if getattr(args, key) else []
+    common += [f"--plugin={reference}" for reference in args.plugin]
+    common += ["--allow-changed-plugin"] * args.allow_changed_plugin
     for form in ("onnx", "openvino"):
         for int8 in (False, True) if args.int8 else (False,):
             if form in args.runtimes:
@@ -112,13 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         rows, passes = [], {}
         for index, path in enumerate(args.ckpt):
-            checkpoint, network = deployed.load_network(path)
+            checkpoint, network = deployed.load_network(path, args.plugin, args.allow_changed_plugin)
             window = torch.randn(1, checkpoint["network"]["in_channels"], *checkpoint["config"]["patch_size"])
             models = {("pytorch", "float32"): None, **export_all(args, path, Path(scratch) / str(index))}
             for (runtime, precision), file in models.items():
                 if runtime not in args.runtimes:
                     continue
-                make = functools.partial(deployed.network_of, path)
+                make = functools.partial(deployed.network_of, path, args.plugin, args.allow_changed_plugin)
                 if file is not None:
                     make = functools.partial(ExportedModel, file, args.threads)
                 model = make()

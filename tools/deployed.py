@@ -15,14 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dataloaders import Case, DataError, build_dataset, build_semi_dataset
+from dataloaders import DATASETS, SEMI_DATASETS, Case, DataError, build_dataset, build_semi_dataset
 from dataloaders.la import SPACING as LA_SPACING
+from dataloaders.msd import MSDDataset
 from dataloaders.phantoms import BRATS_MODALITIES, brats_phantom, btcv_phantom
 from dataloaders.phantoms2d import acdc_phantom, isic_phantom, la_phantom
+from dataloaders.semi import SemiDataset
 from dataloaders.volumes import stem
 from inference import predict_labels, predict_logits, predict_slices
 from metrics import class_dice, mean_dice
-from networks import build_network
+from networks import NETWORKS, build_network
+from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 
 KINDS = ("3d", "3d-semi", "2d-semi")
@@ -41,25 +44,35 @@ class Sample(NamedTuple):
     volume: dict
 
 
-def load_network(path: Path) -> tuple[dict[str, Any], nn.Module]:
-    """A run's checkpoint and its network in evaluation mode: the student, or the network that few labels trained."""
+def load_network(
+    path: Path, references: Sequence[str] = (), allow_changed: bool = False
+) -> tuple[dict[str, Any], nn.Module]:
+    """A run's checkpoint and its network in evaluation mode: the student, or the network that few labels trained.
+
+    references, allow_changed: the values of --plugin and --allow-changed-plugin.
+    """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("kind") not in KINDS or not {"weights", "dataset", "network"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of the training scripts or of tools/import_checkpoint.py")
+    formats = (DATASETS, MSDDataset) if checkpoint["kind"] == "3d" else (SEMI_DATASETS, SemiDataset)
+    contracts = (plugins.network(NETWORKS), plugins.data_format(*formats))
+    plugins.plug_in_for(checkpoint, path, references, contracts, allow_changed)
     network = checkpoint["network"]
     built = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
     load_network_weights(built, checkpoint["weights"], str(path))
     return checkpoint, built.eval().requires_grad_(False)
 
 
-def network_of(path: Path) -> nn.Module:
+def network_of(path: Path, references: Sequence[str] = (), allow_changed: bool = False) -> nn.Module:
     """The network alone."""
-    return load_network(path)[1]
+    return load_network(path, references, allow_changed)[1]
 
 
 def description(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The part of a checkpoint that goes beside an exported model."""
-    return {key: checkpoint[key] for key in DESCRIBED if key in checkpoint}
+    # Of classes of the user's own, the network is in the model now; a data format is still needed.
+    formats = {name: one for name, one in checkpoint.get("plugins", {}).items() if "format" in one["roles"]}
+    return {key: checkpoint[key] for key in DESCRIBED if key in checkpoint} | ({"plugins": formats} if formats else {})
 
 
 def open_dataset(described: dict[str, Any], data_root: str | Path | None = None, cache_dir: str | Path | None = None):

@@ -43,6 +43,7 @@ from dataloaders import DataError
 from inference import to_labels
 from tools import deployed, model_card, monai_bundle
 from tools.deployed import Sample
+from utils import plugins
 from utils.checkpoint import CheckpointError, digest
 from utils.config import ConfigError
 from utils.exported import FORMATS, ExportedModel, file_digest, model_files, optional, sidecar
@@ -77,6 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-dice-cost", type=float, default=0.02, help="largest fall of the mean Dice by int8")
     parser.add_argument("--licence", default="", help="licence of the weights, for the model card")
     parser.add_argument("--intended-use", default="", help="intended use, for the model card")
+    plugins.add_plugin_flags(parser)
     args = parser.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.int8 and args.format not in ("onnx", "openvino"):
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    checkpoint, network = deployed.load_network(args.ckpt)
+    checkpoint, network = deployed.load_network(args.ckpt, args.plugin, args.allow_changed_plugin)
     args.out = args.out or args.ckpt.with_name("export" if args.ckpt.stem == "best" else f"export_{args.ckpt.stem}")
     args.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -222,8 +224,10 @@ def write_onnx(network: nn.Module, path: Path, example: Tensor) -> None:
     """Write an ONNX model with the input `image` and the output `logits`."""
     for name in ("onnx", "onnxscript"):
         optional(name, "export to ONNX and OpenVINO")
-    # ONNX has no adaptive average pooling (ESPNetV2's pyramids).
-    graph = graph_of(network, example).run_decompositions({torch.ops.aten.adaptive_avg_pool3d.default: average_pool})
+    graph = graph_of(network, example)
+    pooling = torch.ops.aten.adaptive_avg_pool3d.default  # ESPNetV2's pyramids; ONNX has none
+    if any(node.target is pooling for node in graph.graph.nodes):
+        graph = graph.run_decompositions({pooling: average_pool})
     with quiet():
         torch.onnx.export(
             graph, (), str(path), input_names=["image"], output_names=["logits"], opset_version=OPSET,

@@ -65,7 +65,7 @@ def metadata(described: dict[str, Any], dataset, args: argparse.Namespace) -> di
     config, network = described["config"], described["network"]
     names = list(described["class_names"])
     window = dataset.window if getattr(dataset, "intensity", "") == "window" else None
-    trained = config["method"] if config["method"] == "supervised" else f"{config['method']} distillation or training"
+    modality = "MR" if described["dataset"]["format"] in ("brats", "la") else "CT" if window else "unknown"
     return {
         "schema": OFFICIAL_SCHEMA,
         "version": "0.1.0",
@@ -77,7 +77,7 @@ def metadata(described: dict[str, Any], dataset, args: argparse.Namespace) -> di
         "supported_apps": {},
         "name": f"{config['dataset']} segmentation, {network['name']}",
         "task": f"segmentation of {', '.join(names if dataset.multilabel else names[1:])}",
-        "description": f"{network['name']} trained by {trained} on {config['dataset']}",
+        "description": f"{network['name']} trained by the method {config['method']} on {config['dataset']}",
         "authors": "those who trained it; see docs/README.md",
         "copyright": args.licence or "not stated; see docs/README.md",
         "data_source": config["dataset"],
@@ -93,7 +93,7 @@ def metadata(described: dict[str, Any], dataset, args: argparse.Namespace) -> di
                 "image": {
                     "type": "image",
                     "format": "hounsfield" if window else "magnitude",
-                    "modality": "CT" if window else "MR",
+                    "modality": modality,
                     "num_channels": network["in_channels"],
                     "spatial_shape": list(config["patch_size"]),
                     "dtype": "float32",

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from networks import NETWORKS, build_network
+from networks.espnetv2 import EESP
+from networks.mobile_unet import InvertedResidual
 from tests.dataloaders.test_brats import write_case
 from tests.scripts.conftest import make_workspace, run, train
 from tests.tools.test_import_checkpoint import SMALL
@@ -23,7 +25,6 @@ from utils.checkpoint import CheckpointError, atomic_save, load_checkpoint
 from utils.config import ConfigError
 from utils.exported import FORMATS, ExportedModel
 
-SLOW = ("espnetv2", "mobile_unet")  # to export: many layers
 RUN = Path("runs/tiny/supervised/unet/seed0")
 
 
@@ -94,7 +95,7 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
 
     checkpoint, model = load_checkpoint(ckpt), ExportedModel(path)
     for key in ("kind", "network", "class_names", "step", "code"):
-        assert model.description[key] == checkpoint[key]
+        assert model.description[key] == json.loads(json.dumps(checkpoint[key]))
     assert model.description["config"]["patch_size"] == [16, 16, 16]
     assert model.description["dataset"]["spacing"] == [2.0, 2.0, 2.0]
     for file in (exported.sidecar(path), tmp_path / "model_card.md"):
@@ -145,13 +146,27 @@ def test_model_card(ckpt, tmp_path):
         assert part in card, part
 
 
+def one_of_each(network):
+    """The network with one block of those that follow each other alike: exporting takes its time by their number."""
+    for name, layers in list(network.named_modules()):
+        if isinstance(layers, nn.Sequential) and len(layers) > 1:
+            kept = [
+                layer for k, layer in enumerate(layers)
+                if not isinstance(layer, EESP | InvertedResidual) or k == 0
+            ]  # fmt: skip
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, nn.Sequential(*kept))
+    return network
+
+
 # The U-Net is in the tests above; the V-Nets of two decoders run the V-Net's layers.
-@pytest.mark.parametrize("name", [
-    "resunet", "segresnet", "lcovnet", "vnet", "unet2d", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resunet", "segresnet", "espnetv2", "mobile_unet", "lcovnet", "vnet", "unet2d"])
 def test_every_network_as_onnx(name, tmp_path):
     dims = NETWORKS[name].dims
-    network = enliven(build_network(name, 2, 3, **SMALL[name]))
+    fewer = {"blocks_down": (1, 1, 1, 1)} if name == "segresnet" else {}
+    network = enliven(build_network(name, 2, 3, **SMALL[name], **fewer))
+    network = one_of_each(network) if name in ("espnetv2", "mobile_unet") else network
     size = (32,) * dims if name == "mobile_unet" else (32, 16, 48)[:dims]
     export.write_onnx(network, tmp_path / "model.onnx", torch.zeros(2, 2, *size))
     run = exported._onnx(tmp_path / "model.onnx", 1)
@@ -244,9 +259,9 @@ def test_a_model_that_differs_is_not_left_behind(ckpt, tmp_path, monkeypatch):
     write = export.write
 
     def wrong(network, *arguments):
-        network.bottom_layer.conv.weight.mul_(1.1)
+        network.up_layer3.conv.weight.mul_(1.1)
         write(network, *arguments)
-        network.bottom_layer.conv.weight.div_(1.1)
+        network.up_layer3.conv.weight.div_(1.1)
 
     with monkeypatch.context() as changed:
         changed.setattr(export, "write", wrong)
@@ -285,6 +300,41 @@ def test_without_the_data_a_generated_scan_serves(workspace, tmp_path, monkeypat
         export.main([*common, "--data-root", "elsewhere"])
     with pytest.raises(ValueError, match=r"nothing.nii.gz: no such file"):
         export.main([*common, "--input", "nothing.nii.gz"])
+
+
+OWN = """
+from torch import nn
+from networks import SegOutput
+
+
+class Own(nn.Module):
+    stride = 1
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.in_channels, self.num_classes, self.feature_channels = in_channels, num_classes, {}
+        self.conv = nn.Conv3d(in_channels, num_classes, 3, padding=1)
+
+    def forward(self, image, return_features=False):
+        logits = self.conv(image)
+        return SegOutput(logits, {}) if return_features else logits
+"""
+
+
+def test_a_network_of_ones_own(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    (workspace / "own.py").write_text(OWN)
+    train("--method", "supervised", "--student", "own.py:Own", "--opts", "max_steps=2", cwd=workspace)
+    common = ["--ckpt", "runs/tiny/supervised/Own/seed0/best.pt", "--format", "torchscript", "--out", str(tmp_path)]
+    with pytest.raises(CheckpointError, match=r"--plugin .*own\.py:Own"):
+        export.main(common)
+    export.main([*common, "--plugin", "own.py:Own"])
+    assert "100.0000 % of labels agree" in capsys.readouterr().out
+    (workspace / "own.py").unlink()  # the model has it
+    path = str(tmp_path / "model.ts")
+    run("predict_3d.py", "--model", path, "--input", "data/imagesTr/case6.nii.gz", "--output", str(tmp_path / "out"),
+        cwd=workspace)  # fmt: skip
+    assert (tmp_path / "out/case6.nii.gz").is_file()
 
 
 def test_other_checkpoints_are_refused(tmp_path):
@@ -327,12 +377,11 @@ def test_prediction_refuses_what_a_model_cannot_do(model, workspace):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
-def test_int8(ckpt, form, tmp_path, capsys):
-    common = ["--ckpt", str(ckpt), "--format", form, "--int8", "--calibration", "6", "--out", str(tmp_path)]
+def test_int8(ckpt, tmp_path, capsys):  # of OpenVINO: tests/benchmarks/test_deployment.py
+    common = ["--ckpt", str(ckpt), "--format", "onnx", "--int8", "--calibration", "6", "--out", str(tmp_path)]
     export.main([*common, "--max-dice-cost", "0.1"])
     printed = capsys.readouterr().out
-    path = tmp_path / f"model_int8{FORMATS[form]}"
+    path = tmp_path / "model_int8.onnx"
     assert "1 test cases: mean Dice" in printed and "which costs" in printed
     model = ExportedModel(path)
     checks = model.description["exported"]["checks"]
@@ -341,11 +390,13 @@ def test_int8(ckpt, form, tmp_path, capsys):
     assert 0 < checks["windows"]["max_abs_difference"]  # it is another model
     assert checks["case"]["label_agreement"] > 0.97
     assert "int8 costs" in (tmp_path / "model_card.md").read_text()
-    if form == "onnx":
-        operators = {node.op_type for node in exported.optional("onnx", "test").load(path).graph.node}
-        assert {"QuantizeLinear", "DequantizeLinear"} <= operators
-    with pytest.raises(export.ExportError, match="more than --max-dice-cost"):
-        export.main([*common, "--max-dice-cost", "-1"])
+    operators = {node.op_type for node in exported.optional("onnx", "test").load(path).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    bounds = export.parse_args([*common, "--max-dice-cost", "0.01"])
+    export.enforce(bounds, "x", checks | {"dice": {"cost": 0.0099}})
+    for cost in (0.0101, float("nan")):
+        with pytest.raises(export.ExportError, match=r"more than --max-dice-cost 0\.01; the model was removed"):
+            export.enforce(bounds, "x", checks | {"dice": {"cost": cost}})
 
 
 def monai(*arguments, cwd):
