@@ -456,6 +456,7 @@ def main() -> int:
             save(done)
             stopping = stopping or world.any(bool(stop))  # validation takes a while
         if stopping and not last:
+            bar.close()
             log.close()
             world.leave()
             command = shlex.join([*world.launcher, *[a for a in sys.argv if a != "--resume"], "--resume"])

@@ -32,12 +32,12 @@ def test_the_measure_sees_growth(tmp_path):
 
 @pytest.mark.slow
 def test_200_cases_in_a_row_with_flat_memory(site):
-    """Of 64^3 voxels: to keep one image or prediction of each would take more than the 5 % that are allowed."""
+    """Of 48^3 voxels: to keep one image or prediction of each would take more than the 5 % that are allowed."""
     place = site("supervised")
     folder, rng, names = place.path / "data", np.random.default_rng(0), [f"long{k}" for k in range(200)]
-    grid = np.indices((64, 64, 64))
+    grid = np.indices((48, 48, 48))
     for name in names:
-        centre = rng.uniform(20, 44, (3, 1, 1, 1))
+        centre = rng.uniform(20, 34, (3, 1, 1, 1))
         label = (((grid - centre) ** 2).sum(0) < 100).astype(np.uint8)
         label[2:8, 2:8, 2:8] = 2
         image = (40 * label + rng.integers(0, 20, label.shape)).astype(np.float32)
@@ -46,7 +46,7 @@ def test_200_cases_in_a_row_with_flat_memory(site):
     entries = [{"image": f"imagesTr/{name}.nii", "label": f"labelsTr/{name}.nii"} for name in names]
     lists = json.loads((folder / "dataset_0.json").read_text())
     (folder / "dataset_0.json").write_text(json.dumps(lists | {"test": entries}))
-    ended = place.run("max_steps=1", "patch_size=[64,64,64]")
+    ended = place.run("max_steps=1", "patch_size=[48,48,48]")
     assert ended.code == 0, ended.text
 
     noted = place.path / "memory.jsonl"
