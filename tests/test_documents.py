@@ -183,7 +183,7 @@ def flags_of(script: Path) -> frozenset[str]:
             found |= {f"--no-{name[2:]}" for name in names if optional}
     if script.name == "make_splits.py":
         found |= flags_of(script.with_name("make_splits_2d.py"))
-    if "add_plugin_flags(parser)" in text:
+    if "plugins.add_plugin_flags(parser)" in text:
         found |= flags_of(ROOT / "utils/plugins.py")
     return frozenset(found)
 
