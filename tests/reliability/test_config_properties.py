@@ -208,7 +208,7 @@ def test_any_argument_of_networks_and_methods(drawn, student):
         config["method"] = name
     message = attempt(script, config)
     if message is not None:
-        assert_helpful(message, "config.yaml", (section, *fields(script)))
+        assert_helpful(message, ("config.yaml", "--device"), (section, *fields(script)))
 
 
 @st.composite
