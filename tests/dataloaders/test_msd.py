@@ -423,7 +423,7 @@ def test_class_names_and_channels_come_from_the_json(tmp_path):
     for labels in (None, {"0": "a"}, {"0": "a", "2": "b"}, {"a": 0, "b": 1}, ["a", "b"]):
         with pytest.raises(DataError, match=r"d.json: 'labels' is .*expected a name for each id"):
             told({}, labels=labels)
-    with pytest.raises(DataError, match=r"'modality' is \{\}, expected a name for each channel"):
+    with pytest.raises(DataError, match=r"'modality' is \{\}; expected a name for each channel"):
         told({"class_names": ("a", "b")}, modality={})
     assert describe_dataset("msd", str(tmp_path), "absent.json", {"class_names": ("a", "b")}) == {"in_channels": 1}
     with pytest.raises(DataError, match="no such data list"):
