@@ -366,6 +366,9 @@ class Workspace:
         ):  # fmt: skip
             shutil.copytree(tiny, data / root)
             (data / root / "dataset_0.json").rename(data / root / datalist)
+        mine = data / "mine/dataset.json"
+        described = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "2": "tumour"}}
+        mine.write_text(json.dumps(described | json.loads(mine.read_text())))
         for path in (data / "Task09_Spleen/labelsTr").iterdir():  # of two classes
             label = nib.load(path)
             nib.save(nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint8), label.affine), path)
