@@ -40,7 +40,7 @@ def test_the_table_of_a_student(tmp_path, monkeypatch, capsys):
 
     # Teacher and student, in one runtime that costs no export
     deployment.main(["--runtimes", "pytorch", "--no-dice", *common, "runs/tiny/supervised/resunet/seed0/best.pt", path])
-    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "PyTorch |" in line]
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "| PyTorch |" in line]
     assert rows == ["| resunet, supervised", "| unet <- resunet, kd"]
 
 

@@ -149,33 +149,32 @@ def test_model_card(ckpt, tmp_path):
 def one_of_each(network):
     """The network with one block of those that follow each other alike: exporting takes its time by their number."""
     for name, layers in list(network.named_modules()):
-        if isinstance(layers, nn.Sequential) and len(layers) > 1:
-            kept = [
-                layer for k, layer in enumerate(layers)
-                if not isinstance(layer, EESP | InvertedResidual) or k == 0
-            ]  # fmt: skip
+        if isinstance(layers, nn.Sequential) and all(isinstance(layer, EESP | InvertedResidual) for layer in layers):
             parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, nn.Sequential(*kept))
+            setattr(network.get_submodule(parent), child, layers[:1])
     return network
 
 
 # The U-Net is in the tests above; the V-Nets of two decoders run the V-Net's layers.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resunet", "segresnet", "espnetv2", "mobile_unet", "lcovnet", "vnet", "unet2d"])
-def test_every_network_as_onnx(name, tmp_path):
+def test_every_network_as_onnx_and_openvino(name, tmp_path):
     dims = NETWORKS[name].dims
     fewer = {"blocks_down": (1, 1, 1, 1)} if name == "segresnet" else {}
     network = enliven(build_network(name, 2, 3, **SMALL[name], **fewer))
     network = one_of_each(network) if name in ("espnetv2", "mobile_unet") else network
     size = (32,) * dims if name == "mobile_unet" else (32, 16, 48)[:dims]
     export.write_onnx(network, tmp_path / "model.onnx", torch.zeros(2, 2, *size))
-    run = exported._onnx(tmp_path / "model.onnx", 1)
+    export.write_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
+    runtimes = [exported._onnx(tmp_path / "model.onnx", 1), exported._openvino(tmp_path / "model.xml", 1)]
     for batch in (1, 3):
         image = torch.randn(batch, 2, *size)
         with torch.inference_mode():
             expected = network(image)
         assert expected.std() > 1e-3
-        torch.testing.assert_close(run(image), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+        for predict in runtimes:
+            atol = 1e-4 * max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(predict(image), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("size, target", [((6, 5, 7), (5, 5, 5)), ((3, 8, 2), (5, 8, 1)), ((9, 4, 6), (1, 1, 1))])
