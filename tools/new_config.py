@@ -117,10 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(yaml_text(args, name, format, datalist, told, choices, scans), encoding="utf-8")
-    # The file must be one that the training script takes, with lists that fit the data.
-    cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, args.out))
-    train_3d_distill.validate(cfg)
-    build_dataset(**train_3d_distill.dataset_arguments(cfg)).splits()
+    try:  # the file must be one that the training script takes, with lists that fit the data
+        cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, args.out))
+        train_3d_distill.validate(cfg)
+        build_dataset(**train_3d_distill.dataset_arguments(cfg)).splits()
+    except (ConfigError, DataError):
+        args.out.unlink()
+        raise
     show(args, told, choices, scans, len(cases))
     return 0
 
@@ -266,11 +269,13 @@ def choose_patch(
         patch, why = list(args.patch), f"--patch; {scan}"
     else:
         patch = [math.ceil(side / multiple) * multiple for side in median]
+        if max(patch) == multiple:  # norms want more than one voxel in the deepest layer
+            patch[2] *= 2
         together = square and max(median[:2]) < 1.5 * min(median[:2])  # a patch of equal sides can be turned
         if together:
             patch[:2] = [max(patch[:2])] * 2
         limits = []
-        while any(side > multiple for side in patch):
+        while True:
             if math.prod(patch) > args.max_voxels:
                 limits.append(f"{args.max_voxels} voxels")
             elif estimate(patch, 2) > SHARE * memory:
@@ -278,8 +283,11 @@ def choose_patch(
             else:
                 break
             longest = max((k for k in range(3) if patch[k] > multiple), key=lambda k: patch[k] * spacing[k])
-            for axis in (0, 1) if together and longest < 2 else (longest,):
-                patch[axis] -= multiple
+            axes = (0, 1) if together and longest < 2 else (longest,)
+            smaller = [side - multiple * (k in axes) for k, side in enumerate(patch)]
+            if max(smaller) == multiple:
+                break
+            patch = smaller
         limit = f", made smaller for {' and '.join(dict.fromkeys(limits))}" if limits else ""
         why = f"{scan}, multiples of {multiple}{limit}"
     whole = all(side >= n for side, n in zip(patch, median))

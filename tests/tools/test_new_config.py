@@ -132,6 +132,13 @@ def test_spacing_patch_and_batch(tmp_path, monkeypatch):
     small = written(tmp_path, monkeypatch, "--device-memory", "0.03")
     assert np.prod(small["patch_size"]) < 64 * 64 * 8
     (tmp_path / "mine.yaml").unlink()
+    least = written(tmp_path, monkeypatch, "--device-memory", "0.001")["patch_size"]
+    assert least == [16, 16, 8]  # one voxel in the deepest layer would be too few
+    (tmp_path / "mine.yaml").unlink()
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        written(tmp_path, monkeypatch, "--patch", "8", "8", "8", "--networks", "resunet")
+    assert not (tmp_path / "mine.yaml").exists()
+    (tmp_path / "mine.yaml").unlink()
     assert written(tmp_path, monkeypatch, "--patch", "32", "16", "8")["patch_size"] == [32, 16, 8]
 
 
