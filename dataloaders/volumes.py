@@ -1,6 +1,7 @@
 """Scans read from files with checks: NIfTI by nibabel, NRRD, MetaImage and DICOM series by SimpleITK."""
 
 import gzip
+import locale
 import re
 import zlib
 from pathlib import Path
@@ -71,7 +72,7 @@ def dicom_series(folder: Path) -> dict[str, list[Path]]:
     """Series identifier -> its files from the first slice to the last, of the DICOM files right in `folder`."""
     import SimpleITK as sitk
 
-    with _without_warnings(sitk):
+    with _contained(sitk):
         return {
             identifier: [Path(file) for file in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifier)]
             for identifier in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
@@ -81,7 +82,7 @@ def dicom_series(folder: Path) -> dict[str, list[Path]]:
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
-    with _without_warnings(sitk):
+    with _contained(sitk):
         return _from_itk(sitk.ReadImage(str(path)), path)
 
 
@@ -99,7 +100,7 @@ def _read_series(path: Path) -> tuple[np.ndarray, np.ndarray]:
             "one", "name one file of the wanted series instead of the folder" if found else "check the folder",
         ))  # fmt: skip
     ((_, files),) = series.items()
-    with _without_warnings(sitk):
+    with _contained(sitk):
         if len(files) == 1:  # several frames in one file
             return _from_itk(sitk.ReadImage(str(files[0])), path)
         reader = sitk.ImageSeriesReader()
@@ -136,18 +137,21 @@ def _from_itk(image, path: Path) -> tuple[np.ndarray, np.ndarray]:
     return voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-class _without_warnings:
-    """SimpleITK writes to standard error by itself; what matters is checked here and raised."""
+class _contained:
+    """SimpleITK writes to standard error by itself; what matters is checked here and raised. Some of its readers and
+    writers reset the locale of the process, after which open() takes text for ASCII."""
 
     def __init__(self, sitk) -> None:
         self.object = sitk.ProcessObject
 
     def __enter__(self) -> None:
+        self.locale = locale.setlocale(locale.LC_ALL)
         self.before = self.object.GetGlobalWarningDisplay()
         self.object.SetGlobalWarningDisplay(False)
 
     def __exit__(self, *error: object) -> None:
         self.object.SetGlobalWarningDisplay(self.before)
+        locale.setlocale(locale.LC_ALL, self.locale)
 
 
 def channel_number(name: str) -> tuple[str, int] | None:

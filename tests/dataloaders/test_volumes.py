@@ -1,6 +1,5 @@
 """Scans of other formats than NIfTI: the same voxels at the same places, and series that are not whole."""
 
-import locale
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +22,6 @@ def write_dicom(folder, voxels, affine, number=1, leave_out=(), intercept=0):
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     direction = lps[:3, :3] / spacing
     identifier = f"1.2.826.0.1.3680043.2.1125.{number}"
-    before = locale.setlocale(locale.LC_ALL)  # writing resets it, and open() would then take files for ASCII
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     for k in range(voxels.shape[2]):
@@ -43,7 +41,6 @@ def write_dicom(folder, voxels, affine, number=1, leave_out=(), intercept=0):
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{number}_{(k * 7) % 101}.dcm"))
         writer.Execute(image)
-    locale.setlocale(locale.LC_ALL, before)
     return identifier
 
 

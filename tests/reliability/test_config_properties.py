@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import math
 import string
 import subprocess
@@ -343,7 +344,8 @@ def test_every_key_is_read(script):
 def other_value(field):
     """A valid value that is not the field's default."""
     by_name = {"orientation": "LPS", "spacing": [1.0, 1.0, 1.0], "intensity": "zscore", "window": [0.0, 1.0],
-               "normalize": "volume", "augmentation": "supervised", "eval_resize": "nearest"}  # fmt: skip
+               "normalize": "volume", "augmentation": "supervised", "eval_resize": "nearest",
+               "regions": {"whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}  # fmt: skip
     if field.name in by_name:
         return by_name[field.name]
     return not field.default if isinstance(field.default, bool) else field.default + 1
@@ -360,10 +362,15 @@ def idle_keys():
 
 
 @pytest.mark.parametrize("script, name, key", list(idle_keys()))
-def test_a_key_that_the_format_has_no_use_for_is_an_error(script, name, key):
+def test_a_key_that_the_format_has_no_use_for_is_an_error(script, name, key, tmp_path):
     config = dict(BASE[script]) | {"format": name}
     if name == "brats":
         config |= {"class_names": ["a", "b", "c"], "in_channels": 4, "crop": "uniform"}
+    if name == "nnunet":  # what a configuration leaves out is read from the data set
+        content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1, "b": 2}, "numTraining": 1,
+                   "file_ending": ".nii.gz"}  # fmt: skip
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        config |= {"data_root": str(tmp_path), "datalist": "dataset.json"}
     assert attempt(script, config) is None
     message = attempt(script, config | {key: other_value(fields(script)[key])})
     assert_helpful(message, f"config.yaml: {key}: ", "does not use this key")

@@ -260,7 +260,7 @@ def test_every_table_prints_the_number_of_misses_and_the_penalised_means(drawn, 
     assert f"{native['counts']['missed']} missed" in table
 
     both = clean_summary(missing, labels, spacing, "nan")
-    full = {"resampled": both, "native": both, "empty_policy": "nan"}
+    full = {"resampled": both, "native": both, "empty_policy": "nan", "checkpoint": "best.pt"}
     table = printed(test_3d.report, full, NAMES[1:], False)
     (mean,) = [line.split()[3:] for line in table.splitlines() if line.startswith("mean of cases")]
     assert [f"{both['penalised']['mean'][metric]:.2f}" for metric in ("hd95", "asd")] == mean[4:6] == mean[10:]
@@ -281,5 +281,6 @@ def test_a_table_without_failures_has_no_marks():
     label = np.zeros((6, 5, 4), np.uint8)
     label[1:3], label[3:5], label[5:] = 1, 2, 3
     summary = clean_summary([label], [label], [1.0, 1.0, 1.0], "nan")
-    table = printed(test_3d.report, {"resampled": summary, "native": summary, "empty_policy": "nan"}, NAMES[1:], False)
+    run = {"resampled": summary, "native": summary, "empty_policy": "nan", "checkpoint": "best.pt"}
+    table = printed(test_3d.report, run, NAMES[1:], False)
     assert "*" not in table and "0 missed" in table

@@ -75,7 +75,8 @@ def test_teacher_of_a_supervised_run(config):
     # The distillation script takes it as a teacher, and test_3d.py finds every key it reads.
     cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, config))
     dataset = build_dataset(**checkpoint["dataset"])
-    teacher = train_3d_distill.load_teacher(Namespace(config=config), cfg, dataset)
+    teacher, scores = train_3d_distill.load_teacher(Namespace(config=config, plugins={}), cfg, dataset, [])
+    assert scores is None  # imported weights bring none
     assert all(torch.equal(teacher.state_dict()[key], value) for key, value in state.items())
     assert checkpoint["kind"] == "3d"
     keys = {"dataset", "method", "preset", "teacher", "seed", "tag", "max_steps", "patch_size", "overlap"}
