@@ -138,7 +138,6 @@ def test_spacing_patch_and_batch(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="more than 1 spatial element"):
         written(tmp_path, monkeypatch, "--patch", "8", "8", "8", "--networks", "resunet")
     assert not (tmp_path / "mine.yaml").exists()
-    (tmp_path / "mine.yaml").unlink()
     assert written(tmp_path, monkeypatch, "--patch", "32", "16", "8")["patch_size"] == [32, 16, 8]
 
 
