@@ -507,7 +507,7 @@ class Workspace:
         """The arguments with the tables at the head of this file, and on the CPU."""
         table = f"{script} {value_of(arguments, '--dataset')}" if script.endswith("make_demo_data.py") else script
         replaced = VALUES.get(table, {})
-        if script.endswith("make_demo_data.py"):
+        if script.endswith("make_demo_data.py") and "--corrupt" not in arguments:  # which has one size
             arguments = [*arguments, *(flag for flag in replaced if flag not in arguments)]
         grouped: list[list[str]] = [[]]
         for word in arguments:

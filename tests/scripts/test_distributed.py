@@ -85,7 +85,8 @@ def test_a_resumed_run_of_two_processes_equals_an_uninterrupted_one(site):
     (run / "last.previous.pt").replace(run / "last.pt")
     assert load_checkpoint(run / "last.pt")["step"] == 2
     script = str(ROOT / "train_3d_distill.py")
-    torchrun(script, "--config", "tiny.yaml", *flags, "--resume", "--opts", "tag=whole", cwd=site)
+    opts = ("--opts", "tag=whole", "diagnose_interval=2")
+    torchrun(script, "--config", "tiny.yaml", *flags, "--resume", *opts, cwd=site)
     again = load_checkpoint(run / "last.pt")
     assert again["step"] == 4 and digest(again["weights"]) == digest(whole["weights"])
     assert (run / "log.jsonl").read_text() == log

@@ -43,6 +43,7 @@ def workspace(tmp_path_factory):
         write_data(folder / kind, KINDS[kind])
         settings = yaml.safe_load(CONFIGS[kind] + COMMON)
         made[name] = settings | {"dataset": name, "data_root": f"{kind}/data", "labelled": 1}
+        made[name]["select_on"] = "val" if KINDS[kind].val else "test"
         if "split_dir" in settings:
             made[name]["split_dir"] = f"{kind}/splits"
     for name, settings in made.items():
