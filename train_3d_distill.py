@@ -58,6 +58,7 @@ from utils.config import (
 )
 from utils.diagnosis import Diagnosis, findings
 from utils.distributed import World, join_world
+from utils.memory import keep_freed_memory
 from utils.modes import weightless
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import RunLog, SilentLog, read_log
@@ -356,6 +357,8 @@ def main() -> int:
     resume = args.resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS))
     world, name = join_world(cfg.device)
     device = resolve_device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
     if cfg.deterministic:
         use_deterministic(device, cfg.compile, quiet=not world.main)
 

@@ -29,6 +29,7 @@ from benchmarks.harness import arguments, interleaved, overhead, report
 from methods import build_method
 from methods.base import Method
 from networks import build_network
+from utils.memory import keep_freed_memory
 from utils.modes import evaluating
 from utils.schedules import build_optimizer
 
@@ -160,6 +161,7 @@ def run(part: str, args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the training scripts do
     return report([run(part, args) for part in args.parts], args)
 
 
