@@ -1,42 +1,94 @@
 #!/bin/sh
-# Every distillation method with each teacher on MSD Hippocampus (real MRI), in short trainings that a laptop can do:
-# a U-Net of 123 k parameters, 1000 steps, one seed. Prints one table. Two cores: about three hours.
+# The tables of MSD Hippocampus (real MRI) in RESULTS.md: trainings of minutes that a laptop can do. Two cores: a night.
 #
-#   sh scripts/table_hippocampus.sh            # all rows
-#   METHODS="kd acf_bckd" TEACHERS=resunet SEEDS="0 1 2" STEPS=3000 sh scripts/table_hippocampus.sh
+#   sh scripts/table_hippocampus.sh                                   # all cells, two at a time
+#   sh scripts/table_hippocampus.sh --dry-run                         # print the commands
+#   PARTS=methods TEACHERS=resunet METHODS="kd acf_bckd" SEEDS="0 1" sh scripts/table_hippocampus.sh
 #
-# The teachers are those of seed 0 (ResU-Net 2000 steps, SegResNet 1000 steps, learning rate 0.05). Students learn at 0.02:
-# at the papers' 0.01 these narrow networks are slow to begin, and at 0.05 CWD diverged. What is complete is not repeated.
+# PARTS: teachers (ResU-Net, SegResNet), alone (every student without a teacher), methods (U-Net under each method and
+# teacher), students (the other students under METHODS_OF_STUDENTS), ablation (parts of ACF-BCKD), presets (as_released
+# where it differs). SEEDS are those of the U-Net, the other students and ablations have seed 0. JOBS: trainings at a
+# time, of one thread each. Every training has the same steps, rate, schedule, batch and augmentation. What is complete
+# is not repeated; an interrupted training goes on where it stopped. Then: tools/evidence.py collect, tables.
 set -e
-. "$(dirname "$0")/setup.sh"
+case $1 in
+    --dry-run) dry=1 ;;
+    '') dry= ; . "$(dirname "$0")/setup.sh" ;;
+    *) echo "error: unknown argument $1; known: --dry-run" >&2; exit 2 ;;
+esac
 config=configs/hippocampus.yaml
-steps=${STEPS:-1000}
-common="workers=0 max_steps=$steps val_interval=$((steps / 2)) lr=${LR:-0.02} tag=s$steps"
+steps=${STEPS:-1000} jobs=${JOBS:-2} teachers=${TEACHERS:-resunet segresnet} seeds=${SEEDS:-0 1 2}
+rate="workers=0 lr=${LR:-0.05} grad_clip=${CLIP:-1.0}"
+common="$rate max_steps=$steps val_interval=$((steps / 4))"
+# What one cell does: train and test, unless that is done.
+do_cell='
+    run=$($python train_3d_distill.py --config $config "$@" --show-run)
+    printf "== %s\n" "$run"
+    $python train_3d_distill.py --config $config --resume "$@" > "$log" 2>&1 || { tail -n 20 "$log"; exit 1; }
+    [ "$run/summary.json" -nt "$run/best.pt" ] || $python test_3d.py --ckpt "$run/best.pt" --no-predictions > "$log"
+    rm "$log"
+'
+export python config do_cell OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-run_cell() {  # run_cell <flags of train_3d_distill.py ...>: train and test; adds the run to $runs
-    run=$($python train_3d_distill.py --config "$config" "$@" --show-run)
-    printf '\n== %s\n' "$run"
-    $python train_3d_distill.py --config "$config" --resume "$@"
-    [ "$run/summary.json" -nt "$run/best.pt" ] || $python test_3d.py --ckpt "$run/best.pt" --no-predictions
-    runs="$runs $run"
+all() {  # all: run the cells that come in, one a line
+    if [ "$dry" ]; then
+        sed 's|^|python train_3d_distill.py --config configs/hippocampus.yaml |'
+    else
+        xargs -P "$jobs" -L 1 sh -c 'log=$(mktemp); eval "$do_cell"' cell
+    fi
 }
 
-teachers=${TEACHERS:-resunet segresnet}
-for teacher in $teachers; do
-    steps_of_teacher=2000
-    [ "$teacher" = resunet ] || steps_of_teacher=1000
-    run_cell --method supervised --student "$teacher" --opts workers=0 max_steps=$steps_of_teacher val_interval=250 lr=0.05
-done
-for seed in ${SEEDS:-0}; do
-    # shellcheck disable=SC2086
-    run_cell --method supervised --student unet --seed "$seed" --opts $common
-    for teacher in $teachers; do
-        for method in ${METHODS:-kd at nkd skd ifvd cwd dist dkd cirkd acf_bckd}; do
-            # shellcheck disable=SC2086
-            run_cell --teacher "$teacher" --student unet --method "$method" --seed "$seed" --opts $common
+student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag> [<further settings>]]
+    network=$1 seed=$2 method=$3 teacher=$4 tag=s$steps${5:+-$5}
+    flags="--method $method --student $network --seed $seed"
+    [ "$teacher" = - ] || flags="$flags --teacher $teacher"
+    shift 4
+    [ $# -eq 0 ] || shift
+    printf '%s' "$flags --opts $common tag=$tag"
+    [ $# -eq 0 ] || printf ' "%s"' "$@"
+    printf '\n'
+}
+
+part() { case " ${PARTS:-teachers alone methods students ablation presets} " in *" $1 "*) ;; *) return 1 ;; esac; }
+
+{   # Teachers come first: the others read them. They take twice the steps.
+    if part teachers; then
+        for teacher in $teachers; do
+            echo "--method supervised --student $teacher --opts $rate max_steps=$((2 * steps)) val_interval=$((steps / 2))"
+        done
+    fi
+} | all
+{
+    if part alone; then
+        student unet 0 supervised -
+        for network in espnetv2 mobile_unet lcovnet; do student $network 0 supervised -; done
+    fi
+    for seed in $seeds; do
+        if part alone && [ "$seed" != 0 ]; then student unet "$seed" supervised -; fi
+        for teacher in $teachers; do
+            for method in ${METHODS:-acf_bckd kd dist cwd at nkd skd ifvd dkd cirkd}; do
+                if part methods; then student unet "$seed" "$method" "$teacher"; fi
+            done
         done
     done
-done
-printf '\n== results\n'
-# shellcheck disable=SC2086
-$python tools/results_table.py $runs
+    if part ablation; then
+        for kept in "afd" "cfd" "hbd" "sbd" "afd cfd" "hbd sbd" "cfd hbd sbd" "afd hbd sbd" "afd cfd sbd" "afd cfd hbd"; do
+            left_out=
+            for term in afd cfd hbd sbd; do
+                case " $kept " in *" $term "*) ;; *) left_out="$left_out, $term: 0.0" ;; esac
+            done
+            student unet 0 acf_bckd resunet "$(echo "$kept" | tr ' ' '+')" "method_args={acf_bckd: {${left_out#, }}}"
+        done
+    fi
+    if part presets; then
+        for method in kd skd ifvd cirkd; do student unet 0 "$method" resunet "" preset=as_released; done
+        student unet 0 acf_bckd segresnet "" preset=as_released
+    fi
+    if part students; then
+        for network in espnetv2 mobile_unet lcovnet; do
+            for teacher in $teachers; do
+                for method in ${METHODS_OF_STUDENTS:-acf_bckd kd dist cwd}; do student $network 0 "$method" "$teacher"; done
+            done
+        done
+    fi
+} | all
