@@ -25,14 +25,16 @@ def arguments(doc: str, repeats: int = 3) -> argparse.ArgumentParser:
     return parser
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, called in alternation after one warm-up call each.
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int, *, warm: bool = True
+) -> dict[str, float]:
+    """Median seconds of each function, called in alternation, if `warm` after one call each that is not timed.
 
     Alternation lets a machine that slows down slow all of them.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    for function in functions.values():
+    for function in functions.values() if warm else ():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
