@@ -185,9 +185,10 @@ def fed(folder: Path, args: argparse.Namespace) -> list[dict]:
     waits, sleeps = [], []
     for _ in range(args.steps):
         begin = time.perf_counter()
-        next(loader)
+        batch = next(loader)
         received = time.perf_counter()
         time.sleep(STEP)
+        del batch  # a step lets go of its batch, whoever loaded it
         waits.append(received - begin)
         sleeps.append(time.perf_counter() - received)
     first, *later = waits

@@ -9,9 +9,16 @@ A step: ResU-Net teacher forward, U-Net student forward, loss, backward, SGD upd
 step that is compared with runs the teacher too. ACF-BCKD is timed in mid-schedule, where both boundary terms count. The
 networks are untrained, so both predictions get a fixed map added that favours an ellipsoid of every class of every
 patch: without boundaries the boundary terms would cost little.
+
+Each method has a process of its own, in which its step and the plain one alternate, and freed memory is kept as the
+training scripts keep it. In one process for all, every step would meet a heap that another method has left in pieces
+and wait for the system to clear pages, which training does not do once it has come to its peak.
 """
 
+import argparse
+import multiprocessing
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -82,27 +89,40 @@ def check_terms(terms: dict[str, dict[str, float]]) -> None:
             raise AssertionError(f"{method}: the term {', '.join(idle)} is not a positive number: {values}")
 
 
+def measure(method: str, args: argparse.Namespace, sender: Connection) -> None:
+    """Send the seconds of a plain step and of one with `method`."""
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    steps = Steps(*((2, 16) if args.small else (args.batch, args.size)))
+    functions = {"seg": steps.make(None), method: steps.make(method)}
+    seconds = interleaved(functions, args)
+    check_terms(steps.terms)
+    sender.send((seconds["seg"], seconds[method]))
+
+
 def main() -> int:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, repeats=2)
     parser.add_argument("--methods", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--size", type=int, default=96, help="side of the cubic patches, voxels (default %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="patches in a step (default %(default)s)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the training scripts do
     batch, size = (2, 16) if args.small else (args.batch, args.size)
-
-    steps = Steps(batch, size)
-    functions = {"seg": steps.make(None), **{method: steps.make(method) for method in args.methods}}
-    seconds = interleaved(functions, args)
-    check_terms(steps.terms)
-    rows = [
-        harness.overhead(
-            f"{method} step, {batch} patches of {size}³", "segmentation loss only", seconds["seg"], seconds[method],
-            BARS[method],
-        )
-        for method in args.methods
-    ]  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for method in args.methods:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=measure, args=(method, args, sender))
+        process.start()
+        sender.close()
+        try:
+            seconds = receiver.recv()
+        except EOFError:
+            sys.exit(f"error: {method}: its process stopped; see above")
+        finally:
+            process.join()
+        title = f"{method} step, {batch} patches of {size}³"
+        rows.append(harness.overhead(title, "segmentation loss only", *seconds, BARS[method]))
+        print(f"{title}: {rows[-1]['ratio']}", file=sys.stderr)  # the whole takes a while
     return harness.report(rows, args)
 
 

@@ -66,7 +66,7 @@ SMALL = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, repeats=2)
     parser.add_argument("--parts", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--train-steps", type=int, help="default 100, with --small 2")
     parser.add_argument("--cpu-time", action="store_true", help="processor seconds of all threads, not wall time")
