@@ -17,34 +17,39 @@ case $1 in
     *) echo "error: unknown argument $1; known: --dry-run" >&2; exit 2 ;;
 esac
 config=configs/hippocampus.yaml
-steps=${STEPS:-1000} jobs=${JOBS:-2} teachers=${TEACHERS:-resunet segresnet} seeds=${SEEDS:-0 1 2}
+steps=${STEPS:-600} jobs=${JOBS:-2} teachers=${TEACHERS:-resunet segresnet} seeds=${SEEDS:-0 1 2}
 rate="workers=0 lr=${LR:-0.05} grad_clip=${CLIP:-1.0}"
 common="$rate max_steps=$steps val_interval=$((steps / 4))"
 # What one cell does: train and test, unless that is done.
 do_cell='
-    run=$($python train_3d_distill.py --config $config "$@" --show-run)
+    run=$($python train_3d_distill.py --config $config "$@" --show-run) || exit 1
     printf "== %s\n" "$run"
     $python train_3d_distill.py --config $config --resume "$@" > "$log" 2>&1 || { tail -n 20 "$log"; exit 1; }
-    [ "$run/summary.json" -nt "$run/best.pt" ] || $python test_3d.py --ckpt "$run/best.pt" --no-predictions > "$log"
+    [ "$run/summary.json" -nt "$run/best.pt" ] ||
+        $python test_3d.py --ckpt "$run/best.pt" --no-predictions > "$log" 2>&1 || { tail -n 20 "$log"; exit 1; }
     rm "$log"
 '
 export python config do_cell OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-all() {  # all: run the cells that come in, one a line
+all() {  # all: run the cells that come in, one a line, if any
     if [ "$dry" ]; then
         sed 's|^|python train_3d_distill.py --config configs/hippocampus.yaml |'
     else
-        xargs -P "$jobs" -L 1 sh -c 'log=$(mktemp); eval "$do_cell"' cell
+        xargs -r -P "$jobs" -L 1 sh -c 'log=$(mktemp); eval "$do_cell"' cell
     fi
 }
 
 student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag> [<further settings>]]
     network=$1 seed=$2 method=$3 teacher=$4 tag=s$steps${5:+-$5}
     flags="--method $method --student $network --seed $seed"
-    [ "$teacher" = - ] || flags="$flags --teacher $teacher"
+    settings="$common tag=$tag"
+    if [ "$teacher" != - ]; then
+        flags="$flags --teacher $teacher"
+        settings="$settings teacher_checkpoint=runs/hippocampus/supervised/$teacher/seed0-s$((2 * steps))/best.pt"
+    fi
     shift 4
     [ $# -eq 0 ] || shift
-    printf '%s' "$flags --opts $common tag=$tag"
+    printf '%s' "$flags --opts $settings"
     [ $# -eq 0 ] || printf ' "%s"' "$@"
     printf '\n'
 }
@@ -54,7 +59,8 @@ part() { case " ${PARTS:-teachers alone methods students ablation presets} " in 
 {   # Teachers come first: the others read them. They take twice the steps.
     if part teachers; then
         for teacher in $teachers; do
-            echo "--method supervised --student $teacher --opts $rate max_steps=$((2 * steps)) val_interval=$((steps / 2))"
+            settings="$rate max_steps=$((2 * steps)) val_interval=$((steps / 2)) tag=s$((2 * steps))"
+            echo "--method supervised --student $teacher --seed 0 --opts $settings"
         done
     fi
 } | all

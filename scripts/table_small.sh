@@ -20,20 +20,21 @@ jobs=${JOBS:-2} seeds=${SEEDS:-0 1} seeded=${SEEDED:-supervised unimatch crkd}
 do_cell='
     kind=$1
     shift
-    run=$($python train_${kind}_crkd.py "$@" --show-run)
+    run=$($python train_${kind}_crkd.py "$@" --show-run) || exit 1
     printf "== %s\n" "$run"
     $python train_${kind}_crkd.py --resume "$@" > "$log" 2>&1 || { tail -n 20 "$log"; exit 1; }
     [ "$run/summary.json" -nt "$run/best.pt" ] ||
-        $python test_$kind.py --ckpt "$run/best.pt" --split val --no-predictions > "$log"
+        $python test_$kind.py --ckpt "$run/best.pt" --split val --no-predictions > "$log" 2>&1 ||
+        { tail -n 20 "$log"; exit 1; }
     rm "$log"
 '
 export python do_cell OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-all() {  # all: run the cells that come in, one a line
+all() {  # all: run the cells that come in, one a line, if any
     if [ "$dry" ]; then
         sed 's|^\(..\) |python train_\1_crkd.py |'
     else
-        xargs -P "$jobs" -L 1 sh -c 'log=$(mktemp); eval "$do_cell"' cell
+        xargs -r -P "$jobs" -L 1 sh -c 'log=$(mktemp); eval "$do_cell"' cell
     fi
 }
 
