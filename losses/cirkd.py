@@ -132,6 +132,61 @@ def similarity_kl(
         )
 
 
+class _OwnSimilarityKL(torch.autograd.Function):
+    """`similarity_kl` of unit vectors with themselves, in half the products: their similarities are symmetric.
+
+    Each strip holds the similarities of its rows to themselves and to later rows; those to earlier rows are columns of
+    earlier strips. The exponentials are kept until all sums are known: n^2 float32 for student and teacher together.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, temperature, chunk):
+        count = len(student)
+        ours, theirs = student / temperature, teacher / temperature
+        # For every row: sums of exp(s), of exp(t) and of exp(t) (t - s). Nothing overflows: |s| <= 1 / temperature.
+        sums = student.new_zeros((3, count), dtype=torch.float64)
+        strips = []
+        for start in range(0, count, chunk):
+            stop = min(start + chunk, count)
+            s, t = torch.mm(ours[start:stop], student[start:].T), torch.mm(theirs[start:stop], teacher[start:].T)
+            exp_s, exp_t = s.exp(), t.exp()
+            for total, part in zip(sums, (exp_s, exp_t, t.sub_(s).mul_(exp_t))):
+                total[start:stop] += part.sum(1)
+                total[stop:] += part[:, stop - start :].sum(0)
+            strips.append((start, stop, exp_s, exp_t))
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.zeros_like(student)
+            a, b = sums[:2].reciprocal().float()
+            for start, stop, exp_s, exp_t in strips:
+                # p - q of the similarity as one of its row, and as one of its column
+                slope = exp_s.mul_(a[start:stop, None] + a[start:]).sub_(exp_t.mul_(b[start:stop, None] + b[start:]))
+                gradient[start:stop].addmm_(slope, student[start:])
+                gradient[stop:].addmm_(slope[:, stop - start :].T, student[start:stop])
+            gradient.div_(count * temperature)
+        ctx.save_for_backward(gradient)
+        return (sums[0].log() - sums[1].log() + sums[2] / sums[1]).mean().float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None, None, None
+
+
+# Vectors and temperature up to which a CPU takes `_OwnSimilarityKL`: memory, and range of the exponential function.
+MOST_VECTORS, LEAST_TEMPERATURE = 1 << 14, 0.05
+
+
+def own_similarity_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, chunk: int | None = None) -> Tensor:
+    """`similarity_kl` of (n, C) vectors of unit length, or 0, with themselves; scalar float32."""
+    few = len(student) <= MOST_VECTORS and temperature >= LEAST_TEMPERATURE
+    if student.device.type != "cpu" or not few:
+        return similarity_kl(student, student, teacher, teacher, temperature, chunk)
+    with torch.autocast("cpu", enabled=False):
+        return _OwnSimilarityKL.apply(student, teacher.detach(), temperature, chunk or 128)
+
+
 def pooled_vectors(feature: Tensor, pool: int = 2) -> Tensor:
     """Average-pool (B, C, *spatial) by `pool`, keeping partial windows, and flatten: (B, N, C) float32."""
     average = F.avg_pool3d if feature.ndim == 5 else F.avg_pool2d
@@ -158,7 +213,11 @@ def pair_kl(
     images = range(1 if pairs == "first" else len(student_vectors))
     couples = [(i, j) for i in images for j in images if pairs == "all" or i == j]
     student, teacher = student_vectors, teacher_vectors
-    losses = [similarity_kl(student[i], student[j], teacher[i], teacher[j], temperature, chunk) for i, j in couples]
+    losses = [
+        own_similarity_kl(student[i], teacher[i], temperature, chunk) if i == j
+        else similarity_kl(student[i], student[j], teacher[i], teacher[j], temperature, chunk)
+        for i, j in couples
+    ]  # fmt: skip
     return sum(losses) / len(losses)
 
 

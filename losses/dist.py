@@ -16,28 +16,12 @@ on multi-class data and is refused on multi-label data.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from losses.kd import PRESETS, check_choice, check_positive, check_weights, unit_vectors
-from losses.voxelwise import voxel_sums
+from losses.kd import PRESETS, check_choice, check_positive, check_weights
+from losses.voxelwise import voxel_chunks
 
-
-def pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Pearson's r of float32 x and y along `dim`, 0 where one is constant; shape without `dim`."""
-    x = unit_vectors(x - x.mean(dim, keepdim=True), dim)
-    y = unit_vectors(y - y.mean(dim, keepdim=True), dim)
-    return (x * y).sum(dim)
-
-
-def pearson_of_sums(sums: Tensor, count: int, eps: float = 1e-6) -> Tensor:
-    """Pearson's r from (5, K) sums of x, y, x^2, y^2 and x y over `count` voxels, 0 where one is constant; (K,).
-
-    Exact for any shift of x and y, but float32 needs them to be shifted by nearly their means.
-    """
-    sum_x, sum_y, sum_xx, sum_yy, sum_xy = sums
-    norm_xx, norm_yy = sum_xx - sum_x.square() / count, sum_yy - sum_y.square() / count
-    constant = (norm_xx < eps**2) | (norm_yy < eps**2)
-    norms = norm_xx.masked_fill(constant, 1.0).sqrt() * norm_yy.masked_fill(constant, 1.0).sqrt()
-    return ((sum_xy - sum_x * sum_y / count) / norms).masked_fill(constant, 0.0)
+EPS = 1e-6  # a row or column whose deviations have a smaller norm is constant: correlation 0, no gradient
 
 
 def relations(
@@ -45,31 +29,100 @@ def relations(
 ) -> tuple[Tensor, Tensor]:
     """tau^2 (1 - mean r) over rows (inter-class) and over columns (intra-class); unweighted scalars float32.
 
-    logits: (B, K, *spatial). Gradient to the student only.
+    logits: (B, K, *spatial). Gradient to the student only, first derivative only.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        return _Relations.apply(student_logits, teacher_logits.detach(), tau, multilabel)
+
+
+def _probabilities(logits: Tensor, tau: float, multilabel: bool) -> Tensor:
+    scaled = logits.float() / tau
+    return scaled.sigmoid() if multilabel else scaled.softmax(0)
+
+
+def _rows(probs: Tensor, multilabel: bool) -> tuple[Tensor, Tensor]:
+    """Deviations (K, n) of probabilities from the mean of their row over its norm, and 1 / norm (n,); 0 if constant.
+
+    The mean is 1 / K, as they sum to 1. A row [p, 1 - p] has the mean 1/2, and its second half adds nothing new.
+    """
+    deviations = probs - (0.5 if multilabel else 1 / len(probs))
+    norm = deviations.square().sum(0).sqrt()  # vector_norm takes ten times as long along a first axis, on a CPU
+    inverse = torch.where(norm < EPS, 0.0, 1.0 / norm.clamp_min(EPS))
+    return deviations.mul_(inverse), inverse
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Row by row, (K, n) and (K, n) -> (K,), without a map of products."""
+    return torch.bmm(x[:, None], y[:, :, None])[:, 0, 0]
+
+
+class _Relations(torch.autograd.Function):
+    """Both relations in one pass and their gradients in another; on the CPU chunk by chunk (losses/voxelwise.py).
+
+    Autograd would keep, or make again, some twenty maps of the size of the logits.
     """
 
-    def probabilities(logits: Tensor) -> Tensor:
-        scaled = logits.float() / tau
-        return scaled.sigmoid() if multilabel else scaled.softmax(1)
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, tau, multilabel):
+        channels = student_logits.shape[1]
+        count = student_logits.numel() // channels
+        inter = student_logits.new_zeros((), dtype=torch.float64)
+        means = student_logits.new_zeros((2, channels), dtype=torch.float64)
+        moments = student_logits.new_zeros((3, channels), dtype=torch.float64)  # about the means: xx, yy, xy
+        seen = 0
+        for sample, voxels in voxel_chunks(student_logits):
+            x, y = (
+                _probabilities(logits[sample].flatten(1)[:, voxels], tau, multilabel)
+                for logits in (student_logits, teacher_logits)
+            )
+            inter += (_rows(x, multilabel)[0] * _rows(y, multilabel)[0]).sum()
+            # Moments about the chunk's own means lose no digits; Chan's rule adds them to those so far.
+            n, own = x.shape[1], torch.stack([x.mean(1), y.mean(1)])
+            x -= own[0][:, None]
+            y -= own[1][:, None]
+            step = own.double() - means
+            moments += torch.stack([_dot(x, x), _dot(y, y), _dot(x, y)]).double()
+            moments += torch.stack([step[0] ** 2, step[1] ** 2, step[0] * step[1]]) * (seen * n / (seen + n))
+            means += step * (n / (seen + n))
+            seen += n
+        xx, yy, xy = moments
+        constant = (xx < EPS**2) | (yy < EPS**2)
+        norm = (xx * yy).sqrt().masked_fill(constant, 1.0)
+        r = (xy / norm).masked_fill(constant, 0.0)
+        # d r / d x = (y - mean) * along + (x - mean) * across
+        along = (1 / norm).masked_fill(constant, 0.0)
+        across = (-r / xx.masked_fill(constant, 1.0)).masked_fill(constant, 0.0)
+        ctx.save_for_backward(student_logits, teacher_logits, means.float(), torch.stack([along, across]).float())
+        ctx.tau, ctx.multilabel, ctx.count = tau, multilabel, count
+        return (tau**2 * (1 - inter / count)).float(), (tau**2 * (1 - r.mean())).float()
 
-    def column_sums(logits: Tensor) -> Tensor:
-        return probabilities(logits).flatten(2).sum((0, 2))
-
-    count = student_logits.numel() // student_logits.shape[1]
-    with torch.no_grad():
-        means = [voxel_sums(column_sums, logits) / count for logits in (student_logits, teacher_logits)]
-
-    def totals(student: Tensor, teacher: Tensor) -> Tensor:
-        x, y = probabilities(student).flatten(2), probabilities(teacher).flatten(2)
-        rows = [torch.cat([p, 1 - p], dim=1) for p in (x, y)] if multilabel else [x, y]
-        inter = pearson(*rows, dim=1).sum()
-        x, y = x - means[0][:, None], y - means[1][:, None]
-        moments = [product.sum((0, 2)) for product in (x, y, x * x, y * y, x * y)]
-        return torch.cat([inter[None], *moments])
-
-    sums = voxel_sums(totals, student_logits, teacher_logits)
-    inter, intra = sums[0] / count, pearson_of_sums(sums[1:].view(5, -1), count).mean()
-    return tau**2 * (1 - inter), tau**2 * (1 - intra)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_inter, grad_intra):
+        student_logits, teacher_logits, means, slopes = ctx.saved_tensors
+        tau, multilabel, channels = ctx.tau, ctx.multilabel, student_logits.shape[1]
+        # Factors of d r: the loss has -tau^2 / number of rows or columns, the softmax 1 / tau.
+        row_factor = grad_inter * (-tau / ctx.count)
+        along, across = (slopes * (grad_intra * (-tau / channels)))[..., None]
+        offset = along * means[1][:, None] + across * means[0][:, None]
+        gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+        for sample, voxels in voxel_chunks(student_logits):
+            x, y = (
+                _probabilities(logits[sample].flatten(1)[:, voxels], tau, multilabel)
+                for logits in (student_logits, teacher_logits)
+            )
+            slope = (along * y).addcmul_(across, x).sub_(offset)
+            u, inverse = _rows(x, multilabel)
+            v, _ = _rows(y, multilabel)
+            r = (u * v).sum(0)
+            slope.addcmul_(v.sub_(u.mul_(r)), inverse * row_factor)
+            if multilabel:
+                part = slope.mul_(x).mul_(1 - x)
+            else:
+                slope.mul_(x)
+                part = slope.sub_(x.mul_(slope.sum(0)))
+            gradient[sample].flatten(1)[:, voxels] = part
+        return gradient, None, None, None
 
 
 class DIST(nn.Module):

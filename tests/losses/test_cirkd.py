@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import cirkd
-from losses.cirkd import CIRKD, Memory, default_pool, pair_kl, pooled_vectors, similarity_kl
+from losses.cirkd import CIRKD, Memory, default_pool, own_similarity_kl, pair_kl, pooled_vectors, similarity_kl
 from losses.kd import unit_vectors
 from tests.losses import reference as ref
 
@@ -440,3 +440,31 @@ def test_bad_arguments():
 @pytest.mark.parametrize("grid, expected", [((48, 48, 48), 2), ((96, 96, 96), 4), ((10, 8), 2), ((96, 96, 48), 4)])
 def test_default_pool_keeps_at_most_24_nodes_per_axis(grid, expected):
     assert default_pool(torch.Size(grid)) == expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 23, 100])
+def test_own_similarity_kl_is_similarity_kl_of_a_matrix_with_itself(temperature, chunk):
+    rng = torch.Generator().manual_seed(0)
+    student = unit_vectors(torch.randn(23, 5, generator=rng), 1)
+    student[4] = 0.0
+    student.requires_grad_()
+    teacher = unit_vectors(torch.randn(23, 3, generator=rng), 1)
+    found = []
+    for loss in (similarity_kl(student, student, teacher, teacher, temperature),
+                 own_similarity_kl(student, teacher, temperature, chunk)):  # fmt: skip
+        found.append((loss.detach(), *torch.autograd.grad(3 * loss, student)))
+    for expected, ours in zip(*found):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert own_similarity_kl(student.detach(), teacher, temperature).requires_grad is False
+
+
+def test_own_similarity_kl_of_many_vectors_keeps_no_map(monkeypatch):
+    """Beyond the limits, the strips of `similarity_kl`."""
+    vectors = unit_vectors(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)), 1)
+    expected = own_similarity_kl(vectors, vectors[:, :3])
+    monkeypatch.setattr(cirkd, "MOST_VECTORS", 29)
+    monkeypatch.setattr(cirkd, "_OwnSimilarityKL", None)
+    torch.testing.assert_close(own_similarity_kl(vectors, vectors[:, :3]), expected)
+    monkeypatch.setattr(cirkd, "MOST_VECTORS", 30)
+    assert own_similarity_kl(vectors, vectors[:, :3], 0.001).isfinite()  # exp(1000) is not
