@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import platform
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -242,6 +243,18 @@ def _advance(total: Tensor, dim: int, count: int) -> None:
         piece = total.narrow(dim, begin, min(count, length - begin))
         total.narrow(dim, begin - count, piece.shape[dim]).copy_(piece)
     total.narrow(dim, max(0, length - count), min(count, length)).zero_()
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """What `fast_copy` should compute in: bfloat16, or float32 on processors that have no instructions for it."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # Others emulate it, and a U-Net then takes ten times as long as in float32.
+        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        able = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if able else torch.float32
 
 
 def fast_copy(network: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

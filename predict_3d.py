@@ -49,7 +49,7 @@ from dataloaders import (
 from dataloaders.inputs import find_scans
 from dataloaders.native import to_native
 from dataloaders.volumes import read_volume
-from inference import AMP_MODES, fast_copy, predict_labels
+from inference import AMP_MODES, fast_copy, fast_dtype, predict_labels
 from networks import NETWORKS, build_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off", help="mixed precision")
-    parser.add_argument("--fast", action="store_true", help="predict in bfloat16 (inference.fast_copy)")
+    parser.add_argument("--fast", action="store_true", help="predict by a bfloat16 copy, if the processor can")
     parser.add_argument("--threads", type=int, help="processor threads; default: as many as PyTorch takes")
     parser.add_argument("--window-batch", type=int, help="windows at a time; default: that of the run")
     plugins.add_plugin_flags(parser)
@@ -152,8 +152,9 @@ def load_predictor(args: argparse.Namespace) -> tuple[Predictor, dict]:
     network = description["network"]
     model = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
     load_network_weights(model, checkpoint["weights"], str(path))
-    model = model.to(resolve_device(args.device)).eval()
-    return fast_copy(model) if args.fast else model, description
+    device = resolve_device(args.device)
+    model = model.to(device).eval()
+    return fast_copy(model, fast_dtype(device)) if args.fast else model, description
 
 
 def describe(checkpoint: dict, path: Path) -> dict:

@@ -36,7 +36,7 @@ from dataloaders import (
     build_semi_dataset,
 )
 from dataloaders.native import to_native
-from inference import AMP_MODES, fast_copy, largest_component, predict_labels
+from inference import AMP_MODES, fast_copy, fast_dtype, largest_component, predict_labels
 from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, diagonal, summarise
 from networks import NETWORKS, build_network
 from utils import figures, plugins
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
-    parser.add_argument("--fast", action="store_true", help="predict in bfloat16 (inference.fast_copy)")
+    parser.add_argument("--fast", action="store_true", help="predict by a bfloat16 copy, if the processor can")
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
     parser.add_argument("--hd95", choices=HD95_DEFINITIONS, help="definition, see metrics.py; default: pooled")
     parser.add_argument(
@@ -124,7 +124,7 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     )
     load_network_weights(network, checkpoint["weights"], str(args.ckpt))
     network = network.to(device).eval()
-    predictor = fast_copy(network) if args.fast else network
+    predictor = fast_copy(network, fast_dtype(device)) if args.fast else network
 
     out = args.out or args.ckpt.parent
     suffix = "" if args.ckpt.stem == "best" else f"_{args.ckpt.stem}"
@@ -235,7 +235,7 @@ def score_semi(
     )
     load_network_weights(network, checkpoint["weights"], str(path))
     network = network.to(device).eval()
-    predictor = fast_copy(network) if args.fast else network
+    predictor = fast_copy(network, fast_dtype(device)) if args.fast else network
 
     stride, empty, definition = args.stride or config["stride"], args.empty or "agree", args.hd95 or "pooled"
     if any(not 0 < step <= side for step, side in zip(stride, config["patch_size"])):

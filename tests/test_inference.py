@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import platform
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from inference import (
     _place_windows,
     autocast,
     fast_copy,
+    fast_dtype,
     largest_component,
     predict_labels,
     predict_logits,
@@ -541,3 +543,12 @@ def test_classes_that_touch_are_one_component():
 def test_nothing_and_a_single_component_stay_as_they_are(value):
     ids = np.full((4, 4, 4), value, np.uint8)
     assert np.array_equal(largest_component(ids), np.full((4, 4, 4), value))
+
+
+@pytest.mark.parametrize("bfloat16, tiles", [(False, False), (True, False), (False, True)])
+def test_fast_copies_are_in_what_the_processor_computes_in(bfloat16, tiles, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert fast_dtype(torch.device("cpu")) == (torch.bfloat16 if bfloat16 or tiles else torch.float32)
+    assert fast_dtype(torch.device("cuda")) == torch.bfloat16
