@@ -92,7 +92,8 @@ def check_terms(terms: dict[str, dict[str, float]]) -> None:
 def measure(method: str, args: argparse.Namespace, sender: Connection) -> None:
     """Send the seconds of a plain step and of one with `method`."""
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    if not args.give_back:
+        keep_freed_memory()
     steps = Steps(*((2, 16) if args.small else (args.batch, args.size)))
     functions = {"seg": steps.make(None), method: steps.make(method)}
     seconds = interleaved(functions, args)
@@ -101,10 +102,11 @@ def measure(method: str, args: argparse.Namespace, sender: Connection) -> None:
 
 
 def main() -> int:
-    parser = arguments(__doc__, repeats=2)
+    parser = arguments(__doc__)
     parser.add_argument("--methods", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--size", type=int, default=96, help="side of the cubic patches, voxels (default %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="patches in a step (default %(default)s)")
+    parser.add_argument("--give-back", action="store_true", help="let the C library give freed memory back (its habit)")
     args = parser.parse_args()
     batch, size = (2, 16) if args.small else (args.batch, args.size)
     context = multiprocessing.get_context("spawn")
