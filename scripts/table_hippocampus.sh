@@ -43,6 +43,7 @@ student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag>
     network=$1 seed=$2 method=$3 teacher=$4 tag=s$steps${5:+-$5}
     flags="--method $method --student $network --seed $seed"
     settings="$common tag=$tag"
+    [ "$network" != mobile_unet ] || settings="$settings patch_size=[64,64,64]"  # multiples of 32
     if [ "$teacher" != - ]; then
         flags="$flags --teacher $teacher"
         settings="$settings teacher_checkpoint=runs/hippocampus/supervised/$teacher/seed0-s$((2 * steps))/best.pt"
