@@ -86,11 +86,16 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "demo_brats21": {"patch_size": [16, 16, 16], **NARROW}, "acdc": SLICES | {"split_dir": "data/ACDC/splits"},
     "demo_acdc": SLICES, "isic2018": SLICES, "demo_isic2018": SLICES, "demo_kvasir": SLICES,
     "kvasir": SLICES | {"split_dir": "splits/kvasir_phantom"}, "la": VOLUMES | {"split_dir": "data/LA/splits"},
-    "demo_la": VOLUMES,
+    "demo_la": VOLUMES, "acdc_small": SLICES | {"split_dir": "data/ACDC/splits"},
+    "la_small": VOLUMES | {"split_dir": "data/LA/splits"},
 }  # fmt: skip
-# What a block gets in its environment, by document: RESULTS.md trains every trial of the ablation.
-ENVIRONMENT = {"RESULTS.md": {"ONLY": "default|joint"}}
+# What a block gets in its environment, by document: RESULTS.md trains every cell and every trial of the ablation.
+ENVIRONMENT = {
+    "RESULTS.md": {"ONLY": "default|joint", "PARTS": "teachers methods", "METHODS": "kd", "SEEDS": "0",
+                   "TEACHERS": "resunet"},
+}  # fmt: skip
 NOT_RUN = {
+    "tools/evidence.py collect": "refuses phantoms beside the real cases of results/; has a test of its own",
     "scripts/test.sh": "runs the tests, this one too",
     "scripts/test_reliability.sh": "runs tests",
     "scripts/bench.sh": "takes half an hour; every benchmark has a test of its own",
@@ -343,6 +348,8 @@ class Workspace:
         for path in ROOT.glob("requirements*.txt"):
             shutil.copy(path, folder)
         shutil.copytree(ROOT / "scripts", folder / "scripts")
+        shutil.copytree(ROOT / "results", folder / "results")
+        shutil.copy(ROOT / "RESULTS.md", folder)
         (folder / "scripts/setup.sh").write_text(SETUP)
         for name in NOT_RUN:
             if (folder / name).is_file():
@@ -431,6 +438,7 @@ class Workspace:
         """Exit status and output of a block run by `sh -e`, whose Python commands this process runs."""
         self.document = document
         environment = ENVIRONMENT.get(document, {}) | {
+            "JOBS": "1",  # one command at a time reaches this process
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SERVER": str(self.server), "SLURM_JOB_ID": "1",
             "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node0",
         }  # fmt: skip
@@ -628,6 +636,7 @@ def test_commands_run(document, workspace):
 @pytest.mark.slow
 def test_figures_are_drawn_by_their_script(tmp_path):
     run_script("docs/figures/draw.py", "--out", str(tmp_path), cwd=ROOT)
+    run_script("tools/evidence.py", "figures", "--out", str(tmp_path), cwd=ROOT)
     for committed in (ROOT / "docs/figures").glob("*.png"):
-        assert (tmp_path / committed.name).is_file(), f"{committed.name} is not drawn by docs/figures/draw.py"
+        assert (tmp_path / committed.name).is_file(), f"{committed.name} is drawn by neither script"
         assert committed.stat().st_size < 2**20

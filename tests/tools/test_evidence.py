@@ -1,0 +1,336 @@
+"""The tables of RESULTS.md are those of results/*.jsonl, whose lines are of real runs: commands, cases, means."""
+
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import train_2d_crkd
+import train_3d_crkd
+import train_3d_distill
+from tests.scripts.conftest import ROOT, make_workspace, run, train
+from tools import evidence
+from utils.runs import labelled_name, run_folder
+
+FILES = sorted((ROOT / "results").glob("*.jsonl"))
+MODULES = {f"{module.__name__}.py": module for module in (train_3d_distill, train_2d_crkd, train_3d_crkd)}
+DOCUMENT = """# Results
+
+<!-- evidence: tiny alone -->
+<!-- end -->
+
+Text.
+
+<!-- evidence: tiny methods resunet -->
+to be replaced
+<!-- end -->
+"""
+
+
+def ids(path):
+    return path.name
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *map(str, arguments)])
+    return evidence.main()
+
+
+def row(method="kd", seed=0, dice=80.0, *, tag="s10", **values):
+    """A line of a file of two cases."""
+    own = {
+        "run": f"{method}/{seed}{tag}", "method": method, "preset": "clean", "student": "unet", "seed": seed,
+        "teacher": None if method == "supervised" else "resunet", "tag": tag, "max_steps": 10, "parameters": 1000,
+        "gmacs": 0.5, "missed": 0, "spurious": 0, "pairs": 4, "split": "test", "device": "CPU", "threads": 1,
+        "seconds": 60, "code": "abc", "date": "2026-01-01", "selected_on_reported": False,
+        "curve": [[5, 40.0], [10, dice]],
+    }  # fmt: skip
+    mean = {"dice": dice, "jaccard": dice - 10, "hd95": 2.0, "asd": 1.0}
+    return own | {"mean": mean, "cases": {key: [value - 1, value + 1] for key, value in mean.items()}} | values
+
+
+def results(*rows):
+    return evidence.Results(["a", "b"], rows)
+
+
+def folder_of(cfg):
+    """The run folder of a configuration, below runs/."""
+    if hasattr(cfg, "labelled"):
+        networks = f"{cfg.network}-{labelled_name(cfg.labelled)}"
+    else:
+        networks = cfg.student if cfg.method == "supervised" else f"{cfg.teacher}-{cfg.student}"
+    folder = run_folder("runs", cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    return "/".join(folder.parts[1:])
+
+
+# --- what is committed ---
+
+
+def test_files_are_there():
+    assert FILES
+
+
+def test_tables_of_the_document_are_those_of_the_files():
+    assert evidence.tables(ROOT / "RESULTS.md", ROOT / "results", check=True) == 0
+
+
+def test_every_line_is_in_a_table():
+    """What was measured is shown: no run is kept out of the document."""
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for file in FILES:
+        found = evidence.Results(*evidence.read(file))
+        tables = re.findall(rf"<!-- evidence: {file.stem} (\w+)((?: \w+)*) -->", text)
+        shown = {r["run"] for name, arguments in tables for r in evidence.TABLES[name](found, *arguments.split())[2]}
+        assert {r["run"] for r in found.rows} == shown
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids)
+def test_means_are_those_of_the_cases(file):
+    cases, rows = evidence.read(file)
+    assert len(set(cases)) == len(cases) and len({r["run"] for r in rows}) == len(rows)
+    for r in rows:
+        for metric in evidence.METRICS:
+            values = r["cases"][metric]
+            assert len(values) == len(cases)
+            if metric in ("dice", "jaccard") or not r["missed"] + r["spurious"]:
+                assert r["mean"][metric] == pytest.approx(sum(values) / len(values), abs=2e-3), (r["run"], metric)
+        assert ("penalised" in r) == (r["missed"] + r["spurious"] > 0)
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids)
+def test_commands_lead_to_the_runs(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for r in evidence.read(file)[1]:
+        _, script, *flags = shlex.split(r["command"])
+        cfg = MODULES[script].parse_args(flags)[1]
+        assert r["run"] == folder_of(cfg) and cfg.max_steps == r["max_steps"]
+        assert re.fullmatch("[0-9a-f]{7,}", r["code"]), f"{r['run']}: not trained by a committed state"
+
+
+# --- collecting ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workspace with a teacher, a student alone and a distilled one, trained and tested, and their file."""
+    folder = make_workspace(tmp_path_factory.mktemp("evidence"))
+    (folder / "configs").mkdir()
+    shutil.copy(folder / "tiny.yaml", folder / "configs")
+    train("--method", "supervised", "--student", "resunet", cwd=folder)
+    train("--method", "supervised", "--student", "unet", "--seed", "3", "--opts", "tag=s4", cwd=folder)
+    train("--method", "kd", "--teacher", "resunet", "--student", "unet", "--opts", "tag=s4", "lr=0.02",
+          "method_args={kd: {weight: 3.0}}", cwd=folder)  # fmt: skip
+    for path in sorted((folder / "runs").rglob("best.pt")):
+        run("test_3d.py", "--ckpt", str(path), "--no-predictions", cwd=folder)
+    run("tools/evidence.py", "collect", "results/tiny.jsonl", "runs/tiny", cwd=folder)
+    return folder
+
+
+def test_collected_lines(trained):
+    cases, rows = evidence.read(trained / "results/tiny.jsonl")
+    assert cases == ["case6"]
+    assert [r["run"] for r in rows] == [
+        "tiny/kd/resunet-unet/seed0-s4", "tiny/supervised/resunet/seed0", "tiny/supervised/unet/seed3-s4",
+    ]  # fmt: skip
+    summary = json.loads((trained / "runs" / rows[0]["run"] / "summary.json").read_text())
+    assert rows[0]["mean"]["dice"] == pytest.approx(100 * summary["resampled"]["mean"]["dice"], abs=1e-3)
+    assert rows[0]["cases"]["dice"] == [pytest.approx(rows[0]["mean"]["dice"], abs=2e-3)]
+    assert [step for step, _ in rows[0]["curve"]] == [2, 4]
+    assert all(r["seconds"] >= 0 and r["code"] == summary["code"] for r in rows)
+    assert rows[0]["command"] == (
+        "python train_3d_distill.py --config configs/tiny.yaml --method kd --teacher resunet --student unet --seed 0 "
+        "--opts 'method_args={kd: {weight: 3.0}}' lr=0.02 tag=s4"
+    )
+
+
+def test_collecting_again_replaces(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    before = (trained / "results/tiny.jsonl").read_text()
+    assert call(monkeypatch, "collect", "results/tiny.jsonl", "runs/tiny/kd") == 0
+    assert (trained / "results/tiny.jsonl").read_text() == before
+
+
+def test_other_cases_are_refused(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    (trained / "results/other.jsonl").write_text('{"cases": ["case1"]}\n')
+    with pytest.raises(SystemExit, match=r"summary\.json: scored on other cases than the runs of .*other\.jsonl"):
+        call(monkeypatch, "collect", "results/other.jsonl", "runs/tiny")
+    (trained / "results/other.jsonl").write_text("no JSON\n")
+    with pytest.raises(SystemExit, match=r"other\.jsonl: not a file of tools/evidence\.py collect"):
+        call(monkeypatch, "collect", "results/other.jsonl", "runs/tiny")
+    (trained / "results/other.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"no summary\.json"):
+        call(monkeypatch, "collect", "results/other.jsonl", "data")
+
+
+def test_a_document_is_written_and_checked(trained, tmp_path, monkeypatch, capsys):
+    document = tmp_path / "RESULTS.md"
+    document.write_text(DOCUMENT)
+    arguments = ("tables", "--document", document, "--results", trained / "results")
+    assert call(monkeypatch, *arguments, "--check") == 1
+    assert call(monkeypatch, *arguments) == 0
+    text = document.read_text()
+    assert "to be replaced" not in text and "Text." in text and text.count("<!-- end -->") == 2
+    assert "| KD | 1 |" in text and "| AT | 0 | not run |" in text
+    assert call(monkeypatch, *arguments, "--check") == 0
+    number = re.search(r"\| KD \| 1 \| ([\d.]+) ", text)[1]
+    document.write_text(text.replace(f"| {number} ", "| 99.99 ", 1))
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments, "--check") == 1
+    assert "not what results/ gives" in capsys.readouterr().out
+    document.write_text("<!-- evidence: missing few_labels la 4 -->\n<!-- end -->\n")
+    assert call(monkeypatch, *arguments) == 0
+    text = document.read_text()
+    assert "| MLRPL | 0 | not run |" in text and "No run yet." in text
+    for broken in ("<!-- evidence: tiny alone -->\n", "<!-- evidence: tiny  alone -->\n<!-- end -->\n"):
+        document.write_text(broken)
+        with pytest.raises(SystemExit, match="misspelt or has no end"):
+            call(monkeypatch, *arguments)
+    document.write_text(DOCUMENT.replace("methods", "nothing"))
+    with pytest.raises(SystemExit, match="no table 'nothing'; choose from alone, methods"):
+        call(monkeypatch, *arguments)
+
+
+def test_figures(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    rows = [row("supervised"), row("supervised", student="resunet", tag="", dice=90.0), row(), row(seed=1)]
+    lines = [{"cases": ["a", "b"]}, *rows]
+    (tmp_path / "results/hippocampus.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert call(monkeypatch, "figures", "--results", tmp_path / "results", "--out", tmp_path / "out") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results_gap.png", "results_curves.png"}
+
+
+# --- tables ---
+
+
+def test_gap_closed():
+    assert evidence.gap_closed(76.28, 65.08, 81.37) == pytest.approx(68.75, abs=0.01)  # the paper's 69 % on BTCV
+    assert evidence.published_gap("word", "acf_bckd", "resunet") == pytest.approx(52.8, abs=0.1)
+    assert evidence.published_gap("brats21", "cwd", "resunet") is None
+    assert evidence.gap_closed(None, 1.0, 2.0) is None
+    assert evidence.gap_closed(80.0, 79.0, 79.5) is None and evidence.gap_closed(80.0, 79.0, 70.0) is None
+
+
+def test_shown():
+    rows = [row(dice=80.0), row(dice=82.0, seed=1)]
+    assert evidence.shown(rows, "dice") == "81.00 ± 1.00" and evidence.shown(rows[:1], "dice") == "80.00"
+    assert evidence.shown([], "dice") == "not run"
+    failed = row(seed=1, penalised={"hd95": 6.0, "asd": 3.0}, missed=1)
+    assert evidence.shown([row(), failed], "hd95") == "2.00 ± 0.00 (4.00*)"  # a run in which nothing failed: its own
+    nothing = row(mean=dict.fromkeys(evidence.METRICS), penalised={"hd95": 60.0, "asd": 60.0}, missed=4)
+    assert evidence.shown([nothing], "hd95") == "- (60.00*)" and evidence.shown([nothing], "dice") == "-"
+
+
+CASES = [f"case{k}" for k in range(8)]
+
+
+def spread(method, dice, seed=0, **values):
+    """A line of eight cases around `dice`."""
+    line = row(method, seed, dice, **values)
+    return line | {"cases": {key: [value + 0.1 * k for k in range(-4, 4)] for key, value in line["mean"].items()}}
+
+
+def test_methods_are_ranked_and_tested():
+    alone, above = spread("supervised", 70.0), spread("supervised", 90.0, student="resunet", tag="")
+    found = evidence.Results(CASES, [
+        alone, above, spread("kd", 75.0), spread("cwd", 80.0), spread("acf_bckd", 85.0),
+        spread("kd", 10.0, preset="as_released"), spread("acf_bckd", 10.0, tag="s10-afd"),
+    ])  # fmt: skip
+    header, body, used = evidence.methods_table(found, "resunet")
+    cells = {line[0]: dict(zip(header, line)) for line in body}
+    assert [cells[name]["rank"] for name in ("KD", "CWD", "ACF-BCKD", "AT")] == ["3", "2", "1", "-"]
+    assert [cells[name]["gap closed"] for name in ("KD", "ACF-BCKD", "DIST")] == ["25 %", "75 %", "-"]
+    assert cells["ACF-BCKD"]["Dice above the student alone"] == "+15.00 [+15.00, +15.00]"
+    # 8 of 8 cases higher: p = 2 / 2^8, three times that by Holm, and twice that among two rivals.
+    assert cells["ACF-BCKD"]["p"] == "0.023" and cells["ACF-BCKD"]["p against ACF-BCKD"] == "-"
+    assert cells["KD"]["p against ACF-BCKD"] == "0.016" and cells["AT"]["p"] == "-"
+    assert {r["run"] for r in used} == {r["run"] for r in found.rows[:5]}
+
+
+def test_only_seeds_that_both_have_are_compared():
+    own = [spread("acf_bckd", 80.0), spread("acf_bckd", 99.0, seed=1)]
+    found = evidence.Results(CASES, own)
+    compared = found.compared(own, {"kd": [spread("kd", 70.0)], "at": [spread("at", 70.0, seed=2)]})
+    assert compared.keys() == {"kd"} and compared["kd"]["difference"] == pytest.approx(-10.0)
+
+
+def test_few_patients_give_no_p():
+    """Of four patients no p below 0.125 can come: none is shown, and no interval."""
+    lines = [row("crkd", dice=60.0), row("supervised", dice=40.0)]
+    for line in lines:
+        line["cases"] = {key: [value + k for k in (-2, -1, 1, 2)] for key, value in line["mean"].items()}
+    compared = evidence.Results(["a", "b", "c", "d"], lines).compared(lines[:1], {"supervised": lines[1:]})
+    assert compared["supervised"]["p_holm"] is None and evidence.change(compared["supervised"], -1) == "+20.00"
+    assert evidence.change(None) == "-"
+
+
+def test_two_volumes_of_a_patient_are_one_of_the_sample():
+    found = evidence.Results(["patient001_frame01", "patient001_frame12"], [row(labelled=3)])
+    assert found.by_patient(found.rows, "dice") == {"patient001": 80.0}
+
+
+def test_seeds_are_averaged_case_by_case():
+    found = results(row(), row(seed=1, dice=90.0))
+    assert found.by_patient(found.cell(method="kd"), "dice") == {"a": 84.0, "b": 86.0}
+    undefined = row(seed=2)
+    undefined["cases"]["hd95"][0] = None
+    assert results(row(), undefined).by_patient([row(), undefined], "hd95") == {"a": None, "b": 3.0}
+
+
+def test_runs_of_other_lengths_are_not_seeds():
+    with pytest.raises(ValueError, match="different lengths or with one seed twice"):
+        results(row(), row(seed=1, max_steps=20, tag="s20")).cell(method="kd")
+    with pytest.raises(ValueError, match="different lengths or with one seed twice"):
+        results(row(), row(tag="")).cell(method="kd")
+
+
+def test_parts_and_presets():
+    found = results(row("supervised", dice=70.0), row("acf_bckd", dice=80.0), row("acf_bckd", dice=74.0, tag="s10-afd"),
+                    row("acf_bckd", dice=71.0, preset="as_released"), row("acf_bckd", dice=1.0, seed=1))  # fmt: skip
+    _, body, _ = evidence.parts_table(found, "resunet")
+    assert len(body) == 12
+    assert ["x", "", "", "", "74.00", "2.00", "1.00", "+4.00"] in body
+    assert ["x", "x", "x", "x", "80.00", "2.00", "1.00", "+10.00"] in body and ["", "", "", ""] == body[0][:4]
+    _, body, used = evidence.presets_table(found)
+    assert body == [["ACF-BCKD", "T1 ResU-Net", "80.00 / 2.00", "71.00 / 2.00"]] and len(used) == 2
+
+
+def test_few_labels():
+    runs = (("supervised", 40.0, ""), ("crkd", 60.0, ""), ("crkd", 50.0, "no_lec"))
+    found = results(*(
+        row(method, labelled=3, dice=dice, teacher=None, student="unet2d", tag=tag) for method, dice, tag in runs
+    ))  # fmt: skip
+    header, body, _ = evidence.few_labels_table(found, "acdc", "3")
+    cells = {line[0]: dict(zip(header, line)) for line in body}
+    assert cells["CRKD"]["Dice"] == "60.00" and cells["CRKD"]["rank"] == "1" and cells["UniMatch"]["Dice"] == "not run"
+    assert cells["labels alone"]["Dice of CRKD above it"] == "+20.00" and cells["labels alone"]["p"] == "-"
+    assert cells["UniMatch"]["published: Dice / Jaccard / HD95 / ASD"] == "84.72 / 74.53 / 4.87 / 1.37"
+    header, body, used = evidence.trials_table(found, "3")
+    assert header[-1] == "Dice after 5 / 10 steps" and body[0][:2] == ["labels alone", "40.00"] and len(used) == 3
+    assert next(line for line in body if line[0].startswith("without LEC"))[1] == "50.00"
+
+
+def test_rounding():
+    assert evidence.rounded(0.83456, "dice") == 83.456 and evidence.rounded(math.nan, "hd95") is None
+    assert evidence.rounded(None, "asd") is None
+
+
+def test_documented_scripts_print_their_cells(monkeypatch):
+    """Every command of the two scripts is one that the training scripts take, and their runs are all different."""
+    monkeypatch.chdir(ROOT)
+    for name in ("PARTS", "METHODS", "METHODS_OF_STUDENTS", "SEEDS", "SEEDED", "STEPS", "TEACHERS", "LR", "CLIP"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("table_hippocampus.sh", "table_small.sh"):
+        words = ["sh", str(ROOT / "scripts" / name), "--dry-run"]
+        lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert len(set(lines)) == len(lines) > 40
+        folders = set()
+        for line in lines:
+            _, script, *flags = shlex.split(line)
+            folders.add(folder_of(MODULES[script].parse_args(flags)[1]))
+        assert len(folders) == len(lines)
