@@ -46,7 +46,7 @@ from tools.results_table import METHODS, METRICS, PUBLISHED, PUBLISHED_SSL, RIVA
 from utils.config import ConfigError
 from utils.files import write_text
 from utils.runlog import read_log
-from utils.runs import _plain
+from utils.runs import plain
 from utils.statistics import average_seeds, holm, paired_comparison
 
 # How runs are scored: what test_3d.py and test_2d.py do without flags
@@ -215,7 +215,7 @@ def command_of(config: Mapping) -> str:
         flags += ["--labelled", str(config["labelled"])]
     flags += ["--seed", str(config["seed"])]
     usual = module.parse_args(flags)[1]
-    values = {key: _plain(value) for key, value in dataclasses.asdict(usual).items()}
+    values = {key: plain(value) for key, value in dataclasses.asdict(usual).items()}
     options = [f"{key}={flow(value)}" for key, value in config.items() if value != values.get(key)]
     words = [f"python {Path(module.__file__).name}", shlex.join(flags)]
     return " ".join([*words, *(["--opts", shlex.join(options)] if options else [])])

@@ -80,7 +80,7 @@ def labelled_name(labelled: int | float | None) -> str:
 
 def open_run(folder: Path, config: Any, resume: bool) -> None:
     """Make the folder and write config.yaml; ConfigError if a run is there already and `resume` does not fit it."""
-    values = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+    values = {key: plain(value) for key, value in dataclasses.asdict(config).items()}
     path = folder / "config.yaml"
     if not resume and any((folder / name).exists() for name in ("last.pt", PREVIOUS)):
         raise ConfigError(
@@ -92,7 +92,7 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
         fields = dataclasses.fields(config)
         defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
         defaults |= {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
-        before = _plain(defaults) | yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = plain(defaults) | yaml.safe_load(path.read_text(encoding="utf-8"))
         differ = sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k))
         refused = [key for key in differ if key not in RESUMABLE]
         if refused:
@@ -105,12 +105,12 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists, all the way down: what YAML gives back."""
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value
 
 

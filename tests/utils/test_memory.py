@@ -23,7 +23,7 @@ def step():
     a = torch.ones(40, 2**20)
     (weight * a * a).sum().backward()  # the backward pass runs in another thread on some builds
 
-for _ in range(4):
+for _ in range(12):  # until the heap has found its order
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(6):
@@ -41,7 +41,7 @@ def faults(mode):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
 def test_pages_are_not_given_back():
-    assert faults("kept") * 4 < faults("as usual")
+    assert faults("kept") * 8 < faults("as usual")
 
 
 def test_other_libraries_are_left_alone(monkeypatch):
