@@ -131,6 +131,7 @@ class Config:
     recipe: dict = dataclasses.field(default_factory=dict)  # {network: {key: value}} when that network trains alone
     teacher_checkpoint: str = ""  # "": best.pt of the supervised run of `teacher`
     teacher_seed: int = 0
+    distill_warmup: int = 0  # steps in which the method's terms grow from nothing to their weights; 0: none
     # Optimisation: SGD with momentum, poly schedule
     lr: float = 0.01
     min_lr: float = 0.0
@@ -193,7 +194,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
             given = gather(args.config, args.opts, flags, cfg.recipe.get(cfg.student))
             args.plugins = plugins.plug_in(given, PLUGGABLE)
             cfg = build(Config, given)
-            note_unused(given, ("preset", "method_args", "teacher_checkpoint", "teacher_seed"), "--method supervised")
+            unused = ("preset", "method_args", "teacher_checkpoint", "teacher_seed", "distill_warmup")
+            note_unused(given, unused, "--method supervised")
         cfg = dataclasses.replace(
             cfg, recipe={},
             network_args=check_nested("network_args", cfg.network_args, NETWORKS, PLUGGABLE["student"].takes),
@@ -231,7 +233,7 @@ def validate(cfg: Config) -> None:
         ),
         "[0, inf)": (
             "workers", "seed", "teacher_seed", "val_start", "momentum", "weight_decay", "grad_clip", "min_lr",
-            "diagnose_interval", "skip_nonfinite",
+            "diagnose_interval", "skip_nonfinite", "distill_warmup",
         ),
         "(0, inf)": ("lr",), "[0, 1)": ("overlap",),
         "[0, 1]": ("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
@@ -483,7 +485,10 @@ def main() -> int:
             if kd is not None:
                 with torch.no_grad():
                     teacher_out = teacher(image, return_features=True)
-                terms |= kd(student_out, teacher_out, label, progress=step / cfg.max_steps)
+                distilled = kd(student_out, teacher_out, label, progress=step / cfg.max_steps)
+                if step < cfg.distill_warmup:
+                    distilled = {name: step / cfg.distill_warmup * value for name, value in distilled.items()}
+                terms |= distilled
             loss = sum(terms.values())
         done = step + 1
         last = done == cfg.max_steps

@@ -65,6 +65,22 @@ def test_teacher_then_distilled_student_then_test(workspace):
     assert (workspace / "figure.png").stat().st_size > 5000
 
 
+def test_distillation_warms_up(workspace):
+    """With hardly any step of the weights, the terms of step k are those of a run without warm-up times k / 2."""
+    train(*TEACHER, cwd=workspace)
+    logs = {}
+    for warmup in ("0", "2"):
+        options = ("lr=1e-12", "log_interval=1", f"distill_warmup={warmup}", f"tag=w{warmup}")
+        train("--teacher", "resunet", "--opts", *options, cwd=workspace)
+        lines = (workspace / f"runs/tiny/acf_bckd/resunet-unet/seed0-w{warmup}/log.jsonl").read_text().splitlines()
+        logs[warmup] = [entry for entry in map(json.loads, lines) if entry["kind"] == "train"]
+    for plain, warm, share in zip(logs["0"], logs["2"], (0, 0.5, 1, 1), strict=True):
+        assert warm["seg"] == pytest.approx(plain["seg"], rel=1e-5)
+        for term in ("afd", "cfd", "hbd", "sbd"):
+            assert warm[term] == pytest.approx(share * plain[term], rel=1e-5), (plain["step"], term)
+    assert all(entry["afd"] > 0 for entry in logs["0"])
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resume_is_bit_identical(workspace, workers):
     train(*TEACHER, cwd=workspace)
