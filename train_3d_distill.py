@@ -134,6 +134,7 @@ class Config:
     distill_warmup: int = 0  # steps in which the method's terms grow from nothing to their weights; 0: none
     # Optimisation: SGD with momentum, poly schedule
     lr: float = 0.01
+    method_lr: float = 0.0  # of the method's own parameters (attention, projections); 0: lr
     min_lr: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -194,7 +195,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
             given = gather(args.config, args.opts, flags, cfg.recipe.get(cfg.student))
             args.plugins = plugins.plug_in(given, PLUGGABLE)
             cfg = build(Config, given)
-            unused = ("preset", "method_args", "teacher_checkpoint", "teacher_seed", "distill_warmup")
+            unused = ("preset", "method_args", "teacher_checkpoint", "teacher_seed", "distill_warmup", "method_lr")
             note_unused(given, unused, "--method supervised")
         cfg = dataclasses.replace(
             cfg, recipe={},
@@ -233,7 +234,7 @@ def validate(cfg: Config) -> None:
         ),
         "[0, inf)": (
             "workers", "seed", "teacher_seed", "val_start", "momentum", "weight_decay", "grad_clip", "min_lr",
-            "diagnose_interval", "skip_nonfinite", "distill_warmup",
+            "method_lr", "diagnose_interval", "skip_nonfinite", "distill_warmup",
         ),
         "(0, inf)": ("lr",), "[0, 1)": ("overlap",),
         "[0, 1]": ("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
@@ -405,7 +406,11 @@ def main() -> int:
             print(*report.spoken_warnings(), sep="\n", end="\n" * bool(report.warnings), file=sys.stderr)
             open_run(folder, cfg, resume)
     trained = [p for module in (student, kd) if module is not None for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    own = [p for p in kd.parameters() if p.requires_grad] if kd is not None and cfg.method_lr else []
+    groups = [[p for p in student.parameters() if p.requires_grad], own] if own else [trained]
+    optimizer = torch.optim.SGD(
+        [{"params": group} for group in groups], lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     modules = {"student": student} if kd is None else {"student": student, "method": kd}
     watch = StepWatch(folder, modules, scaler, world, cfg.skip_nonfinite)
@@ -478,6 +483,8 @@ def main() -> int:
         label = batch["label"].to(device, non_blocking=True)  # (B, 1 or K, H, W, D)
         lr = poly_lr(step, cfg.lr, cfg.max_steps, cfg.min_lr)
         set_lr(optimizer, lr)
+        if own:
+            optimizer.param_groups[1]["lr"] = poly_lr(step, cfg.method_lr, cfg.max_steps, cfg.min_lr)
         watch.before()
         with autocast(device, cfg.amp):
             student_out = student(image, return_features=True)

@@ -81,6 +81,27 @@ def test_distillation_warms_up(workspace):
     assert all(entry["afd"] > 0 for entry in logs["0"])
 
 
+def test_rate_of_the_methods_own_parameters(workspace):
+    """With a rate of next to nothing the attention stays what it was; the student learns, and resumes exactly."""
+    train(*TEACHER, cwd=workspace)
+    options = ("--teacher", "resunet", "--opts", "method_lr=1e-12")
+    base = workspace / "runs/tiny/acf_bckd/resunet-unet"
+    train(*options, "max_steps=2", "val_interval=1", "tag=short", cwd=workspace)
+    train(*options, "tag=frozen", cwd=workspace)
+    train("--teacher", "resunet", "--opts", "tag=usual", cwd=workspace)
+    short, frozen, usual = (load_checkpoint(base / f"seed0-{tag}/last.pt") for tag in ("short", "frozen", "usual"))
+    assert short["method"].keys() == frozen["method"].keys() and frozen["method"]
+    moved = {}
+    for name, value in frozen["method"].items():
+        assert np.allclose(value, short["method"][name], atol=1e-7), name
+        moved[name] = not np.allclose(value, usual["method"][name], atol=1e-7)
+    assert any(moved.values())
+    assert digest(frozen["weights"]) != digest(short["weights"])
+    stop_after(2, options, workspace, base / "seed0-broken")
+    train("--resume", *options, "tag=broken", cwd=workspace)
+    assert digest(load_checkpoint(base / "seed0-broken/last.pt")["weights"]) == digest(frozen["weights"])
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resume_is_bit_identical(workspace, workers):
     train(*TEACHER, cwd=workspace)
