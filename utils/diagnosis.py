@@ -107,6 +107,25 @@ def term_history(entries: Iterable[Mapping], figure: str) -> dict[str, list[tupl
     return history
 
 
+def _logged(entries: Iterable[Mapping], name: str) -> list[float]:
+    """Values of a term in the course of training."""
+    values = (entry.get(name) for entry in entries if entry["kind"] == "train")
+    return [value for value in values if value is not None]
+
+
+def _stuck_since(measured: Sequence[tuple[int, float]], values: Sequence[float]) -> int | None:
+    """Step from which a term has had no gradient to the end, over half of the measurements, although it has hardly
+    fallen. A term whose weight has been taken away falls too."""
+    since = None
+    for step, share in reversed(measured):
+        if share >= NEGLIGIBLE:
+            break
+        since = step
+    if since is None or 2 * sum(step >= since for step, _ in measured) < len(measured) or not values:
+        return None
+    return since if statistics.fmean(values[-max(1, len(values) // 4) :]) > 0.5 * max(values) else None
+
+
 def findings(entries: Sequence[Mapping]) -> list[str]:
     """What a reader of a run's log should know: a teacher that is no better, terms without effect, or against it.
 
@@ -124,7 +143,13 @@ def findings(entries: Sequence[Mapping]) -> list[str]:
     for name, measured in shares.items():
         values = [value for _, value in measured]
         times = f"{len(values)} measurement{'s' * (len(values) > 1)}"
-        if max(values) < NEGLIGIBLE:
+        if (since := _stuck_since(measured, values_of := _logged(entries, name))) is not None:
+            texts.append(
+                f"the term '{name}' is stuck: since step {since + 1} it has under {100 * NEGLIGIBLE:.0f} % of the "
+                f"gradient norm, while its value stays at {values_of[-1]:.3g}; a unit that it needs may be saturated, "
+                f"as the attention of ACF-BCKD at high rates: lower method_lr or lr"
+            )
+        elif max(values) < NEGLIGIBLE:
             texts.append(
                 f"the term '{name}' is negligible: at most {100 * max(values):.2g} % of the gradient norm in {times}; "
                 f"raise its weight, or leave it out and save its time"

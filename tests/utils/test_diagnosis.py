@@ -176,6 +176,24 @@ def test_findings(log, expected):
         assert any(part in text for text in texts), texts
 
 
+def logged(values, shares):
+    return [{"step": k, "kind": "train", "kd": value} for k, value in enumerate(values)] + log_of(shares)
+
+
+def test_a_term_that_is_stuck_is_told_from_one_that_was_taken_away():
+    """Without gradient to the end while its value stays: a saturated unit. With its value gone: a schedule's end."""
+    expected = "'kd' is stuck: since step 3 it has under 1 % of the gradient norm, while its value stays at 1.6"
+    assert any(expected in text for text in findings(logged([1.2, 1.6, 1.6, 1.6], [0.3, 0.3, 0.001, 0.0])))
+    assert any("'kd' is stuck: since step 1 " in text for text in findings(logged([1.6] * 4, [0.0, 0.001])))
+    for values, shares in (
+        ([1.6, 0.5, 0.01, 0.001], [0.3, 0.3, 0.001, 0.0]),  # its weight fell
+        ([1.6, 1.6, 1.6, 1.6], [0.3, 0.3, 0.3, 0.0]),  # only lately
+        ([1.6, 1.6, 1.6, 1.6], [0.0, 0.0, 0.0, 0.3]),  # it came back
+        ([], [0.0, 0.0]),
+    ):
+        assert not any("stuck" in text for text in findings(logged(values, shares)))
+
+
 def test_history():
     log = [*log_of([0.5]), {"step": 9, "kind": "train", "loss": 1.0}]
     assert term_history(log, "grad_share") == {"seg": [(0, 0.5)], "kd": [(0, 0.5)]}
