@@ -414,6 +414,23 @@ def test_parameter_names_and_counts(channels, count):
     assert all((parameter == 0).all() for name, parameter in kd.named_parameters() if name.endswith("bias"))
 
 
+def test_a_saturated_gate_leaves_cfd_without_gradient():
+    """With the spatial gate at 1 everywhere CFD compares a constant map: a fixed value, no gradient to the student.
+    AFD goes on. At high learning rates the gate gets there within a hundred steps."""
+    torch.manual_seed(0)
+    module = AttentionCorrection(8)
+    feature = torch.randn(2, 8, 4, 5, 6, requires_grad=True)
+    teacher, correction = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 5, 6)
+    for bias, stuck in ((0.0, False), (30.0, True)):
+        torch.nn.init.constant_(module.attn.sp_attn.conv.bias, bias)
+        afd, cfd = module(feature, teacher, correction)
+        sizes = [torch.autograd.grad(term, feature, retain_graph=True)[0].norm().item() for term in (afd, cfd)]
+        assert sizes[0] > 1e-6
+        assert (sizes[1] < 1e-3 * sizes[0]) == stuck
+    constant = slow_distance(np.ones((2, 1, 4, 5, 6)), correction.double().numpy())
+    assert cfd.item() == pytest.approx(constant, rel=1e-5)
+
+
 def test_initialisation_is_kaiming_normal_fan_out():
     torch.manual_seed(0)
     module = AttentionCorrection(64)
