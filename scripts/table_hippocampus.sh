@@ -6,10 +6,13 @@
 #   PARTS=methods TEACHERS=resunet METHODS="kd acf_bckd" SEEDS="0 1" sh scripts/table_hippocampus.sh
 #
 # PARTS: teachers (ResU-Net, SegResNet), alone (every student without a teacher), methods (U-Net under each method and
-# teacher), students (the other students under METHODS_OF_STUDENTS), ablation (parts of ACF-BCKD), presets (as_released
-# where it differs). SEEDS are those of the U-Net, the other students and ablations have seed 0. JOBS: trainings at a
-# time, of one thread each. Every training has the same steps, rate, schedule, batch and augmentation. What is complete
-# is not repeated; an interrupted training goes on where it stopped. Then: tools/evidence.py collect, tables.
+# teacher), rates (the learning rates that were tried beside the chosen ones), ablation (parts of ACF-BCKD), presets
+# (as_released where it differs), students (the other students under METHODS_OF_STUDENTS). SEEDS are those of the U-Net in
+# alone and methods; all else has seed 0. WIDTH: of the U-Net's first level. WARMUP: steps in which a method's terms grow
+# to their weights, half of STEPS; 0: none. METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of
+# the student. LR: one rate for all, not the one that validation chose for each method with seed 0 and the ResU-Net. JOBS:
+# trainings at a time, of one thread each. Every training has the same steps, schedule, batch and augmentation. What is
+# complete is not repeated; an interrupted training goes on where it stopped. Then: tools/evidence.py collect, tables.
 set -e
 case $1 in
     --dry-run) dry=1 ;;
@@ -18,8 +21,20 @@ case $1 in
 esac
 config=configs/hippocampus.yaml
 steps=${STEPS:-600} jobs=${JOBS:-2} teachers=${TEACHERS:-resunet segresnet} seeds=${SEEDS:-0 1 2}
-rate="workers=0 lr=${LR:-0.05} grad_clip=${CLIP:-1.0}"
-common="$rate max_steps=$steps val_interval=$((steps / 4))"
+teacher_steps=${TEACHER_STEPS:-$((2 * steps))}
+width=${WIDTH:-4} warmup=${WARMUP:-$((steps / 2))} own=${METHOD_LR:-0.01}
+methods=${METHODS:-acf_bckd kd dist cwd at nkd skd ifvd dkd cirkd}
+
+rates() {  # rates <method>: the chosen learning rate, then the others that were tried
+    case $1 in
+        supervised) echo 0.4 0.2 0.1 ;;
+        cwd) echo 0.2 0.4 0.05 ;;
+        dist) echo 0.1 0.2 ;;
+        acf_bckd | skd) echo 0.2 0.4 ;;
+        *) echo 0.4 0.2 ;;
+    esac
+}
+
 # What one cell does: train and test, unless that is done.
 do_cell='
     run=$($python train_3d_distill.py --config $config "$@" --show-run) || exit 1
@@ -39,14 +54,27 @@ all() {  # all: run the cells that come in, one a line, if any
     fi
 }
 
-student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag> [<further settings>]]
-    network=$1 seed=$2 method=$3 teacher=$4 tag=s$steps${5:+-$5}
+student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag> [<further settings>]]; rate: another
+    network=$1 seed=$2 method=$3 teacher=$4
+    chosen=$(rates "$method")
+    lr=${rate:-${LR:-${chosen%% *}}}
     flags="--method $method --student $network --seed $seed"
-    settings="$common tag=$tag"
+    name=s$steps wide=
+    if [ "$network" = unet ]; then
+        name=$name-w$width
+        wide="\"network_args={unet: {channels: [$width, $((2 * width)), $((4 * width)), $((8 * width))]}}\""
+    fi
+    name=$name-lr$lr
+    if [ "$own" != 0 ]; then
+        case $method in acf_bckd | cirkd) wide="$wide method_lr=$own" name=$name-own ;; esac
+    fi
+    if [ "$teacher" != - ] && [ "$warmup" != 0 ]; then wide="$wide distill_warmup=$warmup" name=$name-warmup; fi
+    case $method:$lr in cwd:0.[2-9]*) wide="$wide grad_clip=1.0" name=$name-clip ;; esac  # diverges without
+    settings="workers=0 lr=$lr max_steps=$steps val_interval=$((steps / 4)) tag=$name${5:+-$5} $wide"
     [ "$network" != mobile_unet ] || settings="$settings patch_size=[64,64,64]"  # multiples of 32
     if [ "$teacher" != - ]; then
         flags="$flags --teacher $teacher"
-        settings="$settings teacher_checkpoint=runs/hippocampus/supervised/$teacher/seed0-s$((2 * steps))/best.pt"
+        settings="$settings teacher_checkpoint=runs/hippocampus/supervised/$teacher/seed0-s$teacher_steps/best.pt"
     fi
     shift 4
     [ $# -eq 0 ] || shift
@@ -55,12 +83,12 @@ student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag>
     printf '\n'
 }
 
-part() { case " ${PARTS:-teachers alone methods students ablation presets} " in *" $1 "*) ;; *) return 1 ;; esac; }
+part() { case " ${PARTS:-teachers alone methods rates ablation presets students} " in *" $1 "*) ;; *) return 1 ;; esac; }
 
-{   # Teachers come first: the others read them. They take twice the steps.
+{   # Teachers come first: the others read them. They take twice the steps, or TEACHER_STEPS.
     if part teachers; then
         for teacher in $teachers; do
-            settings="$rate max_steps=$((2 * steps)) val_interval=$((steps / 2)) tag=s$((2 * steps))"
+            settings="workers=0 lr=0.05 grad_clip=1.0 max_steps=$teacher_steps val_interval=$((teacher_steps / 4)) tag=s$teacher_steps"
             echo "--method supervised --student $teacher --seed 0 --opts $settings"
         done
     fi
@@ -73,11 +101,19 @@ part() { case " ${PARTS:-teachers alone methods students ablation presets} " in 
     for seed in $seeds; do
         if part alone && [ "$seed" != 0 ]; then student unet "$seed" supervised -; fi
         for teacher in $teachers; do
-            for method in ${METHODS:-acf_bckd kd dist cwd at nkd skd ifvd dkd cirkd}; do
+            for method in $methods; do
                 if part methods; then student unet "$seed" "$method" "$teacher"; fi
             done
         done
     done
+    if part rates; then
+        for method in supervised $methods; do
+            of=$(rates "$method") teacher=resunet
+            [ "$method" != supervised ] || teacher=-
+            for rate in ${of#* }; do student unet 0 "$method" $teacher; done
+        done
+        rate=
+    fi
     if part ablation; then
         for kept in "afd" "cfd" "hbd" "sbd" "afd cfd" "hbd sbd" "cfd hbd sbd" "afd hbd sbd" "afd cfd sbd" "afd cfd hbd"; do
             left_out=
@@ -86,6 +122,9 @@ part() { case " ${PARTS:-teachers alone methods students ablation presets} " in 
             done
             student unet 0 acf_bckd resunet "$(echo "$kept" | tr ' ' '+')" "method_args={acf_bckd: {${left_out#, }}}"
         done
+        # AFD and CFD are means over voxels: on this grid of 24x32x24 the paper's weights are six times as strong as on 48^3.
+        scale="feature_reduction: sum, afd: 0.226, cfd: 0.226"
+        student unet 0 acf_bckd resunet sum "method_args={acf_bckd: {$scale}}"
     fi
     if part presets; then
         for method in kd skd ifvd cirkd; do student unet 0 "$method" resunet "" preset=as_released; done

@@ -5,10 +5,10 @@
 #   sh scripts/table_small.sh --dry-run                               # print the commands
 #   PARTS="acdc la" METHODS="supervised crkd" SEEDS=0 sh scripts/table_small.sh
 #
-# PARTS: acdc, la (every method), ablation (CRKD's parts and open decisions on ACDC, seed 0), presets (as_released where
-# it differs, seed 0). SEEDS are those of SEEDED (supervised, UniMatch, CRKD), the other methods have seed 0. JOBS:
-# trainings at a time, of one thread each. What is complete is not repeated; an interrupted training goes on where it
-# stopped. Then: tools/evidence.py collect, tables.
+# PARTS: acdc, la (every method), rates (the learning rates that were tried on ACDC beside the chosen ones), ablation
+# (CRKD's parts and open decisions on ACDC, seed 0), presets (as_released where it differs, seed 0). SEEDS are those of
+# SEEDED (supervised, UniMatch, CRKD), the other methods have seed 0. JOBS: trainings at a time, of one thread each. What
+# is complete is not repeated; an interrupted training goes on where it stopped. Then: tools/evidence.py collect, tables.
 set -e
 case $1 in
     --dry-run) dry=1 ;;
@@ -38,18 +38,29 @@ all() {  # all: run the cells that come in, one a line, if any
     fi
 }
 
-part() { case " ${PARTS:-acdc la ablation presets} " in *" $1 "*) ;; *) return 1 ;; esac; }
+part() { case " ${PARTS:-acdc rates la ablation presets} " in *" $1 "*) ;; *) return 1 ;; esac; }
 chosen() { case " ${METHODS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac; }
 
-cell() {  # cell <2d or 3d> <data set> <labelled> <method> <seed> [<tag> [<further settings>]]
-    printf '%s --config configs/%s.yaml --labelled %s --method %s --seed %s' "$1" "$2" "$3" "$4" "$5"
-    [ $# -lt 6 ] || shift 5
-    case $1 in 2d | 3d) ;; *)
-        printf ' --opts'
-        [ -z "$1" ] || printf ' tag=%s' "$1"
-        shift
-        [ $# -eq 0 ] || printf ' "%s"' "$@" ;;
+rates() {  # rates <data set> <method>: the chosen learning rate, then the others that were tried
+    case $1:$2 in
+        acdc_small:crossmatch | acdc_small:acmt) echo 0.01 ;;  # no other was tried
+        acdc_small:*) echo 0.05 0.01 ;;
+        *) echo 0.05 ;;
     esac
+}
+
+cell() {  # cell <2d or 3d> <data set> <labelled> <method> <seed> [<tag> [<further settings>]]; rate: another
+    printf '%s --config configs/%s.yaml --labelled %s --method %s --seed %s' "$1" "$2" "$3" "$4" "$5"
+    chosen=$(rates "$2" "$4")
+    lr=${rate:-${chosen%% *}} name=$6
+    if [ $# -gt 6 ]; then shift 6; else set --; fi
+    if [ "$lr" != 0.01 ]; then  # that is the configuration's
+        set -- "lr=$lr" "$@"
+        name=lr$lr${name:+-$name}
+    fi
+    [ -z "$name$*" ] || printf ' --opts'
+    [ -z "$name" ] || printf ' tag=%s' "$name"
+    [ $# -eq 0 ] || printf ' "%s"' "$@"
     printf '\n'
 }
 
@@ -70,6 +81,14 @@ trial() {  # trial <name> <arguments of CRKD>
 {
     if part acdc; then table 2d acdc_small 3 "crkd unimatch supervised crossmatch acmt"; fi
     if part la; then table 3d la_small 4 "crkd unimatch supervised acmt mlrpl crossmatch lefed"; fi
+    if part rates; then
+        for method in crkd unimatch supervised crossmatch acmt; do
+            chosen "$method" || continue
+            of=$(rates acdc_small "$method")
+            case $of in *" "*) for rate in ${of#* }; do cell 2d acdc_small 3 "$method" 0; done ;; esac
+        done
+        rate=
+    fi
     if part ablation; then
         trial no_lec "lec: 0.0"
         trial no_csd "csd: 0.0"

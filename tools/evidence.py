@@ -154,6 +154,7 @@ def compact(run: Path) -> tuple[list[str], dict]:
         **{key: summary[key] for key in ("dataset", "method", "preset", "teacher", "student")},
         **({"labelled": summary["labelled"]} if "labelled" in summary else {}),
         **{key: summary[key] for key in ("seed", "tag", "step", "max_steps", "split", "selected_on_reported")},
+        "lr": config["lr"],
         "parameters": summary["parameters"], "gmacs": round(summary["gmacs"], 4),
         "hd95": summary["hd95_definition"], "missed": counts["missed"], "spurious": counts["spurious"],
         "pairs": counts["pairs"],
@@ -277,21 +278,34 @@ def footer(rows: Rows, cases: int) -> list[str]:
 
 
 class Results:
-    """The runs of a file by cell."""
+    """The runs of a file by cell. Of runs that differ in the learning rate only, a cell has the best on validation."""
 
     def __init__(self, cases: Sequence[str], rows: Rows) -> None:
         self.cases, self.rows, self.patient = cases, rows, patient_function("")
+        self.rates = {}  # of every run, told apart by all but its rate: {rate: row}
+        for row in rows:
+            self.rates.setdefault(identity(row), {})[row["lr"]] = row
+
+    def rate(self, row: Mapping) -> float:
+        """Learning rate with the best validation Dice in the course of training: seed 0 chooses for all seeds.
+
+        Further runs of a method (other seeds, teachers, students, parts) are made with that rate only.
+        """
+        return max(self.rates[identity(row)].values(), key=best_validation)["lr"]
 
     def cell(self, *, variant: str = "", **values) -> list[dict]:
-        """Runs with these values, of all seeds. variant: what the tag says beside the number of steps."""
+        """Runs with these values, of all seeds. variant: what the tag says beside the number of steps and the rate."""
         found = [
             row for row in self.rows
-            if re.fullmatch(r"(?:s\d+)?-?(.*)", row["tag"])[1] == variant
-            and all(row.get(key) == value for key, value in values.items())
+            if variant_of(row) == variant and all(row.get(key) == value for key, value in values.items())
+            and row["lr"] == self.rate(row)
         ]  # fmt: skip
-        if len({row["max_steps"] for row in found}) > 1 or len({row["seed"] for row in found}) < len(found):
+        settings = {(row["max_steps"], row["lr"]) for row in found}
+        if len(settings) > 1 or len({row["seed"] for row in found}) < len(found):
             runs = ", ".join(row["run"] for row in found)
-            raise ValueError(f"{runs}: one cell, but of different lengths or with one seed twice; keep one of each")
+            raise ValueError(
+                f"{runs}: one cell, but of different lengths or rates, or with one seed twice; keep one of each"
+            )
         return found
 
     def alone(self, network: str) -> list[dict]:
@@ -321,6 +335,22 @@ class Results:
             possible = (row["least_p"] or 1.0) * len(pairs) <= 0.05
             row["p_holm"] = corrected if possible else None
         return pairs
+
+
+def variant_of(row: Mapping) -> str:
+    """What a tag says beside the recipe of its table: '' of s600-w4-lr0.05-own-warmup, afd of s600-lr0.05-afd."""
+    recipe = r"s\d+|w\d+|lr[\d.]+|own|clip|warmup"
+    return "-".join(word for word in row["tag"].split("-") if not re.fullmatch(recipe, word))
+
+
+def identity(row: Mapping) -> tuple:
+    """All that tells runs apart but their learning rate."""
+    keys = ("method", "preset", "teacher", "student", "labelled", "seed", "max_steps")
+    return (*(row.get(key) for key in keys), variant_of(row))
+
+
+def best_validation(row: Mapping) -> float:
+    return max(dice for _, dice in row["curve"])
 
 
 def mean(rows: Rows, metric: str) -> float | None:
@@ -387,8 +417,8 @@ def alone_table(results: Results) -> tuple[list[str], list[list[str]], list[dict
     return [*header, "published Dice: BTCV", "WORD"], body, used
 
 
-def methods_table(results: Results, teacher: str) -> tuple[list[str], list[list[str]], list[dict]]:
-    """The U-Net under every method and one teacher."""
+def methods_table(results: Results, teacher: str, which: str = "") -> tuple[list[str], list[list[str]], list[dict]]:
+    """The U-Net under every method and one teacher. which: 'run' leaves out the methods that were not."""
     found = {
         method: results.cell(method=method, student="unet", teacher=teacher, preset="clean")
         for method in (*RIVALS, "acf_bckd")
@@ -398,8 +428,9 @@ def methods_table(results: Results, teacher: str) -> tuple[list[str], list[list[
     order = sorted(run, key=lambda method: -mean(run[method], "dice"))
     tested = results.compared(alone, run)
     rivals = results.compared(found["acf_bckd"], {method: rows for method, rows in run.items() if method != "acf_bckd"})
-    body = []
-    for method, rows in found.items():
+    own = [shown(alone, metric) for metric in ("dice", "hd95", "asd")]
+    body = [["none", str(len(alone)), *own, *["-"] * 8]]
+    for method, rows in (run if which == "run" else found).items():
         row = tested.get(method)
         same = [one for one in alone if one["seed"] in {other["seed"] for other in rows}] or alone
         figures_ = [published_gap(data, method, teacher) for data in ("btcv", "word", "brats21")]
@@ -436,6 +467,22 @@ def published_gap(dataset: str, method: str, teacher: str, student: str = "unet"
     return gap_closed(taught[0], figures_["alone"][student][0], figures_["alone"][teacher][0])
 
 
+def rates_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
+    """Best validation Dice of every method at each learning rate that was tried, the best in bold."""
+    tried = {key: rows for key, rows in results.rates.items() if len(rows) > 1}
+    rates = sorted({rate for rows in tried.values() for rate in rows})
+    body = []
+    for rows in tried.values():
+        chosen = results.rate(next(iter(rows.values())))
+        cells = ["-" if rate not in rows else f"{best_validation(rows[rate]):.2f}" for rate in rates]
+        body.append([
+            title(next(iter(rows.values()))["method"]),
+            *(f"**{cell}**" if rate == chosen else cell for rate, cell in zip(rates, cells)),
+        ])  # fmt: skip
+    used = [row for rows in tried.values() for row in rows.values()]
+    return ["method", *(f"rate {rate:g}" for rate in rates)], body, used
+
+
 def students_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
     """The other students: alone, under ACF-BCKD and three rivals."""
     body, used = [], []
@@ -463,7 +510,8 @@ def parts_table(results: Results, teacher: str) -> tuple[list[str], list[list[st
     terms = ("afd", "cfd", "hbd", "sbd")
     sets = [*((term,) for term in terms), terms[:2], terms[2:]]
     sets += [tuple(term for term in terms if term != left) for left in terms]
-    variants = {"": (), **{"+".join(kept): kept for kept in sets}, "all": terms}
+    # 'sum': AFD and CFD with the strength that the paper's weights have on its grid of 48^3 voxels
+    variants = {"": (), **{"+".join(kept): kept for kept in sets}, "sum": terms, "all": terms}
     alone = [row for row in results.alone("unet") if row["seed"] == 0]
     body, used = [], []
     for variant, kept in variants.items():
@@ -474,6 +522,8 @@ def parts_table(results: Results, teacher: str) -> tuple[list[str], list[list[st
         used += rows
         change = f"{mean(rows, 'dice') - mean(alone, 'dice'):+.2f}" if rows and alone and kept else "-"
         marks = ["x" if term in kept else "" for term in terms]
+        if variant == "sum":
+            marks[:2] = ["weaker", "weaker"]
         body.append([*marks, *(shown(rows, metric) for metric in ("dice", "hd95", "asd")), change])
     return ["AFD", "CFD", "HBD", "SBD", "Dice", "HD95", "ASD", "above the student alone"], body, used
 
@@ -532,7 +582,7 @@ def trials_table(results: Results, labelled: str) -> tuple[list[str], list[list[
 
 TABLES = {
     "alone": alone_table, "methods": methods_table, "students": students_table, "parts": parts_table,
-    "presets": presets_table, "few_labels": few_labels_table, "trials": trials_table,
+    "presets": presets_table, "rates": rates_table, "few_labels": few_labels_table, "trials": trials_table,
 }  # fmt: skip
 
 

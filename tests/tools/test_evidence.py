@@ -45,9 +45,9 @@ def row(method="kd", seed=0, dice=80.0, *, tag="s10", **values):
     """A line of a file of two cases."""
     own = {
         "run": f"{method}/{seed}{tag}", "method": method, "preset": "clean", "student": "unet", "seed": seed,
-        "teacher": None if method == "supervised" else "resunet", "tag": tag, "max_steps": 10, "parameters": 1000,
-        "gmacs": 0.5, "missed": 0, "spurious": 0, "pairs": 4, "split": "test", "device": "CPU", "threads": 1,
-        "seconds": 60, "code": "abc", "date": "2026-01-01", "selected_on_reported": False,
+        "teacher": None if method == "supervised" else "resunet", "tag": tag, "max_steps": 10, "lr": 0.05,
+        "parameters": 1000, "gmacs": 0.5, "missed": 0, "spurious": 0, "pairs": 4, "split": "test", "device": "CPU",
+        "threads": 1, "seconds": 60, "code": "abc", "date": "2026-01-01", "selected_on_reported": False,
         "curve": [[5, 40.0], [10, dice]],
     }  # fmt: skip
     mean = {"dice": dice, "jaccard": dice - 10, "hd95": 2.0, "asd": 1.0}
@@ -250,6 +250,8 @@ def test_methods_are_ranked_and_tested():
     assert cells["ACF-BCKD"]["p"] == "0.023" and cells["ACF-BCKD"]["p against ACF-BCKD"] == "-"
     assert cells["KD"]["p against ACF-BCKD"] == "0.016" and cells["AT"]["p"] == "-"
     assert {r["run"] for r in used} == {r["run"] for r in found.rows[:5]}
+    assert cells["none"]["Dice"] == "70.00" and len(body[0]) == len(header)
+    assert [line[0] for line in evidence.methods_table(found, "resunet", "run")[1]] == ["none", "KD", "CWD", "ACF-BCKD"]
 
 
 def test_only_seeds_that_both_have_are_compared():
@@ -283,17 +285,35 @@ def test_seeds_are_averaged_case_by_case():
 
 
 def test_runs_of_other_lengths_are_not_seeds():
-    with pytest.raises(ValueError, match="different lengths or with one seed twice"):
+    with pytest.raises(ValueError, match="different lengths or rates, or with one seed twice"):
         results(row(), row(seed=1, max_steps=20, tag="s20")).cell(method="kd")
-    with pytest.raises(ValueError, match="different lengths or with one seed twice"):
+    with pytest.raises(ValueError, match="different lengths or rates, or with one seed twice"):
         results(row(), row(tag="")).cell(method="kd")
+    with pytest.raises(ValueError, match="different lengths or rates, or with one seed twice"):
+        results(row(lr=0.1), row(seed=1)).cell(method="kd")
+
+
+def test_validation_chooses_the_rate():
+    """Test Dice 70 at the rate that validates best, 90 at the other: the cell is the former, with its other seeds."""
+    def at(rate, dice, validation, seed=0, **values):
+        return row(seed=seed, dice=dice, lr=rate, tag=f"s10-lr{rate}", curve=[[5, validation], [10, 1.0]], **values)
+
+    found = results(at(0.05, 90.0, 40.0), at(0.1, 70.0, 50.0), at(0.1, 72.0, 10.0, seed=1), row("at"))
+    assert [r["mean"]["dice"] for r in found.cell(method="kd")] == [70.0, 72.0]
+    header, body, used = evidence.rates_table(found)
+    assert header == ["method", "rate 0.05", "rate 0.1"] and body == [["KD", "40.00", "**50.00**"]] and len(used) == 2
+    tags = ("s600-w4-lr0.1-afd+cfd", "s600-w4-lr0.1-own-warmup", "s600-lr0.1-own-afd", "lr0.05-joint", "no_lec", "")
+    for tag, variant in zip(tags, ("afd+cfd", "", "afd", "joint", "no_lec", ""), strict=True):
+        assert evidence.variant_of({"tag": tag}) == variant
+    with pytest.raises(ValueError, match="different lengths or rates"):
+        results(at(0.05, 90.0, 40.0), at(0.1, 70.0, 50.0), at(0.05, 72.0, 10.0, seed=1)).cell(method="kd")
 
 
 def test_parts_and_presets():
     found = results(row("supervised", dice=70.0), row("acf_bckd", dice=80.0), row("acf_bckd", dice=74.0, tag="s10-afd"),
                     row("acf_bckd", dice=71.0, preset="as_released"), row("acf_bckd", dice=1.0, seed=1))  # fmt: skip
     _, body, _ = evidence.parts_table(found, "resunet")
-    assert len(body) == 12
+    assert len(body) == 13
     assert ["x", "", "", "", "74.00", "2.00", "1.00", "+4.00"] in body
     assert ["x", "x", "x", "x", "80.00", "2.00", "1.00", "+10.00"] in body and ["", "", "", ""] == body[0][:4]
     _, body, used = evidence.presets_table(found)
@@ -320,17 +340,42 @@ def test_rounding():
     assert evidence.rounded(None, "asd") is None
 
 
-def test_documented_scripts_print_their_cells(monkeypatch):
-    """Every command of the two scripts is one that the training scripts take, and their runs are all different."""
+def configs(monkeypatch, script, **environment):
+    """Configurations of the cells of scripts/<script>."""
     monkeypatch.chdir(ROOT)
-    for name in ("PARTS", "METHODS", "METHODS_OF_STUDENTS", "SEEDS", "SEEDED", "STEPS", "TEACHERS", "LR", "CLIP"):
+    for name in ("PARTS", "METHODS", "METHODS_OF_STUDENTS", "SEEDS", "SEEDED", "STEPS", "TEACHERS", "LR", "WIDTH",
+                 "WARMUP", "METHOD_LR"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("table_hippocampus.sh", "table_small.sh"):
-        words = ["sh", str(ROOT / "scripts" / name), "--dry-run"]
-        lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-        assert len(set(lines)) == len(lines) > 40
-        folders = set()
-        for line in lines:
-            _, script, *flags = shlex.split(line)
-            folders.add(folder_of(MODULES[script].parse_args(flags)[1]))
-        assert len(folders) == len(lines)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = ["sh", str(ROOT / "scripts" / script), "--dry-run"]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    commands = [shlex.split(line)[1:] for line in lines]
+    return [MODULES[script].parse_args(flags)[1] for script, *flags in commands]
+
+
+@pytest.mark.parametrize("script", ["table_hippocampus.sh", "table_small.sh"])
+def test_documented_scripts_print_their_cells(script, monkeypatch):
+    """Every command of the two scripts is one that the training scripts take, and their runs are all different."""
+    found = configs(monkeypatch, script)
+    assert len({folder_of(cfg) for cfg in found}) == len(found) > 40
+
+
+@pytest.mark.parametrize("name, script, parts", [
+    ("hippocampus", "table_hippocampus.sh", "alone methods rates"), ("acdc", "table_small.sh", "acdc rates"),
+])  # fmt: skip
+def test_scripts_use_the_chosen_rates(name, script, parts, monkeypatch):
+    """The scripts try the rates that the files show, and go on with those that validation chose."""
+    found = evidence.Results(*evidence.read(ROOT / f"results/{name}.jsonl"))
+    tried = {rows[next(iter(rows))]["method"]: rows for rows in found.rates.values() if len(rows) > 1}
+    assert "supervised" in tried
+    tables, rates = parts.rsplit(" ", 1)
+    chosen = {method: found.rate(next(iter(rows.values()))) for method, rows in tried.items()}
+    for cfg in configs(monkeypatch, script, PARTS=tables, TEACHERS="resunet"):
+        if cfg.method in tried:
+            assert cfg.lr == chosen[cfg.method], cfg.method
+    others = {}
+    for cfg in configs(monkeypatch, script, PARTS=rates, TEACHERS="resunet"):
+        others.setdefault(cfg.method, set()).add(cfg.lr)
+    for method, rows in tried.items():
+        assert others[method] == set(rows) - {chosen[method]}, method
