@@ -407,6 +407,11 @@ def main() -> int:
             open_run(folder, cfg, resume)
     trained = [p for module in (student, kd) if module is not None for p in module.parameters() if p.requires_grad]
     own = [p for p in kd.parameters() if p.requires_grad] if kd is not None and cfg.method_lr else []
+    if cfg.method_lr and not own and not supervised and world.main:
+        print(f"note: {cfg.method} has no parameters of its own: method_lr does nothing", file=sys.stderr)
+    if cfg.distill_warmup > cfg.max_steps and not supervised and world.main:
+        print(f"note: with max_steps {cfg.max_steps} the terms do not reach their weights, for which distill_warmup "
+              f"takes {cfg.distill_warmup} steps", file=sys.stderr)  # fmt: skip
     groups = [[p for p in student.parameters() if p.requires_grad], own] if own else [trained]
     optimizer = torch.optim.SGD(
         [{"params": group} for group in groups], lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay

@@ -12,7 +12,8 @@
 # to their weights, half of STEPS; 0: none. METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of
 # the student. LR: one rate for all, not the one that validation chose for each method with seed 0 and the ResU-Net. JOBS:
 # trainings at a time, of one thread each. Every training has the same steps, schedule, batch and augmentation. What is
-# complete is not repeated; an interrupted training goes on where it stopped. Then: tools/evidence.py collect, tables.
+# complete is not repeated; an interrupted training goes on where it stopped. Run folders do not tell values of WARMUP or
+# METHOD_LR apart other than 0: move them away before trying a second one. Then: tools/evidence.py collect, tables.
 set -e
 case $1 in
     --dry-run) dry=1 ;;
@@ -59,18 +60,18 @@ student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag>
     chosen=$(rates "$method")
     lr=${rate:-${LR:-${chosen%% *}}}
     flags="--method $method --student $network --seed $seed"
-    name=s$steps wide=
+    name=s$steps more=
     if [ "$network" = unet ]; then
         name=$name-w$width
-        wide="\"network_args={unet: {channels: [$width, $((2 * width)), $((4 * width)), $((8 * width))]}}\""
+        more=" \"network_args={unet: {channels: [$width, $((2 * width)), $((4 * width)), $((8 * width))]}}\""
     fi
     name=$name-lr$lr
     if [ "$own" != 0 ]; then
-        case $method in acf_bckd | cirkd) wide="$wide method_lr=$own" name=$name-own ;; esac
+        case $method in acf_bckd | cirkd) more="$more method_lr=$own" name=$name-own ;; esac
     fi
-    if [ "$teacher" != - ] && [ "$warmup" != 0 ]; then wide="$wide distill_warmup=$warmup" name=$name-warmup; fi
-    case $method:$lr in cwd:0.[2-9]*) wide="$wide grad_clip=1.0" name=$name-clip ;; esac  # diverges without
-    settings="workers=0 lr=$lr max_steps=$steps val_interval=$((steps / 4)) tag=$name${5:+-$5} $wide"
+    if [ "$teacher" != - ] && [ "$warmup" != 0 ]; then more="$more distill_warmup=$warmup" name=$name-warmup; fi
+    case $method:$lr in cwd:0.[2-9]*) more="$more grad_clip=1.0" name=$name-clip ;; esac  # diverges without
+    settings="workers=0 lr=$lr max_steps=$steps val_interval=$((steps / 4)) tag=$name${5:+-$5}$more"
     [ "$network" != mobile_unet ] || settings="$settings patch_size=[64,64,64]"  # multiples of 32
     if [ "$teacher" != - ]; then
         flags="$flags --teacher $teacher"
@@ -88,7 +89,8 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
 {   # Teachers come first: the others read them. They take twice the steps, or TEACHER_STEPS.
     if part teachers; then
         for teacher in $teachers; do
-            settings="workers=0 lr=0.05 grad_clip=1.0 max_steps=$teacher_steps val_interval=$((teacher_steps / 4)) tag=s$teacher_steps"
+            settings="workers=0 lr=0.05 grad_clip=1.0 max_steps=$teacher_steps val_interval=$((teacher_steps / 4))"
+            settings="$settings tag=s$teacher_steps"
             echo "--method supervised --student $teacher --seed 0 --opts $settings"
         done
     fi
@@ -106,8 +108,8 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
             done
         done
     done
-    if part rates; then
-        for method in supervised $methods; do
+    if part rates && [ -z "$LR" ]; then
+        for method in ${METHODS:-supervised $methods}; do
             of=$(rates "$method") teacher=resunet
             [ "$method" != supervised ] || teacher=-
             for rate in ${of#* }; do student unet 0 "$method" $teacher; done
@@ -122,7 +124,8 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
             done
             student unet 0 acf_bckd resunet "$(echo "$kept" | tr ' ' '+')" "method_args={acf_bckd: {${left_out#, }}}"
         done
-        # AFD and CFD are means over voxels: on this grid of 24x32x24 the paper's weights are six times as strong as on 48^3.
+        # AFD and CFD are means over voxels: on this grid of 24x32x24 the paper's weights are six times as strong as on
+        # 48x48x48.
         scale="feature_reduction: sum, afd: 0.226, cfd: 0.226"
         student unet 0 acf_bckd resunet sum "method_args={acf_bckd: {$scale}}"
     fi

@@ -45,14 +45,14 @@ rates() {  # rates <data set> <method>: the chosen learning rate, then the other
     case $1:$2 in
         acdc_small:crossmatch | acdc_small:acmt) echo 0.01 ;;  # no other was tried
         acdc_small:*) echo 0.05 0.01 ;;
-        *) echo 0.05 ;;
+        *) echo 0.05 ;;  # not tried
     esac
 }
 
 cell() {  # cell <2d or 3d> <data set> <labelled> <method> <seed> [<tag> [<further settings>]]; rate: another
     printf '%s --config configs/%s.yaml --labelled %s --method %s --seed %s' "$1" "$2" "$3" "$4" "$5"
-    chosen=$(rates "$2" "$4")
-    lr=${rate:-${chosen%% *}} name=$6
+    of=$(rates "$2" "$4")
+    lr=${rate:-${of%% *}} name=$6
     if [ $# -gt 6 ]; then shift 6; else set --; fi
     if [ "$lr" != 0.01 ]; then  # that is the configuration's
         set -- "lr=$lr" "$@"

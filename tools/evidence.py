@@ -125,6 +125,8 @@ def read(file: Path) -> tuple[list[str], list[dict]]:
     """Case names and runs of a file."""
     try:
         first, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        if any(not row["curve"] or "lr" not in row for row in rows):
+            raise ValueError("a line without a learning rate or curve")
         return first["cases"], rows
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a file of tools/evidence.py collect ({error})") from None
@@ -255,11 +257,11 @@ def make_table(file: Path, name: str, arguments: Sequence[str]) -> str:
     cases, rows = read(file) if file.exists() else ([], [])  # a table of which no row was run
     header, body, used = TABLES[name](Results(cases, rows), *arguments)
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *body)]
-    return "\n".join(["", *lines, "", *footer(used, len(cases)), ""])
+    return "\n".join(["", *lines, "", *footer(used, None if name == "rates" else len(cases)), ""])
 
 
-def footer(rows: Rows, cases: int) -> list[str]:
-    """Of what and when the rows of a table are."""
+def footer(rows: Rows, cases: int | None) -> list[str]:
+    """Of what and when the rows of a table are. cases: on how many it scores; None for scores in training."""
     rows = list({row["run"]: row for row in rows}.values())
     if not rows:
         return ["No run yet."]
@@ -267,9 +269,11 @@ def footer(rows: Rows, cases: int) -> list[str]:
     minutes = sum(row["seconds"] for row in rows) / 60
     text = (
         f"{len(rows)} training{'s' * (len(rows) > 1)} of {minutes:.0f} minutes together, "
-        f"{cases} {'/'.join(sorted({row['split'] for row in rows}))} cases; {' to '.join(dates[:1] + dates[1:][-1:])}; "
-        f"commit {', '.join(sorted({row['code'] for row in rows}))}."
+        + (f"{cases} {'/'.join(sorted({row['split'] for row in rows}))} cases; " if cases is not None else "")
+        + f"{' to '.join(dates[:1] + dates[1:][-1:])}; commit {', '.join(sorted({row['code'] for row in rows}))}."
     )
+    if cases is None:
+        return [text]
     if any(row["selected_on_reported"] for row in rows):
         text += " best.pt was selected on these same cases."
     if any("penalised" in row for row in rows):
@@ -284,27 +288,31 @@ class Results:
         self.cases, self.rows, self.patient = cases, rows, patient_function("")
         self.rates = {}  # of every run, told apart by all but its rate: {rate: row}
         for row in rows:
-            self.rates.setdefault(identity(row), {})[row["lr"]] = row
+            same = self.rates.setdefault(identity(row), {})
+            if row["lr"] in same:
+                raise ValueError(f"{row['run']}, {same[row['lr']]['run']}: the same training twice; keep one of them")
+            same[row["lr"]] = row
 
     def rate(self, row: Mapping) -> float:
-        """Learning rate with the best validation Dice in the course of training: seed 0 chooses for all seeds.
+        """The learning rate of the runs like this one that did best on validation in the course of training.
 
-        Further runs of a method (other seeds, teachers, students, parts) are made with that rate only.
+        Only seed 0 is run with several; all else of a method (seeds, teachers, students, parts) is run with its best.
         """
         return max(self.rates[identity(row)].values(), key=best_validation)["lr"]
 
     def cell(self, *, variant: str = "", **values) -> list[dict]:
-        """Runs with these values, of all seeds. variant: what the tag says beside the number of steps and the rate."""
+        """Runs with these values, of all seeds. variant: what the tag says beside the recipe."""
         found = [
             row for row in self.rows
             if variant_of(row) == variant and all(row.get(key) == value for key, value in values.items())
             and row["lr"] == self.rate(row)
         ]  # fmt: skip
-        settings = {(row["max_steps"], row["lr"]) for row in found}
-        if len(settings) > 1 or len({row["seed"] for row in found}) < len(found):
+        recipes = {(row["max_steps"], row["lr"], recipe_of(row)) for row in found}
+        if len(recipes) > 1 or len({row["seed"] for row in found}) < len(found):
             runs = ", ".join(row["run"] for row in found)
             raise ValueError(
-                f"{runs}: one cell, but of different lengths or rates, or with one seed twice; keep one of each"
+                f"{runs}: one cell, but of different lengths, rates or recipes, or with one seed twice; keep one of "
+                f"each, others in a file of their own"
             )
         return found
 
@@ -337,16 +345,24 @@ class Results:
         return pairs
 
 
+# What a tag says of the recipe of its table: steps, first width, learning rate, own rate of a method, clipping, warm-up
+RECIPE = r"s\d+|w\d+|lr[\d.]+|own|clip|warmup"
+
+
 def variant_of(row: Mapping) -> str:
-    """What a tag says beside the recipe of its table: '' of s600-w4-lr0.05-own-warmup, afd of s600-lr0.05-afd."""
-    recipe = r"s\d+|w\d+|lr[\d.]+|own|clip|warmup"
-    return "-".join(word for word in row["tag"].split("-") if not re.fullmatch(recipe, word))
+    """What a tag says beside the recipe: '' of s600-w4-lr0.05-own-warmup, afd of s600-lr0.05-afd."""
+    return "-".join(word for word in row["tag"].split("-") if not re.fullmatch(RECIPE, word))
+
+
+def recipe_of(row: Mapping) -> tuple[str, ...]:
+    """Width, own rate and warm-up, by the tag. Clipping is what a high rate of CWD needs, and no other recipe."""
+    return tuple(word for word in row["tag"].split("-") if re.fullmatch(r"w\d+|own|warmup", word))
 
 
 def identity(row: Mapping) -> tuple:
     """All that tells runs apart but their learning rate."""
     keys = ("method", "preset", "teacher", "student", "labelled", "seed", "max_steps")
-    return (*(row.get(key) for key in keys), variant_of(row))
+    return (*(row.get(key) for key in keys), variant_of(row), recipe_of(row))
 
 
 def best_validation(row: Mapping) -> float:
@@ -419,6 +435,8 @@ def alone_table(results: Results) -> tuple[list[str], list[list[str]], list[dict
 
 def methods_table(results: Results, teacher: str, which: str = "") -> tuple[list[str], list[list[str]], list[dict]]:
     """The U-Net under every method and one teacher. which: 'run' leaves out the methods that were not."""
+    if which not in ("", "run"):
+        raise ValueError(f"methods: {which!r} is neither 'run' nor left out")
     found = {
         method: results.cell(method=method, student="unet", teacher=teacher, preset="clean")
         for method in (*RIVALS, "acf_bckd")
@@ -468,19 +486,18 @@ def published_gap(dataset: str, method: str, teacher: str, student: str = "unet"
 
 
 def rates_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
-    """Best validation Dice of every method at each learning rate that was tried, the best in bold."""
-    tried = {key: rows for key, rows in results.rates.items() if len(rows) > 1}
-    rates = sorted({rate for rows in tried.values() for rate in rows})
+    """Best validation Dice of every method at each learning rate that was tried with seed 0, the best in bold."""
+    tried = [list(rows.values()) for rows in results.rates.values() if len(rows) > 1]
+    rates = sorted({row["lr"] for rows in tried for row in rows})
     body = []
-    for rows in tried.values():
-        chosen = results.rate(next(iter(rows.values())))
-        cells = ["-" if rate not in rows else f"{best_validation(rows[rate]):.2f}" for rate in rates]
-        body.append([
-            title(next(iter(rows.values()))["method"]),
-            *(f"**{cell}**" if rate == chosen else cell for rate, cell in zip(rates, cells)),
-        ])  # fmt: skip
-    used = [row for rows in tried.values() for row in rows.values()]
-    return ["method", *(f"rate {rate:g}" for rate in rates)], body, used
+    for rows in tried:
+        if rows[0]["seed"] or variant_of(rows[0]):
+            raise ValueError(f"{rows[0]['run']}: several rates of a cell that is none of seed 0 and the whole method")
+        at, chosen = {row["lr"]: best_validation(row) for row in rows}, results.rate(rows[0])
+        cells = [f"{at[rate]:.2f}" if rate in at else "-" for rate in rates]
+        marked = [f"**{cell}**" if rate == chosen else cell for rate, cell in zip(rates, cells)]
+        body.append([title(rows[0]["method"]), *marked])
+    return ["method", *(f"rate {rate:g}" for rate in rates)], body, [row for rows in tried for row in rows]
 
 
 def students_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
@@ -601,16 +618,29 @@ def figures(results: Path, out: Path) -> int:
     return 0
 
 
+def panels(results: Results, height: float) -> tuple[Figure, list[tuple]]:
+    """A figure, and (axes, teacher, its name) for each teacher under which a method was run; one at least."""
+    taught = {row["teacher"] for row in results.rows}
+    shown_ = {key: name for key, name in TEACHERS.items() if key in taught} or dict([next(iter(TEACHERS.items()))])
+    figure = Figure(figsize=(1.5 + 4 * len(shown_), height), layout="constrained")
+    axes = figure.subplots(1, len(shown_), sharey=True, squeeze=False)[0]
+    return figure, [(each, *teacher) for each, teacher in zip(axes, shown_.items())]
+
+
 def gap_figure(results: Results) -> Figure:
-    """Share of the gap between student and teacher that each method closes, ours beside the published."""
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    """Share of the gap between student and teacher that each method closes, ours beside the published.
+
+    A mark is a seed, compared with the student alone of the same seed.
+    """
+    figure, found = panels(results, 3.8)
     low, high = -60, 130
-    for axes, (teacher, name) in zip(figure.subplots(1, 2, sharey=True), TEACHERS.items()):
-        alone, above = (mean(results.alone(network), "dice") for network in ("unet", teacher))
+    for axes, teacher, name in found:
+        alone = {row["seed"]: row["mean"]["dice"] for row in results.alone("unet")}
+        above = mean(results.alone(teacher), "dice")
         methods = (*RIVALS, "acf_bckd")
         for place, method in enumerate(methods):
             rows = results.cell(method=method, student="unet", teacher=teacher, preset="clean")
-            gaps = [gap_closed(row["mean"]["dice"], alone, above) for row in rows]
+            gaps = [gap_closed(row["mean"]["dice"], alone.get(row["seed"]), above) for row in rows]
             gaps = [gap for gap in gaps if gap is not None]
             if gaps:
                 axes.barh(place + 0.2, statistics.fmean(gaps), 0.36, color=COLOURS[0])
@@ -631,8 +661,9 @@ def gap_figure(results: Results) -> Figure:
 
 def curves_figure(results: Results) -> Figure:
     """Validation Dice in the course of training: every method with each teacher, means over the seeds."""
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    for axes, (teacher, name) in zip(figure.subplots(1, 2, sharey=True), TEACHERS.items()):
+    figure, found = panels(results, 4.2)
+    ends = []
+    for axes, teacher, name in found:
         cells = {"student alone": results.alone("unet")} | {
             title(method): results.cell(method=method, student="unet", teacher=teacher, preset="clean")
             for method in (*RIVALS, "acf_bckd")
@@ -643,11 +674,14 @@ def curves_figure(results: Results) -> Figure:
                 at.setdefault(step, []).append(dice)
             values = [statistics.fmean(at[step]) for step in sorted(at)]
             if values:
+                ends.append(values[-1])
                 axes.plot(sorted(at), values, color="black" if not index else colour(index - 1), linestyle=dash(index),
                           marker="o", markersize=3, linewidth=1.5, label=label)  # fmt: skip
         axes.set(title=f"teacher {name}", xlabel="step", ylabel="validation Dice (%)")
         axes.grid(linewidth=0.4)
         axes.legend(fontsize=7, ncols=2, loc="lower right")
+    if ends:  # the beginnings, from nothing, would leave no room for the ends
+        axes.set_ylim(max(0, statistics.median(ends) - 25), max(ends) + 2)
     return figure
 
 

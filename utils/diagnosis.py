@@ -15,6 +15,7 @@ from torch import Tensor
 from utils.distributed import World
 
 NEGLIGIBLE = 0.01  # share of the gradient norm below which a term does nothing
+VANISHED = 0.001  # median share below which a term that never acted has no gradient, rather than a small weight
 DOMINANT = 0.8  # median share above which a term leaves the others without effect
 OPPOSED = -0.2  # median cosine with the first term's gradient below which a term works against it
 
@@ -115,13 +116,18 @@ def _logged(entries: Iterable[Mapping], name: str) -> list[float]:
 
 def _stuck_since(measured: Sequence[tuple[int, float]], values: Sequence[float]) -> int | None:
     """Step from which a term has had no gradient to the end, over half of the measurements, although it has hardly
-    fallen. A term whose weight has been taken away falls too."""
-    since = None
+    fallen. A term whose weight has been taken away falls too; one whose weight is small has little gradient, not none.
+    """
+    since, last = None, []
     for step, share in reversed(measured):
         if share >= NEGLIGIBLE:
             break
         since = step
-    if since is None or 2 * sum(step >= since for step, _ in measured) < len(measured) or not values:
+        last.append(share)
+    if since is None or 2 * len(last) < len(measured) or not values:
+        return None
+    acted = len(last) < len(measured)
+    if not acted and statistics.median(last) > VANISHED:
         return None
     return since if statistics.fmean(values[-max(1, len(values) // 4) :]) > 0.5 * max(values) else None
 
@@ -143,11 +149,12 @@ def findings(entries: Sequence[Mapping]) -> list[str]:
     for name, measured in shares.items():
         values = [value for _, value in measured]
         times = f"{len(values)} measurement{'s' * (len(values) > 1)}"
-        if (since := _stuck_since(measured, values_of := _logged(entries, name))) is not None:
+        logged = _logged(entries, name)
+        if (since := _stuck_since(measured, logged)) is not None:
             texts.append(
                 f"the term '{name}' is stuck: since step {since + 1} it has under {100 * NEGLIGIBLE:.0f} % of the "
-                f"gradient norm, while its value stays at {values_of[-1]:.3g}; a unit that it needs may be saturated, "
-                f"as the attention of ACF-BCKD at high rates: lower method_lr or lr"
+                f"gradient norm, while its value stays at {logged[-1]:.3g}; what it goes through may be saturated, "
+                f"then a lower learning rate helps"
             )
         elif max(values) < NEGLIGIBLE:
             texts.append(

@@ -97,9 +97,27 @@ def test_rate_of_the_methods_own_parameters(workspace):
         moved[name] = not np.allclose(value, usual["method"][name], atol=1e-7)
     assert any(moved.values())
     assert digest(frozen["weights"]) != digest(short["weights"])
+
+    # A resumed run goes on with both rates and both momenta.
+    options = ("--teacher", "resunet", "--opts", "method_lr=0.05")
+    train(*options, "tag=straight", cwd=workspace)
     stop_after(2, options, workspace, base / "seed0-broken")
     train("--resume", *options, "tag=broken", cwd=workspace)
-    assert digest(load_checkpoint(base / "seed0-broken/last.pt")["weights"]) == digest(frozen["weights"])
+    straight, broken = (load_checkpoint(base / f"seed0-{tag}/last.pt") for tag in ("straight", "broken"))
+    for part in ("weights", "method"):
+        assert digest(straight[part]) == digest(broken[part])
+    kept, lost = (part["optimizer"]["state"] for part in (straight, broken))
+    assert kept.keys() == lost.keys() and kept
+    assert all(np.array_equal(kept[k]["momentum_buffer"], lost[k]["momentum_buffer"]) for k in kept)
+
+
+def test_settings_that_do_nothing_are_noted(workspace):
+    train(*TEACHER, cwd=workspace)
+    out = train("--teacher", "resunet", "--method", "kd", "--opts", "method_lr=0.1", "distill_warmup=9", cwd=workspace)
+    assert "note: kd has no parameters of its own: method_lr does nothing" in out.stderr
+    assert "note: with max_steps 4 the terms do not reach their weights" in out.stderr
+    out = train(*TEACHER, "--opts", "distill_warmup=9", "tag=noted", cwd=workspace)
+    assert "note: --method supervised does not use distill_warmup" in out.stderr
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

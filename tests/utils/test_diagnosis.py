@@ -190,8 +190,11 @@ def test_a_term_that_is_stuck_is_told_from_one_that_was_taken_away():
         ([1.6, 1.6, 1.6, 1.6], [0.3, 0.3, 0.3, 0.0]),  # only lately
         ([1.6, 1.6, 1.6, 1.6], [0.0, 0.0, 0.0, 0.3]),  # it came back
         ([], [0.0, 0.0]),
+        ([0.010, 0.009, 0.008, 0.008], [0.004, 0.004]),  # a small weight
+        ([0.010, 0.009, 0.008, 0.008], [0.001, 0.005, 0.009]),  # a weight that grows
     ):
         assert not any("stuck" in text for text in findings(logged(values, shares)))
+    assert any("negligible" in text for text in findings(logged([0.010, 0.009, 0.008], [0.004, 0.004])))
 
 
 def test_history():
