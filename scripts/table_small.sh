@@ -44,6 +44,7 @@ chosen() { case " ${METHODS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac; }
 rates() {  # rates <data set> <method>: the chosen learning rate, then the others that were tried
     case $1:$2 in
         acdc_small:crossmatch | acdc_small:acmt) echo 0.01 ;;  # no other was tried
+        acdc_small:unimatch) echo 0.01 0.05 ;;
         acdc_small:*) echo 0.05 0.01 ;;
         *) echo 0.05 ;;  # not tried
     esac

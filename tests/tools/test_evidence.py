@@ -254,6 +254,18 @@ def test_methods_are_ranked_and_tested():
     assert [line[0] for line in evidence.methods_table(found, "resunet", "run")[1]] == ["none", "KD", "CWD", "ACF-BCKD"]
 
 
+def test_methods_of_other_seeds_are_ranked_by_their_gain():
+    """Seed 1 is 10 points better for all: KD, of seed 1 only, has the higher mean and the smaller gain."""
+    found = evidence.Results(CASES, [
+        spread("supervised", 70.0), spread("supervised", 80.0, seed=1), spread("supervised", 90.0, student="resunet"),
+        spread("cwd", 75.0), spread("kd", 81.0, seed=1),
+    ])  # fmt: skip
+    header, body, _ = evidence.methods_table(found, "resunet", "run")
+    cells = {line[0]: dict(zip(header, line)) for line in body}
+    assert [cells[name]["rank"] for name in ("CWD", "KD")] == ["1", "2"]
+    assert [cells[name]["gap closed"] for name in ("CWD", "KD")] == ["25 %", "10 %"]
+
+
 def test_only_seeds_that_both_have_are_compared():
     own = [spread("acf_bckd", 80.0), spread("acf_bckd", 99.0, seed=1)]
     found = evidence.Results(CASES, own)
