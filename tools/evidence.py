@@ -218,8 +218,11 @@ def command_of(config: Mapping) -> str:
     elif config["labelled"] is not None:
         flags += ["--labelled", str(config["labelled"])]
     flags += ["--seed", str(config["seed"])]
-    usual = module.parse_args(flags)[1]
+    # The patch is given along, since the network may refuse that of the file.
+    file = yaml.safe_load(Path(flags[1]).read_text(encoding="utf-8"))
+    usual = module.parse_args([*flags, "--opts", f"patch_size={flow(config['patch_size'])}"])[1]
     values = {key: plain(value) for key, value in dataclasses.asdict(usual).items()}
+    values["patch_size"] = file["patch_size"]
     options = [f"{key}={flow(value)}" for key, value in config.items() if value != values.get(key)]
     words = [f"python {Path(module.__file__).name}", shlex.join(flags)]
     return " ".join([*words, *(["--opts", shlex.join(options)] if options else [])])
@@ -458,7 +461,7 @@ def methods_table(results: Results, teacher: str, which: str = "") -> tuple[list
     body = [["none", str(len(alone)), *own, *["-"] * 8]]
     for method, rows in (run if which == "run" else found).items():
         row = tested.get(method)
-        same = [one for one in alone if one["seed"] in {other["seed"] for other in rows}] or alone
+        same = same_seeds(alone, rows)
         figures_ = [published_gap(data, method, teacher) for data in ("btcv", "word", "brats21")]
         body.append([
             title(method), str(len(rows)), *(shown(rows, metric) for metric in ("dice", "hd95", "asd")),
@@ -472,6 +475,11 @@ def methods_table(results: Results, teacher: str, which: str = "") -> tuple[list
         "p against ACF-BCKD", "published gap closed: BTCV", "WORD", "BraTS",
     ]  # fmt: skip
     return header, body, [*above, *alone, *(row for rows in found.values() for row in rows)]
+
+
+def same_seeds(alone: Rows, rows: Rows) -> Rows:
+    """Of the student alone the runs with the seeds of `rows`; all of them if it has none."""
+    return [one for one in alone if one["seed"] in {row["seed"] for row in rows}] or alone
 
 
 def change(row: Mapping | None, sign: int = 1) -> str:
@@ -642,18 +650,21 @@ def gap_figure(results: Results) -> Figure:
     figure, found = panels(results, 3.8)
     low, high = -60, 130
     for axes, teacher, name in found:
-        alone = {row["seed"]: row["mean"]["dice"] for row in results.alone("unet")}
-        above = mean(results.alone(teacher), "dice")
-        methods = (*RIVALS, "acf_bckd")
-        for place, method in enumerate(methods):
-            rows = results.cell(method=method, student="unet", teacher=teacher, preset="clean")
-            gaps = [gap_closed(row["mean"]["dice"], alone.get(row["seed"]), above) for row in rows]
-            gaps = [gap for gap in gaps if gap is not None]
-            if gaps:
-                axes.barh(place + 0.2, statistics.fmean(gaps), 0.36, color=COLOURS[0])
-                axes.plot(gaps, [place + 0.2] * len(gaps), "|", color="black", markersize=7)
-                if statistics.fmean(gaps) < low:
-                    axes.text(low + 2, place + 0.2, percent(statistics.fmean(gaps)), color="white", va="center", size=7)
+        alone, above = results.alone("unet"), mean(results.alone(teacher), "dice")
+        cells = {
+            method: results.cell(method=method, student="unet", teacher=teacher, preset="clean")
+            for method in (*RIVALS, "acf_bckd")
+        }  # fmt: skip
+        weaker = results.cell(method="acf_bckd", student="unet", teacher=teacher, preset="clean", variant=WEAKER)
+        methods = {**cells, **({"acf_bckd " + WEAKER: weaker} if weaker else {})}
+        for place, (method, rows) in enumerate(methods.items()):
+            gap = gap_closed(mean(rows, "dice"), mean(same_seeds(alone, rows), "dice"), above)
+            if gap is not None:
+                axes.barh(place + 0.2, gap, 0.36, color=COLOURS[0])
+                of_seeds = [gap_closed(mean([r], "dice"), mean(same_seeds(alone, [r]), "dice"), above) for r in rows]
+                axes.plot(of_seeds, [place + 0.2] * len(rows), "|", color="black", markersize=7)
+                if gap < low:
+                    axes.text(low + 2, place + 0.2, percent(gap), color="white", va="center", size=7)
             if (published := published_gap("btcv", method, teacher)) is not None:
                 axes.barh(place - 0.2, published, 0.36, color=COLOURS[4], hatch="///", edgecolor="white", linewidth=0)
         axes.barh(0, 0, color=COLOURS[0], label="hippocampus MRI, here")
