@@ -23,7 +23,7 @@ esac
 config=configs/hippocampus.yaml
 steps=${STEPS:-600} jobs=${JOBS:-2} teachers=${TEACHERS:-resunet segresnet} seeds=${SEEDS:-0 1 2}
 teacher_steps=${TEACHER_STEPS:-$((2 * steps))}
-width=${WIDTH:-4} warmup=${WARMUP:-$((steps / 2))} own=${METHOD_LR:-0.01}
+rate= width=${WIDTH:-4} warmup=${WARMUP:-$((steps / 2))} own=${METHOD_LR:-0.01}
 methods=${METHODS:-acf_bckd kd dist cwd at nkd skd ifvd dkd cirkd}
 
 rates() {  # rates <method> <student>: the chosen learning rate, then the others that were tried

@@ -15,7 +15,7 @@ case $1 in
     '') dry= ; . "$(dirname "$0")/setup.sh" ;;
     *) echo "error: unknown argument $1; known: --dry-run" >&2; exit 2 ;;
 esac
-jobs=${JOBS:-2} seeds=${SEEDS:-0 1} seeded=${SEEDED:-supervised unimatch crkd}
+rate= jobs=${JOBS:-2} seeds=${SEEDS:-0 1} seeded=${SEEDED:-supervised unimatch crkd}
 # What one cell does: train and test, unless that is done. The first word is 2d or 3d.
 do_cell='
     kind=$1
