@@ -8,7 +8,7 @@
 # PARTS: teachers (ResU-Net, SegResNet), alone (every student without a teacher), methods (U-Net under each method and
 # teacher), rates (the learning rates that were tried beside the chosen ones), ablation (parts of ACF-BCKD), presets
 # (as_released where it differs), students (the other students under METHODS_OF_STUDENTS). SEEDS are those of the U-Net in
-# alone and methods; all else has seed 0. WIDTH: of the U-Net's first level. WARMUP: steps in which a method's terms grow
+# alone and methods and of the weaker ACF-BCKD in ablation; all else has seed 0. WIDTH: of the U-Net's first level. WARMUP: steps in which a method's terms grow
 # to their weights, half of STEPS; 0: none. METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of
 # the student. LR: one rate for all, not the one that validation chose for each method with seed 0 and the ResU-Net. JOBS:
 # trainings at a time, of one thread each. Every training has the same steps, schedule, batch and augmentation. What is
@@ -128,7 +128,7 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
         # AFD and CFD are means over voxels: on this grid of 24x32x24 the paper's weights are six times as strong as on
         # 48x48x48.
         scale="feature_reduction: sum, afd: 0.226, cfd: 0.226"
-        student unet 0 acf_bckd resunet sum "method_args={acf_bckd: {$scale}}"
+        for seed in $seeds; do student unet "$seed" acf_bckd resunet sum "method_args={acf_bckd: {$scale}}"; done
     fi
     if part presets; then
         for method in kd skd ifvd cirkd; do student unet 0 "$method" resunet "" preset=as_released; done
