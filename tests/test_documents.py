@@ -564,7 +564,7 @@ class Workspace:
                 config = Path(value_of(arguments, "--config")).stem
                 self._train(Path(f"runs/{config}/supervised/{teacher}/seed{seed}"), tested=False)
         for word in arguments:
-            for found in re.findall(r"runs/[\w-]+/[\w-]+/[\w.%-]+/seed[\w-]+", word):
+            for found in re.findall(r"runs/[\w-]+/[\w-]+/[\w.%-]+/seed[\w.+-]+", word):
                 self._train(Path(found), tested=not training and script not in TESTING)
         return False
 

@@ -117,6 +117,7 @@ def _logged(entries: Iterable[Mapping], name: str) -> list[float]:
 def _stuck_since(measured: Sequence[tuple[int, float]], values: Sequence[float]) -> int | None:
     """Step from which a term has had no gradient to the end, over half of the measurements, although it has hardly
     fallen. A term whose weight has been taken away falls too; one whose weight is small has little gradient, not none.
+    (One whose weight is tiny has none worth the name either: ask only of terms that count in the loss.)
     """
     since, last = None, []
     for step, share in reversed(measured):
@@ -149,8 +150,9 @@ def findings(entries: Sequence[Mapping]) -> list[str]:
     for name, measured in shares.items():
         values = [value for _, value in measured]
         times = f"{len(values)} measurement{'s' * (len(values) > 1)}"
-        logged = _logged(entries, name)
-        if (since := _stuck_since(measured, logged)) is not None:
+        logged, loss = _logged(entries, name), _logged(entries, "loss")
+        counts = logged and (not loss or logged[-1] >= NEGLIGIBLE * loss[-1])
+        if counts and (since := _stuck_since(measured, logged)) is not None:
             texts.append(
                 f"the term '{name}' is stuck: since step {since + 1} it has under {100 * NEGLIGIBLE:.0f} % of the "
                 f"gradient norm, while its value stays at {logged[-1]:.3g}; what it goes through may be saturated, "

@@ -176,8 +176,9 @@ def test_findings(log, expected):
         assert any(part in text for text in texts), texts
 
 
-def logged(values, shares):
-    return [{"step": k, "kind": "train", "kd": value} for k, value in enumerate(values)] + log_of(shares)
+def logged(values, shares, rest=0.5):
+    train = [{"step": k, "kind": "train", "loss": rest + value, "kd": value} for k, value in enumerate(values)]
+    return train + log_of(shares)
 
 
 def test_a_term_that_is_stuck_is_told_from_one_that_was_taken_away():
@@ -194,7 +195,9 @@ def test_a_term_that_is_stuck_is_told_from_one_that_was_taken_away():
         ([0.010, 0.009, 0.008, 0.008], [0.001, 0.005, 0.009]),  # a weight that grows
     ):
         assert not any("stuck" in text for text in findings(logged(values, shares)))
-    assert any("negligible" in text for text in findings(logged([0.010, 0.009, 0.008], [0.004, 0.004])))
+    for values, shares in (([0.010, 0.009, 0.008], [0.004, 0.004]), ([1e-10, 1e-10], [0.0, 0.0])):
+        texts = findings(logged(values, shares))
+        assert any("negligible" in text for text in texts) and not any("stuck" in text for text in texts)
 
 
 def test_history():
