@@ -5,11 +5,12 @@
     python benchmarks/deployment.py --ckpt best.pt --runtimes pytorch onnx --no-dice --repeats 5
 
 Each checkpoint is exported by tools/export.py, which checks it against PyTorch. Latency: median over `--repeats` passes
-of one window of the run's patch_size, after a warm-up, all networks and runtimes in turn, so that a machine that slows
-down slows all of them. Memory: peak of a fresh process above one that has loaded PyTorch and the input, so weights and
-runtime count (Linux). Dice: mean over the cases of the test list, or of the validation list where there is no other, on
-the grid where the network predicts; with --no-dice, or without the data, the column is empty. A row for int8 is the
-static quantisation of `tools/export.py --int8`. Packages: pip install -r requirements-export.txt
+of one window of the run's patch_size, all networks and runtimes in turn, so that a machine that slows down slows all of
+them, each pass after a rest and a pass that is not timed, so that the threads of one runtime do not disturb another.
+Memory: peak of a fresh process above one that has loaded PyTorch and the input, so weights and runtime count (Linux).
+Dice: mean over the cases of the test list, or of the validation list where there is no other, on the grid where the
+network predicts; with --no-dice, or without the data, the column is empty. A row for int8 is the static quantisation of
+`tools/export.py --int8`. Packages: pip install -r requirements-export.txt
 """
 
 import argparse
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "dice": dice_of(args, checkpoint, model, f"{name_of(checkpoint)}, {RUNTIMES[runtime]} {precision}"),
                 })  # fmt: skip
                 passes[rows[-1]["key"]] = functools.partial(run_once, model, window)
-        seconds = harness.interleaved(passes, args.repeats)
+        seconds = harness.interleaved(passes, args.repeats, settle=0.3)  # spinning threads have given up by then
     text = f"{table(rows, seconds)}\n\n{notes(args)}\n"
     print(text)
     if args.out:

@@ -26,11 +26,13 @@ def arguments(doc: str, repeats: int = 3) -> argparse.ArgumentParser:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], repeats: int, *, warm: bool = True
+    functions: Mapping[str, Callable[[], object]], repeats: int, *, warm: bool = True, settle: float = 0.0
 ) -> dict[str, float]:
     """Median seconds of each function, called in alternation, if `warm` after one call each that is not timed.
 
-    Alternation lets a machine that slows down slow all of them.
+    Alternation lets a machine that slows down slow all of them. With `settle`, every timed call comes after that many
+    seconds of rest and a call that is not timed: idle threads of another library wait for work in a loop for a while,
+    and take the processor from whoever has the next turn.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -39,6 +41,9 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            if settle:
+                time.sleep(settle)
+                function()
             begin = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - begin)
