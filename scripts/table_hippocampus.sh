@@ -129,7 +129,9 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
         # AFD and CFD are means over voxels: on this grid of 24x32x24 the paper's weights are six times as strong as on
         # 48x48x48.
         scale="feature_reduction: sum, afd: 0.226, cfd: 0.226"
-        for seed in $seeds; do student unet "$seed" acf_bckd resunet sum "method_args={acf_bckd: {$scale}}"; done
+        for seed in $seeds; do
+            for teacher in $teachers; do student unet "$seed" acf_bckd $teacher sum "method_args={acf_bckd: {$scale}}"; done
+        done
     fi
     if part presets; then
         for method in kd skd ifvd cirkd; do student unet 0 "$method" resunet "" preset=as_released; done
@@ -138,7 +140,7 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
     if part students; then
         for network in espnetv2 mobile_unet lcovnet; do
             for teacher in $teachers; do
-                for method in ${METHODS_OF_STUDENTS:-acf_bckd kd dist cwd}; do student $network 0 "$method" "$teacher"; done
+                for method in ${METHODS_OF_STUDENTS:-acf_bckd kd at dist}; do student $network 0 "$method" "$teacher"; done
             done
         done
     fi

@@ -517,7 +517,7 @@ def rates_table(results: Results) -> tuple[list[str], list[list[str]], list[dict
 
 
 def students_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
-    """The other students: alone, under ACF-BCKD and three rivals."""
+    """The other students: alone, under ACF-BCKD, KD and the two rivals that do best with the U-Net."""
     body, used = [], []
     for student in list(STUDENTS)[1:]:
         alone = results.alone(student)
@@ -525,7 +525,7 @@ def students_table(results: Results) -> tuple[list[str], list[list[str]], list[d
         size = f"{alone[0]['parameters']:,}" if alone else "-"
         own = together(alone, ("dice", "hd95", "asd"))
         body.append([STUDENTS[student], size, "alone", own, "", own, "", ""])
-        for method in ("kd", "cwd", "dist", "acf_bckd"):
+        for method in ("kd", "at", "dist", "acf_bckd"):
             cells = []
             for teacher in TEACHERS:
                 rows = results.cell(method=method, student=student, teacher=teacher, preset="clean")
