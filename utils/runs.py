@@ -87,7 +87,12 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
             f"{folder}: holds a run already; go on with --resume, remove the folder, or name another with "
             f"--opts tag=NAME"
         )
-    if resume and path.exists():
+    if resume and not path.exists():
+        raise ConfigError(
+            f"{folder}: has a checkpoint but no config.yaml, so it cannot be told whether this is its configuration; "
+            f"restore it, or remove the folder and start again"
+        )
+    if resume:
         # Keys that did not exist when the run began had what is their default now.
         fields = dataclasses.fields(config)
         defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

@@ -94,6 +94,13 @@ def test_resume_with_another_configuration_is_refused(tmp_path, change, message)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["workers"] == 4
 
 
+def test_resume_without_the_configuration_is_refused(tmp_path):
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(ConfigError, match=r"has a checkpoint but no config\.yaml"):
+        open_run(tmp_path, Config(), resume=True)
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_resumable_keys_leave_the_arithmetic_alone():
     forbidden = {"lr", "seed", "patch_size", "cases_per_batch", "crops_per_case", "method", "student", "teacher", "amp"}
     assert not RESUMABLE & forbidden
