@@ -5,12 +5,12 @@
     python benchmarks/deployment.py --ckpt best.pt --runtimes pytorch onnx --no-dice --repeats 5
 
 Each checkpoint is exported by tools/export.py, which checks it against PyTorch. Latency: median over `--repeats` passes
-of one window of the run's patch_size, all networks and runtimes in turn, so that a machine that slows down slows all of
-them, each pass after a rest and a pass that is not timed, so that the threads of one runtime do not disturb another.
-Memory: peak of a fresh process above one that has loaded PyTorch and the input, so weights and runtime count (Linux).
-Dice: mean over the cases of the test list, or of the validation list where there is no other, on the grid where the
-network predicts; with --no-dice, or without the data, the column is empty. A row for int8 is the static quantisation of
-`tools/export.py --int8`. Packages: pip install -r requirements-export.txt
+of one window of the run's patch_size. All networks and runtimes take turns, so that a machine that slows down slows all
+of them; each timed pass follows a rest and one that is not timed, so that idle threads of another runtime do not
+disturb it. Memory: peak of a fresh process above one that has loaded PyTorch and the input, so weights and runtime
+count (Linux). Dice: mean over the cases of the test list, or of the validation list where there is no other, on the
+grid where the network predicts; with --no-dice, or without the data, the column is empty. A row for int8 is the static
+quantisation of `tools/export.py --int8`. Packages: pip install -r requirements-export.txt
 """
 
 import argparse
@@ -36,6 +36,7 @@ from utils.complexity import count_macs, count_parameters, peak_memory
 from utils.config import ConfigError
 from utils.exported import FORMATS, ExportedModel, model_files
 
+SETTLE = 0.3  # seconds after which the threads of an idle runtime no longer wait in a loop
 RUNTIMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 HEADER = (
     "network", "runtime", "precision", "parameters", "GMACs", "file MB", "ms/window", "x PyTorch", "peak MiB", "Dice %"
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "dice": dice_of(args, checkpoint, model, f"{name_of(checkpoint)}, {RUNTIMES[runtime]} {precision}"),
                 })  # fmt: skip
                 passes[rows[-1]["key"]] = functools.partial(run_once, model, window)
-        seconds = harness.interleaved(passes, args.repeats, settle=0.3)  # spinning threads have given up by then
+        seconds = harness.interleaved(passes, args.repeats, settle=SETTLE)
     text = f"{table(rows, seconds)}\n\n{notes(args)}\n"
     print(text)
     if args.out:
@@ -165,8 +166,9 @@ def notes(args: argparse.Namespace) -> str:
         if form in args.runtimes
     )  # fmt: skip
     return (
-        f"Latency of one window, batch 1, median of {args.repeats} interleaved passes; memory above an idle process "
-        f"that has loaded PyTorch.\n{harness.machine(args.threads)}" + (f"; {runtimes}" if runtimes else "")
+        f"Latency of one window, batch 1, median of {args.repeats} interleaved passes, each after {SETTLE} s of rest "
+        f"and one pass that is not timed; memory above an idle process that has loaded PyTorch.\n"
+        f"{harness.machine(args.threads)}" + (f"; {runtimes}" if runtimes else "")
     )
 
 

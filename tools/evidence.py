@@ -517,7 +517,7 @@ def rates_table(results: Results) -> tuple[list[str], list[list[str]], list[dict
 
 
 def students_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
-    """The other students: alone, under ACF-BCKD, KD and the two rivals that do best with the U-Net."""
+    """The other students: alone, under ACF-BCKD, KD and the two rivals that do best with U-Net and ResU-Net."""
     body, used = [], []
     for student in list(STUDENTS)[1:]:
         alone = results.alone(student)
@@ -678,14 +678,19 @@ def gap_figure(results: Results) -> Figure:
 
 
 def curves_figure(results: Results) -> Figure:
-    """Validation Dice in the course of training: every method with each teacher, means over the seeds."""
+    """Validation Dice in the course of training: every method with each teacher, means over the seeds.
+
+    The student alone has the seeds that any method of the panel has.
+    """
     figure, found = panels(results, 4.2)
     ends = []
     for axes, teacher, name in found:
-        cells = {"student alone": results.alone("unet")} | {
+        cells = {
             title(method): results.cell(method=method, student="unet", teacher=teacher, preset="clean")
             for method in (*RIVALS, "acf_bckd")
-        }  # fmt: skip
+        }
+        alone = same_seeds(results.alone("unet"), [row for rows in cells.values() for row in rows])
+        cells = {"student alone": alone} | cells
         for index, (label, rows) in enumerate(cells.items()):
             at: dict[int, list[float]] = {}
             for step, dice in (point for row in rows for point in row["curve"]):

@@ -90,7 +90,7 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
     if resume and not path.exists():
         raise ConfigError(
             f"{folder}: has a checkpoint but no config.yaml, so it cannot be told whether this is its configuration; "
-            f"restore it, or remove the folder and start again"
+            f"restore config.yaml, or remove the folder and start again"
         )
     if resume:
         # Keys that did not exist when the run began had what is their default now.
