@@ -266,6 +266,16 @@ def test_methods_of_other_seeds_are_ranked_by_their_gain():
     assert [cells[name]["gap closed"] for name in ("CWD", "KD")] == ["25 %", "10 %"]
 
 
+def test_curves_of_the_student_alone_have_the_seeds_of_the_methods_beside_it():
+    """Seed 1, which only the first teacher's methods have, ends 10 points higher."""
+    figure = evidence.curves_figure(evidence.Results(CASES, [
+        spread("supervised", 70.0), spread("supervised", 80.0, seed=1), spread("kd", 71.0), spread("kd", 81.0, seed=1),
+        spread("kd", 72.0, teacher="segresnet"),
+    ]))  # fmt: skip
+    ends = [{line.get_label(): line.get_ydata()[-1] for line in axes.get_lines()} for axes in figure.axes]
+    assert ends == [{"student alone": 75.0, "KD": 76.0}, {"student alone": 70.0, "KD": 72.0}]
+
+
 def test_only_seeds_that_both_have_are_compared():
     own = [spread("acf_bckd", 80.0), spread("acf_bckd", 99.0, seed=1)]
     found = evidence.Results(CASES, own)
