@@ -197,6 +197,8 @@ def run_script(main: Callable[[], int], *expected: type[Exception]) -> int | str
         return main()
     except (ConfigError, CheckpointError, DiskError, FloatingPointError, *expected) as problem:
         return f"error: {problem}"
+    except torch.OutOfMemoryError as error:
+        return f"error: {_full_gpu(str(error))}"
     except RuntimeError as error:
         if not re.search(r"DataLoader worker \(pid", str(error)):
             raise
@@ -206,6 +208,14 @@ def run_script(main: Callable[[], int], *expected: type[Exception]) -> int | str
         return 128 + signal.SIGINT
     finally:
         threading.excepthook = hook
+
+
+def _full_gpu(message: str) -> str:
+    return (
+        f"the GPU has too little memory ({message.split('. ')[0]}). Make the patches of a step fewer (cases_per_batch, "
+        f"crops_per_case; labelled_batch, unlabelled_batch) or smaller (patch_size), train with --amp bf16, or look "
+        f"for other programs on this GPU (nvidia-smi). Where only the latter was at fault, go on with --resume"
+    )
 
 
 def _dead_loader(message: str) -> str:

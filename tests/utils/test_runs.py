@@ -11,7 +11,16 @@ import yaml
 
 from utils.checkpoint import PREVIOUS, save_last
 from utils.config import ConfigError
-from utils.runs import RESUMABLE, StopSignal, labelled_name, open_run, parse_labelled, resolve_device, run_folder
+from utils.runs import (
+    RESUMABLE,
+    StopSignal,
+    labelled_name,
+    open_run,
+    parse_labelled,
+    resolve_device,
+    run_folder,
+    run_script,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,3 +185,11 @@ def test_labelled_units_in_the_name_of_a_folder(labelled, name):
 @pytest.mark.parametrize("text", ["3", "1", "5%", "7%", "29%", "12.5%", "all"])
 def test_a_name_of_labelled_units_reads_back_as_itself(text):
     assert labelled_name(parse_labelled(text)) == text
+
+
+def test_too_little_memory_of_a_gpu_is_said_in_a_sentence():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 8 GiB. See the docs.")
+
+    said = run_script(main)
+    assert said.startswith("error: the GPU has too little memory (CUDA out of memory)") and "cases_per_batch" in said
