@@ -51,7 +51,7 @@ def test_the_expected_ones_are_there():
     real = {"btcv", "word", "brats21", "hippocampus", "spleen", "pancreas"}
     assert real | {"demo_btcv", "demo_word", "demo_brats21"} <= set(CONFIGS)
     real = {"acdc", "la", "isic2018", "kvasir"}
-    assert real | {f"demo_{name}" for name in real} | {"acdc_small", "la_small"} == set(SEMI)
+    assert real | {f"demo_{name}" for name in real} | {"acdc_small", "la_small", "la_medium"} == set(SEMI)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
