@@ -14,6 +14,7 @@ the confidence threshold is 0, so that predictions hold all classes and no term 
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -80,23 +81,24 @@ def cpu_interleaved(functions: Mapping[str, Callable[[], object]], repeats: int)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def make_method(task: Task) -> Method:
+def make_method(task: Task, device: str = "cpu") -> Method:
     torch.manual_seed(0)
     method = build_method(
         "crkd", lambda: build_network(task.network, 1, task.num_classes), max_steps=100, threshold=0.0
     )
     nn.init.normal_(method.network.decoder.out_conv.weight, std=0.5)
-    return method.to(memory_format=task.memory)
+    return method.to(device, memory_format=task.memory)
 
 
-def make_batches(task: Task, small: bool, batch: int | None = None) -> tuple[dict, dict]:
+def make_batches(task: Task, small: bool, batch: int | None = None, device: str = "cpu") -> tuple[dict, dict]:
     usual, grid = (task.small_batch, task.small_grid) if small else (task.batch, task.grid)
     batch = batch or usual
     rng = torch.Generator().manual_seed(1)
     weak = torch.rand(batch, 1, *grid, generator=rng)
     labels = torch.randint(0, task.num_classes, (2, batch, 1, *grid), generator=rng).byte()
     labelled = {"image": torch.rand(batch, 1, *grid, generator=rng), "label": labels[0]}
-    return labelled, {"weak": weak, "strong0": (0.8 * weak + 0.1).clamp(0, 1), "label": labels[1]}
+    unlabelled = {"weak": weak, "strong0": (0.8 * weak + 0.1).clamp(0, 1), "label": labels[1]}
+    return tuple({name: value.to(device) for name, value in part.items()} for part in (labelled, unlabelled))
 
 
 def make_step(method: Method, losses: Callable[[], Mapping[str, torch.Tensor]]) -> Callable[[], dict]:
@@ -140,10 +142,12 @@ def passes(network: nn.Module, step: Callable[[], dict]) -> tuple[list[tuple], d
     return seen, terms
 
 
-def run(part: str, args: argparse.Namespace) -> dict:
-    task = TASKS[part]
-    batches = make_batches(task, args.small, args.batch)
-    method, bare = make_method(task), make_method(task)
+def compare(
+    part: str, task: Task, small: bool, measure: Callable[[dict], dict], batch: int | None = None, device: str = "cpu"
+) -> dict:
+    """The row of one task. measure: gives the seconds of functions by name."""
+    batches = make_batches(task, small, batch, device)
+    method, bare = make_method(task, device), make_method(task, device)
     ours = make_step(method, lambda: method.loss(*batches, step=50))
     peer = make_step(bare, lambda: network_alone(bare.network, *batches, perturb=method.perturb))
     found, terms = passes(method.network, ours)
@@ -152,7 +156,7 @@ def run(part: str, args: argparse.Namespace) -> dict:
         raise AssertionError(f"{part}: the sides differ in their passes: {found} and {expected}")
     if terms.keys() != TERMS or not all(value.isfinite() and value > 0 for value in terms.values()):
         raise AssertionError(f"{part}: a term is missing, empty or not finite: {terms}")
-    seconds = (cpu_interleaved if args.cpu_time else interleaved)({"peer": peer, "ours": ours}, args.repeats)
+    seconds = measure({"peer": peer, "ours": ours})
     batch, grid = (len(batches[0]["image"]), "x".join(map(str, batches[0]["image"].shape[2:])))
     name = f"{part}: {task.network}, {batch} + {batch} of {grid}"
     return overhead(name, "network passes, update", seconds["peer"], seconds["ours"], BAR)
@@ -162,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the training scripts do
-    return report([run(part, args) for part in args.parts], args)
+    measure = functools.partial(cpu_interleaved if args.cpu_time else interleaved, repeats=args.repeats)
+    return report([compare(part, TASKS[part], args.small, measure, args.batch) for part in args.parts], args)
 
 
 if __name__ == "__main__":

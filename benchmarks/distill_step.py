@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
 from benchmarks.boundary import arguments, ellipsoids, interleaved, predictions
+from inference import autocast
 from losses import build_kd
 from losses.segmentation import SegmentationLoss
 from networks import build_network
@@ -38,17 +39,25 @@ PROGRESS = 0.5
 
 
 class Steps:
-    """The data, the two networks, and a step function per method."""
+    """The data, the two networks, and a step function per method; on any device, in any numeric mode."""
 
-    def __init__(self, batch: int, size: int) -> None:
+    def __init__(
+        self, batch: int, size: int, device: str = "cpu", amp: str = "off", compiled: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
-        self.image = torch.randn(batch, 1, size, size, size)
+        self.device, self.amp = torch.device(device), amp
+        self.image = torch.randn(batch, 1, size, size, size).to(device, memory_format=memory_format)
         label = ellipsoids(batch, NUM_CLASSES, size, seed=0)
-        self.student_map = predictions(label, NUM_CLASSES, 4.0, max(1, size // 24), seed=0)
-        self.teacher_map = predictions(label, NUM_CLASSES, 7.0, 0, seed=1)
-        self.label = label.float()
+        self.student_map = predictions(label, NUM_CLASSES, 4.0, max(1, size // 24), seed=0).to(device)
+        self.teacher_map = predictions(label, NUM_CLASSES, 7.0, 0, seed=1).to(device)
+        self.label = label.float().to(device)
         self.teacher = build_network("resunet", 1, NUM_CLASSES).eval().requires_grad_(False)
         self.student = build_network("unet", 1, NUM_CLASSES)
+        for network in (self.teacher, self.student):
+            network.to(device, memory_format=memory_format)
+            if compiled:
+                network.compile()
         self.seg_loss = SegmentationLoss()
         self.terms: dict[str, dict[str, float]] = {}  # of the latest step of each method
 
@@ -57,19 +66,21 @@ class Steps:
         kd = None
         if method is not None:
             kd = build_kd(method, self.student.feature_channels, self.teacher.feature_channels, NUM_CLASSES)
+            kd.to(self.device)
         trained = [*self.student.parameters(), *([] if kd is None else kd.parameters())]
         # So small a rate that every method meets the same predictions.
         optimizer = torch.optim.SGD(trained, lr=1e-10, momentum=0.9, weight_decay=5e-4)
 
         def step() -> None:
-            with torch.no_grad():
-                teacher_out = self.teacher(self.image, return_features=True)
-                teacher_out = teacher_out._replace(logits=teacher_out.logits + self.teacher_map)
-            student_out = self.student(self.image, return_features=True)
-            student_out = student_out._replace(logits=student_out.logits + self.student_map)
-            terms = {"seg": self.seg_loss(student_out.logits, self.label)}
-            if kd is not None:
-                terms |= kd(student_out, teacher_out, self.label, progress=PROGRESS)
+            with autocast(self.device, self.amp):
+                with torch.no_grad():
+                    teacher_out = self.teacher(self.image, return_features=True)
+                    teacher_out = teacher_out._replace(logits=teacher_out.logits + self.teacher_map)
+                student_out = self.student(self.image, return_features=True)
+                student_out = student_out._replace(logits=student_out.logits + self.student_map)
+                terms = {"seg": self.seg_loss(student_out.logits, self.label)}
+                if kd is not None:
+                    terms |= kd(student_out, teacher_out, self.label, progress=PROGRESS)
             optimizer.zero_grad(set_to_none=True)
             sum(terms.values()).backward()
             optimizer.step()

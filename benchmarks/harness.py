@@ -7,11 +7,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+CPU = torch.device("cpu")
 PACKAGES = ("torch", "monai", "medpy", "numpy", "numba", "scipy")
 
 
@@ -79,15 +80,25 @@ def table(rows: Sequence[Mapping]) -> str:
     return "\n".join(lines)
 
 
-def machine(threads: int) -> str:
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a peer of some benchmarks only
+        return "missing"
+
+
+def machine(threads: int, device: torch.device = CPU) -> str:
     """One line: versions, kind of processor, threads, date."""
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"{platform.machine()} CPU, {threads} thread(s); {versions}; {datetime.date.today().isoformat()}"
+    versions = ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
+    processor = f"{platform.machine()} CPU, {threads} thread(s)"
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    return f"{processor}; {versions}; {datetime.date.today().isoformat()}"
 
 
-def report(rows: Sequence[Mapping], args: argparse.Namespace) -> int:
+def report(rows: Sequence[Mapping], args: argparse.Namespace, device: torch.device = CPU) -> int:
     """Print the table, write it to `args.out`; 1 if a bar is missed, which `--small` does not count, else 0."""
-    text = f"{table(rows)}\n\n{machine(args.threads)}\n"
+    text = f"{table(rows)}\n\n{machine(args.threads, device)}\n"
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

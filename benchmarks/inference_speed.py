@@ -90,10 +90,10 @@ def make_case(task: Task, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], torch.from_numpy(label.copy())
 
 
-def train(task: Task, steps: int, seed: int = 0) -> nn.Module:
+def train(task: Task, steps: int, seed: int = 0, device: str = "cpu") -> nn.Module:
     """The task's network after `steps` updates on one generated scan: two crops a step, centred on the foreground."""
     torch.manual_seed(seed)
-    network = init_weights(build_network(task.network, 1, task.num_classes)).train()
+    network = init_weights(build_network(task.network, 1, task.num_classes)).to(device).train()
     image, label = make_case(task, seed + 1)
     rng = np.random.default_rng(seed)
     present = [np.argwhere(label.numpy() == k) for k in range(1, task.num_classes)]
@@ -110,7 +110,7 @@ def train(task: Task, steps: int, seed: int = 0) -> nn.Module:
             place = tuple(slice(a, a + p) for a, p in zip(low, task.crop))
             crops.append((image[(slice(None), *place)], label[None][(slice(None), *place)]))
         images, labels = (torch.stack(part) for part in zip(*crops))
-        loss = objective(network(images), labels)
+        loss = objective(network(images.to(device)), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -145,11 +145,16 @@ def window_by_window(network: nn.Module, image: Tensor, task: Task) -> Tensor:
     return torch.from_numpy(np.argmax(score / count, axis=0).astype(np.uint8))
 
 
-def fast(network: nn.Module, image: Tensor, task: Task, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Ids by ours, one window at a time; making the copy is part of the time."""
+PEERS = {"unet": (monai_labels, "MONAI, 4 windows, argmax"), "vnet": (window_by_window, "window by window, NumPy")}
+
+
+def fast(
+    network: nn.Module, image: Tensor, task: Task, dtype: torch.dtype = torch.bfloat16, window_batch: int = 1
+) -> Tensor:
+    """Ids by ours; making the copy is part of the time."""
     averaged = {"overlap": 0.5} if task.stride is None else {"stride": task.stride, "probabilities": True}
     return predict_labels(
-        fast_copy(network, dtype), image, patch_size=task.patch_size, window_batch=1, **averaged
+        fast_copy(network, dtype), image, patch_size=task.patch_size, window_batch=window_batch, **averaged
     )  # fmt: skip
 
 
@@ -218,9 +223,7 @@ def compare(name: str, task: Task, args: argparse.Namespace) -> Iterator[dict]:
     """Rows of one task, each as soon as it is known."""
     network = train(task, args.train_steps)
     image, label = make_case(task, 0)
-    peer_labels, peer = {
-        "unet": (monai_labels, "MONAI, 4 windows, argmax"), "vnet": (window_by_window, "window by window, NumPy"),
-    }[name]  # fmt: skip
+    peer_labels, peer = PEERS[name]
     found: dict[str, Tensor] = {}
 
     def keep(key: str, predict: Callable) -> None:

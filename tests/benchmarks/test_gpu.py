@@ -1,0 +1,34 @@
+"""The benchmark of a GPU runs at its smallest size, on the CPU too."""
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+
+@pytest.mark.slow
+def test_small_run_prints_a_row_per_comparison(tmp_path, capsys):
+    out = tmp_path / "table.md"
+    arguments = ("--small", "--device", "cpu", "--repeats", "1", "--threads", "1", "--parts")
+    assert gpu.main([*arguments, "distill", "crkd", "inference", "--out", str(out)]) == 0
+    text = out.read_text()
+    assert text in capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.endswith((" met |", " MISSED |"))]
+    assert len(rows) == 10 + 2 + 2 * 4
+
+
+@pytest.mark.parametrize("mode", [mode for mode, settings in gpu.MODES.items() if "compiled" not in settings])
+def test_a_mode_is_what_the_step_computes_in(mode):
+    """Same terms as in float32 to the precision of the mode; not the same to the last bit in bfloat16."""
+    found = {}
+    for name, settings in {"plain": {}, mode: gpu.MODES[mode]}.items():
+        steps = gpu.distill_step.Steps(2, 16, **settings)
+        steps.make("acf_bckd")()
+        found[name] = torch.tensor(list(steps.terms["acf_bckd"].values()))
+    assert torch.allclose(found[mode], found["plain"], rtol=0.05)
+    assert ("bf16" in mode) == (not torch.allclose(found[mode], found["plain"], rtol=1e-4))
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(Exception, match="abacus"):
+        gpu.main(["--small", "--device", "abacus"])
