@@ -1,9 +1,13 @@
 """Exact squared Euclidean distance transforms of binary masks, in voxels.
 
-Two paths with the same values: on the CPU a compiled separable transform, one mask per thread; elsewhere a separable
-min-plus transform in plain torch that handles all masks at once and never leaves the device.
+Three paths with the same values: on the CPU a compiled separable transform, one mask per thread; on a GPU a Triton
+kernel (losses/distance_gpu.py); where Triton is missing or does not work, and on other devices, a separable min-plus
+transform in plain torch. The latter two handle all masks at once and never leave the device.
 """
 
+import functools
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,7 +26,28 @@ def boundary_distance_squared(mask: Tensor, *more: Tensor) -> Tensor:
     with torch.no_grad():
         if mask.device.type == "cpu":
             return _with_numba(mask, *more)
+        if mask.device.type == "cuda":
+            with torch.cuda.device(mask.device):  # where Triton launches
+                transform = _gpu_transform()
+                return sum((transform(m) for m in more), transform(mask))
         return sum((separable_boundary_distance_squared(m) for m in more), separable_boundary_distance_squared(mask))
+
+
+@functools.cache
+def _gpu_transform() -> Callable[[Tensor], Tensor]:
+    """The Triton kernel, or plain torch where that fails on a small mask: it needs Triton and a C compiler."""
+    try:
+        from losses.distance_gpu import triton_boundary_distance_squared
+
+        triton_boundary_distance_squared(torch.zeros(1, 2, 2, 2, dtype=torch.bool, device="cuda"))
+    except Exception as error:  # of whatever kind: an import, a compiler, a driver
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"distance transforms run in plain torch, which takes many times as long as Triton, which fails here: "
+            f"{type(error).__name__}: {reason}", stacklevel=2,
+        )  # fmt: skip
+        return separable_boundary_distance_squared
+    return triton_boundary_distance_squared
 
 
 def _with_numba(*masks: Tensor) -> Tensor:

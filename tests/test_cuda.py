@@ -4,6 +4,7 @@ The rest of the suite trains and tests on the GPU too where there is one, since 
 """
 
 import copy
+import importlib.util
 import json
 
 import numpy as np
@@ -11,8 +12,7 @@ import pytest
 import torch
 
 from inference import fast_copy, predict_labels, predict_slices
-from losses import KD_METHODS, PRESETS, build_kd
-from losses.distance import boundary_distance_squared
+from losses import KD_METHODS, PRESETS, build_kd, distance
 from losses.segmentation import SegmentationLoss
 from methods import build_method
 from networks import NETWORKS, build_network, init_weights
@@ -52,11 +52,15 @@ def balls(batch: int, multilabel: bool, side: int = 24) -> torch.Tensor:
 # Values.
 
 
-@pytest.mark.parametrize("spatial", [(17, 12), (13, 9, 11)])
+@pytest.mark.parametrize("spatial", [(17, 12), (13, 9, 11), (70, 3, 130), (1, 5, 40)])
 def test_distances_are_those_of_the_cpu(spatial):
+    if importlib.util.find_spec("triton"):
+        assert distance._gpu_transform() is not distance.separable_boundary_distance_squared
     masks = torch.rand(6, *spatial, generator=torch.Generator().manual_seed(0)) > 0.7
     masks[0], masks[1] = True, False
-    assert torch.equal(boundary_distance_squared(masks.to(CUDA)).cpu(), boundary_distance_squared(masks))
+    expected = distance.boundary_distance_squared(masks)
+    assert torch.equal(distance.boundary_distance_squared(masks.to(CUDA)).cpu(), expected)
+    assert torch.equal(distance.separable_boundary_distance_squared(masks.to(CUDA)).cpu(), expected)
 
 
 @pytest.mark.parametrize("multilabel", [False, True])

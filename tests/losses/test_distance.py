@@ -1,12 +1,19 @@
-"""Both distance transforms against SciPy, value for value: squared distances are integers, so nothing may differ."""
+"""The distance transforms against SciPy, value for value: squared distances are integers, so nothing may differ."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import distance_transform_edt
 
+from losses import distance
 from losses.distance import boundary_distance_squared, separable_boundary_distance_squared
 
+ROOT = Path(__file__).resolve().parents[2]
 PATHS = [boundary_distance_squared, separable_boundary_distance_squared]
 SHAPES = [(7, 7), (1, 9), (23, 4), (6, 6, 6), (3, 17, 5), (19, 1, 2), (2, 3, 24)]
 
@@ -107,3 +114,29 @@ def test_no_gradient_and_the_mask_is_left_alone(path):
 def test_masks_need_not_be_contiguous(path):
     mask = torch.from_numpy(masks((5, 6, 7))).permute(0, 3, 1, 2)
     assert torch.equal(path(mask), path(mask.contiguous()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel works here: tests/test_cuda.py")
+def test_without_a_working_kernel_plain_torch_is_taken_and_said(monkeypatch):
+    distance._gpu_transform.cache_clear()
+    with pytest.warns(UserWarning, match="plain torch"):
+        assert distance._gpu_transform() is distance.separable_boundary_distance_squared
+    distance._gpu_transform.cache_clear()
+
+
+def test_the_kernel_in_triton_s_interpreter():
+    """Where Triton is installed; without a GPU too."""
+    pytest.importorskip("triton")
+    code = (
+        "import torch; from losses.distance import boundary_distance_squared as expected\n"
+        "from losses.distance_gpu import triton_boundary_distance_squared as found\n"
+        "for spatial in ((17, 12), (13, 9, 11), (40, 5, 70), (1, 4, 3)):\n"
+        "    mask = torch.rand(4, *spatial, generator=torch.Generator().manual_seed(0)) > 0.8\n"
+        "    mask[0], mask[1] = True, False\n"
+        "    assert torch.equal(found(mask), expected(mask)), spatial\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
