@@ -1,6 +1,6 @@
-"""What only a GPU can show; without one these tests are skipped.
+"""What only a GPU can show. The rest of the suite is about the CPU and hides GPUs (tests/conftest.py); so
 
-The rest of the suite trains and tests on the GPU too where there is one, since `--device` is 'auto' by default.
+    ON_GPU=1 python -m pytest tests/test_cuda.py
 """
 
 import copy
@@ -27,9 +27,9 @@ CUDA = "cuda"
 CLASSES = 3
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _full_float32(monkeypatch):
-    """Convolutions in float32, not TF32, so that the CPU is a reference."""
+    """Convolutions in float32, not TF32, so that the CPU is a reference. Not for scripts: processes have their own."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -63,6 +63,7 @@ def test_distances_are_those_of_the_cpu(spatial):
     assert torch.equal(distance.separable_boundary_distance_squared(masks.to(CUDA)).cpu(), expected)
 
 
+@pytest.mark.usefixtures("_full_float32")
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", [name for name in KD_METHODS if name not in ("cirkd", "emkd")])  # those two draw
@@ -96,6 +97,7 @@ def test_terms_and_gradients_are_those_of_the_cpu(method, preset, multilabel):
     assert (gradient_there - gradient).norm() < 1e-2 * gradient.norm()
 
 
+@pytest.mark.usefixtures("_full_float32")
 @pytest.mark.parametrize("amp, agree", [("off", 0.999), ("bf16", 0.97), ("fp16", 0.99)])
 @pytest.mark.parametrize("network", [name for name, cls in NETWORKS.items() if name.startswith("unet")])
 def test_labels_are_those_of_the_cpu(network, amp, agree):
@@ -111,6 +113,7 @@ def test_labels_are_those_of_the_cpu(network, amp, agree):
     assert (there.cpu() == here).float().mean() > agree
 
 
+@pytest.mark.usefixtures("_full_float32")
 def test_the_fast_copy_is_close():
     torch.manual_seed(0)
     net = init_weights(build_network("unet", 1, CLASSES)).eval().to(CUDA)
