@@ -195,13 +195,22 @@ def case_scores(path: Path) -> dict[str, dict[str, float | None]]:
 
 
 def time_of(run: Path) -> tuple[int, str]:
-    """Seconds of the training, validation included, and its last day, by its TensorBoard files: one for each start."""
+    """Seconds of the training, validation included, and its last day, by its TensorBoard files: one for each start.
+
+    Of a copy without such files: from the writing of its configuration to the last line of its log.
+    """
     starts = []
     for path in run.glob("events.out.tfevents.*"):
         if times := [event.wall_time for event in LegacyEventFileLoader(str(path)).Load()]:
             starts.append((min(times), max(times)))
     if not starts:
-        raise ValueError(f"{run}: no TensorBoard file says when it was trained")
+        begin, end = ((run / name).stat().st_mtime for name in ("config.yaml", "log.jsonl"))
+        if end <= begin:
+            raise ValueError(
+                f"{run}: no TensorBoard file says when it was trained, and log.jsonl is no younger than config.yaml; "
+                f"copy run folders with their times (cp -p, tar, rsync -t)"
+            )
+        starts.append((begin, end))
     last = max(end for _, end in starts)
     return round(sum(end - begin for begin, end in starts)), datetime.date.fromtimestamp(last).isoformat()
 
@@ -271,8 +280,11 @@ def footer(rows: Rows, cases: int | None) -> list[str]:
         return ["No run yet."]
     dates = sorted({row["date"] for row in rows})
     minutes = sum(row["seconds"] for row in rows) / 60
+    gpus = [row["device"] for row in rows if row["device"] != "CPU"]
+    of = "" if len(gpus) == len(rows) else f"{len(gpus)} of them "
     text = (
         f"{len(rows)} training{'s' * (len(rows) > 1)} of {minutes:.0f} minutes together, "
+        + (f"{of}on {' and '.join(sorted(set(gpus)))}, " if gpus else "")
         + (f"{cases} {'/'.join(sorted({row['split'] for row in rows}))} cases; " if cases is not None else "")
         + f"{' to '.join(dates[:1] + dates[1:][-1:])}; commit {', '.join(sorted({row['code'] for row in rows}))}."
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -153,6 +154,23 @@ def test_collecting_again_replaces(trained, tmp_path, monkeypatch):
     before = (trained / "results/tiny.jsonl").read_text()
     assert call(monkeypatch, "collect", "results/tiny.jsonl", "runs/tiny/kd") == 0
     assert (trained / "results/tiny.jsonl").read_text() == before
+
+
+def test_time_of_a_copy_without_tensorboard_files(tmp_path):
+    for name, time in (("config.yaml", 1000), ("log.jsonl", 1090)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time, time))
+    assert evidence.time_of(tmp_path)[0] == 90
+    os.utime(tmp_path / "log.jsonl", (1000, 1000))
+    with pytest.raises(ValueError, match="copy run folders with their times"):
+        evidence.time_of(tmp_path)
+
+
+def test_the_line_below_a_table_names_gpus():
+    here, there = row(seed=0), row(seed=1, device="GPU X")
+    assert "GPU" not in evidence.footer([here], 2)[0]
+    assert "2 trainings of 2 minutes together, 1 of them on GPU X, 2 test cases" in evidence.footer([here, there], 2)[0]
+    assert "1 training of 1 minutes together, on GPU X, " in evidence.footer([there], 2)[0]
 
 
 def test_other_cases_are_refused(trained, monkeypatch):
