@@ -1,6 +1,6 @@
 #!/bin/sh
 # Every speed measurement, each against a named peer in the same run; writes the tables to benchmarks/RESULTS.md and
-# fails if a bar is missed. On an idle computer; two cores: about half an hour.
+# fails if a bar is missed. On an idle computer; two cores: about half an hour. With a GPU also benchmarks/gpu.py.
 #
 #   sh scripts/bench.sh
 #   ONLY="metrics_speed boundary" THREADS=1 sh scripts/bench.sh    # some of them, the file keeps the others
@@ -10,7 +10,9 @@ REQUIREMENTS=requirements-dev.txt
 out=${OUT:-benchmarks/RESULTS.md} threads=${THREADS:-$(getconf _NPROCESSORS_ONLN)} status=0
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
-for name in ${ONLY:-complexity metrics_speed boundary distill_step crkd_step inference_speed data_speed}; do
+names="complexity metrics_speed boundary distill_step crkd_step inference_speed data_speed"
+if $python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then names="$names gpu"; fi
+for name in ${ONLY:-$names}; do
     printf '\n== benchmarks/%s.py\n' "$name"
     small=${SMALL:+--small}
     [ "$name" != complexity ] || small=${SMALL:+"--size 32 --repeats 1"}
