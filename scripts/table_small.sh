@@ -111,6 +111,7 @@ trial() {  # trial <name> <arguments of CRKD>
     fi
     if part presets; then
         for method in crkd unimatch crossmatch acmt; do cell 2d acdc_small 3 "$method" 0 "" preset=as_released; done
+        cell 3d la_small 4 mlrpl 0 "" preset=as_released
     fi
     if part acdc; then table 2d acdc_small 7 "crkd unimatch supervised crossmatch acmt"; fi
 } | all
