@@ -2,15 +2,17 @@
 
     python benchmarks/gpu.py --out gpu.md
     python benchmarks/gpu.py --parts modes --repeats 5
-    python benchmarks/gpu.py --device cpu --small              # seconds, bars not enforced
+    python benchmarks/gpu.py --device cpu --small --parts distill crkd inference    # a smoke test
 
-The parts take their work from the scripts that measure the CPU, with the same sizes, peers and bars, except that LA has
-its full patch of 112 x 112 x 80. distill: the step of every distillation method against that with the segmentation loss
-only (distill_step.py). modes: the ACF-BCKD step under `--amp bf16`, `--channels-last`, `--compile` and their sum
-against that in float32; bar: no slower. crkd: the CRKD step against its network passes (crkd_step.py). inference:
-'exact' and 'fast' prediction against MONAI and the loop of the left-atrium code, volume and result on the GPU
-(inference_speed.py). Float32 is what PyTorch makes of it: convolutions may take TF32. Every timed call ends when the
-GPU has finished. The trainings that are timed are the first after a call that is not.
+The parts take their work from the scripts that measure the CPU, with the same sizes and peers, except that LA has its
+full patch of 112 x 112 x 80 and prediction takes four windows at a time. Bars of times are those of the CPU; that of
+predictions is the mean Dice, since float32 is what PyTorch makes of it: convolutions may take TF32. Every timed call
+ends when the GPU has finished, and each side is called once before.
+
+distill: the step of every distillation method against that with the segmentation loss only (distill_step.py). modes:
+the ACF-BCKD step under `--amp bf16`, `--channels-last`, `--compile` and together against that in float32; bar: no
+slower. crkd: the CRKD step against its network passes (crkd_step.py). inference: 'exact' and 'fast' prediction against
+MONAI and the loop of the left-atrium code, volume and result on the GPU (inference_speed.py).
 """
 
 import argparse
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import crkd_step, distill_step, inference_speed
 from benchmarks.harness import arguments, faster, interleaved, overhead, report
 from utils import runs
+from utils.config import ConfigError
 
 MODES = {
     "bf16": {"amp": "bf16"},
@@ -64,8 +67,10 @@ def modes(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     plain = finished(distill_step.Steps(batch, size, device).make("acf_bckd"), device)
     for mode, settings in MODES.items():
         torch.compiler.reset()
-        ours = finished(distill_step.Steps(batch, size, device, **settings).make("acf_bckd"), device)
+        steps = distill_step.Steps(batch, size, device, **settings)
+        ours = finished(steps.make("acf_bckd"), device)
         seconds = interleaved({"plain": plain, "ours": ours}, args.repeats)
+        distill_step.check_terms({"seg": {"seg": steps.terms["acf_bckd"]["seg"]}, **steps.terms})
         title = f"acf_bckd step, {batch} patches of {size}³, {mode}"
         yield faster(title, "float32, as it comes", seconds["plain"], seconds["ours"], 1.0)
 
@@ -122,7 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="default %(default)s; cpu: a smoke test, with --small")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args(argv)
-    device = runs.resolve_device(args.device)
+    try:
+        device = runs.resolve_device(args.device)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     torch.set_num_threads(args.threads)
     rows = []
     for row in itertools.chain.from_iterable(PARTS[part](args, device) for part in args.parts):

@@ -92,7 +92,7 @@ def machine(threads: int, device: torch.device = CPU) -> str:
     versions = ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
     processor = f"{platform.machine()} CPU, {threads} thread(s)"
     if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
+        processor = f"{torch.cuda.get_device_name(device)}, {processor}"
     return f"{processor}; {versions}; {datetime.date.today().isoformat()}"
 
 

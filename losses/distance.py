@@ -36,15 +36,18 @@ def boundary_distance_squared(mask: Tensor, *more: Tensor) -> Tensor:
 @functools.cache
 def _gpu_transform() -> Callable[[Tensor], Tensor]:
     """The Triton kernel, or plain torch where that fails on a small mask: it needs Triton and a C compiler."""
+    torch.cuda.synchronize()  # an error of something before is not Triton's
     try:
         from losses.distance_gpu import triton_boundary_distance_squared
 
         triton_boundary_distance_squared(torch.zeros(1, 2, 2, 2, dtype=torch.bool, device="cuda"))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of whatever kind: an import, a compiler, a driver
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
-            f"distance transforms run in plain torch, which takes many times as long as Triton, which fails here: "
-            f"{type(error).__name__}: {reason}", stacklevel=2,
+            f"distance transforms run in plain torch, many times as slow as the Triton kernel, which fails here "
+            f"({type(error).__name__}: {reason}); it needs the package triton and a C compiler", stacklevel=2,
         )  # fmt: skip
         return separable_boundary_distance_squared
     return triton_boundary_distance_squared

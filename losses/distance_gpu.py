@@ -37,7 +37,7 @@ def _lower_envelope(
 
 
 def triton_boundary_distance_squared(mask: Tensor) -> Tensor:
-    """As `boundary_distance_squared` of losses/distance.py, for a mask (N, *spatial) bool on a GPU."""
+    """As `boundary_distance_squared` of losses/distance.py, for a mask (N, *spatial) bool on the current GPU."""
     mask = mask.contiguous()
     source, field = mask.view(torch.uint8), None
     for wanted in (1, 0):  # distances to True fill the False voxels, and the other way round

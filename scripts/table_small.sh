@@ -7,7 +7,7 @@
 #
 # PARTS: acdc, la (every method), rates (the learning rates that were tried on ACDC beside the chosen ones), ablation
 # (CRKD's parts and open decisions on ACDC, seed 0), presets (as_released where it differs, seed 0). Not by default, since
-# it takes minutes on a GPU and days without one: la_medium (every method on larger patches of LA, and MLRPL as_released).
+# it wants a GPU: la_medium (every method on larger patches of LA, and MLRPL as_released).
 # SEEDS are those of SEEDED (supervised, UniMatch, CRKD), the other methods have seed 0. JOBS: trainings at a time, of one
 # thread each. What is complete is not repeated; an interrupted training goes on where it stopped. Then:
 # tools/evidence.py collect, tables.
@@ -86,7 +86,7 @@ trial() {  # trial <name> <arguments of CRKD>
     if part la; then table 3d la_small 4 "crkd unimatch supervised acmt mlrpl crossmatch lefed"; fi
     if part la_medium; then
         table 3d la_medium 4 "lefed crossmatch crkd unimatch mlrpl acmt supervised"
-        cell 3d la_medium 4 mlrpl 0 "" preset=as_released
+        if chosen mlrpl; then cell 3d la_medium 4 mlrpl 0 "" preset=as_released; fi
     fi
     if part rates; then
         for method in crkd unimatch supervised crossmatch acmt; do

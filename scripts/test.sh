@@ -1,6 +1,6 @@
 #!/bin/sh
 # Set up .venv, then run the linter, the quick tests, the slow ones and, if there is a GPU, those that need one. Arguments
-# go to pytest: sh scripts/test.sh -k dice. QUICK=1 leaves the slow tests and those of a GPU out.
+# go to pytest: sh scripts/test.sh -k dice, and leave those of a GPU out, as QUICK=1 does, without the slow ones.
 set -e
 REQUIREMENTS=requirements-dev.txt
 . "$(dirname "$0")/setup.sh"
@@ -8,6 +8,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread in each of several 
 $python -m ruff check .
 $python -m pytest -n auto -m "not slow" "$@"
 [ -n "$QUICK" ] || $python -m pytest -n auto -m slow "$@"
-if [ -z "$QUICK" ] && $python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    ON_GPU=1 $python -m pytest tests/test_cuda.py "$@"
+if [ -z "$QUICK" ] && [ $# -eq 0 ] && $python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    ON_GPU=1 $python -m pytest tests/test_cuda.py
 fi

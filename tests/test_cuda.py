@@ -6,6 +6,8 @@
 import copy
 import importlib.util
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from losses import KD_METHODS, PRESETS, build_kd, distance
 from losses.segmentation import SegmentationLoss
 from methods import build_method
 from networks import NETWORKS, build_network, init_weights
-from tests.scripts.conftest import make_workspace, run, train
+from tests.scripts.conftest import ROOT, make_workspace, run, train
 from tests.scripts.test_train_3d_distill import digest, stop_after
 from tests.scripts.test_train_crkd import TWO_DECODERS, make_site
 from tests.test_no_synchronisation import CELLS, has_released_form, update
@@ -29,13 +31,13 @@ CLASSES = 3
 
 @pytest.fixture
 def _full_float32(monkeypatch):
-    """Convolutions in float32, not TF32, so that the CPU is a reference. Not for scripts: processes have their own."""
+    """Convolutions in float32, not TF32, so that the CPU is a reference."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
 def no_waiting():
-    """A function that makes any wait of the host for the GPU an error until the test ends."""
+    """A function that makes the waits for the GPU that PyTorch notices (not all) errors until the test ends."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
@@ -58,9 +60,12 @@ def test_distances_are_those_of_the_cpu(spatial):
         assert distance._gpu_transform() is not distance.separable_boundary_distance_squared
     masks = torch.rand(6, *spatial, generator=torch.Generator().manual_seed(0)) > 0.7
     masks[0], masks[1] = True, False
-    expected = distance.boundary_distance_squared(masks)
-    assert torch.equal(distance.boundary_distance_squared(masks.to(CUDA)).cpu(), expected)
-    assert torch.equal(distance.separable_boundary_distance_squared(masks.to(CUDA)).cpu(), expected)
+    others = masks.transpose(-1, -2).contiguous().transpose(-1, -2).roll(1, 1)
+    expected = distance.boundary_distance_squared(masks, others)
+    assert torch.equal(distance.boundary_distance_squared(masks.to(CUDA), others.to(CUDA)).cpu(), expected)
+    plain = [distance.separable_boundary_distance_squared(part.to(CUDA)) for part in (masks, others)]
+    assert torch.equal(sum(plain).cpu(), expected)
+    assert distance.boundary_distance_squared(masks[:0].to(CUDA)).shape == masks[:0].shape
 
 
 @pytest.mark.usefixtures("_full_float32")
@@ -99,7 +104,7 @@ def test_terms_and_gradients_are_those_of_the_cpu(method, preset, multilabel):
 
 @pytest.mark.usefixtures("_full_float32")
 @pytest.mark.parametrize("amp, agree", [("off", 0.999), ("bf16", 0.97), ("fp16", 0.99)])
-@pytest.mark.parametrize("network", [name for name, cls in NETWORKS.items() if name.startswith("unet")])
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name.startswith("unet")])
 def test_labels_are_those_of_the_cpu(network, amp, agree):
     torch.manual_seed(0)
     net = init_weights(build_network(network, 1, CLASSES)).eval()
@@ -122,7 +127,7 @@ def test_the_fast_copy_is_close():
     assert fast.device.type == CUDA and (plain == fast).float().mean() > 0.97
 
 
-# No waiting: what tests/test_no_synchronisation.py counts on the meta device, by the driver's own word.
+# No waiting: what tests/test_no_synchronisation.py counts on the meta device, by PyTorch's own check.
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -187,10 +192,10 @@ def test_a_step_of_a_semi_supervised_method_does_not_wait(method, dims, argument
 # The scripts.
 
 
-@pytest.mark.parametrize(
-    "modes", [[], ["--amp", "bf16"], ["--amp", "fp16"], ["--channels-last"], ["--compile"], ["--deterministic"]],
-    ids=" ".join,
-)  # fmt: skip
+MODES = [[], ["--amp", "bf16"], ["--amp", "fp16"], ["--channels-last"], ["--compile"]]
+
+
+@pytest.mark.parametrize("modes", MODES, ids=" ".join)
 def test_distillation_trains_and_is_tested_in_every_mode(modes, tmp_path):
     folder = make_workspace(tmp_path)
     train("--method", "supervised", "--student", "resunet", "--device", CUDA, *modes, cwd=folder)
@@ -228,18 +233,22 @@ def test_a_run_of_the_gpu_is_tested_on_the_cpu_with_the_same_result(tmp_path):
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_an_interrupted_training_goes_on_to_the_same_weights(amp, tmp_path):
-    """With --deterministic, to the last bit; the random states of the GPU and the scale of fp16 are restored."""
+    """With --deterministic, to the last bit. In processes of their own: the flag is to come before anything else."""
     folder = make_workspace(tmp_path)
     train("--method", "supervised", "--student", "resunet", "--device", CUDA, cwd=folder)
     options = ("--teacher", "resunet", "--device", CUDA, "--deterministic", "--amp", amp, "--opts", "max_steps=6")
-    train(*options, "tag=straight", cwd=folder)
+    command = [sys.executable, str(ROOT / "train_3d_distill.py"), "--config", "tiny.yaml"]
     base = folder / "runs/tiny/acf_bckd/resunet-unet"
+    subprocess.run([*command, *options, "tag=straight"], cwd=folder, check=True, timeout=300)
     stop_after(2, options, folder, base / "seed0-broken")
     assert load_checkpoint(base / "seed0-broken/last.pt")["step"] < 6
-    train("--resume", *options, "tag=broken", cwd=folder)
+    subprocess.run([*command, "--resume", *options, "tag=broken"], cwd=folder, check=True, timeout=300)
     straight, broken = (load_checkpoint(base / name / "last.pt") for name in ("seed0-straight", "seed0-broken"))
     for part in ("weights", "method"):
         assert digest(straight[part]) == digest(broken[part])
+    assert straight["scaler"] == broken["scaler"]
+    for mine, other in zip(straight["rng"][0]["cuda"], broken["rng"][0]["cuda"], strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_too_little_memory_is_said_in_a_sentence(tmp_path):

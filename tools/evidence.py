@@ -197,7 +197,8 @@ def case_scores(path: Path) -> dict[str, dict[str, float | None]]:
 def time_of(run: Path) -> tuple[int, str]:
     """Seconds of the training, validation included, and its last day, by its TensorBoard files: one for each start.
 
-    Of a copy without such files: from the writing of its configuration to the last line of its log.
+    Of a copy without such files, which must have been started once only (--resume writes both files anew): from the
+    writing of its configuration to the last line of its log.
     """
     starts = []
     for path in run.glob("events.out.tfevents.*"):
@@ -284,7 +285,7 @@ def footer(rows: Rows, cases: int | None) -> list[str]:
     of = "" if len(gpus) == len(rows) else f"{len(gpus)} of them "
     text = (
         f"{len(rows)} training{'s' * (len(rows) > 1)} of {minutes:.0f} minutes together, "
-        + (f"{of}on {' and '.join(sorted(set(gpus)))}, " if gpus else "")
+        + (f"{of}tested on {' and '.join(sorted(set(gpus)))}, " if gpus else "")
         + (f"{cases} {'/'.join(sorted({row['split'] for row in rows}))} cases; " if cases is not None else "")
         + f"{' to '.join(dates[:1] + dates[1:][-1:])}; commit {', '.join(sorted({row['code'] for row in rows}))}."
     )

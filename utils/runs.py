@@ -211,10 +211,11 @@ def run_script(main: Callable[[], int], *expected: type[Exception]) -> int | str
 
 
 def _full_gpu(message: str) -> str:
+    said = ". ".join(" ".join(message.split()).split(". ")[:4])  # how much was asked for, is free and is in use
     return (
-        f"the GPU has too little memory ({message.split('. ')[0]}). Make the patches of a step fewer (cases_per_batch, "
-        f"crops_per_case; labelled_batch, unlabelled_batch) or smaller (patch_size), train with --amp bf16, or look "
-        f"for other programs on this GPU (nvidia-smi). Where only the latter was at fault, go on with --resume"
+        f"the GPU has too little memory ({said}). In a training step: fewer patches (cases_per_batch, crops_per_case; "
+        f"labelled_batch, unlabelled_batch), smaller ones (patch_size) or --amp bf16. In validation: a smaller "
+        f"window_batch or eval_batch, with which --resume goes on, as it does once other programs have left the GPU"
     )
 
 

@@ -23,6 +23,9 @@ def test_a_mode_is_what_the_step_computes_in(mode):
     found = {}
     for name, settings in {"plain": {}, mode: gpu.MODES[mode]}.items():
         steps = gpu.distill_step.Steps(2, 16, **settings)
+        form = settings.get("memory_format", torch.contiguous_format)
+        kernels = [p for network in (steps.student, steps.teacher) for p in network.parameters() if p.ndim == 5]
+        assert all(tensor.is_contiguous(memory_format=form) for tensor in kernels)
         steps.make("acf_bckd")()
         found[name] = torch.tensor(list(steps.terms["acf_bckd"].values()))
     assert torch.allclose(found[mode], found["plain"], rtol=0.05)
@@ -30,5 +33,5 @@ def test_a_mode_is_what_the_step_computes_in(mode):
 
 
 def test_an_unknown_device_is_refused():
-    with pytest.raises(Exception, match="abacus"):
+    with pytest.raises(SystemExit, match="error: --device abacus: not usable here"):
         gpu.main(["--small", "--device", "abacus"])

@@ -169,8 +169,8 @@ def test_time_of_a_copy_without_tensorboard_files(tmp_path):
 def test_the_line_below_a_table_names_gpus():
     here, there = row(seed=0), row(seed=1, device="GPU X")
     assert "GPU" not in evidence.footer([here], 2)[0]
-    assert "2 trainings of 2 minutes together, 1 of them on GPU X, 2 test cases" in evidence.footer([here, there], 2)[0]
-    assert "1 training of 1 minutes together, on GPU X, " in evidence.footer([there], 2)[0]
+    assert "of 2 minutes together, 1 of them tested on GPU X, 2 test cases" in evidence.footer([here, there], 2)[0]
+    assert "1 training of 1 minutes together, tested on GPU X, " in evidence.footer([there], 2)[0]
 
 
 def test_other_cases_are_refused(trained, monkeypatch):
@@ -402,6 +402,9 @@ def configs(monkeypatch, script, **environment):
 def test_documented_scripts_print_their_cells(script, monkeypatch):
     """Every command of the two scripts is one that the training scripts take, and their runs are all different."""
     found = configs(monkeypatch, script)
+    if script == "table_small.sh":
+        found += configs(monkeypatch, script, PARTS="la_medium")
+        assert {cfg.method for cfg in configs(monkeypatch, script, PARTS="la_medium", METHODS="crkd")} == {"crkd"}
     assert len({folder_of(cfg) for cfg in found}) == len(found) > 40
 
 

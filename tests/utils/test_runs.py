@@ -192,4 +192,5 @@ def test_too_little_memory_of_a_gpu_is_said_in_a_sentence():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 8 GiB. See the docs.")
 
     said = run_script(main)
-    assert said.startswith("error: the GPU has too little memory (CUDA out of memory)") and "cases_per_batch" in said
+    assert said.startswith("error: the GPU has too little memory (CUDA out of memory. Tried to allocate 20.00 MiB. GPU")
+    assert "cases_per_batch" in said and {"window_batch", "eval_batch"} <= RESUMABLE
