@@ -110,8 +110,8 @@ trial() {  # trial <name> <arguments of CRKD>
         trial joint "pseudo_mode: joint"
     fi
     if part presets; then
-        for method in crkd unimatch crossmatch acmt; do cell 2d acdc_small 3 "$method" 0 "" preset=as_released; done
-        cell 3d la_small 4 mlrpl 0 "" preset=as_released
+        for method in crkd unimatch acmt; do cell 2d acdc_small 3 "$method" 0 "" preset=as_released; done
+        for method in mlrpl crossmatch; do cell 3d la_small 4 "$method" 0 "" preset=as_released; done
     fi
     if part acdc; then table 2d acdc_small 7 "crkd unimatch supervised crossmatch acmt"; fi
 } | all
