@@ -21,7 +21,7 @@ from networks import NETWORKS, build_network, init_weights
 from tests.scripts.conftest import ROOT, make_workspace, run, train
 from tests.scripts.test_train_3d_distill import digest, stop_after
 from tests.scripts.test_train_crkd import TWO_DECODERS, make_site
-from tests.test_no_synchronisation import CELLS, has_released_form, update
+from tests.test_no_synchronisation import CELLS, few_label_batches, has_released_form, update
 from utils.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -168,12 +168,7 @@ def test_a_step_of_a_semi_supervised_method_does_not_wait(method, dims, argument
     sides = (32,) * dims
     trained = build_method(method, lambda: build_network(network, 1, 2), max_steps=10, preset=preset, **arguments)
     trained = trained.to(CUDA).train()
-    label = torch.randint(0, 2, (2, 1, *sides), dtype=torch.uint8, device=CUDA)
-    labelled = {"image": torch.rand(2, 1, *sides, device=CUDA), "label": label}
-    unlabelled = {f"strong{k}": torch.rand(2, 1, *sides, device=CUDA) for k in range(trained.strong_views)}
-    unlabelled |= {"weak": torch.rand(2, 1, *sides, device=CUDA), "label": label}
-    if trained.mixes:
-        unlabelled |= {f"mix_{key}": value for key, value in unlabelled.items()}
+    labelled, unlabelled = few_label_batches(trained, lambda: torch.rand(2, 1, *sides, device=CUDA))
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = update(parameters, "adamw" if method == "crossmatch" else "sgd")
     for step in range(3):

@@ -193,6 +193,15 @@ CELLS = [
 ]
 
 
+def few_label_batches(trained, make):
+    """A labelled and an unlabelled batch with the views that a method wants. make: gives images (B, 1, *spatial)."""
+    label = make().round().byte()
+    unlabelled = {f"strong{k}": make() for k in range(trained.strong_views)} | {"weak": make(), "label": label}
+    if trained.mixes:
+        unlabelled |= {f"mix_{key}": value for key, value in unlabelled.items()}
+    return {"image": make(), "label": label}, unlabelled
+
+
 @pytest.mark.parametrize("method, dims, arguments, preset", CELLS)
 def test_a_step_of_a_semi_supervised_method_waits_for_nothing(method, dims, arguments, preset):
     network = "unet2d" if dims == 2 else TWO_DECODERS.get(method, "vnet")
@@ -201,11 +210,7 @@ def test_a_step_of_a_semi_supervised_method_waits_for_nothing(method, dims, argu
         trained = build_method(
             method, lambda: build_network(network, 1, 2), max_steps=10, preset=preset, **arguments
         ).train()  # fmt: skip
-        labelled = {"image": torch.zeros(2, 1, *sides), "label": torch.zeros(2, 1, *sides, dtype=torch.uint8)}
-        unlabelled = {f"strong{k}": torch.zeros(2, 1, *sides) for k in range(trained.strong_views)}
-        unlabelled |= {"weak": torch.zeros(2, 1, *sides), "label": labelled["label"]}
-    if trained.mixes:
-        unlabelled |= {f"mix_{key}": value for key, value in unlabelled.items()}
+        labelled, unlabelled = few_label_batches(trained, lambda: torch.zeros(2, 1, *sides))
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = update(parameters, "adamw" if method == "crossmatch" else "sgd")
     with Waits() as waits:

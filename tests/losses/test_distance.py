@@ -116,7 +116,6 @@ def test_masks_need_not_be_contiguous(path):
     assert torch.equal(path(mask), path(mask.contiguous()))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel works here: tests/test_cuda.py")
 def test_without_a_working_kernel_plain_torch_is_taken_and_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with pytest.warns(UserWarning, match="plain torch, .* it needs the package triton and a C compiler"):
