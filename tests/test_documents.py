@@ -88,6 +88,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "kvasir": SLICES | {"split_dir": "splits/kvasir_phantom"}, "la": VOLUMES | {"split_dir": "data/LA/splits"},
     "demo_la": VOLUMES, "acdc_small": SLICES | {"split_dir": "data/ACDC/splits"},
     "la_small": VOLUMES | {"split_dir": "data/LA/splits"},
+    "la_medium": VOLUMES | {"split_dir": "data/LA/splits"},
 }  # fmt: skip
 # What a block gets in its environment, by document: RESULTS.md trains every cell and every trial of the ablation.
 ENVIRONMENT = {
