@@ -21,7 +21,7 @@ from networks import NETWORKS, build_network, init_weights
 from tests.scripts.conftest import ROOT, make_workspace, run, train
 from tests.scripts.test_train_3d_distill import digest, stop_after
 from tests.scripts.test_train_crkd import TWO_DECODERS, make_site
-from tests.test_no_synchronisation import CELLS, few_label_batches, has_released_form, update
+from tests.test_no_synchronisation import CELLS, distillation_step, few_label_batches, has_released_form, update
 from utils.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -148,16 +148,7 @@ def test_a_step_of_distillation_does_not_wait(method, multilabel, no_waiting):
     for repeat in range(3):
         if repeat == 1:  # the first step fills caches
             no_waiting()
-        student_out = student(image, return_features=True)
-        loss = seg_loss(student_out.logits, label)
-        with torch.no_grad():
-            teacher_out = teacher(image, return_features=True)
-        for kd in forms:
-            loss = loss + sum(kd(student_out, teacher_out, label, progress=0.5).values())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        loss = distillation_step(student, teacher, forms, seg_loss, optimizer, image, label)
     torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
 

@@ -145,6 +145,21 @@ def has_released_form(method, multilabel):
     return False
 
 
+def distillation_step(student, teacher, forms, seg_loss, optimizer, image, label):
+    """One update with the terms of all forms of a method, as in the training script; -> the loss."""
+    student_out = student(image, return_features=True)
+    loss = seg_loss(student_out.logits, label)
+    with torch.no_grad():
+        teacher_out = teacher(image, return_features=True)
+    for kd in forms:
+        loss = loss + sum(kd(student_out, teacher_out, label, progress=0.5).values())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    return loss
+
+
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("method", KD_METHODS)
 def test_a_step_of_distillation_waits_for_nothing(method, multilabel):
@@ -164,16 +179,7 @@ def test_a_step_of_distillation_waits_for_nothing(method, multilabel):
     trained = [p for module in (student, *forms) for p in module.parameters()]
     optimizer, seg_loss = update(trained), SegmentationLoss(multilabel)
     with Waits() as waits:
-        student_out = student(image, return_features=True)
-        loss = seg_loss(student_out.logits, label)
-        with torch.no_grad():
-            teacher_out = teacher(image, return_features=True)
-        for kd in forms:
-            loss = loss + sum(kd(student_out, teacher_out, label, progress=0.5).values())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        distillation_step(student, teacher, forms, seg_loss, optimizer, image, label)
     assert waits.found == []
     assert all(p.grad is not None for p in student.parameters())
 
