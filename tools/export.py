@@ -46,7 +46,7 @@ from tools.deployed import Sample
 from utils import plugins
 from utils.checkpoint import CheckpointError, digest
 from utils.config import ConfigError
-from utils.exported import FORMATS, ExportedModel, file_digest, model_files, optional, sidecar
+from utils.exported import FORMATS, ExportedModel, file_digest, model_files, openvino_core, optional, sidecar
 
 OPSET = 18  # of ONNX: the oldest that the exporter writes without converting, so the one that most runtimes read
 PACKAGES = ("torch", "monai", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino")
@@ -251,7 +251,8 @@ def write_openvino(onnx: Path, path: Path) -> None:
     """Write an ONNX model as OpenVINO's XML and its weights, in full precision."""
     runtime = optional("openvino", "export to OpenVINO")
     # Not convert_model, which reports its use over the network.
-    runtime.save_model(runtime.Core().read_model(onnx), path, compress_to_fp16=False)
+    model = openvino_core("export to OpenVINO").read_model(onnx)
+    runtime.save_model(model, path, compress_to_fp16=False)
 
 
 def write_quantised(args: argparse.Namespace, checkpoint: dict, network: nn.Module, dataset, path: Path) -> None:

@@ -5,6 +5,7 @@ the data set) and, under `exported`, what this file is. Runtimes are imported wh
 runs TorchScript and torch.export files.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -34,6 +35,21 @@ def optional(name: str, purpose: str) -> ModuleType:
             f"{purpose} needs the package {name.partition('.')[0]} ({error}); "
             f"install it with: pip install -r {REQUIREMENTS}"
         ) from error
+
+
+def openvino_core(purpose: str) -> Any:
+    """OpenVINO's Core, the same for all of the process; ConfigError that says what needs it if it is not installed.
+
+    Each Core that runs models on the CPU gives its thread a stack for signals and puts back the one before when it
+    goes. If two of them go in another order than the reverse, the thread keeps a stack that is freed, and its next
+    signal (the end of a loader process is enough) kills the process. So there is one, and it stays.
+    """
+    return _core(optional("openvino", purpose))
+
+
+@functools.cache
+def _core(openvino: ModuleType) -> Any:
+    return openvino.Core()
 
 
 def sidecar(path: Path) -> Path:
@@ -130,10 +146,10 @@ def _onnx(path: Path, threads: int):
 
 
 def _openvino(path: Path, threads: int):
-    runtime = optional("openvino", f"running {path.name}")
+    core = openvino_core(f"running {path.name}")
     # Without the hint, processors with bfloat16 instructions would compute in bfloat16.
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = _loaded(path, lambda: runtime.Core().compile_model(path, "CPU", options))
+    compiled = _loaded(path, lambda: core.compile_model(path, "CPU", options))
     return lambda image: torch.from_numpy(np.array(compiled(image.numpy())[0]))
 
 

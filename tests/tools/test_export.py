@@ -17,7 +17,7 @@ from networks import NETWORKS, build_network
 from networks.espnetv2 import EESP
 from networks.mobile_unet import InvertedResidual
 from tests.dataloaders.test_brats import write_case
-from tests.scripts.conftest import make_workspace, run, train
+from tests.scripts.conftest import ROOT, make_workspace, run, train
 from tests.tools.test_import_checkpoint import SMALL
 from tools import deployed, export, monai_bundle
 from utils import exported
@@ -240,6 +240,22 @@ def test_a_model_that_its_runtime_cannot_load(model, tmp_path):
     exported.sidecar(path).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="its runtime cannot load it"):
         ExportedModel(path)
+
+
+def test_openvino_models_may_be_dropped_in_any_order(ckpt, tmp_path):
+    """In a process of its own: what goes wrong kills the process at its next signal."""
+    assert export.main(["--ckpt", str(ckpt), "--format", "openvino", "--out", str(tmp_path)]) == 0
+    program = f"""
+import os, signal
+from utils.exported import ExportedModel
+signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
+first, second = (ExportedModel({str(tmp_path / "model.xml")!r}, threads=1) for _ in range(2))
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "handled" in done.stdout, done.stderr
 
 
 def test_another_window_is_refused(model):
