@@ -8,9 +8,9 @@
 # PARTS: acdc, la (every method), rates (the learning rates that were tried on ACDC beside the chosen ones), ablation
 # (CRKD's parts and open decisions on ACDC, seed 0), presets (as_released where it differs, seed 0). Not by default, since
 # it wants a GPU: la_medium (every method on larger patches of LA, and MLRPL as_released).
-# SEEDS are those of SEEDED (supervised, UniMatch, CRKD), the other methods have seed 0. JOBS: trainings at a time, of one
-# thread each. What is complete is not repeated; an interrupted training goes on where it stopped. Then:
-# tools/evidence.py collect, tables.
+# SEEDS (0 and 1) are those of SEEDED ("supervised unimatch crkd"), the other methods have seed 0. JOBS: trainings at
+# a time, of one thread each. What is complete is not repeated; an interrupted training goes on where it stopped.
+# Then: tools/evidence.py collect, tables.
 set -e
 case $1 in
     --dry-run) dry=1 ;;

@@ -551,17 +551,18 @@ def students_table(results: Results) -> tuple[list[str], list[list[str]], list[d
     return [*header, "gap closed", "published on BTCV, T1"], body, used
 
 
-def parts_table(results: Results, teacher: str) -> tuple[list[str], list[list[str]], list[dict]]:
-    """ACF-BCKD with parts of its terms."""
+def parts_table(results: Results, teacher: str, student: str = "unet") -> tuple[list[str], list[list[str]], list[dict]]:
+    """ACF-BCKD with parts of its terms; with another student than the U-Net, with single ones."""
     terms = ("afd", "cfd", "hbd", "sbd")
-    sets = [*((term,) for term in terms), terms[:2], terms[2:]]
-    sets += [tuple(term for term in terms if term != left) for left in terms]
+    sets = [(term,) for term in terms]
+    if student == "unet":
+        sets += [terms[:2], terms[2:], *(tuple(term for term in terms if term != left) for left in terms)]
     variants = {"": (), **{"+".join(kept): kept for kept in sets}, WEAKER: terms, "all": terms}
-    alone = [row for row in results.alone("unet") if row["seed"] == 0]
+    alone = [row for row in results.alone(student) if row["seed"] == 0]
     body, used = [], []
     for variant, kept in variants.items():
         rows = alone if not kept else results.cell(
-            method="acf_bckd", student="unet", teacher=teacher, preset="clean", seed=0,
+            method="acf_bckd", student=student, teacher=teacher, preset="clean", seed=0,
             variant="" if variant == "all" else variant,
         )  # fmt: skip
         used += rows
