@@ -7,15 +7,15 @@
 #
 # PARTS: teachers (ResU-Net, SegResNet), alone (every student without a teacher), methods (U-Net under each method and
 # teacher), rates (the learning rates that were tried beside the chosen ones), ablation (parts of ACF-BCKD under the
-# ResU-Net, single ones with ESPNetV2; the weaker ACF-BCKD under TEACHERS), presets (as_released where it differs,
-# under one teacher each), students (the other students under METHODS_OF_STUDENTS: acf_bckd kd at dist). SEEDS are
-# those of the U-Net in methods and, beside seed 0, in alone, and of the weaker ACF-BCKD; all else has seed 0. WIDTH:
-# of the U-Net's first level. WARMUP: steps in which a method's terms grow to their weights, half of STEPS; 0: none.
-# METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of the student. LR: one rate for all, not
-# the one that validation chose for each method with seed 0 and the ResU-Net. JOBS: trainings at a time, of one thread
-# each. Every training has the same steps, schedule, batch and augmentation. What is complete is not repeated; an
-# interrupted training goes on where it stopped. Run folders do not tell values of WARMUP or METHOD_LR apart other
-# than 0: move them away before trying a second one. Then: tools/evidence.py collect, tables.
+# ResU-Net, single ones and all but SBD with ESPNetV2; the weaker ACF-BCKD under TEACHERS), presets (as_released where
+# it differs, under one teacher each), students (the other students under METHODS_OF_STUDENTS: acf_bckd kd at dist).
+# SEEDS are those of the U-Net in methods and, beside seed 0, in alone, and of the weaker ACF-BCKD; all else has seed
+# 0. WIDTH: of the U-Net's first level. WARMUP: steps in which a method's terms grow to their weights, half of STEPS;
+# 0: none. METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of the student. LR: one rate for
+# all, not the one that validation chose for each method with seed 0 and the ResU-Net. JOBS: trainings at a time, of
+# one thread each. Every training has the same steps, schedule, batch and augmentation. What is complete is not
+# repeated; an interrupted training goes on where it stopped. Run folders do not tell values of WARMUP or METHOD_LR
+# apart other than 0: move them away before trying a second one. Then: tools/evidence.py collect, tables.
 set -e
 case $1 in
     --dry-run) dry=1 ;;
@@ -125,9 +125,9 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
             for term in afd cfd hbd sbd; do
                 case " $kept " in *" $term "*) ;; *) left_out="$left_out, $term: 0.0" ;; esac
             done
-            # ESPNetV2 with one term at a time: the student that the method holds back.
             for network in unet espnetv2; do
-                case $network:$kept in "espnetv2:"*" "*) continue ;; esac
+                # ESPNetV2, which the method holds back, with one term at a time and without the one that does it
+                case $network:$kept in "espnetv2:afd cfd hbd") ;; "espnetv2:"*" "*) continue ;; esac
                 student $network 0 acf_bckd resunet "$(echo "$kept" | tr ' ' '+')" \
                     "method_args={acf_bckd: {${left_out#, }}}"
             done

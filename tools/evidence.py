@@ -552,11 +552,10 @@ def students_table(results: Results) -> tuple[list[str], list[list[str]], list[d
 
 
 def parts_table(results: Results, teacher: str, student: str = "unet") -> tuple[list[str], list[list[str]], list[dict]]:
-    """ACF-BCKD with parts of its terms; with another student than the U-Net, with single ones."""
+    """ACF-BCKD with parts of its terms; with another student than the U-Net, single ones and all but SBD."""
     terms = ("afd", "cfd", "hbd", "sbd")
-    sets = [(term,) for term in terms]
-    if student == "unet":
-        sets += [terms[:2], terms[2:], *(tuple(term for term in terms if term != left) for left in terms)]
+    without = [tuple(term for term in terms if term != left) for left in terms]
+    sets = [*((term,) for term in terms), *([terms[:2], terms[2:], *without] if student == "unet" else without[-1:])]
     variants = {"": (), **{"+".join(kept): kept for kept in sets}, WEAKER: terms, "all": terms}
     alone = [row for row in results.alone(student) if row["seed"] == 0]
     body, used = [], []

@@ -363,7 +363,7 @@ def test_parts_and_presets():
         ("supervised", 60.0, ""), ("acf_bckd", 50.0, ""), ("acf_bckd", 55.0, "s10-hbd")
     )))  # fmt: skip
     _, body, used = evidence.parts_table(other, "resunet", "espnetv2")
-    assert [line[4] for line in body] == ["60.00", *["not run"] * 2, "55.00", *["not run"] * 2, "50.00"]
+    assert [line[4] for line in body] == ["60.00", *["not run"] * 2, "55.00", *["not run"] * 3, "50.00"]
     assert len(used) == 3 and body[3][-1] == "-5.00"
     _, body, used = evidence.presets_table(found)
     assert body == [["ACF-BCKD", "T1 ResU-Net", "80.00 / 2.00", "71.00 / 2.00"]] and len(used) == 2
