@@ -372,7 +372,7 @@ def variant_of(row: Mapping) -> str:
 
 
 def recipe_of(row: Mapping) -> tuple[str, ...]:
-    """Width, own rate and warm-up, by the tag. Clipping is what a high rate of CWD needs, and no other recipe."""
+    """Width, own rate and warm-up, by the tag. Clipping is what keeps a method from diverging, and no other recipe."""
     return tuple(word for word in row["tag"].split("-") if re.fullmatch(r"w\d+|own|warmup", word))
 
 
