@@ -74,8 +74,8 @@ student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag>
     fi
     if [ "$teacher" != - ] && [ "$warmup" != 0 ]; then more="$more distill_warmup=$warmup" name=$name-warmup; fi
     case $method:$lr:$network-$teacher in
-        cwd:0.[2-9]*:* | a[ct]*:0.1:mobile_unet-segresnet)  # diverge without: CWD, and Mobile U-Net under ACF-BCKD and AT
-            more="$more grad_clip=1.0" name=$name-clip ;;
+        kd:*) ;;
+        cwd:0.[2-9]*:* | *:0.1:mobile_unet-segresnet) more="$more grad_clip=1.0" name=$name-clip ;;  # diverge without
     esac
     settings="workers=0 lr=$lr max_steps=$steps val_interval=$((steps / 4)) tag=$name${5:+-$5}$more"
     [ "$network" != mobile_unet ] || settings="$settings patch_size=[64,64,64]"  # multiples of 32
