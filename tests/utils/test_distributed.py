@@ -1,7 +1,11 @@
 """Shares of several processes, averages over them, and that one process is left alone."""
 
+import importlib
 import math
+import os
 import socket
+import sys
+import weakref
 
 import pytest
 import torch
@@ -57,13 +61,15 @@ def test_draws_that_cannot_be_shared(start, batch, size):
         DrawSampler(5, 7, start, 36, 0, batch, 0, size)
 
 
-def process(rank, port, folder):
-    import os
-
+def join(rank, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
-    world, device = join_world("cpu")
+    return join_world("cpu")
+
+
+def process(rank, port, folder):
+    world, device = join(rank, port)
     assert world == World(rank, 2, rank) and device == "cpu"
     assert world.gathered({"x": torch.tensor(rank)}) == [{"x": torch.tensor(0)}, {"x": torch.tensor(1)}]
     assert world.merged(world.part([10, 11, 12])) == [10, 11, 12]
@@ -91,8 +97,26 @@ def process(rank, port, folder):
     world.leave()
 
 
-def test_two_processes(tmp_path):
+def late_import(rank, port):
+    assert "torch._dynamo" not in sys.modules
+    world, _ = join(rank, port)
+    group = weakref.ref(torch.distributed.group.WORLD)
+    importlib.import_module("torch._dynamo")  # as the first optimiser and the counter of operations do
+    assert world.any(rank == 1) and group() is not None
+    world.leave()
+    assert group() is None, "the process group outlives its destruction: its threads can abort the process at its end"
+
+
+@pytest.fixture
+def port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def test_two_processes(tmp_path, port):
     mp.spawn(process, args=(port, tmp_path), nprocs=2)
+
+
+def test_nothing_of_the_group_is_left(port):
+    mp.spawn(late_import, args=(port,), nprocs=2)
