@@ -7,10 +7,10 @@
 #
 # PARTS: teachers (ResU-Net, SegResNet), alone (every student without a teacher), methods (U-Net under each method and
 # teacher), rates (the learning rates that were tried beside the chosen ones), ablation (parts of ACF-BCKD under the
-# ResU-Net, single ones and all but SBD with ESPNetV2; the weaker ACF-BCKD under TEACHERS), presets (as_released where
-# it differs, under one teacher each), students (the other students under METHODS_OF_STUDENTS: acf_bckd kd at dist).
-# SEEDS are those of the U-Net in methods and, beside seed 0, in alone, and of the weaker ACF-BCKD; all else has seed
-# 0. WIDTH: of the U-Net's first level. WARMUP: steps in which a method's terms grow to their weights, half of STEPS;
+# ResU-Net, single ones, all but SBD and a tenth of SBD with ESPNetV2; the weaker ACF-BCKD under TEACHERS), presets
+# (as_released where it differs, under one teacher each), students (the other students under METHODS_OF_STUDENTS:
+# acf_bckd kd at dist). SEEDS are those of the U-Net in methods and, beside seed 0, in alone, and of the weaker
+# ACF-BCKD; ESPNetV2 has seeds 0 and 1, alone and under the ResU-Net; all else has seed 0. WIDTH: of the U-Net's first level. WARMUP: steps in which a method's terms grow to their weights, half of STEPS;
 # 0: none. METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of the student. LR: one rate for
 # all, not the one that validation chose for each method with seed 0 and the ResU-Net. JOBS: trainings at a time, of
 # one thread each. Every training has the same steps, schedule, batch and augmentation. What is complete is not
@@ -90,6 +90,10 @@ student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag>
     printf '\n'
 }
 
+seeds_of() {  # seeds_of <student other than the U-Net> <teacher, or - for none>
+    case $1-$2 in espnetv2-resunet | espnetv2--) echo 0 1 ;; *) echo 0 ;; esac
+}
+
 part() { case " ${PARTS:-teachers alone methods rates ablation presets students} " in *" $1 "*) ;; *) return 1 ;; esac; }
 
 {   # Teachers come first: the others read them. They take twice the steps, or TEACHER_STEPS.
@@ -104,7 +108,9 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
 {
     if part alone; then
         student unet 0 supervised -
-        for network in espnetv2 mobile_unet lcovnet; do student $network 0 supervised -; done
+        for network in espnetv2 mobile_unet lcovnet; do
+            for seed in $(seeds_of $network -); do student $network "$seed" supervised -; done
+        done
     fi
     for seed in $seeds; do
         if part alone && [ "$seed" != 0 ]; then student unet "$seed" supervised -; fi
@@ -128,12 +134,11 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
             for term in afd cfd hbd sbd; do
                 case " $kept " in *" $term "*) ;; *) left_out="$left_out, $term: 0.0" ;; esac
             done
-            for network in unet espnetv2; do
-                # ESPNetV2, which the method holds back, with one term at a time and without the one that does it
-                case $network:$kept in "espnetv2:afd cfd hbd") ;; "espnetv2:"*" "*) continue ;; esac
-                student $network 0 acf_bckd resunet "$(echo "$kept" | tr ' ' '+')" \
-                    "method_args={acf_bckd: {${left_out#, }}}"
-            done
+            tag=$(echo "$kept" | tr ' ' '+') parts="method_args={acf_bckd: {${left_out#, }}}"
+            student unet 0 acf_bckd resunet "$tag" "$parts"
+            # ESPNetV2, which the method holds back, with one term at a time and without the one that does it
+            case $kept in "afd cfd hbd") ;; *" "*) continue ;; esac
+            for seed in $(seeds_of espnetv2 resunet); do student espnetv2 "$seed" acf_bckd resunet "$tag" "$parts"; done
         done
         # AFD and CFD are means over voxels: on this grid of 24x32x24 the paper's weights are six times as strong as on
         # 48x48x48.
@@ -141,7 +146,10 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
         for seed in $seeds; do
             for teacher in $teachers; do student unet "$seed" acf_bckd $teacher sum "method_args={acf_bckd: {$scale}}"; done
         done
-        student espnetv2 0 acf_bckd resunet sum "method_args={acf_bckd: {$scale}}"
+        for seed in $(seeds_of espnetv2 resunet); do
+            student espnetv2 "$seed" acf_bckd resunet sum "method_args={acf_bckd: {$scale}}"
+            student espnetv2 "$seed" acf_bckd resunet sbd0.1 "method_args={acf_bckd: {sbd: 0.1}}"
+        done
     fi
     if part presets; then
         for method in kd skd ifvd cirkd; do student unet 0 "$method" resunet "" preset=as_released; done
@@ -150,7 +158,9 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
     if part students; then
         for network in espnetv2 mobile_unet lcovnet; do
             for teacher in $teachers; do
-                for method in ${METHODS_OF_STUDENTS:-acf_bckd kd at dist}; do student $network 0 "$method" "$teacher"; done
+                for method in ${METHODS_OF_STUDENTS:-acf_bckd kd at dist}; do
+                    for seed in $(seeds_of $network "$teacher"); do student $network "$seed" "$method" "$teacher"; done
+                done
             done
         done
     fi

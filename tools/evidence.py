@@ -543,7 +543,8 @@ def students_table(results: Results) -> tuple[list[str], list[list[str]], list[d
             for teacher in TEACHERS:
                 rows = results.cell(method=method, student=student, teacher=teacher, preset="clean")
                 used += rows
-                gap = gap_closed(mean(rows, "dice"), mean(alone, "dice"), mean(results.alone(teacher), "dice"))
+                base = mean(same_seeds(alone, rows), "dice")
+                gap = gap_closed(mean(rows, "dice"), base, mean(results.alone(teacher), "dice"))
                 cells += [together(rows, ("dice", "hd95", "asd")), percent(gap)]
             published = published_gap("btcv", method, "resunet", student)
             body.append([STUDENTS[student], size, title(method), *cells, percent(published)])
@@ -552,38 +553,50 @@ def students_table(results: Results) -> tuple[list[str], list[list[str]], list[d
 
 
 def parts_table(results: Results, teacher: str, student: str = "unet") -> tuple[list[str], list[list[str]], list[dict]]:
-    """ACF-BCKD with parts of its terms; with another student than the U-Net, single ones and all but SBD."""
+    """ACF-BCKD with parts of its terms, of the seeds that all parts were run with.
+
+    With another student than the U-Net: single terms, all but SBD, a tenth of SBD.
+    """
     terms = ("afd", "cfd", "hbd", "sbd")
     without = [tuple(term for term in terms if term != left) for left in terms]
-    sets = [*((term,) for term in terms), *([terms[:2], terms[2:], *without] if student == "unet" else without[-1:])]
-    variants = {"": (), **{"+".join(kept): kept for kept in sets}, WEAKER: terms, "all": terms}
-    alone = [row for row in results.alone(student) if row["seed"] == 0]
-    body, used = [], []
-    for variant, kept in variants.items():
-        rows = alone if not kept else results.cell(
-            method="acf_bckd", student=student, teacher=teacher, preset="clean", seed=0,
+    more = [terms[:2], terms[2:], *without] if student == "unet" else without[-1:]
+    kept = {"": (), **{"+".join(part): part for part in ([(term,) for term in terms] + more)}}
+    weaker = {WEAKER: terms[:2]} | ({} if student == "unet" else {"sbd0.1": terms[3:]})
+    cells = {"": results.alone(student)} | {
+        variant: results.cell(
+            method="acf_bckd", student=student, teacher=teacher, preset="clean",
             variant="" if variant == "all" else variant,
-        )  # fmt: skip
+        ) for variant in (*list(kept)[1:], *weaker, "all")
+    }  # fmt: skip
+    seeds = set.intersection(*({row["seed"] for row in rows} for rows in cells.values() if rows), {0, 1, 2})
+    cells = {variant: [row for row in rows if row["seed"] in seeds] for variant, rows in cells.items()}
+    alone = cells[""]
+    body, used = [], []
+    for variant, rows in cells.items():
         used += rows
-        change = f"{mean(rows, 'dice') - mean(alone, 'dice'):+.2f}" if rows and alone and kept else "-"
-        marks = ["x" if term in kept else "" for term in terms]
-        if variant == WEAKER:
-            marks[:2] = ["weaker", "weaker"]
+        change = f"{mean(rows, 'dice') - mean(alone, 'dice'):+.2f}" if rows and alone and variant else "-"
+        marks = ["weaker" if term in weaker.get(variant, ()) else "x" if term in kept.get(variant, terms) else ""
+                 for term in terms]  # fmt: skip
         body.append([*marks, *(shown(rows, metric) for metric in ("dice", "hd95", "asd")), change])
     return ["AFD", "CFD", "HBD", "SBD", "Dice", "HD95", "ASD", "above the student alone"], body, used
 
 
 def presets_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
-    """`clean` beside `as_released`, seed 0, wherever the latter was run."""
+    """`clean` beside `as_released`, of the seeds that the latter was run with."""
+    keys = ("method", "student", "teacher", "labelled")
+    cells: dict[tuple, dict] = {}
+    for row in sorted(results.rows, key=lambda row: (row["method"], row["run"])):
+        if row["preset"] == "as_released":
+            values = {key: row[key] for key in keys if key in row}
+            cells[tuple(values.values())] = values
     body, used = [], []
-    released = [row for row in results.rows if row["preset"] == "as_released"]
-    for row in sorted(released, key=lambda row: (row["method"], row["run"])):
-        keys = ("method", "student", "teacher", "seed", "labelled")
-        clean = results.cell(preset="clean", **{key: row[key] for key in keys if key in row})
-        used += [*clean, row]
-        of = TEACHERS[row["teacher"]] if row["teacher"] else f"{row['labelled']} labelled"
-        pairs = [together(rows, ("dice", "hd95")) for rows in (clean, [row])]
-        body.append([title(row["method"]), of, *pairs])
+    for values in cells.values():
+        released, clean = (results.cell(preset=preset, **values) for preset in ("as_released", "clean"))
+        clean = [row for row in clean if row["seed"] in {one["seed"] for one in released}]
+        used += [*clean, *released]
+        of = TEACHERS[values["teacher"]] if values["teacher"] else f"{values['labelled']} labelled"
+        pairs = [together(rows, ("dice", "hd95")) for rows in (clean, released)]
+        body.append([title(values["method"]), of, *pairs])
     return ["method", "teacher or labels", "clean: Dice / HD95", "as_released: Dice / HD95"], body, used
 
 
