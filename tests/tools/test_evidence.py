@@ -363,10 +363,34 @@ def test_parts_and_presets():
         ("supervised", 60.0, ""), ("acf_bckd", 50.0, ""), ("acf_bckd", 55.0, "s10-hbd")
     )))  # fmt: skip
     _, body, used = evidence.parts_table(other, "resunet", "espnetv2")
-    assert [line[4] for line in body] == ["60.00", *["not run"] * 2, "55.00", *["not run"] * 3, "50.00"]
+    assert [line[4] for line in body] == ["60.00", *["not run"] * 2, "55.00", *["not run"] * 4, "50.00"]
     assert len(used) == 3 and body[3][-1] == "-5.00"
+    assert body[6][:4] == ["weaker", "weaker", "x", "x"] and body[7][:4] == ["x", "x", "x", "weaker"]
     _, body, used = evidence.presets_table(found)
     assert body == [["ACF-BCKD", "T1 ResU-Net", "80.00 / 2.00", "71.00 / 2.00"]] and len(used) == 2
+
+
+def test_parts_and_presets_are_of_the_seeds_that_all_have():
+    runs = [row(method, dice=dice, student="espnetv2", tag=tag, seed=seed) for method, tag, scores in (
+        ("supervised", "", (60.0, 62.0, 99.0)), ("acf_bckd", "", (50.0, 54.0)), ("acf_bckd", "s10-sbd", (40.0, 41.0)),
+    ) for seed, dice in enumerate(scores)]  # fmt: skip
+    _, body, used = evidence.parts_table(results(*runs), "resunet", "espnetv2")
+    assert [body[k][4] for k in (0, 4, 8)] == ["61.00 ± 1.00", "40.50 ± 0.50", "52.00 ± 2.00"]
+    assert (body[4][-1], body[8][-1], len(used)) == ("-20.50", "-9.00", 6)
+    released = [row("acf_bckd", dice=dice, preset="as_released", seed=seed) for seed, dice in ((0, 70.0), (1, 74.0))]
+    clean = [row("acf_bckd", dice=dice, seed=seed) for seed, dice in enumerate((80.0, 81.0, 99.0))]
+    _, body, used = evidence.presets_table(results(*released, *clean))
+    assert [line[2:] for line in body] == [["80.50 ± 0.50 / 2.00 ± 0.00", "72.00 ± 2.00 / 2.00 ± 0.00"]]
+    assert len(used) == 4
+
+
+def test_the_gap_of_a_student_is_of_the_same_seeds():
+    """A teacher of 80, the student alone 60 and 40, with KD 70 at seed 0: half of that seed's gap."""
+    runs = [row("supervised", dice=80.0, student="resunet"), row("kd", dice=70.0, student="espnetv2")]
+    runs += [row("supervised", dice=dice, student="espnetv2", seed=seed) for seed, dice in enumerate((60.0, 40.0))]
+    _, body, _ = evidence.students_table(results(*runs))
+    (line,) = (line for line in body if line[0] == "ESPNetV2" and line[2] == "KD")
+    assert line[4] == "50 %"
 
 
 def test_few_labels():
