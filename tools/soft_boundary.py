@@ -1,0 +1,166 @@
+"""What the soft boundary term (SBD) of ACF-BCKD sees in trained students, class by class.
+
+    python tools/soft_boundary.py --teacher runs/btcv/supervised/resunet/seed0/best.pt \\
+        runs/btcv/supervised/unet/seed0/last.pt runs/btcv/acf_bckd/resunet-unet/seed0/last.pt
+
+SBD weighs an error by its squared distances from boundaries. Inside a thin structure those are a few voxels, far from
+it hundreds: to place a class where it is not costs much more than to leave it out. A student that cannot tell two
+structures apart yet lowers the term by predicting one of them nowhere. Such a class has a highest probability below a
+half and a Dice of 0 while SBD is low.
+
+Means over the cases, whole volumes on the preprocessed grid, without augmentation. Dice: with the ground truth, in
+percent. AUC: the share of pairs, a voxel of the class and one of another structure in the teacher's prediction, in
+which the former has the higher probability of the class; 0.5 is chance. inside, outside: the parts of H from the
+voxels in the teacher's region of the class and from all others. SBD is log(1 + H), H the mean of their sums over
+classes.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from scipy.stats import mannwhitneyu
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataloaders import DataError, build_dataset
+from inference import predict_logits
+from losses.distance import boundary_distance_squared
+from metrics import class_dice
+from tools.deployed import listed, load_network, read
+from utils import plugins
+from utils.checkpoint import CheckpointError, dataset_arguments
+from utils.config import ConfigError
+from utils.runs import resolve_device
+
+
+class Seen(NamedTuple):
+    """Of one class in one case. dice: NaN where it is neither there nor predicted. auc: NaN where the teacher sees the
+    class, or any other structure, nowhere."""
+
+    dice: float
+    highest: float
+    auc: float
+    inside: float
+    outside: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("students", nargs="+", type=Path, help="best.pt or last.pt of runs of train_3d_distill.py")
+    parser.add_argument("--teacher", required=True, type=Path, help="checkpoint whose prediction SBD compares with")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val")
+    parser.add_argument("--cases", type=int, help="the first so many of the split; default: all")
+    parser.add_argument("--data-root", help="folder of the data set, if it is not where the teacher found it")
+    parser.add_argument("--cache-dir", help="folder of preprocessed cases")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="read and cache where the checkpoint says, wherever that is"
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto")
+    plugins.add_plugin_flags(parser)
+    args = parser.parse_args()
+    if args.cases is not None and args.cases < 1:
+        parser.error(f"--cases {args.cases}: expected 1 or more")
+    device = resolve_device(args.device)
+    loaded = [load(path, args, device) for path in (args.teacher, *args.students)]
+    of_teacher = loaded[0][0]
+    for path, (checkpoint, _) in zip(args.students, loaded[1:]):
+        check_same_classes(path, checkpoint, args.teacher, of_teacher)
+    dataset = build_dataset(
+        **dataset_arguments(of_teacher, args.teacher, args.data_root, args.cache_dir, args.allow_outside)
+    )
+    names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
+    cases = listed(loaded[1][0], dataset, [args.split])[1][: args.cases]
+    dataset.prepare({args.split: cases})
+
+    found: list[list[list[Seen]]] = [[] for _ in args.students]  # of each student, case and class
+    for case in tqdm(cases, desc=f"predicting {args.split}", unit="case"):
+        sample = read(dataset, "3d", case)
+        target, *students = (
+            predict_logits(
+                network, sample.image.to(device), patch_size=checkpoint["config"]["patch_size"],
+                overlap=checkpoint["config"]["overlap"], window_batch=checkpoint["config"]["window_batch"],
+            ).cpu() for checkpoint, network in loaded
+        )  # fmt: skip
+        for of_student, logits in zip(found, students):
+            of_student.append(seen(logits, target, sample.label, dataset.multilabel))
+    for line in table(args.students, names, found):
+        print(line)
+    print(f"{len(cases)} {args.split} cases, teacher {args.teacher}")
+    return 0
+
+
+def load(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[dict, nn.Module]:
+    checkpoint, network = load_network(path, args.plugin, args.allow_changed_plugin)
+    if checkpoint["kind"] != "3d":
+        raise CheckpointError(f"{path}: a run of few labels; expected one of train_3d_distill.py, which has SBD")
+    return checkpoint, network.to(device)
+
+
+def check_same_classes(path: Path, student: dict, of_teacher: Path, teacher: dict) -> None:
+    pairs = [(checkpoint["config"]["dataset"], checkpoint["class_names"]) for checkpoint in (student, teacher)]
+    if pairs[0] != pairs[1]:
+        (data, names), (expected, classes) = pairs
+        raise CheckpointError(
+            f"{path}: trained on {data} with {', '.join(names)}, but --teacher {of_teacher} on {expected} with "
+            f"{', '.join(classes)}; give the teacher of this student"
+        )
+
+
+def seen(logits: Tensor, target: Tensor, label: np.ndarray, multilabel: bool) -> list[Seen]:
+    """What SBD sees of every class (without background) or region of one case.
+
+    logits, target: (K, H, W, D), of student and teacher. label: (H, W, D) ids, or (K, H, W, D) of regions.
+    """
+    if multilabel:
+        chances, regions = logits.sigmoid(), target >= 0
+        predicted = (logits >= 0).numpy()
+    else:
+        chances, predicted = logits.softmax(0)[1:], logits.argmax(0).numpy()
+        regions = torch.stack([target.argmax(0) == c for c in range(1, len(target))])
+    dice = class_dice(predicted, label, len(logits), multilabel)
+    weighted = (chances - regions.float()).square() * boundary_distance_squared(chances > 0.5, regions)
+    structures = regions.any(0)
+    rows = []
+    for c, region in enumerate(regions):
+        own, other = (chances[c][mask].numpy() for mask in (region, structures & ~region))
+        parts = (float(weighted[c][mask].sum()) / region.numel() for mask in (region, ~region))
+        auc = mannwhitneyu(own, other).statistic / (own.size * other.size) if own.size and other.size else float("nan")
+        rows.append(Seen(dice[c], float(chances[c].max()), float(auc), *parts))
+    return rows
+
+
+def soft_boundary(rows: Sequence[Seen]) -> float:
+    """SBD of one case from its classes."""
+    return float(np.log1p(statistics.fmean(row.inside + row.outside for row in rows)))
+
+
+def table(students: Sequence[Path], names: Sequence[str], found: Sequence[Sequence[Sequence[Seen]]]) -> list[str]:
+    """Lines of Markdown: a row per student and class, means over the cases in which a value is defined."""
+    header = ["student", "SBD", "class", "Dice", "highest probability", "AUC", "inside", "outside"]
+    lines = [header, ["---"] * len(header)]
+    for path, cases in zip(students, found):
+        term = f"{statistics.fmean(map(soft_boundary, cases)):.3f}"
+        for c, name in enumerate(names):
+            columns = np.array([rows[c] for rows in cases]).T
+            dice, highest, auc, inside, outside = (
+                float(column[~np.isnan(column)].mean()) if not np.isnan(column).all() else None for column in columns
+            )
+            shown = ["-" if value is None else f"{value:.3f}" for value in (auc, inside, outside)]
+            share = "-" if dice is None else f"{100 * dice:.1f}"
+            lines.append([f"`{path}`", term, name, share, f"{highest:.2f}", *shown])
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, DataError, CheckpointError) as problem:
+        sys.exit(f"error: {problem}")
