@@ -582,7 +582,10 @@ def parts_table(results: Results, teacher: str, student: str = "unet") -> tuple[
 
 
 def presets_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
-    """`clean` beside `as_released`, of the seeds that the latter was run with."""
+    """`clean` beside `as_released`, of the seeds that the latter was run with.
+
+    Below a few-label method its clean form with one setting of the released form.
+    """
     keys = ("method", "student", "teacher", "labelled")
     cells: dict[tuple, dict] = {}
     for row in sorted(results.rows, key=lambda row: (row["method"], row["run"])):
@@ -597,6 +600,12 @@ def presets_table(results: Results) -> tuple[list[str], list[list[str]], list[di
         of = TEACHERS[values["teacher"]] if values["teacher"] else f"{values['labelled']} labelled"
         pairs = [together(rows, ("dice", "hd95")) for rows in (clean, released)]
         body.append([title(values["method"]), of, *pairs])
+        if values["teacher"] or values["method"] == "crkd":  # their variants have tables of their own
+            continue
+        for variant in sorted({variant_of(row) for row in results.rows if row["method"] == values["method"]} - {""}):
+            rows = results.cell(preset="clean", variant=variant, **values)
+            used += rows
+            body.append([f"{title(values['method'])}, {variant}", of, together(rows, ("dice", "hd95")), "-"])
     return ["method", "teacher or labels", "clean: Dice / HD95", "as_released: Dice / HD95"], body, used
 
 

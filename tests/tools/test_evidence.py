@@ -384,6 +384,19 @@ def test_parts_and_presets_are_of_the_seeds_that_all_have():
     assert len(used) == 4
 
 
+def test_one_setting_of_the_released_form():
+    """A clean run with a variant stands below the two forms of its method; CRKD's have a table of trials."""
+    few = {"teacher": None, "student": "vnet", "labelled": 4}
+    forms = ((1.0, "clean", ""), (40.0, "as_released", ""), (30.0, "clean", "lr0.05-low"))
+    runs = [
+        row(method, dice=dice, preset=preset, tag=tag, **few) for method in ("crossmatch", "crkd")
+        for dice, preset, tag in forms
+    ]  # fmt: skip
+    _, body, used = evidence.presets_table(results(*runs))
+    assert [line[0] for line in body] == ["CRKD", "CrossMatch", "CrossMatch, low"] and len(used) == 5
+    assert body[2][1:] == ["4 labelled", "30.00 / 2.00", "-"] and body[1][2:] == ["1.00 / 2.00", "40.00 / 2.00"]
+
+
 def test_the_gap_of_a_student_is_of_the_same_seeds():
     """A teacher of 80, the student alone 60 and 40, with KD 70 at seed 0: half of that seed's gap."""
     runs = [row("supervised", dice=80.0, student="resunet"), row("kd", dice=70.0, student="espnetv2")]
