@@ -10,12 +10,13 @@
 # ResU-Net, single ones, all but SBD and a tenth of SBD with ESPNetV2; the weaker ACF-BCKD under TEACHERS), presets
 # (as_released where it differs, under one teacher each), students (the other students under METHODS_OF_STUDENTS:
 # acf_bckd kd at dist). SEEDS are those of the U-Net in methods and, beside seed 0, in alone, and of the weaker
-# ACF-BCKD; ESPNetV2 has seeds 0 and 1, alone and under the ResU-Net; all else has seed 0. WIDTH: of the U-Net's first level. WARMUP: steps in which a method's terms grow to their weights, half of STEPS;
-# 0: none. METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of the student. LR: one rate for
-# all, not the one that validation chose for each method with seed 0 and the ResU-Net. JOBS: trainings at a time, of
-# one thread each. Every training has the same steps, schedule, batch and augmentation. What is complete is not
-# repeated; an interrupted training goes on where it stopped. Run folders do not tell values of WARMUP or METHOD_LR
-# apart other than 0: move them away before trying a second one. Then: tools/evidence.py collect, tables.
+# ACF-BCKD; ESPNetV2 has seeds 0 and 1 alone and under ACF-BCKD and DIST of the ResU-Net; all else has seed 0. WIDTH: of
+# the U-Net's first level. WARMUP: steps in which a method's terms grow to their weights, half of STEPS; 0: none.
+# METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of the student. LR: one rate for all, not
+# the one that validation chose for each method with seed 0 and the ResU-Net. JOBS: trainings at a time, of one thread
+# each. Every training has the same steps, schedule, batch and augmentation. What is complete is not repeated; an
+# interrupted training goes on where it stopped. Run folders do not tell values of WARMUP or METHOD_LR apart other than
+# 0: move them away before trying a second one. Then: tools/evidence.py collect, tables.
 set -e
 case $1 in
     --dry-run) dry=1 ;;
@@ -90,8 +91,11 @@ student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag>
     printf '\n'
 }
 
-seeds_of() {  # seeds_of <student other than the U-Net> <teacher, or - for none>
-    case $1-$2 in espnetv2-resunet | espnetv2--) echo 0 1 ;; *) echo 0 ;; esac
+seeds_of() {  # seeds_of <method> <student other than the U-Net> [<teacher>]
+    case $1-$2-$3 in
+        supervised-espnetv2- | acf_bckd-espnetv2-resunet | dist-espnetv2-resunet) echo 0 1 ;;
+        *) echo 0 ;;
+    esac
 }
 
 part() { case " ${PARTS:-teachers alone methods rates ablation presets students} " in *" $1 "*) ;; *) return 1 ;; esac; }
@@ -109,7 +113,7 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
     if part alone; then
         student unet 0 supervised -
         for network in espnetv2 mobile_unet lcovnet; do
-            for seed in $(seeds_of $network -); do student $network "$seed" supervised -; done
+            for seed in $(seeds_of supervised $network); do student $network "$seed" supervised -; done
         done
     fi
     for seed in $seeds; do
@@ -138,7 +142,7 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
             student unet 0 acf_bckd resunet "$tag" "$parts"
             # ESPNetV2, which the method holds back, with one term at a time and without the one that does it
             case $kept in "afd cfd hbd") ;; *" "*) continue ;; esac
-            for seed in $(seeds_of espnetv2 resunet); do student espnetv2 "$seed" acf_bckd resunet "$tag" "$parts"; done
+            for seed in $(seeds_of acf_bckd espnetv2 resunet); do student espnetv2 "$seed" acf_bckd resunet "$tag" "$parts"; done
         done
         # AFD and CFD are means over voxels: on this grid of 24x32x24 the paper's weights are six times as strong as on
         # 48x48x48.
@@ -146,7 +150,7 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
         for seed in $seeds; do
             for teacher in $teachers; do student unet "$seed" acf_bckd $teacher sum "method_args={acf_bckd: {$scale}}"; done
         done
-        for seed in $(seeds_of espnetv2 resunet); do
+        for seed in $(seeds_of acf_bckd espnetv2 resunet); do
             student espnetv2 "$seed" acf_bckd resunet sum "method_args={acf_bckd: {$scale}}"
             student espnetv2 "$seed" acf_bckd resunet sbd0.1 "method_args={acf_bckd: {sbd: 0.1}}"
         done
@@ -159,7 +163,7 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
         for network in espnetv2 mobile_unet lcovnet; do
             for teacher in $teachers; do
                 for method in ${METHODS_OF_STUDENTS:-acf_bckd kd at dist}; do
-                    for seed in $(seeds_of $network "$teacher"); do student $network "$seed" "$method" "$teacher"; done
+                    for seed in $(seeds_of "$method" $network "$teacher"); do student $network "$seed" "$method" "$teacher"; done
                 done
             done
         done
