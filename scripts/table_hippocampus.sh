@@ -142,7 +142,9 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
             student unet 0 acf_bckd resunet "$tag" "$parts"
             # ESPNetV2, which the method holds back, with one term at a time and without the one that does it
             case $kept in "afd cfd hbd") ;; *" "*) continue ;; esac
-            for seed in $(seeds_of acf_bckd espnetv2 resunet); do student espnetv2 "$seed" acf_bckd resunet "$tag" "$parts"; done
+            for seed in $(seeds_of acf_bckd espnetv2 resunet); do
+                student espnetv2 "$seed" acf_bckd resunet "$tag" "$parts"
+            done
         done
         # AFD and CFD are means over voxels: on this grid of 24x32x24 the paper's weights are six times as strong as on
         # 48x48x48.
@@ -163,7 +165,9 @@ part() { case " ${PARTS:-teachers alone methods rates ablation presets students}
         for network in espnetv2 mobile_unet lcovnet; do
             for teacher in $teachers; do
                 for method in ${METHODS_OF_STUDENTS:-acf_bckd kd at dist}; do
-                    for seed in $(seeds_of "$method" $network "$teacher"); do student $network "$seed" "$method" "$teacher"; done
+                    for seed in $(seeds_of "$method" $network "$teacher"); do
+                        student $network "$seed" "$method" "$teacher"
+                    done
                 done
             done
         done

@@ -568,7 +568,10 @@ def parts_table(results: Results, teacher: str, student: str = "unet") -> tuple[
             variant="" if variant == "all" else variant,
         ) for variant in (*list(kept)[1:], *weaker, "all")
     }  # fmt: skip
-    seeds = set.intersection(*({row["seed"] for row in rows} for rows in cells.values() if rows), {0, 1, 2})
+    run = [{row["seed"] for row in rows} for rows in cells.values() if rows]
+    seeds = set.intersection(*run) if run else set()
+    if run and not seeds:
+        raise ValueError(f"parts of ACF-BCKD with {student} under {teacher}: no seed that all were run with")
     cells = {variant: [row for row in rows if row["seed"] in seeds] for variant, rows in cells.items()}
     alone = cells[""]
     body, used = [], []
@@ -584,28 +587,29 @@ def parts_table(results: Results, teacher: str, student: str = "unet") -> tuple[
 def presets_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
     """`clean` beside `as_released`, of the seeds that the latter was run with.
 
-    Below a few-label method its clean form with one setting of the released form.
+    Below a few-label method its clean form with settings of its own, by the tag.
     """
     keys = ("method", "student", "teacher", "labelled")
     cells: dict[tuple, dict] = {}
     for row in sorted(results.rows, key=lambda row: (row["method"], row["run"])):
-        if row["preset"] == "as_released":
+        if row["preset"] == "as_released" and not variant_of(row):
             values = {key: row[key] for key in keys if key in row}
             cells[tuple(values.values())] = values
     body, used = [], []
     for values in cells.values():
-        released, clean = (results.cell(preset=preset, **values) for preset in ("as_released", "clean"))
-        clean = [row for row in clean if row["seed"] in {one["seed"] for one in released}]
-        used += [*clean, *released]
+        released = results.cell(preset="as_released", **values)
         of = TEACHERS[values["teacher"]] if values["teacher"] else f"{values['labelled']} labelled"
-        pairs = [together(rows, ("dice", "hd95")) for rows in (clean, released)]
-        body.append([title(values["method"]), of, *pairs])
-        if values["teacher"] or values["method"] == "crkd":  # their variants have tables of their own
-            continue
-        for variant in sorted({variant_of(row) for row in results.rows if row["method"] == values["method"]} - {""}):
-            rows = results.cell(preset="clean", variant=variant, **values)
-            used += rows
-            body.append([f"{title(values['method'])}, {variant}", of, together(rows, ("dice", "hd95")), "-"])
+        variants = {""}
+        if not values["teacher"] and values["method"] != "crkd":  # the variants of these have tables of their own
+            alike = (row for row in results.rows if row["preset"] == "clean" and values.items() <= row.items())
+            variants |= {variant_of(row) for row in alike}
+        for variant in sorted(variants):
+            clean = results.cell(preset="clean", variant=variant, **values)
+            clean = [row for row in clean if row["seed"] in {one["seed"] for one in released}]
+            used += clean if variant else [*clean, *released]
+            pairs = [together(rows, ("dice", "hd95")) for rows in (clean, released)]
+            name = title(values["method"])
+            body.append([f"{name}, {variant}", of, pairs[0], "-"] if variant else [name, of, *pairs])
     return ["method", "teacher or labels", "clean: Dice / HD95", "as_released: Dice / HD95"], body, used
 
 

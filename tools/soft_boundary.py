@@ -3,16 +3,16 @@
     python tools/soft_boundary.py --teacher runs/btcv/supervised/resunet/seed0/best.pt \\
         runs/btcv/supervised/unet/seed0/last.pt runs/btcv/acf_bckd/resunet-unet/seed0/last.pt
 
-SBD weighs an error by its squared distances from boundaries. Inside a thin structure those are a few voxels, far from
-it hundreds: to place a class where it is not costs much more than to leave it out. A student that cannot tell two
-structures apart yet lowers the term by predicting one of them nowhere. Such a class has a highest probability below a
-half and a Dice of 0 while SBD is low.
+SBD weighs an error by its squared distances from two boundaries: of the teacher's region, and of where the student is
+above a half. Inside a thin structure these are small, far from it large, and a class that is above a half nowhere has
+no boundary of its own. So a class that is left out can cost less than one in the wrong place. One that was given up has
+a highest probability below a half and a Dice of 0.
 
-Means over the cases, whole volumes on the preprocessed grid, without augmentation. Dice: with the ground truth, in
-percent. AUC: the share of pairs, a voxel of the class and one of another structure in the teacher's prediction, in
-which the former has the higher probability of the class; 0.5 is chance. inside, outside: the parts of H from the
-voxels in the teacher's region of the class and from all others. SBD is log(1 + H), H the mean of their sums over
-classes.
+Means over the cases, whole volumes on the preprocessed grid of the first student (training has augmented patches).
+Dice: with the ground truth, in percent. AUC: the share of pairs, a voxel of the class and one of another structure in
+the teacher's prediction, in which the former has the higher probability of the class; 0.5 is chance. inside, outside:
+the parts of H from the voxels in the teacher's region of the class and from all others. SBD: of every case log(1 + H),
+H the mean of the two parts' sum over classes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,7 +36,7 @@ from losses.distance import boundary_distance_squared
 from metrics import class_dice
 from tools.deployed import listed, load_network, read
 from utils import plugins
-from utils.checkpoint import CheckpointError, dataset_arguments
+from utils.checkpoint import CheckpointError, dataset_arguments, load_checkpoint
 from utils.config import ConfigError
 from utils.runs import resolve_device
 
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--teacher", required=True, type=Path, help="checkpoint whose prediction SBD compares with")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val")
     parser.add_argument("--cases", type=int, help="the first so many of the split; default: all")
-    parser.add_argument("--data-root", help="folder of the data set, if it is not where the teacher found it")
+    parser.add_argument("--data-root", help="folder of the data set, if it is not where the students found it")
     parser.add_argument("--cache-dir", help="folder of preprocessed cases")
     parser.add_argument(
         "--allow-outside", action="store_true", help="read and cache where the checkpoint says, wherever that is"
@@ -69,27 +69,27 @@ def main() -> int:
     if args.cases is not None and args.cases < 1:
         parser.error(f"--cases {args.cases}: expected 1 or more")
     device = resolve_device(args.device)
-    loaded = [load(path, args, device) for path in (args.teacher, *args.students)]
-    of_teacher = loaded[0][0]
-    for path, (checkpoint, _) in zip(args.students, loaded[1:]):
-        check_same_classes(path, checkpoint, args.teacher, of_teacher)
+    paths = [args.teacher, *args.students]
+    check_plugins(args.plugin, paths)
+    (of_teacher, teacher), *students = [load(path, args, device) for path in paths]
+    first = students[0][0]
+    for path, (checkpoint, _) in zip(args.students[1:], students[1:]):
+        check_alike(path, checkpoint, args.students[0], first, args.split)
+    check_teacher(args.teacher, of_teacher, args.students[0], first)
     dataset = build_dataset(
-        **dataset_arguments(of_teacher, args.teacher, args.data_root, args.cache_dir, args.allow_outside)
+        **dataset_arguments(first, args.students[0], args.data_root, args.cache_dir, args.allow_outside)
     )
     names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
-    cases = listed(loaded[1][0], dataset, [args.split])[1][: args.cases]
+    cases = listed(first, dataset, [args.split])[1][: args.cases]
     dataset.prepare({args.split: cases})
 
-    found: list[list[list[Seen]]] = [[] for _ in args.students]  # of each student, case and class
+    found: list[list[list[Seen]]] = [[] for _ in students]  # of each student, case and class
     for case in tqdm(cases, desc=f"predicting {args.split}", unit="case"):
         sample = read(dataset, "3d", case)
-        target, *students = (
-            predict_logits(
-                network, sample.image.to(device), patch_size=checkpoint["config"]["patch_size"],
-                overlap=checkpoint["config"]["overlap"], window_batch=checkpoint["config"]["window_batch"],
-            ).cpu() for checkpoint, network in loaded
-        )  # fmt: skip
-        for of_student, logits in zip(found, students):
+        image = sample.image.to(device)
+        target = logits_of(teacher, image, of_teacher["config"])
+        for of_student, (checkpoint, student) in zip(found, students):
+            logits = logits_of(student, image, checkpoint["config"])
             of_student.append(seen(logits, target, sample.label, dataset.multilabel))
     for line in table(args.students, names, found):
         print(line)
@@ -97,21 +97,54 @@ def main() -> int:
     return 0
 
 
+def check_plugins(references: Sequence[str], paths: Sequence[Path]) -> None:
+    """ConfigError if no checkpoint was trained with the class of a --plugin."""
+    used = {name for path in paths for name in load_checkpoint(path).get("plugins", {})}
+    for reference in references:
+        if reference.rpartition(":")[2] not in used:
+            raise ConfigError(f"--plugin {reference}: nothing that these checkpoints need; leave it out")
+
+
 def load(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[dict, nn.Module]:
-    checkpoint, network = load_network(path, args.plugin, args.allow_changed_plugin)
+    own = load_checkpoint(path).get("plugins", {})
+    references = [reference for reference in args.plugin if reference.rpartition(":")[2] in own]
+    checkpoint, network = load_network(path, references, args.allow_changed_plugin)
     if checkpoint["kind"] != "3d":
         raise CheckpointError(f"{path}: a run of few labels; expected one of train_3d_distill.py, which has SBD")
     return checkpoint, network.to(device)
 
 
-def check_same_classes(path: Path, student: dict, of_teacher: Path, teacher: dict) -> None:
-    pairs = [(checkpoint["config"]["dataset"], checkpoint["class_names"]) for checkpoint in (student, teacher)]
-    if pairs[0] != pairs[1]:
-        (data, names), (expected, classes) = pairs
+def check_alike(path: Path, checkpoint: dict, first_path: Path, first: dict, split: str) -> None:
+    """CheckpointError unless two students have the same cases, classes and preprocessing."""
+    own, places = checkpoint["dataset"], ("root", "cache_dir", "split_dir")
+    wrong = [
+        f"{key} {own.get(key)} instead of {value}" for key, value in first["dataset"].items()
+        if key not in places and own.get(key) != value
+    ]  # fmt: skip
+    if checkpoint.get("cases", {}).get(split) != first.get("cases", {}).get(split):
+        wrong.append(f"another {split} list")
+    if wrong:
         raise CheckpointError(
-            f"{path}: trained on {data} with {', '.join(names)}, but --teacher {of_teacher} on {expected} with "
-            f"{', '.join(classes)}; give the teacher of this student"
+            f"{path}: not comparable with {first_path} ({'; '.join(wrong)}); give the two to a run of this tool each"
         )
+
+
+def check_teacher(path: Path, teacher: dict, of_student: Path, student: dict) -> None:
+    """CheckpointError if the teacher has other classes or channels."""
+    classes = [", ".join(checkpoint["class_names"]) for checkpoint in (teacher, student)]
+    channels = [checkpoint["network"]["in_channels"] for checkpoint in (teacher, student)]
+    wrong = [
+        f"{what} {mine} instead of {theirs}"
+        for what, (mine, theirs) in (("classes", classes), ("in_channels", channels)) if mine != theirs
+    ]  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"{path}: this teacher does not fit {of_student} ({'; '.join(wrong)})")
+
+
+def logits_of(network: nn.Module, image: Tensor, config: dict) -> Tensor:
+    return predict_logits(
+        network, image, patch_size=config["patch_size"], overlap=config["overlap"], window_batch=config["window_batch"]
+    ).cpu()
 
 
 def seen(logits: Tensor, target: Tensor, label: np.ndarray, multilabel: bool) -> list[Seen]:
@@ -132,8 +165,11 @@ def seen(logits: Tensor, target: Tensor, label: np.ndarray, multilabel: bool) ->
     for c, region in enumerate(regions):
         own, other = (chances[c][mask].numpy() for mask in (region, structures & ~region))
         parts = (float(weighted[c][mask].sum()) / region.numel() for mask in (region, ~region))
-        auc = mannwhitneyu(own, other).statistic / (own.size * other.size) if own.size and other.size else float("nan")
-        rows.append(Seen(dice[c], float(chances[c].max()), float(auc), *parts))
+        auc = float("nan")
+        if own.size and other.size:  # Mann and Whitney's U over the number of pairs
+            ranks = rankdata(np.concatenate([own, other]))[: own.size].sum()
+            auc = float(ranks - own.size * (own.size + 1) / 2) / (own.size * other.size)
+        rows.append(Seen(dice[c], float(chances[c].max()), auc, *parts))
     return rows
 
 

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.config import ConfigError
 
 # Its functions have the process group of the moment of their import as a default argument. PyTorch imports it late, in
 # the middle of a run, and would keep a group alive beyond its destruction: its threads then meet the interpreter's end,
 # which now and then aborts the process after all its work is done. Imported here, before any group, it keeps none.
-import torch.distributed.nn.functional
-from torch import Tensor, nn
-
-from utils.config import ConfigError
+if dist.is_available():
+    import torch.distributed.nn.functional
 
 BUCKET = 32 * 2**20  # bytes of gradients that are averaged at once
 

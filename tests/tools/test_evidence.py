@@ -377,6 +377,9 @@ def test_parts_and_presets_are_of_the_seeds_that_all_have():
     _, body, used = evidence.parts_table(results(*runs), "resunet", "espnetv2")
     assert [body[k][4] for k in (0, 4, 8)] == ["61.00 ± 1.00", "40.50 ± 0.50", "52.00 ± 2.00"]
     assert (body[4][-1], body[8][-1], len(used)) == ("-20.50", "-9.00", 6)
+    other = [row("acf_bckd", dice=1.0, student="espnetv2", tag="s10-hbd", seed=5)]
+    with pytest.raises(ValueError, match="no seed that all were run with"):
+        evidence.parts_table(results(*runs, *other), "resunet", "espnetv2")
     released = [row("acf_bckd", dice=dice, preset="as_released", seed=seed) for seed, dice in ((0, 70.0), (1, 74.0))]
     clean = [row("acf_bckd", dice=dice, seed=seed) for seed, dice in enumerate((80.0, 81.0, 99.0))]
     _, body, used = evidence.presets_table(results(*released, *clean))
@@ -392,6 +395,8 @@ def test_one_setting_of_the_released_form():
         row(method, dice=dice, preset=preset, tag=tag, **few) for method in ("crossmatch", "crkd")
         for dice, preset, tag in forms
     ]  # fmt: skip
+    runs.append(row("crossmatch", dice=35.0, tag="lr0.05-low", seed=1, **few))  # a seed that the released form lacks
+    runs.append(row("crossmatch", dice=60.0, tag="lr0.05-more", **few | {"labelled": 8}))
     _, body, used = evidence.presets_table(results(*runs))
     assert [line[0] for line in body] == ["CRKD", "CrossMatch", "CrossMatch, low"] and len(used) == 5
     assert body[2][1:] == ["4 labelled", "30.00 / 2.00", "-"] and body[1][2:] == ["1.00 / 2.00", "40.00 / 2.00"]

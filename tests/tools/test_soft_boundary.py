@@ -1,5 +1,6 @@
 """What the soft boundary term sees: against loops, a student that gives a class up, the table of finished runs."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from losses.acf_bckd import soft_boundary_loss
 from tests.scripts.conftest import make_workspace, run, train
 from tests.scripts.test_train_crkd import make_site
 from tools.soft_boundary import Seen, seen, soft_boundary, table
+from utils.checkpoint import atomic_save, load_checkpoint
 
 SHAPE = (5, 6, 4)
 
@@ -55,29 +57,32 @@ def test_equal_to_loops(multilabel):
     assert soft_boundary(rows) == pytest.approx(term, rel=1e-5)
 
 
-def two_blocks(chance_of_first, chance_of_second):
-    """SBD and its classes, for a teacher that sees two flat structures in line, and a student that tells the two from
-    the background, but not from each other: the same probabilities in both."""
+def two_blocks(first):
+    """SBD and its classes for a teacher that sees two flat structures, 16 voxels long, end to end; the student has the
+    second one right, and the first where `first`, a function of the structures' masks, says."""
     label = np.zeros((40, 12, 8), np.int64)
     label[4:20, 4:8, 2:5], label[20:36, 4:8, 2:5] = 1, 2
-    target = torch.nn.functional.one_hot(torch.tensor(label), 3).movedim(-1, 0).float()
-    inside = torch.tensor(label) > 0
+    ids = torch.tensor(label)
+    target = torch.nn.functional.one_hot(ids, 3).movedim(-1, 0).float()
     chances = torch.zeros(3, *label.shape)
-    chances[1], chances[2] = chance_of_first * inside, chance_of_second * inside
+    chances[1] = first(ids == 1, ids > 0)
+    chances[2] = torch.minimum(0.9 * (ids == 2), 1 - chances[1])
     chances[0] = 1 - chances[1:].sum(0)
     rows = seen(chances.clamp_min(1e-6).log(), target, label, False)
     return soft_boundary(rows), rows
 
 
-def test_a_class_that_is_given_up_costs_less_than_one_that_is_misplaced():
-    undecided, (first, second) = two_blocks(0.5, 0.5)
-    assert first.outside > 10 * first.inside and second.outside > 10 * second.inside
-    assert first.auc == 0.5  # the same probabilities in both
-    given_up, (left_out, kept) = two_blocks(0.05, 0.9)
-    neither, _ = two_blocks(0.05, 0.05)
-    assert left_out.dice == 0 and left_out.highest == pytest.approx(0.05, abs=1e-3) and kept.dice > 0.6
-    assert left_out.inside + left_out.outside < 0.2 * (first.inside + first.outside)
-    assert neither < given_up and neither < 0.3 * undecided
+def test_a_class_that_is_left_out_costs_less_than_one_in_the_wrong_place():
+    left_out, (first, second) = two_blocks(lambda own, both: 0.05 * both)
+    assert first.dice == 0 and first.highest == pytest.approx(0.05, abs=1e-3) and second.dice == 1
+    everywhere, (first, _) = two_blocks(lambda own, both: 0.45 * both)
+    assert first.outside > 10 * first.inside and everywhere > 5 * left_out
+    shifted, (first, _) = two_blocks(lambda own, both: 0.9 * own.roll(4, 0))
+    assert first.dice == 0.75 and shifted > 3 * left_out
+    shifted_more, (first, _) = two_blocks(lambda own, both: 0.9 * own.roll(8, 0))
+    assert first.dice == 0.5 and shifted_more > 10 * left_out
+    right, _ = two_blocks(lambda own, both: 0.9 * own)
+    assert right < left_out
 
 
 def test_a_class_that_is_nowhere():
@@ -122,8 +127,28 @@ def test_the_table_of_finished_runs(tmp_path):
     ):
         failed = run("tools/soft_boundary.py", "--teacher", teacher, *arguments, cwd=folder, ok=False)
         assert failed.returncode and expected in failed.stderr
-    (folder / "tiny.yaml").write_text((folder / "tiny.yaml").read_text().replace("dataset: tiny", "dataset: other"))
-    train("--method", "supervised", "--opts", "max_steps=1", cwd=folder)
-    failed = run("tools/soft_boundary.py", "--teacher", teacher, "runs/other/supervised/unet/seed0/last.pt", cwd=folder,
-                 ok=False)  # fmt: skip
-    assert "trained on other with background, ball, box, but --teacher" in failed.stderr
+    changed = load_checkpoint(folder / student)
+    for name, values, expected in (
+        ("finer", {"dataset": changed["dataset"] | {"spacing": (1.0, 1.0, 1.0)}}, "spacing (1.0, 1.0, 1.0) instead of"),
+        ("fold", {"cases": changed["cases"] | {"val": ["case0"]}}, "another val list"),
+    ):
+        atomic_save(changed | values, folder / f"{name}.pt")
+        failed = run("tools/soft_boundary.py", "--teacher", teacher, student, f"{name}.pt", cwd=folder, ok=False)
+        assert f"{name}.pt: not comparable with {student}" in failed.stderr and expected in failed.stderr
+    atomic_save(load_checkpoint(folder / teacher) | {"class_names": ["background", "box", "ball"]}, folder / "other.pt")
+    failed = run("tools/soft_boundary.py", "--teacher", "other.pt", student, cwd=folder, ok=False)
+    assert "classes background, box, ball instead of background, ball, box" in failed.stderr
+
+    source = b"from networks import NETWORKS\n\n\nclass Own(NETWORKS['unet']):\n    pass\n"
+    (folder / "own.py").write_bytes(source)
+    record = {"file": "own.py", "sha256": hashlib.sha256(source).hexdigest(), "roles": ["student"]}
+    own = changed | {"plugins": {"Own": record}, "network": changed["network"] | {"name": "Own"}}
+    atomic_save(own, folder / "own.pt")
+    arguments = ("--teacher", teacher, "own.pt", student, "--cases", "1")
+    table_of_both = run("tools/soft_boundary.py", *arguments, "--plugin", "own.py:Own", cwd=folder).stdout
+    assert [line.split(" | ")[1:] for line in table_of_both.splitlines()[2:4]] == [
+        line.split(" | ")[1:] for line in table_of_both.splitlines()[4:6]
+    ]
+    for more, expected in (((), "to run that file, say so"), (("--plugin", "own.py:Else"), "leave it out")):
+        failed = run("tools/soft_boundary.py", *arguments, *more, cwd=folder, ok=False)
+        assert failed.returncode and expected in failed.stderr
