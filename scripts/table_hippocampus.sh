@@ -10,13 +10,13 @@
 # ResU-Net, single ones, all but SBD and a tenth of SBD with ESPNetV2; the weaker ACF-BCKD under TEACHERS), presets
 # (as_released where it differs, under one teacher each), students (the other students under METHODS_OF_STUDENTS:
 # acf_bckd kd at dist). SEEDS are those of the U-Net in methods and, beside seed 0, in alone, and of the weaker
-# ACF-BCKD; ESPNetV2 has seeds 0 and 1 alone and under ACF-BCKD and DIST of the ResU-Net; all else has seed 0. WIDTH: of
-# the U-Net's first level. WARMUP: steps in which a method's terms grow to their weights, half of STEPS; 0: none.
-# METHOD_LR: rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of the student. LR: one rate for all, not
-# the one that validation chose for each method with seed 0 and the ResU-Net. JOBS: trainings at a time, of one thread
-# each. Every training has the same steps, schedule, batch and augmentation. What is complete is not repeated; an
-# interrupted training goes on where it stopped. Run folders do not tell values of WARMUP or METHOD_LR apart other than
-# 0: move them away before trying a second one. Then: tools/evidence.py collect, tables.
+# ACF-BCKD; ESPNetV2 has seeds 0 and 1 alone and under ACF-BCKD of the ResU-Net; all else has seed 0. WIDTH: of the
+# U-Net's first level. WARMUP: steps in which a method's terms grow to their weights, half of STEPS; 0: none. METHOD_LR:
+# rate of what ACF-BCKD and CIRKD learn themselves, 0.01; 0: that of the student. LR: one rate for all, not the one that
+# validation chose for each method with seed 0 and the ResU-Net. JOBS: trainings at a time, of one thread each. Every
+# training has the same steps, schedule, batch and augmentation. What is complete is not repeated; an interrupted
+# training goes on where it stopped. Run folders do not tell values of WARMUP or METHOD_LR apart other than 0: move them
+# away before trying a second one. Then: tools/evidence.py collect, tables.
 set -e
 case $1 in
     --dry-run) dry=1 ;;
@@ -92,10 +92,7 @@ student() {  # student <network> <seed> <method> <teacher, or - for none> [<tag>
 }
 
 seeds_of() {  # seeds_of <method> <student other than the U-Net> [<teacher>]
-    case $1-$2-$3 in
-        supervised-espnetv2- | acf_bckd-espnetv2-resunet | dist-espnetv2-resunet) echo 0 1 ;;
-        *) echo 0 ;;
-    esac
+    case $1-$2-$3 in supervised-espnetv2- | acf_bckd-espnetv2-resunet) echo 0 1 ;; *) echo 0 ;; esac
 }
 
 part() { case " ${PARTS:-teachers alone methods rates ablation presets students} " in *" $1 "*) ;; *) return 1 ;; esac; }
