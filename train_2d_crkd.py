@@ -56,7 +56,7 @@ from utils.config import (
 from utils.diagnosis import Diagnosis, findings
 from utils.distributed import World, join_world
 from utils.memory import keep_freed_memory
-from utils.modes import weightless
+from utils.modes import statistics_estimated, weightless
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import Averages, RunLog, SilentLog, read_log
 from utils.runs import (
@@ -75,7 +75,7 @@ from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
 from utils.trackers import LOGGERS, open_tracker, require_logger
 
-LABELLED, UNLABELLED, MIX = 0, 1, 2  # streams of random numbers
+LABELLED, UNLABELLED, MIX, CLEAN = 0, 1, 2, 3  # streams of random numbers
 # Keys that only some data formats have a use for
 FORMAT_KEYS = ("augmentation", "eval_resize", "patient_pattern", "absent_classes")
 # Where a class of the user's own, FILE.py:ClassName, can stand in place of a name
@@ -128,6 +128,7 @@ class Config:
     channels_last: bool = True  # memory order of weights and activations: 15 to 30 % off a step, on the CPU too
     # Validation, output
     val_interval: int = 500  # steps
+    bn_batches: int = 20  # clean batches from which batch norms get the statistics they are tested with; 0: the running
     eval_batch: int = 16  # images
     select_on: str = "val"  # val | test: the list that chooses best.pt; test is recorded and shown in every table
     log_interval: int = 20  # steps
@@ -212,7 +213,7 @@ def validate(cfg: Config) -> None:
         ),
         "[0, inf)": (
             "workers", "seed", "memory_gb", "momentum", "weight_decay", "schedule_steps", "grad_clip", "min_lr",
-            "diagnose_interval", "skip_nonfinite",
+            "diagnose_interval", "skip_nonfinite", "bn_batches",
         ),
         "(0, inf)": ("lr",),
     })  # fmt: skip
@@ -359,22 +360,22 @@ def main() -> int:
         "plugins": args.plugins, "selected_on": cfg.select_on,
     }  # fmt: skip
 
-    def save(step: int) -> None:
+    def save(step: int, weights: dict[str, torch.Tensor]) -> None:
         random_states = world.gathered(rng_state())  # all processes, or the others would wait
         if world.main:
             save_last({
-                **described, "weights": method.evaluated.state_dict(), "method": method.state_dict(),
+                **described, "weights": weights, "method": method.state_dict(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": random_states,
                 "step": step, "best": best, "averages": averages.state_dict(), "watch": watch.state_dict(),
             }, folder)  # fmt: skip
 
-    def batches(split: str, size: int, augment, keys: tuple[str, ...], stream: int):
+    def batches(split: str, size: int, augment, keys: tuple[str, ...], stream: int, first=start, last=cfg.max_steps):
         return iter(DataLoader(
             PatchDataset(splits[split], dataset.read, augment, cfg.seed, keys=keys, stream=stream),
             batch_size=world.share(size, f"{split}_batch"), num_workers=cfg.workers, collate_fn=collate,
             pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent,
             sampler=DrawSampler(
-                len(splits[split]), cfg.seed, start * size, cfg.max_steps * size, stream, size, world.rank, world.size
+                len(splits[split]), cfg.seed, first * size, last * size, stream, size, world.rank, world.size
             ),
             generator=torch.Generator(),  # or a loader would draw from the state that a resumed run has just restored
         ))  # fmt: skip
@@ -385,6 +386,18 @@ def main() -> int:
         views = dataset.view_function(method.strong_views)
         unlabelled_batches = batches("unlabelled", cfg.unlabelled_batch, views, keys, UNLABELLED)
         mix_batches = batches("unlabelled", cfg.unlabelled_batch, views, keys, MIX) if method.mixes else None
+
+    def see_clean_images() -> None:
+        """Labelled and weak unlabelled images, the same at each validation, for the statistics of batch norm."""
+        parts = [batches("labelled", cfg.labelled_batch, dataset.labelled_patch, ("image",), CLEAN, 0, cfg.bn_batches)]
+        if method.uses_unlabelled:
+            views = dataset.view_function(0)
+            parts.append(batches("unlabelled", cfg.unlabelled_batch, views, ("weak",), CLEAN, 0, cfg.bn_batches))
+        for found in zip(*parts):
+            images = torch.cat([batch[key] for batch, key in zip(found, ("image", "weak"))]).to(device)
+            with autocast(device, cfg.amp):
+                method.evaluated(images)
+
     steps = range(start, cfg.max_steps)
     bar = tqdm(
         steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step", disable=not world.main
@@ -436,8 +449,11 @@ def main() -> int:
             bar.set_postfix(loss=f"{total:.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
         if saves or validates:
             world.average_statistics(method)
+            with statistics_estimated(method.evaluated, see_clean_images, world.average):
+                weights = {name: value.clone() for name, value in method.evaluated.state_dict().items()}
+                if validates:
+                    scores, picture = evaluate(method.evaluated, dataset, splits[cfg.select_on], cfg, world)
         if validates:
-            scores, picture = evaluate(method.evaluated, dataset, splits[cfg.select_on], cfg, world)
             log.scalars(step, "val", scores)
             log.image(step, "val/image, label, prediction", picture)
             if method.pictures:
@@ -445,11 +461,11 @@ def main() -> int:
                 log.image(step, f"train/{' | '.join(method.pictures)}", figures.views(pairs, dataset.num_classes))
             if scores["dice"] > best["dice"]:
                 best = {"dice": scores["dice"], "step": done}
-                chosen = {**described, "weights": method.evaluated.state_dict(), "step": done, "val": scores}
+                chosen = {**described, "weights": weights, "step": done, "val": scores}
                 if world.main:
                     atomic_save(chosen, folder / "best.pt")
         if saves:
-            save(done)
+            save(done, weights)
             stopping = stopping or world.any(bool(stop))  # validation takes a while
         if stopping and not last:
             bar.close()

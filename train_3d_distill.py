@@ -59,7 +59,7 @@ from utils.config import (
 from utils.diagnosis import Diagnosis, findings
 from utils.distributed import World, join_world
 from utils.memory import keep_freed_memory
-from utils.modes import weightless
+from utils.modes import statistics_estimated, weightless
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import RunLog, SilentLog, read_log
 from utils.runs import (
@@ -76,6 +76,7 @@ from utils.schedules import poly_lr, set_lr
 from utils.seed import rng_state, seed_everything, set_rng_state
 from utils.trackers import LOGGERS, open_tracker, require_logger
 
+TRAINING, CLEAN = 0, 1  # streams of random numbers
 # Where a class of the user's own, FILE.py:ClassName, can stand in place of a name
 PLUGGABLE = {
     "student": plugins.network(NETWORKS), "teacher": plugins.network(NETWORKS),
@@ -147,6 +148,7 @@ class Config:
     # Validation, output
     val_start: int = 0  # first step at which to validate
     val_interval: int = 500  # steps
+    bn_batches: int = 20  # clean batches from which batch norms get the statistics they are tested with; 0: the running
     overlap: float = 0.5  # of neighbouring windows
     window_batch: int = 4
     select_on: str = "val"  # val | test: the list that chooses best.pt; test is recorded and shown in every table
@@ -234,7 +236,7 @@ def validate(cfg: Config) -> None:
         ),
         "[0, inf)": (
             "workers", "seed", "teacher_seed", "val_start", "momentum", "weight_decay", "grad_clip", "min_lr",
-            "method_lr", "diagnose_interval", "skip_nonfinite", "distill_warmup",
+            "method_lr", "diagnose_interval", "skip_nonfinite", "distill_warmup", "bn_batches",
         ),
         "(0, inf)": ("lr",), "[0, 1)": ("overlap",),
         "[0, 1]": ("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
@@ -427,7 +429,7 @@ def main() -> int:
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         plugins.check_same(state.get("plugins", {}), args.plugins, str(folder))
-        load_network_weights(student, state["weights"], str(folder))
+        load_network_weights(student, state.get("student", state["weights"]), str(folder))
         if kd is not None:
             kd.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
@@ -450,11 +452,12 @@ def main() -> int:
         "plugins": args.plugins, "selected_on": cfg.select_on,
     }  # fmt: skip
 
-    def save(step: int) -> None:
+    def save(step: int, weights: dict[str, torch.Tensor]) -> None:
         random_states = world.gathered(rng_state())  # all processes, or the others would wait
         if world.main:
             save_last({
-                **described, "weights": student.state_dict(), "method": kd.state_dict() if kd is not None else {},
+                **described, "weights": weights, "student": student.state_dict(),
+                "method": kd.state_dict() if kd is not None else {},
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": random_states,
                 "step": step, "best": best, "totals": totals, "counted": counted,
                 "watch": watch.state_dict(),
@@ -465,25 +468,37 @@ def main() -> int:
     crops = cfg.crops_per_case if by_case else world.share(cfg.crops_per_case, "crops_per_case")
     kept = slice(None) if by_case else slice(world.rank * crops, (world.rank + 1) * crops)
     rank, size = (world.rank, world.size) if by_case else (0, 1)
-    loader = DataLoader(
-        PatchDataset(splits["train"], dataset.training_sample, augment, cfg.seed, cfg.crops_per_case, kept=kept),
-        batch_size=cfg.cases_per_batch // size, num_workers=cfg.workers, collate_fn=collate,
-        pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent,
-        generator=torch.Generator(),  # or the loader would draw from the state that a resumed run has just restored
-        sampler=DrawSampler(
-            len(splits["train"]), cfg.seed, start * cfg.cases_per_batch, cfg.max_steps * cfg.cases_per_batch,
-            batch=cfg.cases_per_batch, rank=rank, size=size,
-        ),
-    )  # fmt: skip
+
+    def batches(first: int, last: int, stream: int):
+        return iter(DataLoader(
+            PatchDataset(
+                splits["train"], dataset.training_sample, augment, cfg.seed, cfg.crops_per_case, stream=stream,
+                kept=kept,
+            ),
+            batch_size=cfg.cases_per_batch // size, num_workers=cfg.workers, collate_fn=collate,
+            pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent,
+            generator=torch.Generator(),  # or a loader would draw from the state that a resumed run has just restored
+            sampler=DrawSampler(
+                len(splits["train"]), cfg.seed, first * cfg.cases_per_batch, last * cfg.cases_per_batch, stream,
+                cfg.cases_per_batch, rank, size,
+            ),
+        ))  # fmt: skip
+
+    def see_clean_images() -> None:
+        """Training patches, the same at each validation, for the statistics of batch norm."""
+        for batch in batches(0, cfg.bn_batches, CLEAN):
+            with autocast(device, cfg.amp):
+                student(batch["image"].to(device, memory_format=memory))
+
     if teacher is not None and not start:
         log.scalars(0, "teacher", teacher_scores or evaluate(teacher, dataset, splits["val"], cfg, world)[0])
-    batches = iter(loader)
+    training_batches = batches(start, cfg.max_steps, TRAINING)
     steps = range(start, cfg.max_steps)
     bar = tqdm(
         steps, initial=start, total=cfg.max_steps, desc=f"{cfg.method} {networks}", unit="step", disable=not world.main
     )
     for step in bar:  # one step = one optimiser update
-        batch = next(batches)
+        batch = next(training_batches)
         image = batch["image"].to(device, non_blocking=True, memory_format=memory)  # (B, C, H, W, D)
         label = batch["label"].to(device, non_blocking=True)  # (B, 1 or K, H, W, D)
         lr = poly_lr(step, cfg.lr, cfg.max_steps, cfg.min_lr)
@@ -527,19 +542,21 @@ def main() -> int:
             log.scalars(step, "train", {"loss": total, **means, "lr": lr, **watch.report()})
             bar.set_postfix(loss=f"{total:.3f}", best=f"{best['dice']:.3f}" if best["step"] >= 0 else "-")
             totals, counted = {}, 0
-        if saves:
+        if saves:  # at each validation, too
             world.average_statistics(student)
-        if validates:
-            scores, picture = evaluate(student, dataset, splits[cfg.select_on], cfg, world)
-            log.scalars(step, "val", scores)
-            log.image(step, "val/image, label, prediction", picture)
-            if scores["dice"] > best["dice"]:
-                best = {"dice": scores["dice"], "step": done}
-                chosen = {**described, "weights": student.state_dict(), "step": done, "val": scores}
-                if world.main:
-                    atomic_save(chosen, folder / "best.pt")
-        if saves:
-            save(done)
+            with statistics_estimated(student, see_clean_images, world.average):
+                weights = {name: value.clone() for name, value in student.state_dict().items()}
+                if validates:
+                    scores, picture = evaluate(student, dataset, splits[cfg.select_on], cfg, world)
+            if validates:
+                log.scalars(step, "val", scores)
+                log.image(step, "val/image, label, prediction", picture)
+                if scores["dice"] > best["dice"]:
+                    best = {"dice": scores["dice"], "step": done}
+                    chosen = {**described, "weights": weights, "step": done, "val": scores}
+                    if world.main:
+                        atomic_save(chosen, folder / "best.pt")
+            save(done, weights)
             stopping = stopping or world.any(bool(stop))  # validation takes a while
         if stopping and not last:
             bar.close()

@@ -1,10 +1,10 @@
-"""Modes of networks: evaluation, batch norm that does not remember, and making them without values."""
+"""Modes of networks: evaluation, statistics of batch norm, and making them without values."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -26,7 +26,7 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
 
     For perturbed views: their statistics are not those of the clean images that the network will be used on.
     """
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = running_norms(network)
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -34,6 +34,53 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+@contextlib.contextmanager
+def statistics_estimated(
+    network: nn.Module, see_images: Callable[[], None], average: Callable[[list[Tensor]], None] = lambda _: None
+) -> Iterator[None]:
+    """Inside the block the running statistics of batch norms are those of clean images under the present weights;
+    afterwards they are what they were.
+
+    Running statistics are a moving average over the weights of many steps and lag behind the present ones (Wu and
+    Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). Each layer gets the mean over the batches of the
+    batch's mean and unbiased variance, with everything else of the network in evaluation mode. Layers that see no
+    image keep theirs. see_images: calls the network on each batch; not called where there is no batch norm. average:
+    replaces the tensors of a list by their means over all processes, each of which sees images of its own.
+    """
+    norms = running_norms(network)
+    if not norms:
+        yield
+        return
+    before = [(norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        with evaluating(network), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean over all batches
+                norm.training = True
+            see_images()
+        for norm, (mean, variance, _) in zip(norms, before):
+            if not norm.num_batches_tracked:
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(variance)
+        average([statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)])
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        yield
+    finally:
+        for norm, momentum, (mean, variance, count) in zip(norms, momenta, before):
+            norm.momentum = momentum
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+            norm.num_batches_tracked.copy_(count)
+
+
+def running_norms(network: nn.Module) -> list[nn.Module]:
+    """The batch norms of a network that keep running statistics."""
+    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
 
 
 class _Uninitialised(TorchFunctionMode):
