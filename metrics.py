@@ -1,18 +1,22 @@
 """Per-case segmentation metrics on label maps: Dice, Jaccard, HD95, ASD, with spacing in mm.
 
-Definitions. The surface of a mask is the mask minus its erosion by the 6-neighbourhood (4 in 2D); voxels on the edge
-of the volume belong to it. d(X -> Y) are the Euclidean distances in mm from the surface voxels of X to those of Y.
-- hd95, definition 'pooled': 95th percentile of d(P -> G) and d(G -> P) together (as medpy).
+Definitions. The surface of a mask is the mask minus its erosion by the 6-neighbourhood (4 in 2D);
+voxels on the edge of the volume belong to it. d(X -> Y) are the Euclidean distances in mm from the
+surface voxels of X to those of Y. - hd95, definition 'pooled': 95th percentile of d(P -> G) and d(G
+-> P) together (as medpy).
 - hd95, definition 'directed': the larger of the two directed 95th percentiles (as MONAI).
-- asd: mean of d(P -> G), one-sided (as medpy's asd). assd: mean of d(P -> G) and d(G -> P) together, symmetric.
+- asd: mean of d(P -> G), one-sided (as medpy's asd). assd: mean of d(P -> G) and d(G -> P)
+together, symmetric.
 
-Empty masks. Both empty: every metric is NaN, left out of means and counted (`absent`). Exactly one empty: Dice and
-Jaccard are 0, the distances are undefined (NaN), and the case is counted: `missed` if the prediction is empty,
-`spurious` if the label is. So failing can lower a mean Dice but never improves one. Distances are another matter: a
-mean that leaves failures out may fall when an organ is missed. Wherever one is printed, the counts and the `penalised`
-mean (`summarise`) stand beside it, in which failed distances are the volume's diagonal, longer than any that can be
-measured; runs are compared by that one. `empty='diag'` writes the diagonal into the scores themselves; `empty='agree'`
-counts two empty masks as full agreement, Dice and Jaccard 1 and distances 0, and is else as 'nan'.
+Empty masks. Both empty: every metric is NaN, left out of means and counted (`absent`). Exactly one
+empty: Dice and Jaccard are 0, the distances are undefined (NaN), and the case is counted: `missed`
+if the prediction is empty, `spurious` if the label is. So failing can lower a mean Dice but never
+improves one. Distances are another matter: a mean that leaves failures out may fall when an organ
+is missed. Wherever one is printed, the counts and the `penalised` mean (`summarise`) stand beside
+it, in which failed distances are the volume's diagonal, longer than any that can be measured; runs
+are compared by that one. `empty='diag'` writes the diagonal into the scores themselves;
+`empty='agree'` counts two empty masks as full agreement, Dice and Jaccard 1 and distances 0, and is
+else as 'nan'.
 """
 
 from collections.abc import Sequence
@@ -25,7 +29,8 @@ DISTANCES = ("hd95", "asd", "assd")
 HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
 REACH = 3  # voxels within which the nearest surface is looked up place by place
-MOST_BLOCKS = 512  # that the points of a surface are sorted into, to find the nearest of a point far away
+# that the points of a surface are sorted into, to find the nearest of a point far away
+MOST_BLOCKS = 512
 
 
 def case_metrics(
@@ -38,18 +43,25 @@ def case_metrics(
     hd95: str = "pooled",
     empty: str = "nan",
 ) -> list[dict[str, float]]:
-    """Score one volume: a dict for each foreground class 1..num_classes-1 (each region if `multilabel`).
+    """Score one volume: a dict for each foreground class 1..num_classes-1 (each region if
+    `multilabel`).
 
-    prediction, label: integer label maps of equal shape `(H, W, D)` or `(H, W)`; if `multilabel`, masks
-    `(num_classes, H, W, D)`. spacing: mm per axis. Keys: METRICS, and `absent`, `missed`, `spurious` (0 or 1).
+    prediction, label: integer label maps of equal shape `(H, W, D)` or `(H, W)`; if `multilabel`,
+    masks `(num_classes, H, W, D)`. spacing: mm per axis. Keys: METRICS, and `absent`, `missed`,
+    `spurious` (0 or 1).
     """
     prediction, label = np.asarray(prediction), np.asarray(label)
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
     if len(spacing) != label.ndim - multilabel:
-        raise ValueError(f"spacing has {len(spacing)} values for a volume of {label.ndim - multilabel} axes")
+        raise ValueError(
+            f"spacing has {len(spacing)} values for a volume of {label.ndim - multilabel} axes"
+        )
     if hd95 not in HD95_DEFINITIONS or empty not in EMPTY_POLICIES:
-        raise ValueError(f"hd95 must be one of {HD95_DEFINITIONS}, empty one of {EMPTY_POLICIES}; got {hd95}, {empty}")
+        raise ValueError(
+            f"hd95 must be one of {HD95_DEFINITIONS}, empty one of {EMPTY_POLICIES}; got {hd95}, "
+            f"{empty}"
+        )
     if multilabel:
         _check_regions(label, num_classes)
         rows = []
@@ -63,7 +75,9 @@ def case_metrics(
 def dice(prediction: np.ndarray, label: np.ndarray) -> float:
     """2 |P and G| / (|P| + |G|) of two binary masks; NaN if both are empty."""
     total = np.count_nonzero(prediction) + np.count_nonzero(label)
-    return 2.0 * np.count_nonzero(np.logical_and(prediction, label)) / total if total else float("nan")
+    return (
+        2.0 * np.count_nonzero(np.logical_and(prediction, label)) / total if total else float("nan")
+    )
 
 
 def jaccard(prediction: np.ndarray, label: np.ndarray) -> float:
@@ -72,33 +86,55 @@ def jaccard(prediction: np.ndarray, label: np.ndarray) -> float:
     return np.count_nonzero(np.logical_and(prediction, label)) / union if union else float("nan")
 
 
-def hd95(prediction: np.ndarray, label: np.ndarray, *, spacing: Sequence[float], definition: str = "pooled") -> float:
+def hd95(
+    prediction: np.ndarray,
+    label: np.ndarray,
+    *,
+    spacing: Sequence[float],
+    definition: str = "pooled",
+) -> float:
     """95th percentile Hausdorff distance of two binary masks in mm; NaN unless both have voxels."""
     masks = np.asarray(prediction).astype(np.uint8), np.asarray(label).astype(np.uint8)
     return case_metrics(*masks, 2, spacing=spacing, hd95=definition)[0]["hd95"]
 
 
-def asd(prediction: np.ndarray, label: np.ndarray, *, spacing: Sequence[float], symmetric: bool = False) -> float:
+def asd(
+    prediction: np.ndarray, label: np.ndarray, *, spacing: Sequence[float], symmetric: bool = False
+) -> float:
     """Average surface distance of two binary masks in mm, one-sided P -> G unless `symmetric`."""
     masks = np.asarray(prediction).astype(np.uint8), np.asarray(label).astype(np.uint8)
     return case_metrics(*masks, 2, spacing=spacing)[0]["assd" if symmetric else "asd"]
 
 
 def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """Length in mm of the diagonal of a volume of `shape` voxels: what a failed distance counts as."""
+    """Length in mm of the diagonal of a volume of `shape` voxels: what a failed distance counts
+    as.
+    """
     return float(np.linalg.norm(np.multiply(shape, spacing)))
 
 
 def penalise(rows: Sequence[dict]) -> list[dict]:
-    """Copies of the rows in which the distances of missed and spurious organs are the row's `diagonal`."""
+    """Copies of the rows in which the distances of missed and spurious organs are the row's
+    `diagonal`.
+    """
     return [
-        row | ({key: row["diagonal"] for key in DISTANCES if key in row} if row["missed"] or row["spurious"] else {})
+        row
+        | (
+            {key: row["diagonal"] for key in DISTANCES if key in row}
+            if row["missed"] or row["spurious"]
+            else {}
+        )
         for row in rows
     ]
 
 
 def _score(
-    prediction: np.ndarray, label: np.ndarray, num_classes: int, spacing: Sequence[float], hd95: str, empty: str
+    prediction: np.ndarray,
+    label: np.ndarray,
+    num_classes: int,
+    spacing: Sequence[float],
+    hd95: str,
+    empty: str,
 ) -> list[dict[str, float]]:
     longest = diagonal(label.shape, spacing)
     prediction, label = _foreground(prediction, label, num_classes)
@@ -127,40 +163,58 @@ def _score(
                 row["hd95"] = float(max(np.percentile(forward, 95), np.percentile(backward, 95)))
             row["asd"] = float(forward.mean())
             row["assd"] = float(pooled.mean())
-        rows.append({key: float(value) if key in METRICS else int(value) for key, value in row.items()})
+        rows.append(
+            {key: float(value) if key in METRICS else int(value) for key, value in row.items()}
+        )
     return rows
 
 
 def _check_regions(masks: np.ndarray, num_classes: int) -> None:
     if len(masks) != num_classes:
-        raise ValueError(f"expected masks of {num_classes} regions, (num_classes, *spatial), got {masks.shape}")
+        raise ValueError(
+            f"expected masks of {num_classes} regions, (num_classes, *spatial), got {masks.shape}"
+        )
 
 
-def _foreground(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both label maps in the smallest integer type, cut to the box around all foreground, in a frame of zeros.
+def _foreground(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both label maps in the smallest integer type, cut to the box around all foreground, in a
+    frame of zeros.
 
-    The frame is REACH voxels wide: it makes voxels on the edge of the volume differ from their outer neighbour, so they
-    are surface, and a voxel plus an offset of at most REACH along each axis is always inside.
+    The frame is REACH voxels wide: it makes voxels on the edge of the volume differ from their
+    outer neighbour, so they are surface, and a voxel plus an offset of at most REACH along each
+    axis is always inside.
     """
     for name, volume in (("prediction", prediction), ("label", label)):
         if volume.dtype.kind not in "biu":
             raise ValueError(f"{name} has dtype {volume.dtype}, expected an integer label map")
         if volume.size and (volume.min() < 0 or volume.max() >= num_classes):
-            raise ValueError(f"{name} has ids {volume.min()}..{volume.max()}, expected 0..{num_classes - 1}")
+            raise ValueError(
+                f"{name} has ids {volume.min()}..{volume.max()}, expected 0..{num_classes - 1}"
+            )
     inside = (prediction != 0) | (label != 0)
     box = []
     for axis in range(inside.ndim):
-        filled = np.flatnonzero(inside.any(axis=tuple(other for other in range(inside.ndim) if other != axis)))
+        filled = np.flatnonzero(
+            inside.any(axis=tuple(other for other in range(inside.ndim) if other != axis))
+        )
         box.append(slice(filled[0], filled[-1] + 1) if len(filled) else slice(0, 0))
     dtype = np.min_scalar_type(max(num_classes - 1, 0))
-    # In C order, whatever that of the input: the steps between voxels below are those of a flattened copy.
+    # In C order, whatever that of the input: the steps between voxels below are those of a
+    # flattened copy.
     cut = (np.ascontiguousarray(volume[tuple(box)], dtype=dtype) for volume in (prediction, label))
     return tuple(np.pad(volume, REACH) for volume in cut)
 
 
-def _counts(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Voxels of each id in the prediction, in the label, and in both at the same place; 0 for id 0."""
-    filled = np.flatnonzero((prediction != 0) | (label != 0))  # flat, since the rest is most of a volume
+def _counts(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Voxels of each id in the prediction, in the label, and in both at the same place; 0 for id
+    0.
+    """
+    # flat, since the rest is most of a volume
+    filled = np.flatnonzero((prediction != 0) | (label != 0))
     prediction, label = prediction.ravel()[filled], label.ravel()[filled]
     same = label[prediction == label]
     counts = [np.bincount(ids, minlength=num_classes) for ids in (prediction, label, same)]
@@ -172,13 +226,15 @@ def _counts(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> tupl
 def _surface(volume: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Surface voxels of all ids in one pass over a framed label map.
 
-    Returns the flattened map with 0 in place of all but surface voxels; flat indices of the surface voxels of the ids
-    `wanted` (a boolean for each id), ordered by id; and, with one entry more than ids, where each id begins in them.
+    Returns the flattened map with 0 in place of all but surface voxels; flat indices of the surface
+    voxels of the ids `wanted` (a boolean for each id), ordered by id; and, with one entry more than
+    ids, where each id begins in them.
     """
     flat = volume.ravel()
     surface = np.zeros(flat.shape, dtype=bool)
     for stride in (step // volume.itemsize for step in volume.strides):
-        differs = flat[stride:] != flat[:-stride]  # pairs across the end of a row are both 0: the frame
+        # pairs across the end of a row are both 0: the frame
+        differs = flat[stride:] != flat[:-stride]
         surface[stride:] |= differs
         surface[:-stride] |= differs
     surface &= flat != 0
@@ -192,10 +248,12 @@ def _surface(volume: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.nda
 def _surface_distances(
     prediction: np.ndarray, label: np.ndarray, wanted: np.ndarray, spacing: Sequence[float]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """d(P -> G) and d(G -> P) in mm for each id of two framed label maps; empty arrays unless `wanted`.
+    """d(P -> G) and d(G -> P) in mm for each id of two framed label maps; empty arrays unless
+    `wanted`.
 
-    Most surface voxels of a good prediction have the other surface within a few voxels: they look up the neighbours of
-    their place, nearest first, all ids at once. The rest, scattered false voxels above all, search all of their id.
+    Most surface voxels of a good prediction have the other surface within a few voxels: they look
+    up the neighbours of their place, nearest first, all ids at once. The rest, scattered false
+    voxels above all, search all of their id.
     """
     offsets, lengths = _ball(spacing)
     strides = np.array(label.strides) // label.itemsize
@@ -208,16 +266,22 @@ def _surface_distances(
         for k in np.unique(ids[far]):
             own = far[np.searchsorted(ids[far], k) : np.searchsorted(ids[far], k, side="right")]
             targets = where_there[begin_there[k] : begin_there[k + 1]]
-            points, targets = (np.stack(np.unravel_index(flat, label.shape), 1) for flat in (where[own], targets))
+            points, targets = (
+                np.stack(np.unravel_index(flat, label.shape), 1) for flat in (where[own], targets)
+            )
             distances[own] = _far_distances(points, targets, spacing)
         directions.append(np.split(distances, begin[1:-1]))
     return list(zip(*directions))
 
 
 def _ball(spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets (n, axes) in voxels, nearest first, and their lengths in mm: at most REACH times the smallest spacing."""
+    """Offsets (n, axes) in voxels, nearest first, and their lengths in mm: at most REACH times the
+    smallest spacing.
+    """
     axis = np.arange(-REACH, REACH + 1)
-    offsets = np.stack(np.meshgrid(*[axis] * len(spacing), indexing="ij"), -1).reshape(-1, len(spacing))
+    offsets = np.stack(np.meshgrid(*[axis] * len(spacing), indexing="ij"), -1).reshape(
+        -1, len(spacing)
+    )
     lengths = np.linalg.norm(offsets * np.asarray(spacing), axis=1)
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] <= REACH * min(spacing)]
@@ -225,12 +289,19 @@ def _ball(spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _near_distances(
-    where: np.ndarray, ids: np.ndarray, map_there: np.ndarray, steps: np.ndarray, lengths: np.ndarray
+    where: np.ndarray,
+    ids: np.ndarray,
+    map_there: np.ndarray,
+    steps: np.ndarray,
+    lengths: np.ndarray,
 ) -> np.ndarray:
-    """Lengths of the first of `steps` from each place that meets its own id on the other map; inf where none does."""
+    """Lengths of the first of `steps` from each place that meets its own id on the other map; inf
+    where none does.
+    """
     distances = np.full(len(where), np.inf)
     waiting = np.arange(len(where))
-    # Steps of equal length go together, so that the places still waiting are gathered anew only once for each length.
+    # Steps of equal length go together, so that the places still waiting are gathered anew only
+    # once for each length.
     ends = np.flatnonzero(np.append(np.diff(lengths) > 1e-9 * lengths[-1], True)) + 1
     for begin, end in zip([0, *ends], ends):
         met = map_there.take(where + steps[begin]) == ids
@@ -243,11 +314,12 @@ def _near_distances(
 
 
 def _far_distances(points: np.ndarray, targets: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Distances in mm from each of `points` (n, axes) to the nearest of `targets` (m, axes), both in voxels.
+    """Distances in mm from each of `points` (n, axes) to the nearest of `targets` (m, axes), both
+    in voxels.
 
-    The targets are sorted into cubic blocks. A point looks at the bounds of all blocks, then into those that may hold
-    something nearer than what it has found. A k-d tree, which has to descend to many targets of nearly equal distance
-    when the point is far away, takes several times as long.
+    The targets are sorted into cubic blocks. A point looks at the bounds of all blocks, then into
+    those that may hold something nearer than what it has found. A k-d tree, which has to descend to
+    many targets of nearly equal distance when the point is far away, takes several times as long.
     """
     shift = 3  # blocks of 8 voxels
     while True:
@@ -263,13 +335,16 @@ def _far_distances(points: np.ndarray, targets: np.ndarray, spacing: Sequence[fl
         array[:, : voxels.shape[1]] = voxels * np.asarray(spacing)
     points, targets = scaled
     bounds = np.stack([np.minimum.reduceat(targets, begin), np.maximum.reduceat(targets, begin)])
-    return _search_blocks(points, targets.T.copy(), np.append(begin, len(targets)), bounds.transpose(0, 2, 1).copy())
+    return _search_blocks(
+        points, targets.T.copy(), np.append(begin, len(targets)), bounds.transpose(0, 2, 1).copy()
+    )
 
 
 @njit(nogil=True, cache=True)
 def _search_blocks(points, targets, begin, bounds):
-    """Nearest-target distances of points (n, 3); targets (3, m) sorted by block, block b from begin[b] to begin[b + 1],
-    within bounds[0, :, b] .. bounds[1, :, b]."""
+    """Nearest-target distances of points (n, 3); targets (3, m) sorted by block, block b from
+    begin[b] to begin[b + 1], within bounds[0, :, b] .. bounds[1, :, b].
+    """
     num_blocks = len(begin) - 1
     least = np.empty(num_blocks)  # squared distance to the bounds of each block
     result = np.empty(len(points))
@@ -294,16 +369,19 @@ def _search_blocks(points, targets, begin, bounds):
 
 
 def summarise(rows: Sequence[dict]) -> dict:
-    """Means over cases and classes of rows with `case`, `class`, `diagonal` (mm) and the keys of `case_metrics`.
+    """Means over cases and classes of rows with `case`, `class`, `diagonal` (mm) and the keys of
+    `case_metrics`.
 
-    `mean`: for each case the NaN-mean over its classes, then the mean over cases (the convention of the distillation
-    papers); `std`: population standard deviation of the per-case means; `classes`: NaN-mean over cases per class;
-    `counts`: of all (case, class) pairs, how many are absent, missed, spurious. `penalised`: `mean` and `classes` of
-    the distances with missed and spurious organs as the diagonal: never better for an organ that is missed. Undefined
-    means are None.
+    `mean`: for each case the NaN-mean over its classes, then the mean over cases (the convention of
+    the distillation papers); `std`: population standard deviation of the per-case means; `classes`:
+    NaN-mean over cases per class; `counts`: of all (case, class) pairs, how many are absent,
+    missed, spurious. `penalised`: `mean` and `classes` of the distances with missed and spurious
+    organs as the diagonal: never better for an organ that is missed. Undefined means are None.
     """
     failed = penalise(rows)
-    return _means(rows, METRICS) | {"penalised": {k: _means(failed, DISTANCES)[k] for k in ("mean", "classes")}}
+    return _means(rows, METRICS) | {
+        "penalised": {k: _means(failed, DISTANCES)[k] for k in ("mean", "classes")}
+    }
 
 
 def _means(rows: Sequence[dict], metrics: Sequence[str]) -> dict:
@@ -316,10 +394,13 @@ def _means(rows: Sequence[dict], metrics: Sequence[str]) -> dict:
         result["mean"][metric] = float(np.mean(known)) if known else None
         result["std"][metric] = float(np.std(known)) if known else None
         for name in classes:
-            result["classes"][name][metric] = _nan_mean([r[metric] for r in rows if r["class"] == name])
+            result["classes"][name][metric] = _nan_mean(
+                [r[metric] for r in rows if r["class"] == name]
+            )
     result["counts"] = {
-        "pairs": len(rows), **{key: sum(r[key] for r in rows) for key in ("absent", "missed", "spurious")},
-    }  # fmt: skip
+        "pairs": len(rows),
+        **{key: sum(r[key] for r in rows) for key in ("absent", "missed", "spurious")},
+    }
     return result
 
 
@@ -328,24 +409,34 @@ def _nan_mean(values: Sequence[float]) -> float | None:
     return float(np.mean(finite)) if finite else None
 
 
-def class_dice(prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool = False) -> list[float]:
-    """Dice of each foreground class (or region), shapes as in `case_metrics`; NaN where both masks are empty."""
+def class_dice(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool = False
+) -> list[float]:
+    """Dice of each foreground class (or region), shapes as in `case_metrics`; NaN where both masks
+    are empty.
+    """
     if multilabel:
         _check_regions(prediction, num_classes)
         _check_regions(label, num_classes)
         return [dice(p, g) for p, g in zip(prediction, label)]
-    size_p, size_g, both = (c[1:] for c in _counts(*_foreground(prediction, label, num_classes), num_classes))
+    size_p, size_g, both = (
+        c[1:] for c in _counts(*_foreground(prediction, label, num_classes), num_classes)
+    )
     total = size_p + size_g
     return [2.0 * b / t if t else float("nan") for b, t in zip(both.tolist(), total.tolist())]
 
 
 def mean_dice(scores: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, float]:
-    """Scores (cases x classes, NaN where undefined) -> `dice`, the mean of per-case means, and the mean of each class.
+    """Scores (cases x classes, NaN where undefined) -> `dice`, the mean of per-case means, and the
+    mean of each class.
 
-    `dice` is 0 if nothing is defined, so that it can always be compared; a class without a value is NaN.
+    `dice` is 0 if nothing is defined, so that it can always be compared; a class without a value is
+    NaN.
     """
     per_case = [_nan_mean(case) for case in scores]
     known = [value for value in per_case if value is not None]
     per_class = {name: _nan_mean(column) for name, column in zip(names, zip(*scores))}
     overall = {"dice": float(np.mean(known)) if known else 0.0}
-    return overall | {name: float("nan") if value is None else value for name, value in per_class.items()}
+    return overall | {
+        name: float("nan") if value is None else value for name, value in per_class.items()
+    }

@@ -1,17 +1,22 @@
-"""Segment new images, or scans slice by slice, with a trained 2D network; no labels are needed.
+r"""Segment new images, or scans slice by slice, with a trained 2D network; no labels are needed.
 
-    python predict_2d.py --ckpt runs/kvasir/crkd/unet2d-5%/seed0/best.pt --input photos/ --output segmented --overlays
-    python predict_2d.py --ckpt runs/isic2018/crkd/unet2d-5%/seed0/best.pt --input lesion.jpg --output segmented
-    python predict_2d.py --ckpt runs/acdc/crkd/unet2d-3/seed0/best.pt --input scans/ --output segmented --threads 4
+    python predict_2d.py --ckpt runs/kvasir/crkd/unet2d-5%/seed0/best.pt --input photos/ \
+        --output segmented --overlays
+    python predict_2d.py --ckpt runs/isic2018/crkd/unet2d-5%/seed0/best.pt --input lesion.jpg \
+        --output segmented
+    python predict_2d.py --ckpt runs/acdc/crkd/unet2d-3/seed0/best.pt --input scans/ \
+        --output segmented --threads 4
 
-Networks of photographs (ISIC, Kvasir) take images (.jpg .png .bmp .tif, 8 bits): --output gets NAME.png, a mask of the
-image's own size with 255 for the structure, and areas.csv with the pixels of each structure and their percentage.
-Networks of ACDC take short-axis stacks as predict_3d.py takes scans, with the slices along the third axis; intensities
-are scaled to 0..1 over the scan. --output gets NAME.nii.gz, label ids on the scan's own grid, and volumes.csv in ml.
+Networks of photographs (ISIC, Kvasir) take images (.jpg .png .bmp .tif, 8 bits): --output gets
+NAME.png, a mask of the image's own size with 255 for the structure, and areas.csv with the pixels
+of each structure and their percentage. Networks of ACDC take short-axis stacks as predict_3d.py
+takes scans, with the slices along the third axis; intensities are scaled to 0..1 over the scan.
+--output gets NAME.nii.gz, label ids on the scan's own grid, and volumes.csv in ml.
 
-Beside each result NAME.json names its values and says how it was made. --overlays draws the borders into a copy of the
-image (of a scan: into its fullest slice). Results that are there already are kept, unless --overwrite is given. An
-image that cannot be segmented does not stop the others: faults are listed at the end, and the exit status is 1.
+Beside each result NAME.json names its values and says how it was made. --overlays draws the borders
+into a copy of the image (of a scan: into its fullest slice). Results that are there already are
+kept, unless --overwrite is given. An image that cannot be segmented does not stop the others:
+faults are listed at the end, and the exit status is 1.
 """
 
 import argparse
@@ -47,17 +52,34 @@ from utils.runs import resolve_device
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--ckpt", type=Path, help="best.pt or last.pt of a run of train_2d_crkd.py")
-    which.add_argument("--model", type=Path, help="exported model (.onnx .xml .ts .pt2) of tools/export.py, on the CPU")
-    parser.add_argument("--input", required=True, type=Path, help="an image or scan, or a folder of them")
-    parser.add_argument("--output", required=True, type=Path, help="folder for masks, JSON files and a table of sizes")
-    parser.add_argument("--overwrite", action="store_true", help="segment again what has a result already")
+    which.add_argument(
+        "--model",
+        type=Path,
+        help="exported model (.onnx .xml .ts .pt2) of tools/export.py, on the CPU",
+    )
+    parser.add_argument(
+        "--input", required=True, type=Path, help="an image or scan, or a folder of them"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="folder for masks, JSON files and a table of sizes",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="segment again what has a result already"
+    )
     parser.add_argument("--overlays", action="store_true", help="also write overlays/NAME.png")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off", help="mixed precision")
-    parser.add_argument("--threads", type=int, help="processor threads; default: as many as PyTorch takes")
+    parser.add_argument(
+        "--threads", type=int, help="processor threads; default: as many as PyTorch takes"
+    )
     parser.add_argument("--batch", type=int, help="slices at a time; default: that of the run")
     plugins.add_plugin_flags(parser)
     return parser.parse_args()
@@ -78,18 +100,27 @@ def main() -> int:
     else:
         cases, problems = find_scans(args.input, described["in_channels"], dataset.channel_of)
     if args.output.resolve() in {path.parent.resolve() for case in cases for path in case.images}:
-        raise ConfigError(f"--output {args.output}: holds the input, results could replace it; name another folder")
+        raise ConfigError(
+            f"--output {args.output}: holds the input, results could replace it; name another "
+            "folder"
+        )
     for folder in [args.output] + [args.output / "overlays"] * args.overlays:
         folder.mkdir(parents=True, exist_ok=True)
     table = "areas.csv" if photographs else "volumes.csv"
-    sizes = SizeTable(args.output / table, *(("pixels", "percent") if photographs else ("voxels", "volume_ml")))
+    sizes = SizeTable(
+        args.output / table, *(("pixels", "percent") if photographs else ("voxels", "volume_ml"))
+    )
     weights = checkpoint["exported"]["weights"] if args.model else digest(checkpoint["weights"])
     settings = {"model": (args.model or args.ckpt).name, "weights": weights, "amp": args.amp}
     batch, structures = args.batch or checkpoint["config"]["eval_batch"], dataset.structures()
     value = 255 // (dataset.num_classes - 1) if photographs else 1  # of class 1 in the file
     done, kept, differing = 0, 0, []
     try:
-        for case in tqdm(cases, desc=f"segmenting with {described['name']}", unit="image" if photographs else "scan"):
+        for case in tqdm(
+            cases,
+            desc=f"segmenting with {described['name']}",
+            unit="image" if photographs else "scan",
+        ):
             target = args.output / f"{case.name}.{'png' if photographs else 'nii.gz'}"
             try:
                 if target.exists() and not args.overwrite:
@@ -106,57 +137,84 @@ def main() -> int:
                 shown = [(volume["image"], None), (volume["image"], ids)]
                 ids = ids if photographs else dataset.native_file(ids)
                 sizes[case.name] = measured(ids, volume.get("native_affine"), structures)
-                save_about(target, {
-                    "labels": {str(k * value): name for k, name in dataset.id_names().items()},
-                    sizes.header[3]: {name: size for name, (_, size) in sizes[case.name].items()},
-                    "input": [path.name for path in case.images], "settings": settings,
-                })  # fmt: skip
+                save_about(
+                    target,
+                    {
+                        "labels": {str(k * value): name for k, name in dataset.id_names().items()},
+                        sizes.header[3]: {
+                            name: size for name, (_, size) in sizes[case.name].items()
+                        },
+                        "input": [path.name for path in case.images],
+                        "settings": settings,
+                    },
+                )
                 if args.overlays:
-                    save_mask(args.output / "overlays" / f"{case.name}.png", figures.views(shown, dataset.num_classes))
+                    save_mask(
+                        args.output / "overlays" / f"{case.name}.png",
+                        figures.views(shown, dataset.num_classes),
+                    )
                 if photographs:
                     save_mask(target, (ids * value).astype(np.uint8))
                 else:
                     save_volume(target, ids, volume["native_affine"])
                 done += 1
             except Exception as error:  # whatever is wrong with one image must not lose the others
-                problems.append(str(error) if isinstance(error, DataError) else failure(case.images[0], error))
+                problems.append(
+                    str(error) if isinstance(error, DataError) else failure(case.images[0], error)
+                )
     finally:
         sizes.write()
-    print(f"segmented {done}, there already {kept}, failed {len(problems)}; results in {args.output}: {table}")
+    print(
+        f"segmented {done}, there already {kept}, failed {len(problems)}; results in "
+        f"{args.output}: {table}"
+    )
     if differing:
         print(
-            f"warning: {len(differing)} results that were there come from other weights or settings, for example "
-            f"{differing[0]}; --overwrite replaces them", file=sys.stderr,
-        )  # fmt: skip
+            f"warning: {len(differing)} results that were there come from other weights or "
+            "settings, for example "
+            f"{differing[0]}; --overwrite replaces them",
+            file=sys.stderr,
+        )
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return int(bool(problems))
 
 
 def load_predictor(args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
-    """What maps slices (B, C, h, w) to logits, and the checkpoint or the description of an exported model."""
+    """What maps slices (B, C, h, w) to logits, and the checkpoint or the description of an exported
+    model.
+    """
     path = args.model or args.ckpt
     if args.model and args.amp != "off":
         raise ConfigError(f"--amp: {path.name} has the precision of its export; leave it out")
     model = ExportedModel(path, args.threads or 0) if args.model else None
     checkpoint = model.description if args.model else load_checkpoint(path)
     if checkpoint.get("kind") != "2d-semi":
-        raise CheckpointError(f"{path}: not a network of train_2d_crkd.py; for 3D ones use predict_3d.py")
+        raise CheckpointError(
+            f"{path}: not a network of train_2d_crkd.py; for 3D ones use predict_3d.py"
+        )
     contracts = (plugins.network(NETWORKS), plugins.data_format(SEMI_DATASETS, SemiDataset))
     plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
     if args.model:
         return model, checkpoint
     described = checkpoint["network"]
     network = build_network(
-        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
+        described["name"],
+        described["in_channels"],
+        described["num_classes"],
+        **described["arguments"],
     )
     load_network_weights(network, checkpoint["weights"], str(path))
     return network.to(resolve_device(args.device)).eval(), checkpoint
 
 
-def measured(ids: np.ndarray, affine: np.ndarray | None, structures: dict) -> dict[str, tuple[int, float]]:
+def measured(
+    ids: np.ndarray, affine: np.ndarray | None, structures: dict
+) -> dict[str, tuple[int, float]]:
     """Structure -> pixels and percent of an image or, with an affine, voxels and ml of a scan."""
-    return structure_sizes(ids, structures, 100 / ids.size if affine is None else millilitres(affine))
+    return structure_sizes(
+        ids, structures, 100 / ids.size if affine is None else millilitres(affine)
+    )
 
 
 def stored(path: Path, photographs: bool, value: int) -> tuple[np.ndarray, np.ndarray | None]:

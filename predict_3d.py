@@ -1,28 +1,35 @@
-"""Segment new 3D scans with a trained network; no labels are needed.
+r"""Segment new 3D scans with a trained network; no labels are needed.
 
-    python predict_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/best.pt --input scan.nii.gz --output segmented
-    python predict_3d.py --ckpt best.pt --input scans/ --output segmented --tta --amp bf16 --threads 8
-    python predict_3d.py --model deploy/model.onnx --input scans/ --output segmented   # exported by tools/export.py
-    python predict_3d.py --ckpt runs/la/crkd/vnet-4/seed0/best.pt --input dicom/ --output segmented --overwrite
+    python predict_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/best.pt \
+        --input scan.nii.gz --output segmented
+    python predict_3d.py --ckpt best.pt --input scans/ --output segmented --tta --amp bf16 \
+        --threads 8
+    # exported by tools/export.py
+    python predict_3d.py --model deploy/model.onnx --input scans/ --output segmented
+    python predict_3d.py --ckpt runs/la/crkd/vnet-4/seed0/best.pt --input dicom/ \
+        --output segmented --overwrite
 
---input: a NIfTI, NRRD or MetaImage file (.nii.gz .nii .nrrd .nhdr .mha .mhd), a DICOM series (its folder, or one of its
-files if the folder holds several series), or a folder of any of these. The channels of a network that takes several are
-one 4D file, or files named CASE_0000.nii.gz, CASE_0001.nii.gz, ... in the order of training; BraTS scans may keep their
-own names (CASE-t1c.nii.gz, ...), in folders by case or all in one.
+--input: a NIfTI, NRRD or MetaImage file (.nii.gz .nii .nrrd .nhdr .mha .mhd), a DICOM series (its
+folder, or one of its files if the folder holds several series), or a folder of any of these. The
+channels of a network that takes several are one 4D file, or files named CASE_0000.nii.gz,
+CASE_0001.nii.gz, ... in the order of training; BraTS scans may keep their own names
+(CASE-t1c.nii.gz, ...), in folders by case or all in one.
 
-Preprocessing is that of the training data, stored in the checkpoint. For runs of train_3d_crkd.py, whose HDF5 files say
-nothing about axes and voxels, scans are turned to the axes LPS, resampled to 0.625 mm and z-scored over the whole scan;
-their training scans were cropped around the atrium, so crop new ones likewise (dataloaders/la.py).
+Preprocessing is that of the training data, stored in the checkpoint. For runs of train_3d_crkd.py,
+whose HDF5 files say nothing about axes and voxels, scans are turned to the axes LPS, resampled to
+0.625 mm and z-scored over the whole scan; their training scans were cropped around the atrium, so
+crop new ones likewise (dataloaders/la.py).
 
-Of each scan --output gets CASE.nii.gz, label ids on the scan's own grid (shape and affine), and CASE.json, which names
-the ids and structures and says how they were made; volumes.csv has the volume of each structure of every scan in ml.
-A structure of overlapping regions (BraTS, nnU-Net's region-based labels) is a set of ids. Scans whose result is there
-already are skipped, unless --overwrite is given. A scan that cannot be segmented does not stop the others: faults are
-listed at the end, and the exit status is 1.
+Of each scan --output gets CASE.nii.gz, label ids on the scan's own grid (shape and affine), and
+CASE.json, which names the ids and structures and says how they were made; volumes.csv has the
+volume of each structure of every scan in ml. A structure of overlapping regions (BraTS, nnU-Net's
+region-based labels) is a set of ids. Scans whose result is there already are skipped, unless
+--overwrite is given. A scan that cannot be segmented does not stop the others: faults are listed at
+the end, and the exit status is 1.
 
-Large scans need memory for the image as float32 on its own grid and on that of the network, a copy of either for
-resampling, and the logits of one slab as thick as a window. --window-batch 1 takes least, and --fast (bfloat16) is for
-processors that have instructions for it.
+Large scans need memory for the image as float32 on its own grid and on that of the network, a copy
+of either for resampling, and the logits of one slab as thick as a window. --window-batch 1 takes
+least, and --fast (bfloat16) is for processors that have instructions for it.
 """
 
 import argparse
@@ -55,26 +62,55 @@ from utils import plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
 from utils.config import ConfigError
 from utils.exported import ExportedModel
-from utils.predictions import SizeTable, failure, millilitres, save_about, save_volume, settings_of, structure_sizes
+from utils.predictions import (
+    SizeTable,
+    failure,
+    millilitres,
+    save_about,
+    save_volume,
+    settings_of,
+    structure_sizes,
+)
 from utils.runs import resolve_device
 
 Predictor = nn.Module | Callable[[torch.Tensor], torch.Tensor]
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--ckpt", type=Path, help="best.pt or last.pt of a run")
-    which.add_argument("--model", type=Path, help="exported model (.onnx .xml .ts .pt2) of tools/export.py, on the CPU")
-    parser.add_argument("--input", required=True, type=Path, help="a scan, a DICOM series, or a folder of them")
-    parser.add_argument("--output", required=True, type=Path, help="folder for label maps, JSON files and volumes.csv")
-    parser.add_argument("--overwrite", action="store_true", help="segment scans again whose result is there already")
+    which.add_argument(
+        "--model",
+        type=Path,
+        help="exported model (.onnx .xml .ts .pt2) of tools/export.py, on the CPU",
+    )
+    parser.add_argument(
+        "--input", required=True, type=Path, help="a scan, a DICOM series, or a folder of them"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="folder for label maps, JSON files and volumes.csv",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="segment scans again whose result is there already"
+    )
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off", help="mixed precision")
-    parser.add_argument("--fast", action="store_true", help="predict by a bfloat16 copy, if the processor can")
-    parser.add_argument("--threads", type=int, help="processor threads; default: as many as PyTorch takes")
-    parser.add_argument("--window-batch", type=int, help="windows at a time; default: that of the run")
+    parser.add_argument(
+        "--fast", action="store_true", help="predict by a bfloat16 copy, if the processor can"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="processor threads; default: as many as PyTorch takes"
+    )
+    parser.add_argument(
+        "--window-batch", type=int, help="windows at a time; default: that of the run"
+    )
     plugins.add_plugin_flags(parser)
     return parser.parse_args()
 
@@ -83,23 +119,36 @@ def main() -> int:
     args = parse_args()
     for flag in ("threads", "window_batch"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')}: must be at least 1, got {getattr(args, flag)}")
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}: must be at least 1, got {getattr(args, flag)}"
+            )
     if args.threads:
         torch.set_num_threads(args.threads)
     predictor, description = load_predictor(args)
     dataset = dataset_of(description)
     cases, problems = find_scans(args.input, description["in_channels"], dataset.channel_of)
     if args.output.resolve() in {path.parent.resolve() for case in cases for path in case.images}:
-        raise ConfigError(f"--output {args.output}: holds scans of the input, results could replace them; name another")
+        raise ConfigError(
+            f"--output {args.output}: holds scans of the input, results could replace them; name "
+            "another"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
-    structures, volumes = dataset.structures(), SizeTable(args.output / "volumes.csv", "voxels", "volume_ml")
+    structures, volumes = (
+        dataset.structures(),
+        SizeTable(args.output / "volumes.csv", "voxels", "volume_ml"),
+    )
     settings = {
-        "model": (args.model or args.ckpt).name, "weights": description["weights"], "tta": args.tta, "amp": args.amp,
+        "model": (args.model or args.ckpt).name,
+        "weights": description["weights"],
+        "tta": args.tta,
+        "amp": args.amp,
         "fast": args.fast,
-    }  # fmt: skip
+    }
     done, kept, differing = 0, 0, []
     try:
-        for case in tqdm(cases, desc=f"segmenting with {description['network']['name']}", unit="scan"):
+        for case in tqdm(
+            cases, desc=f"segmenting with {description['network']['name']}", unit="scan"
+        ):
             target = args.output / f"{case.name}.nii.gz"
             try:
                 if target.exists() and not args.overwrite:
@@ -112,45 +161,64 @@ def main() -> int:
                     continue
                 ids, affine = segment(predictor, dataset, description, case, args)
                 volumes[case.name] = structure_sizes(ids, structures, millilitres(affine))
-                save_about(target, {
-                    "labels": {str(k): name for k, name in dataset.id_names().items()},
-                    "structures": {name: list(which) for name, which in structures.items()},
-                    "volumes_ml": {name: ml for name, (_, ml) in volumes[case.name].items()},
-                    "input": [path.name for path in case.images], "settings": settings,
-                })  # fmt: skip
+                save_about(
+                    target,
+                    {
+                        "labels": {str(k): name for k, name in dataset.id_names().items()},
+                        "structures": {name: list(which) for name, which in structures.items()},
+                        "volumes_ml": {name: ml for name, (_, ml) in volumes[case.name].items()},
+                        "input": [path.name for path in case.images],
+                        "settings": settings,
+                    },
+                )
                 save_volume(target, ids, affine)
                 done += 1
             except Exception as error:  # whatever is wrong with one scan must not lose the others
-                problems.append(str(error) if isinstance(error, DataError) else failure(case.images[0], error))
+                problems.append(
+                    str(error) if isinstance(error, DataError) else failure(case.images[0], error)
+                )
     finally:
         volumes.write()
-    print(f"segmented {done}, there already {kept}, failed {len(problems)}; results in {args.output}: volumes.csv")
+    print(
+        f"segmented {done}, there already {kept}, failed {len(problems)}; results in "
+        f"{args.output}: volumes.csv"
+    )
     if differing:
         print(
-            f"warning: {len(differing)} results that were there come from other weights or settings, for example "
-            f"{differing[0]}; --overwrite replaces them", file=sys.stderr,
-        )  # fmt: skip
+            f"warning: {len(differing)} results that were there come from other weights or "
+            "settings, for example "
+            f"{differing[0]}; --overwrite replaces them",
+            file=sys.stderr,
+        )
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return int(bool(problems))
 
 
 def load_predictor(args: argparse.Namespace) -> tuple[Predictor, dict]:
-    """What maps windows (B, C, *patch_size) to logits (B, K, *patch_size), and what `describe` says of it."""
+    """What maps windows (B, C, *patch_size) to logits (B, K, *patch_size), and what `describe` says
+    of it.
+    """
     path = args.model or args.ckpt
     if args.model and (args.fast or args.amp != "off"):
-        raise ConfigError(f"--fast, --amp: {path.name} has the precision of its export; leave them out")
+        raise ConfigError(
+            f"--fast, --amp: {path.name} has the precision of its export; leave them out"
+        )
     model = ExportedModel(path, args.threads or 0) if args.model else None
     checkpoint = model.description if args.model else load_checkpoint(path)
     description = describe(checkpoint, path)
     semi = description["kind"] == "3d-semi"
-    formats = plugins.data_format(*((SEMI_DATASETS, SemiDataset) if semi else (DATASETS, MSDDataset)))
+    formats = plugins.data_format(
+        *((SEMI_DATASETS, SemiDataset) if semi else (DATASETS, MSDDataset))
+    )
     contracts = (plugins.network(NETWORKS), formats)
     plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
     if args.model:
         return model, description
     network = description["network"]
-    model = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
+    model = build_network(
+        network["name"], network["in_channels"], network["num_classes"], **network["arguments"]
+    )
     load_network_weights(model, checkpoint["weights"], str(path))
     device = resolve_device(args.device)
     model = model.to(device).eval()
@@ -158,25 +226,44 @@ def load_predictor(args: argparse.Namespace) -> tuple[Predictor, dict]:
 
 
 def describe(checkpoint: dict, path: Path) -> dict:
-    """All that prediction needs to know beside the network itself, in plain values that JSON holds."""
+    """All that prediction needs to know beside the network itself, in plain values that JSON
+    holds.
+    """
     kind = checkpoint.get("kind")
     if kind == "2d-semi":
         raise CheckpointError(f"{path}: a 2D network; use predict_2d.py")
     if kind not in ("3d", "3d-semi") or "dataset" not in checkpoint:
-        raise CheckpointError(f"{path}: not a checkpoint of train_3d_distill.py, train_3d_crkd.py or import_checkpoint")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of train_3d_distill.py, train_3d_crkd.py or "
+            "import_checkpoint"
+        )
     config, network = checkpoint["config"], checkpoint["network"]
-    # Distillation runs average logits of windows that overlap by a share, semi-supervised ones probabilities.
-    windows = {"overlap": config["overlap"]} if kind == "3d" else {
-        "stride": list(config["stride"]), "probabilities": True
-    }  # fmt: skip
-    weights = digest(checkpoint["weights"]) if "weights" in checkpoint else checkpoint["exported"]["weights"]
+    # Distillation runs average logits of windows that overlap by a share, semi-supervised ones
+    # probabilities.
+    windows = (
+        {"overlap": config["overlap"]}
+        if kind == "3d"
+        else {"stride": list(config["stride"]), "probabilities": True}
+    )
+    weights = (
+        digest(checkpoint["weights"])
+        if "weights" in checkpoint
+        else checkpoint["exported"]["weights"]
+    )
     plain = json.loads(json.dumps({"dataset": checkpoint["dataset"], "network": network}))
     return {
-        "kind": kind, **plain, "in_channels": network["in_channels"], "num_classes": network["num_classes"],
-        "class_names": list(checkpoint["class_names"]), "patch_size": list(config["patch_size"]),
-        "windows": windows, "window_batch": config["window_batch"], "weights": weights,
-        "run": {key: config[key] for key in ("dataset", "method", "preset", "seed")} | {"step": checkpoint["step"]},
-    }  # fmt: skip
+        "kind": kind,
+        **plain,
+        "in_channels": network["in_channels"],
+        "num_classes": network["num_classes"],
+        "class_names": list(checkpoint["class_names"]),
+        "patch_size": list(config["patch_size"]),
+        "windows": windows,
+        "window_batch": config["window_batch"],
+        "weights": weights,
+        "run": {key: config[key] for key in ("dataset", "method", "preset", "seed")}
+        | {"step": checkpoint["step"]},
+    }
 
 
 def dataset_of(description: dict):
@@ -199,22 +286,38 @@ def segment(
             bar.update(done - bar.n)
 
         def predict(image: torch.Tensor) -> np.ndarray:
-            return predict_labels(
-                predictor, image, patch_size=description["patch_size"], amp=args.amp, tta=args.tta,
-                window_batch=args.window_batch or description["window_batch"], multilabel=multilabel,
-                progress=progress, **description["windows"],
-            ).cpu().numpy()  # fmt: skip
+            return (
+                predict_labels(
+                    predictor,
+                    image,
+                    patch_size=description["patch_size"],
+                    amp=args.amp,
+                    tta=args.tta,
+                    window_batch=args.window_batch or description["window_batch"],
+                    multilabel=multilabel,
+                    progress=progress,
+                    **description["windows"],
+                )
+                .cpu()
+                .numpy()
+            )
 
         weight = next(predictor.parameters(), None) if isinstance(predictor, nn.Module) else None
         try:
             prediction = predict(image if weight is None else image.to(weight.device))
-        except torch.OutOfMemoryError:  # the scan and its logits stay in main memory then, the network does not
+        # the scan and its logits stay in main memory then, the network does not
+        except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             prediction = predict(image)
     del image
     volumes = prediction if multilabel else prediction[None]
-    native = [to_native(v, sample["affine"], sample["native_affine"], sample["native_shape"]) for v in volumes]
-    return dataset.decode_prediction(np.stack(native) if multilabel else native[0]), sample["native_affine"]
+    native = [
+        to_native(v, sample["affine"], sample["native_affine"], sample["native_shape"])
+        for v in volumes
+    ]
+    return dataset.decode_prediction(np.stack(native) if multilabel else native[0]), sample[
+        "native_affine"
+    ]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Score a trained 3D network: per-case, per-class Dice, Jaccard, HD95 and ASD, predictions, overlays.
+"""Score a trained 3D network: per-case, per-class Dice, Jaccard, HD95 and ASD, predictions,
+overlays.
 
-Needs nothing but the checkpoint and the data. Scores of distillation runs are given on the preprocessed grid (the
-papers' protocol) and on the grid of the original files; those of runs of train_3d_crkd.py on the files' grid, with
-windows at the stride of the published protocol. Definitions and the policy for empty masks: metrics.py, reporting.py.
+Needs nothing but the checkpoint and the data. Scores of distillation runs are given on the
+preprocessed grid (the papers' protocol) and on the grid of the original files; those of runs of
+train_3d_crkd.py on the files' grid, with windows at the stride of the published protocol.
+Definitions and the policy for empty masks: metrics.py, reporting.py.
 
     python test_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/best.pt
     python test_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/last.pt --overlays --tta
@@ -40,7 +42,12 @@ from inference import AMP_MODES, fast_copy, fast_dtype, largest_component, predi
 from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, diagonal, summarise
 from networks import NETWORKS, build_network
 from utils import figures, plugins
-from utils.checkpoint import CheckpointError, dataset_arguments, load_checkpoint, load_network_weights
+from utils.checkpoint import (
+    CheckpointError,
+    dataset_arguments,
+    load_checkpoint,
+    load_network_weights,
+)
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
 from utils.distributed import World, join_world
@@ -50,34 +57,63 @@ SPACES = ("resampled", "native")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run")
-    parser.add_argument("--split", choices=("test", "val"), help="default: test, or val where there is no test list")
-    parser.add_argument("--data-root", help="folder of the data set, if it is not where the run found it")
+    parser.add_argument(
+        "--split", choices=("test", "val"), help="default: test, or val where there is no test list"
+    )
+    parser.add_argument(
+        "--data-root", help="folder of the data set, if it is not where the run found it"
+    )
     parser.add_argument("--cache-dir", help="folder of preprocessed cases")
     parser.add_argument(
-        "--allow-outside", action="store_true", help="read and cache where the checkpoint says, wherever that is"
-    )  # fmt: skip
+        "--allow-outside",
+        action="store_true",
+        help="read and cache where the checkpoint says, wherever that is",
+    )
     parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
-    parser.add_argument("--fast", action="store_true", help="predict by a bfloat16 copy, if the processor can")
+    parser.add_argument(
+        "--fast", action="store_true", help="predict by a bfloat16 copy, if the processor can"
+    )
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
-    parser.add_argument("--hd95", choices=HD95_DEFINITIONS, help="definition, see metrics.py; default: pooled")
     parser.add_argument(
-        "--empty", choices=EMPTY_POLICIES, help="scores of empty masks; default: nan, semi-supervised runs: agree"
-    )  # fmt: skip
-    parser.add_argument("--published", action="store_true", help="add the ACF-BCKD code's own figures (HD95 in voxels)")
+        "--hd95", choices=HD95_DEFINITIONS, help="definition, see metrics.py; default: pooled"
+    )
     parser.add_argument(
-        "--protocol", choices=reporting.PROTOCOLS, default="clean",
-        help="published: semi-supervised runs are scored as in published tables; distillation runs as with --published",
-    )  # fmt: skip
-    parser.add_argument("--stride", type=int, nargs=3, help="semi-supervised runs: voxels between windows")
+        "--empty",
+        choices=EMPTY_POLICIES,
+        help="scores of empty masks; default: nan, semi-supervised runs: agree",
+    )
     parser.add_argument(
-        "--largest-component", action="store_true", help="semi-supervised runs: keep the largest component alone"
-    )  # fmt: skip
+        "--published",
+        action="store_true",
+        help="add the ACF-BCKD code's own figures (HD95 in voxels)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=reporting.PROTOCOLS,
+        default="clean",
+        help=(
+            "published: semi-supervised runs are scored as in published tables; distillation runs "
+            "as with --published"
+        ),
+    )
+    parser.add_argument(
+        "--stride", type=int, nargs=3, help="semi-supervised runs: voxels between windows"
+    )
+    parser.add_argument(
+        "--largest-component",
+        action="store_true",
+        help="semi-supervised runs: keep the largest component alone",
+    )
     parser.add_argument("--no-predictions", action="store_true", help="do not write NIfTI files")
-    parser.add_argument("--overlays", action="store_true", help="write a PNG per case: image, label, prediction")
+    parser.add_argument(
+        "--overlays", action="store_true", help="write a PNG per case: image, label, prediction"
+    )
     plugins.add_plugin_flags(parser)
     args = parser.parse_args()
     if args.out and args.out.exists() and not args.out.is_dir():
@@ -94,7 +130,9 @@ def main() -> int:
 
 
 def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
-    """Score the checkpoint; the cases are shared by the processes of torchrun, of which the first one reports."""
+    """Score the checkpoint; the cases are shared by the processes of torchrun, of which the first
+    one reports.
+    """
     checkpoint = load_checkpoint(args.ckpt)
     if checkpoint.get("kind") == "3d-semi":
         selected_on_reported = score_semi(args, args.ckpt, checkpoint, world, device)
@@ -107,11 +145,15 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     args.published = args.published or args.protocol == "published"
     args.empty, args.hd95 = args.empty or "nan", args.hd95 or "pooled"
     if checkpoint.get("kind") != "3d" or "dataset" not in checkpoint:
-        raise CheckpointError(f"{args.ckpt}: not a checkpoint of train_3d_distill.py or tools/import_checkpoint.py")
+        raise CheckpointError(
+            f"{args.ckpt}: not a checkpoint of train_3d_distill.py or tools/import_checkpoint.py"
+        )
     plug_in(args, args.ckpt, checkpoint, plugins.data_format(DATASETS, MSDDataset))
     config, described = checkpoint["config"], checkpoint["network"]
     dataset = build_dataset(
-        **dataset_arguments(checkpoint, args.ckpt, args.data_root, args.cache_dir, args.allow_outside)
+        **dataset_arguments(
+            checkpoint, args.ckpt, args.data_root, args.cache_dir, args.allow_outside
+        )
     )
     split = args.split or ("test" if checkpoint["cases"]["test"] else "val")
     cases = dataset.find(checkpoint["cases"][split])
@@ -120,7 +162,10 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     with world.main_first():
         dataset.prepare({split: cases})
     network = build_network(
-        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
+        described["name"],
+        described["in_channels"],
+        described["num_classes"],
+        **described["arguments"],
     )
     load_network_weights(network, checkpoint["weights"], str(args.ckpt))
     network = network.to(device).eval()
@@ -138,15 +183,28 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     results = []  # of each case: rows by space, figures of the published protocol, seconds
 
     for case in tqdm(
-        world.part(cases), desc=f"testing {described['name']} on {split}", unit="case", disable=not world.main
+        world.part(cases),
+        desc=f"testing {described['name']} on {split}",
+        unit="case",
+        disable=not world.main,
     ):
         sample = dataset.read(case)
         image = torch.from_numpy(np.array(sample["image"])).to(device)
         begin = time.perf_counter()
-        prediction = predict_labels(
-            predictor, image, patch_size=config["patch_size"], overlap=config["overlap"],
-            window_batch=config["window_batch"], amp=args.amp, tta=args.tta, multilabel=dataset.multilabel,
-        ).cpu().numpy()  # fmt: skip
+        prediction = (
+            predict_labels(
+                predictor,
+                image,
+                patch_size=config["patch_size"],
+                overlap=config["overlap"],
+                window_batch=config["window_batch"],
+                amp=args.amp,
+                tta=args.tta,
+                multilabel=dataset.multilabel,
+            )
+            .cpu()
+            .numpy()
+        )
         seconds = time.perf_counter() - begin
         label = np.array(sample["label"]) if dataset.multilabel else np.array(sample["label"][0])
         native_label, native_affine = dataset.native_label(case)
@@ -158,15 +216,20 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
         native_spacing = np.linalg.norm(native_affine[:3, :3], axis=0)
         rows = {}
         for space, pair, spacing in (
-            ("resampled", (prediction, label), sample["spacing"]), ("native", (native, native_label), native_spacing)
-        ):  # fmt: skip
-            scores = case_metrics(*pair, dataset.num_classes, spacing=spacing, hd95=args.hd95, **options)
+            ("resampled", (prediction, label), sample["spacing"]),
+            ("native", (native, native_label), native_spacing),
+        ):
+            scores = case_metrics(
+                *pair, dataset.num_classes, spacing=spacing, hd95=args.hd95, **options
+            )
             shape = pair[1].shape[-3:]
             shared = {"case": case.name, "diagonal": diagonal(shape, spacing)}
             rows[space] = [{"class": name, **shared, **row} for name, row in zip(names, scores)]
         figures_published = None
         if args.published:
-            figures_published = published_case(prediction, label, dataset.num_classes, dataset.multilabel)
+            figures_published = published_case(
+                prediction, label, dataset.num_classes, dataset.multilabel
+            )
         results.append((rows, figures_published, seconds))
         if not args.no_predictions:
             ids = dataset.decode_prediction(native).astype(np.uint8)
@@ -181,24 +244,38 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     rows = {space: [row for of_case, _, _ in results for row in of_case[space]] for space in SPACES}
     seconds = [value for _, _, value in results]
     write_csv(out / f"metrics{suffix}.csv", rows, args.hd95)
-    # The best checkpoint was chosen on a list: scores on it are then the highest of many, not an estimate.
+    # The best checkpoint was chosen on a list: scores on it are then the highest of many, not an
+    # estimate.
     selected_on = checkpoint.get("selected_on", "val")
     selected_on_reported = split == selected_on and args.ckpt.stem == "best"
     summary = {
-        "dataset": config["dataset"], "method": config["method"], "preset": config["preset"],
-        "teacher": None if config["method"] == "supervised" else config["teacher"], "student": described["name"],
-        "seed": config["seed"], "tag": config["tag"], "checkpoint": args.ckpt.name, "step": checkpoint["step"],
-        "max_steps": config["max_steps"], "split": split, "selected_on": selected_on,
+        "dataset": config["dataset"],
+        "method": config["method"],
+        "preset": config["preset"],
+        "teacher": None if config["method"] == "supervised" else config["teacher"],
+        "student": described["name"],
+        "seed": config["seed"],
+        "tag": config["tag"],
+        "checkpoint": args.ckpt.name,
+        "step": checkpoint["step"],
+        "max_steps": config["max_steps"],
+        "split": split,
+        "selected_on": selected_on,
         "selected_on_reported": selected_on_reported,
-        "hd95_definition": args.hd95, "empty_policy": args.empty, "tta": args.tta, "amp": args.amp, "fast": args.fast,
+        "hd95_definition": args.hd95,
+        "empty_policy": args.empty,
+        "tta": args.tta,
+        "amp": args.amp,
+        "fast": args.fast,
         **{space: summarise(rows[space]) for space in SPACES},
         "parameters": count_parameters(network),
         "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
         "patch_size": list(config["patch_size"]),
         "ms_per_volume": 1000 * statistics.median(seconds),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(), "code": checkpoint["code"],
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "code": checkpoint["code"],
+    }
     if args.published:
         summary["published_protocol"] = {
             key: none_if_nan(nan_mean([case[key] for _, case, _ in results]))
@@ -212,13 +289,16 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
 def score_semi(
     args: argparse.Namespace, path: Path, checkpoint: dict, world: World, device: torch.device
 ) -> bool:
-    """Score one checkpoint of train_3d_crkd.py, write its files, print its table; -> whether it was selected on the
-    cases that are reported."""
+    """Score one checkpoint of train_3d_crkd.py, write its files, print its table; -> whether it was
+    selected on the cases that are reported.
+    """
     plug_in(args, path, checkpoint, plugins.data_format(SEMI_DATASETS, SemiDataset))
     published = args.protocol == "published" or args.published
     for flag, value in (("--hd95", args.hd95), ("--empty", args.empty)):
         if published and value is not None:
-            raise ConfigError(f"{flag} {value}: the published protocol has its own definition; leave it out")
+            raise ConfigError(
+                f"{flag} {value}: the published protocol has its own definition; leave it out"
+            )
     if args.cache_dir:
         raise ConfigError("--cache-dir is for runs of train_3d_distill.py")
     config, described = checkpoint["config"], checkpoint["network"]
@@ -231,15 +311,24 @@ def score_semi(
     if not cases:
         raise DataError(f"{path}: the run had no {split} list; choose another --split")
     network = build_network(
-        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
+        described["name"],
+        described["in_channels"],
+        described["num_classes"],
+        **described["arguments"],
     )
     load_network_weights(network, checkpoint["weights"], str(path))
     network = network.to(device).eval()
     predictor = fast_copy(network, fast_dtype(device)) if args.fast else network
 
-    stride, empty, definition = args.stride or config["stride"], args.empty or "agree", args.hd95 or "pooled"
+    stride, empty, definition = (
+        args.stride or config["stride"],
+        args.empty or "agree",
+        args.hd95 or "pooled",
+    )
     if any(not 0 < step <= side for step, side in zip(stride, config["patch_size"])):
-        raise ConfigError(f"--stride {list(stride)}: each must lie in 1 .. the window {config['patch_size']}")
+        raise ConfigError(
+            f"--stride {list(stride)}: each must lie in 1 .. the window {config['patch_size']}"
+        )
     protocol = "published" if published else "clean"
     out = args.out or path.parent
     suffix = "" if path.stem == "best" else f"_{path.stem}"
@@ -249,69 +338,116 @@ def score_semi(
         folder.mkdir(parents=True, exist_ok=True)
     results = []  # of each case: rows, seconds
     for case in tqdm(
-        world.part(cases), desc=f"testing {described['name']} on {split}", unit="case", disable=not world.main
+        world.part(cases),
+        desc=f"testing {described['name']} on {split}",
+        unit="case",
+        disable=not world.main,
     ):
         volume = dataset.read_volume(case)
         begin = time.perf_counter()
-        prediction = predict_labels(
-            predictor, torch.from_numpy(volume["image"]).to(device), patch_size=config["patch_size"], stride=stride,
-            window_batch=config["window_batch"], amp=args.amp, tta=args.tta, probabilities=True,
-        ).cpu().numpy()  # fmt: skip
+        prediction = (
+            predict_labels(
+                predictor,
+                torch.from_numpy(volume["image"]).to(device),
+                patch_size=config["patch_size"],
+                stride=stride,
+                window_batch=config["window_batch"],
+                amp=args.amp,
+                tta=args.tta,
+                probabilities=True,
+            )
+            .cpu()
+            .numpy()
+        )
         label = volume["label"][0]
         seconds = time.perf_counter() - begin
         if args.largest_component:
             prediction = largest_component(prediction)
         rows = reporting.case_rows(
-            case.name, prediction, label, dataset.class_names, protocol=protocol, hd95=definition, empty=empty
+            case.name,
+            prediction,
+            label,
+            dataset.class_names,
+            protocol=protocol,
+            hd95=definition,
+            empty=empty,
         )
         results.append((rows, seconds))
         if not args.no_predictions:
-            nib.save(nib.Nifti1Image(prediction, volume["affine"]), predictions / f"{case.name}.nii.gz")
+            nib.save(
+                nib.Nifti1Image(prediction, volume["affine"]), predictions / f"{case.name}.nii.gz"
+            )
         if args.overlays:
-            shown = [(volume["image"], None), (volume["image"], label), (volume["image"], prediction)]
-            matplotlib.image.imsave(overlays / f"{case.name}.png", figures.views(shown, dataset.num_classes))
+            shown = [
+                (volume["image"], None),
+                (volume["image"], label),
+                (volume["image"], prediction),
+            ]
+            matplotlib.image.imsave(
+                overlays / f"{case.name}.png", figures.views(shown, dataset.num_classes)
+            )
 
     results = world.merged(results)
     described_run = reporting.describe(checkpoint, path.name, split)
     if not world.main:
         return described_run["selected_on_reported"]
-    rows, seconds = [row for of_case, _ in results for row in of_case], [value for _, value in results]
+    rows, seconds = (
+        [row for of_case, _ in results for row in of_case],
+        [value for _, value in results],
+    )
     hd95 = "pooled" if published else definition
     reporting.write_csv(out / f"metrics{suffix}.csv", rows, protocol, hd95, "voxels")
     summary = {
-        **described_run, "protocol": protocol, "unit": "voxels",
-        "hd95_definition": hd95, "empty_policy": "zero" if published else empty, "tta": args.tta, "amp": args.amp,
-        "fast": args.fast, "stride": list(stride), "largest_component": args.largest_component,
-        "native": reporting.summary_of(rows, protocol), "parameters": count_parameters(network),
+        **described_run,
+        "protocol": protocol,
+        "unit": "voxels",
+        "hd95_definition": hd95,
+        "empty_policy": "zero" if published else empty,
+        "tta": args.tta,
+        "amp": args.amp,
+        "fast": args.fast,
+        "stride": list(stride),
+        "largest_component": args.largest_component,
+        "native": reporting.summary_of(rows, protocol),
+        "parameters": count_parameters(network),
         "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
         "ms_per_volume": 1000 * statistics.median(seconds),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
     reporting.write_summary(out / f"summary{suffix}.json", summary)
     reporting.report(summary)
     print(f"results in {out}: metrics{suffix}.csv, summary{suffix}.json")
     return described_run["selected_on_reported"]
 
 
-def plug_in(args: argparse.Namespace, path: Path, checkpoint: dict, formats: plugins.Contract) -> None:
+def plug_in(
+    args: argparse.Namespace, path: Path, checkpoint: dict, formats: plugins.Contract
+) -> None:
     """Load the classes of the user's own that the checkpoint needs and --plugin names."""
     contracts = (plugins.network(NETWORKS), formats)
     plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
 
 
-def published_case(prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool) -> dict[str, float]:
-    """One case by the ACF-BCKD code's own protocol: percent, HD95 'directed' in voxels, classes absent from the label
-    left out even where they were predicted, undefined distances dropped, rounded to two decimals. Beside its HD95 the
-    one that counts a missed organ as the diagonal."""
+def published_case(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool
+) -> dict[str, float]:
+    """One case by the ACF-BCKD code's own protocol: percent, HD95 'directed' in voxels, classes
+    absent from the label left out even where they were predicted, undefined distances dropped,
+    rounded to two decimals. Beside its HD95 the one that counts a missed organ as the diagonal.
+    """
     unit = [1.0] * (label.ndim - multilabel)
-    scores = case_metrics(prediction, label, num_classes, spacing=unit, multilabel=multilabel, hd95="directed")
+    scores = case_metrics(
+        prediction, label, num_classes, spacing=unit, multilabel=multilabel, hd95="directed"
+    )
     kept = [row for row in scores if not row["absent"] and not row["spurious"]]
     longest = diagonal(label.shape[int(multilabel) :], unit)
     return {
         "dice": round(100 * nan_mean([row["dice"] for row in kept]), 2),
         "hd95_voxels": round(nan_mean([row["hd95"] for row in kept]), 2),
-        "hd95_voxels_penalised": round(nan_mean([longest if row["missed"] else row["hd95"] for row in kept]), 2),
+        "hd95_voxels_penalised": round(
+            nan_mean([longest if row["missed"] else row["hd95"] for row in kept]), 2
+        ),
     }
 
 
@@ -361,22 +497,37 @@ def report(summary: dict, names: tuple[str, ...], selected_on_reported: bool) ->
             shown.append(reporting.score_cells(entry, also if failed else None))
         print(f"{name:{width}}  " + "    ".join(shown))
     print(
-        f"of {counts['pairs']} organs in {summary['resampled']['cases']} cases: {counts['missed']} missed, "
-        f"{counts['spurious']} predicted where there is none, {counts['absent']} absent; the distances leave these out"
-        + (" (missed and spurious count as the diagonal)" if summary["empty_policy"] == "diag" else "")
+        f"of {counts['pairs']} organs in {summary['resampled']['cases']} cases: {counts['missed']} "
+        "missed, "
+        f"{counts['spurious']} predicted where there is none, {counts['absent']} absent; the "
+        "distances leave these out"
+        + (
+            " (missed and spurious count as the diagonal)"
+            if summary["empty_policy"] == "diag"
+            else ""
+        )
     )
     if failed:
-        print("* with missed and wrongly predicted organs as the diagonal of the volume: compare runs by these")
+        print(
+            "* with missed and wrongly predicted organs as the diagonal of the volume: compare "
+            "runs by these"
+        )
     if "published_protocol" in summary:
         values = summary["published_protocol"]
-        shown = {key: "undefined" if value is None else f"{value:.2f}" for key, value in values.items()}
+        shown = {
+            key: "undefined" if value is None else f"{value:.2f}" for key, value in values.items()
+        }
         print(
-            f"by the published code's protocol: Dice {shown['dice']} %, HD95 {shown['hd95_voxels']} voxels "
+            f"by the published code's protocol: Dice {shown['dice']} %, HD95 "
+            f"{shown['hd95_voxels']} voxels "
             f"({shown['hd95_voxels_penalised']} with missed organs as the diagonal)"
         )
     print(reporting.selection(summary))
     if selected_on_reported:
-        print("note: this checkpoint was selected on the cases reported here; report last.pt beside it")
+        print(
+            "note: this checkpoint was selected on the cases reported here; report last.pt beside "
+            "it"
+        )
 
 
 if __name__ == "__main__":

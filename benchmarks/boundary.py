@@ -1,14 +1,17 @@
-"""The two boundary losses of ACF-BCKD, value and gradient, against the plain forms they replace; on the CPU.
+"""The two boundary losses of ACF-BCKD, value and gradient, against the plain forms they replace; on
+the CPU.
 
     python benchmarks/boundary.py
     python benchmarks/boundary.py --repeats 5 --threads 2 --out boundary.md
-    python benchmarks/boundary.py --threads 1 --cpu-time       # on a computer that is busy with other work
-    python benchmarks/boundary.py --small                      # seconds, tiny sizes, bars not enforced
+    # on a computer that is busy with other work
+    python benchmarks/boundary.py --threads 1 --cpu-time
+    python benchmarks/boundary.py --small  # seconds, tiny sizes, bars not enforced
 
-Soft boundary loss: MONAI's LogHausdorffDTLoss on the same logits, with the teacher's argmax as target. Hard boundary
-loss: the sum written sample by sample and class by class, neighbours counted by a convolution. The data are ellipsoids,
-one for each class of each patch, with scattered voxels in the predictions. Also checked: values and gradients agree,
-and 200 calls of both losses leave the memory of the process as it was.
+Soft boundary loss: MONAI's LogHausdorffDTLoss on the same logits, with the teacher's argmax as
+target. Hard boundary loss: the sum written sample by sample and class by class, neighbours counted
+by a convolution. The data are ellipsoids, one for each class of each patch, with scattered voxels
+in the predictions. Also checked: values and gradients agree, and 200 calls of both losses leave the
+memory of the process as it was.
 """
 
 import argparse
@@ -33,7 +36,9 @@ LARGEST_GROWTH = 16.0  # MB over 200 calls; each call handles more than 1 MB
 
 
 def ellipsoids(batch: int, num_classes: int, size: int, seed: int) -> Tensor:
-    """Class ids (batch, 1, size, size, size), int64: background and an ellipsoid of every other class, some cut."""
+    """Class ids (batch, 1, size, size, size), int64: background and an ellipsoid of every other
+    class, some cut.
+    """
     rng = torch.Generator().manual_seed(seed)
     axis = torch.arange(size) / size
     places = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
@@ -47,7 +52,9 @@ def ellipsoids(batch: int, num_classes: int, size: int, seed: int) -> Tensor:
 
 
 def predictions(label: Tensor, num_classes: int, certainty: float, shift: int, seed: int) -> Tensor:
-    """Logits (B, num_classes, *spatial) that favour the label, displaced by `shift` voxels, under unit noise."""
+    """Logits (B, num_classes, *spatial) that favour the label, displaced by `shift` voxels, under
+    unit noise.
+    """
     rng = torch.Generator().manual_seed(seed)
     shape = (len(label), num_classes, *label.shape[2:])
     logits = torch.randn(shape, generator=rng)
@@ -84,13 +91,18 @@ def check_agreement(part: str, ours: tuple[float, Tensor], peer: tuple[float, Te
     """Raise AssertionError unless values agree to 1e-5 and gradients to 1e-5 of the largest."""
     difference = abs(ours[0] - peer[0]) / abs(peer[0])
     gradient = ((ours[1] - peer[1]).abs().max() / peer[1].abs().max()).item()
-    print(f"{part}: {ours[0]:.7f} and {peer[0]:.7f}, relative difference {difference:.1e}, of gradients {gradient:.1e}")
+    print(
+        f"{part}: {ours[0]:.7f} and {peer[0]:.7f}, relative difference {difference:.1e}, of "
+        f"gradients {gradient:.1e}"
+    )
     if difference > 1e-5 or gradient > 1e-5:
         raise AssertionError(f"{part}: the two forms disagree")
 
 
 def growth(calls: int = 200, size: int = 24) -> float:
-    """MB by which the peak memory of the process grows over `calls` of both losses, after some to warm up."""
+    """MB by which the peak memory of the process grows over `calls` of both losses, after some to
+    warm up.
+    """
     label = ellipsoids(2, 5, size, seed=2)
     student, teacher = (predictions(label, 5, 3.0, shift, seed=3) for shift in (1, 0))
 
@@ -98,7 +110,9 @@ def growth(calls: int = 200, size: int = 24) -> float:
         return soft_boundary_loss(logits, teacher) + hard_boundary_loss(logits, teacher, label)
 
     def peak() -> float:  # kB on Linux, bytes on macOS
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1e6 if sys.platform == "darwin" else 1e3
+        )
 
     for _ in range(20):
         with_gradient(both, student)
@@ -111,12 +125,18 @@ def growth(calls: int = 200, size: int = 24) -> float:
 def arguments(doc: str, repeats: int = 3) -> argparse.ArgumentParser:
     """The harness's flags and `--cpu-time`."""
     parser = harness.arguments(doc, repeats)
-    parser.add_argument("--cpu-time", action="store_true", help="processor seconds of all threads, not wall time")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor seconds of all threads, not wall time"
+    )
     return parser
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each function as `harness.interleaved`; of processor time with `--cpu-time`."""
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], args: argparse.Namespace
+) -> dict[str, float]:
+    """Median seconds of each function as `harness.interleaved`; of processor time with
+    `--cpu-time`.
+    """
     if not args.cpu_time:
         return harness.interleaved(functions, args.repeats)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -158,7 +178,10 @@ def main() -> int:
         def timed(key, loss, results=results):
             results[key] = with_gradient(loss, student)
 
-        functions = {"peer": lambda peer=peer: timed("peer", peer), "ours": lambda ours=ours: timed("ours", ours)}
+        functions = {
+            "peer": lambda peer=peer: timed("peer", peer),
+            "ours": lambda ours=ours: timed("ours", ours),
+        }
         seconds = interleaved(functions, args)
         check_agreement(part, results["ours"], results["peer"])
         part = f"{part}, {batch}x{num_classes}x{size}³, value and gradient"

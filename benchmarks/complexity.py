@@ -1,11 +1,14 @@
-"""Size, multiply-adds, peak memory and latency of the six 3D networks, beside the published figures.
+r"""Size, multiply-adds, peak memory and latency of the six 3D networks, beside the published
+figures.
 
     python benchmarks/complexity.py
-    python benchmarks/complexity.py --networks unet espnetv2 --size 64 --threads 2 --out complexity.md
+    python benchmarks/complexity.py --networks unet espnetv2 --size 64 --threads 2 \
+        --out complexity.md
     python benchmarks/complexity.py --repeats 0                # counts only, in seconds
 
-Prints one Markdown table: networks x {btcv, word, brats21}. Memory and latency are those of one evaluation pass on one
-patch on this computer's CPU; the memory counts neither the weights nor the input.
+Prints one Markdown table: networks x {btcv, word, brats21}. Memory and latency are those of one
+evaluation pass on one patch on this computer's CPU; the memory counts neither the weights nor the
+input.
 """
 
 import argparse
@@ -19,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from networks import NETWORKS, build_network
 from utils.complexity import count_macs, count_parameters, measure_latency, peak_memory
 
-# Dataset: input channels, channels of the logits (background included, except for BraTS's three overlapping regions).
+# Dataset: input channels, channels of the logits (background included, except for BraTS's three
+# overlapping regions).
 DATASETS = {"btcv": (1, 14), "word": (1, 17), "brats21": (4, 3)}
 
 # Network, dataset: parameters as released, convolution GMACs at 96 x 96 x 96 (ACF-BCKD).
@@ -47,18 +51,31 @@ PUBLISHED_NETWORKS = list(dict.fromkeys(name for name, _ in PUBLISHED))
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=PUBLISHED_NETWORKS, default=PUBLISHED_NETWORKS)
-    parser.add_argument("--size", type=int, default=96, help="side of the cubic input in voxels (default 96)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=PUBLISHED_NETWORKS, default=PUBLISHED_NETWORKS
+    )
+    parser.add_argument(
+        "--size", type=int, default=96, help="side of the cubic input in voxels (default 96)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes; 0 leaves out memory and latency")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed passes; 0 leaves out memory and latency"
+    )
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     args = parser.parse_args()
     for name in args.networks:
         if args.size < 1 or args.size % NETWORKS[name].stride:
-            parser.error(f"--size must be a multiple of {NETWORKS[name].stride} for {name}, got {args.size}")
+            parser.error(
+                f"--size must be a multiple of {NETWORKS[name].stride} for {name}, got {args.size}"
+            )
     if args.threads < 1 or args.repeats < 0:
-        parser.error(f"--threads must be at least 1 and --repeats at least 0, got {args.threads} and {args.repeats}")
+        parser.error(
+            f"--threads must be at least 1 and --repeats at least 0, got {args.threads} and "
+            f"{args.repeats}"
+        )
     return args
 
 
@@ -72,23 +89,43 @@ def make_rows(name: str, size: int, threads: int, repeats: int) -> list[list[str
         shape = (1, in_channels, size, size, size)
         memory_cell = latency_cell = "-"
         if repeats:
-            memory = peak_memory(functools.partial(build_network, name, in_channels, num_classes), shape, threads)
-            memory_cell, latency_cell = f"{memory:.0f}", f"{measure_latency(net, shape, repeats, threads):.0f}"
+            memory = peak_memory(
+                functools.partial(build_network, name, in_channels, num_classes), shape, threads
+            )
+            memory_cell, latency_cell = (
+                f"{memory:.0f}",
+                f"{measure_latency(net, shape, repeats, threads):.0f}",
+            )
         published_parameters, published_gmacs = PUBLISHED[name, dataset]
-        rows.append([
-            name, dataset, f"{count_parameters(net):,}", f"{count_parameters(released):,}",
-            f"{published_parameters:,}", f"{count_macs(net, shape) / 1e9:.3f}", f"{published_gmacs:.3f}",
-            memory_cell, latency_cell,
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                dataset,
+                f"{count_parameters(net):,}",
+                f"{count_parameters(released):,}",
+                f"{published_parameters:,}",
+                f"{count_macs(net, shape) / 1e9:.3f}",
+                f"{published_gmacs:.3f}",
+                memory_cell,
+                latency_cell,
+            ]
+        )
     return rows
 
 
 def main() -> None:
     args = parse_args()
     header = [
-        "network", "dataset", "parameters used", "with unused ones", "published", f"GMACs at {args.size}³",
-        "published at 96³", "peak memory (MiB)", f"latency (ms, {args.threads} threads)",
-    ]  # fmt: skip
+        "network",
+        "dataset",
+        "parameters used",
+        "with unused ones",
+        "published",
+        f"GMACs at {args.size}³",
+        "published at 96³",
+        "peak memory (MiB)",
+        f"latency (ms, {args.threads} threads)",
+    ]
     lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
     print("\n".join(lines), flush=True)
     for name in args.networks:

@@ -1,16 +1,18 @@
-"""What a CRKD step costs beyond its network: all losses and reports against the same passes with a trivial loss.
+"""What a CRKD step costs beyond its network: all losses and reports against the same passes with a
+trivial loss.
 
     python benchmarks/crkd_step.py --threads 2 --out crkd_step.md
     python benchmarks/crkd_step.py --parts 2d --repeats 1
-    python benchmarks/crkd_step.py --cpu-time              # on a computer that is busy with other work
+    python benchmarks/crkd_step.py --cpu-time  # on a computer that is busy with other work
     python benchmarks/crkd_step.py --small                 # seconds, bars not enforced
 
-2d: U-Net, 12 labelled and 12 unlabelled slices of 256 x 256, 4 classes. 3d: V-Net, 2 and 2 patches of 96 x 96 x 64 (not
-the 112 x 112 x 80 of LA, which take some 7 GB), 2 classes. Ours is the step of the training scripts with the default
-arguments of methods/crkd.py. The peer makes the same four passes (pseudo-labels in evaluation mode, labelled, two
-perturbed views), takes the sum of the means of the three logits as loss, and makes the same backward pass and update.
-Both sides must pass the same shapes through the network in the same modes. The classifier has large random weights and
-the confidence threshold is 0, so that predictions hold all classes and no term is empty.
+2d: U-Net, 12 labelled and 12 unlabelled slices of 256 x 256, 4 classes. 3d: V-Net, 2 and 2 patches
+of 96 x 96 x 64 (not the 112 x 112 x 80 of LA, which take some 7 GB), 2 classes. Ours is the step of
+the training scripts with the default arguments of methods/crkd.py. The peer makes the same four
+passes (pseudo-labels in evaluation mode, labelled, two perturbed views), takes the sum of the means
+of the three logits as loss, and makes the same backward pass and update. Both sides must pass the
+same shapes through the network in the same modes. The classifier has large random weights and the
+confidence threshold is 0, so that predictions hold all classes and no term is empty.
 """
 
 import argparse
@@ -39,7 +41,9 @@ BAR = 1.15
 
 
 class Task(NamedTuple):
-    """Network, classes, batch of labelled and of unlabelled images each, spatial sizes; the same for `--small`."""
+    """Network, classes, batch of labelled and of unlabelled images each, spatial sizes; the same
+    for `--small`.
+    """
 
     network: str
     num_classes: int
@@ -59,16 +63,25 @@ TASKS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--batch", type=int, help="images of each kind in place of 12 and 2, to save time and memory")
-    parser.add_argument("--cpu-time", action="store_true", help="processor seconds of all threads, not wall time")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="images of each kind in place of 12 and 2, to save time and memory",
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor seconds of all threads, not wall time"
+    )
     args = parser.parse_args(argv)
     if args.batch is not None and args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
     return args
 
 
-def cpu_interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """As `interleaved`, in processor seconds of this process, so that what others do to the computer matters little.
+def cpu_interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
+    """As `interleaved`, in processor seconds of this process, so that what others do to the
+    computer matters little.
 
     Without a warm-up call: both sides have made a step before.
     """
@@ -84,13 +97,18 @@ def cpu_interleaved(functions: Mapping[str, Callable[[], object]], repeats: int)
 def make_method(task: Task, device: str = "cpu") -> Method:
     torch.manual_seed(0)
     method = build_method(
-        "crkd", lambda: build_network(task.network, 1, task.num_classes), max_steps=100, threshold=0.0
+        "crkd",
+        lambda: build_network(task.network, 1, task.num_classes),
+        max_steps=100,
+        threshold=0.0,
     )
     nn.init.normal_(method.network.decoder.out_conv.weight, std=0.5)
     return method.to(device, memory_format=task.memory)
 
 
-def make_batches(task: Task, small: bool, batch: int | None = None, device: str = "cpu") -> tuple[dict, dict]:
+def make_batches(
+    task: Task, small: bool, batch: int | None = None, device: str = "cpu"
+) -> tuple[dict, dict]:
     usual, grid = (task.small_batch, task.small_grid) if small else (task.batch, task.grid)
     batch = batch or usual
     rng = torch.Generator().manual_seed(1)
@@ -98,12 +116,18 @@ def make_batches(task: Task, small: bool, batch: int | None = None, device: str 
     labels = torch.randint(0, task.num_classes, (2, batch, 1, *grid), generator=rng).byte()
     labelled = {"image": torch.rand(batch, 1, *grid, generator=rng), "label": labels[0]}
     unlabelled = {"weak": weak, "strong0": (0.8 * weak + 0.1).clamp(0, 1), "label": labels[1]}
-    return tuple({name: value.to(device) for name, value in part.items()} for part in (labelled, unlabelled))
+    return tuple(
+        {name: value.to(device) for name, value in part.items()} for part in (labelled, unlabelled)
+    )
 
 
-def make_step(method: Method, losses: Callable[[], Mapping[str, torch.Tensor]]) -> Callable[[], dict]:
+def make_step(
+    method: Method, losses: Callable[[], Mapping[str, torch.Tensor]]
+) -> Callable[[], dict]:
     """One update as in the training scripts; returns the terms."""
-    optimizer = build_optimizer("sgd", [p for p in method.parameters() if p.requires_grad], 0.01, 0.9, 1e-4, False)
+    optimizer = build_optimizer(
+        "sgd", [p for p in method.parameters() if p.requires_grad], 0.01, 0.9, 1e-4, False
+    )
 
     def step() -> dict:
         method.train()
@@ -116,7 +140,9 @@ def make_step(method: Method, losses: Callable[[], Mapping[str, torch.Tensor]]) 
     return step
 
 
-def network_alone(network: nn.Module, labelled: dict, unlabelled: dict, perturb: float) -> dict[str, torch.Tensor]:
+def network_alone(
+    network: nn.Module, labelled: dict, unlabelled: dict, perturb: float
+) -> dict[str, torch.Tensor]:
     """The passes of a CRKD step, each reduced to the mean of its logits."""
     with torch.no_grad(), evaluating(network):
         network(unlabelled["weak"])
@@ -129,8 +155,9 @@ def network_alone(network: nn.Module, labelled: dict, unlabelled: dict, perturb:
 
 
 def passes(network: nn.Module, step: Callable[[], dict]) -> tuple[list[tuple], dict]:
-    """What goes through `network` in one step (shape, training mode, whether gradients are recorded, options), and the
-    terms of the step."""
+    """What goes through `network` in one step (shape, training mode, whether gradients are
+    recorded, options), and the terms of the step.
+    """
     seen: list[tuple] = []
 
     def note(module, inputs, options):
@@ -143,7 +170,12 @@ def passes(network: nn.Module, step: Callable[[], dict]) -> tuple[list[tuple], d
 
 
 def compare(
-    part: str, task: Task, small: bool, measure: Callable[[dict], dict], batch: int | None = None, device: str = "cpu"
+    part: str,
+    task: Task,
+    small: bool,
+    measure: Callable[[dict], dict],
+    batch: int | None = None,
+    device: str = "cpu",
 ) -> dict:
     """The row of one task. measure: gives the seconds of functions by name."""
     batches = make_batches(task, small, batch, device)
@@ -166,8 +198,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the training scripts do
-    measure = functools.partial(cpu_interleaved if args.cpu_time else interleaved, repeats=args.repeats)
-    return report([compare(part, TASKS[part], args.small, measure, args.batch) for part in args.parts], args)
+    measure = functools.partial(
+        cpu_interleaved if args.cpu_time else interleaved, repeats=args.repeats
+    )
+    return report(
+        [compare(part, TASKS[part], args.small, measure, args.batch) for part in args.parts], args
+    )
 
 
 if __name__ == "__main__":

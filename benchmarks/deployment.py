@@ -1,16 +1,20 @@
-"""What networks cost where they are deployed, and what Dice remains: PyTorch, ONNX Runtime and OpenVINO in one table.
+r"""What networks cost where they are deployed, and what Dice remains: PyTorch, ONNX Runtime and
+OpenVINO in one table.
 
-    python benchmarks/deployment.py --ckpt TEACHER/best.pt STUDENT/best.pt --threads 2 --out deployment.md
+    python benchmarks/deployment.py --ckpt TEACHER/best.pt STUDENT/best.pt --threads 2 \
+        --out deployment.md
     python benchmarks/deployment.py --ckpt best.pt --int8 --data-root data/Task04_Hippocampus
     python benchmarks/deployment.py --ckpt best.pt --runtimes pytorch onnx --no-dice --repeats 5
 
-Each checkpoint is exported by tools/export.py, which checks it against PyTorch. Latency: median over `--repeats` passes
-of one window of the run's patch_size. All networks and runtimes take turns, so that a machine that slows down slows all
-of them; each timed pass follows a rest and one that is not timed, so that idle threads of another runtime do not
-disturb it. Memory: peak of a fresh process above one that has loaded PyTorch and the input, so weights and runtime
-count (Linux). Dice: mean over the cases of the test list, or of the validation list where there is no other, on the
-grid where the network predicts; with --no-dice, or without the data, the column is empty. A row for int8 is the static
-quantisation of `tools/export.py --int8`. Packages: pip install -r requirements-export.txt
+Each checkpoint is exported by tools/export.py, which checks it against PyTorch. Latency: median
+over `--repeats` passes of one window of the run's patch_size. All networks and runtimes take turns,
+so that a machine that slows down slows all of them; each timed pass follows a rest and one that is
+not timed, so that idle threads of another runtime do not disturb it. Memory: peak of a fresh
+process above one that has loaded PyTorch and the input, so weights and runtime count (Linux). Dice:
+mean over the cases of the test list, or of the validation list where there is no other, on the grid
+where the network predicts; with --no-dice, or without the data, the column is empty. A row for int8
+is the static quantisation of `tools/export.py --int8`. Packages: pip install -r
+requirements-export.txt
 """
 
 import argparse
@@ -39,20 +43,41 @@ from utils.exported import FORMATS, ExportedModel, model_files
 SETTLE = 0.3  # seconds after which the threads of an idle runtime no longer wait in a loop
 RUNTIMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 HEADER = (
-    "network", "runtime", "precision", "parameters", "GMACs", "file MB", "ms/window", "x PyTorch", "peak MiB", "Dice %"
-)  # fmt: skip
+    "network",
+    "runtime",
+    "precision",
+    "parameters",
+    "GMACs",
+    "file MB",
+    "ms/window",
+    "x PyTorch",
+    "peak MiB",
+    "Dice %",
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, nargs="+", type=Path, help="best.pt of teacher and students")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ckpt", required=True, nargs="+", type=Path, help="best.pt of teacher and students"
+    )
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--int8", action="store_true", help="rows of the quantised models too")
-    parser.add_argument("--repeats", type=int, default=20, help="timed passes of each model (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every runtime")
-    parser.add_argument("--data-root", type=Path, help="folder of the data set, if it is not where the run found it")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="timed passes of each model (default %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every runtime"
+    )
+    parser.add_argument(
+        "--data-root", type=Path, help="folder of the data set, if it is not where the run found it"
+    )
     parser.add_argument("--cache-dir", type=Path, help="folder of preprocessed cases")
-    parser.add_argument("--cases", type=int, default=0, metavar="N", help="cases for the Dice; 0: the whole list")
+    parser.add_argument(
+        "--cases", type=int, default=0, metavar="N", help="cases for the Dice; 0: the whole list"
+    )
     parser.add_argument("--no-dice", action="store_true", help="leave the Dice out")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     plugins.add_plugin_flags(parser)
@@ -76,7 +101,9 @@ def export_all(args: argparse.Namespace, path: Path, folder: Path) -> dict[tuple
     found = {}
     common = ["--ckpt", str(path), "--out", str(folder), "--threads", str(args.threads)]
     for key in ("data_root", "cache_dir"):
-        common += [f"--{key.replace('_', '-')}", str(getattr(args, key))] if getattr(args, key) else []
+        common += (
+            [f"--{key.replace('_', '-')}", str(getattr(args, key))] if getattr(args, key) else []
+        )
     common += [f"--plugin={reference}" for reference in args.plugin]
     common += ["--allow-changed-plugin"] * args.allow_changed_plugin
     for form in ("onnx", "openvino"):
@@ -86,11 +113,15 @@ def export_all(args: argparse.Namespace, path: Path, folder: Path) -> dict[tuple
                 extra = ["--int8", "--max-dice-cost", "1", "--cases", "1"] if int8 else []
                 with contextlib.redirect_stdout(sys.stderr):
                     export.main([*common, "--format", form, *extra])
-                found[form, "int8" if int8 else "float32"] = folder / f"model{'_int8' if int8 else ''}{FORMATS[form]}"
+                found[form, "int8" if int8 else "float32"] = (
+                    folder / f"model{'_int8' if int8 else ''}{FORMATS[form]}"
+                )
     return found
 
 
-def dice_of(args: argparse.Namespace, checkpoint: dict, model: nn.Module, title: str) -> float | None:
+def dice_of(
+    args: argparse.Namespace, checkpoint: dict, model: nn.Module, title: str
+) -> float | None:
     """Mean Dice; None where the data are not there or not wanted."""
     if args.no_dice:
         return None
@@ -99,7 +130,9 @@ def dice_of(args: argparse.Namespace, checkpoint: dict, model: nn.Module, title:
         dataset = deployed.open_dataset(described, args.data_root, args.cache_dir)
         _, cases = deployed.listed(checkpoint, dataset, ("test", "val"))
         cases = cases[: args.cases or None]
-        return deployed.mean_dice_of(model, dataset, described, tqdm(cases, desc=f"Dice, {title}", unit="case"))
+        return deployed.mean_dice_of(
+            model, dataset, described, tqdm(cases, desc=f"Dice, {title}", unit="case")
+        )
     except DataError as problem:
         if args.data_root:  # asked for
             raise
@@ -118,23 +151,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         rows, passes = [], {}
         for index, path in enumerate(args.ckpt):
-            checkpoint, network = deployed.load_network(path, args.plugin, args.allow_changed_plugin)
-            window = torch.randn(1, checkpoint["network"]["in_channels"], *checkpoint["config"]["patch_size"])
-            models = {("pytorch", "float32"): None, **export_all(args, path, Path(scratch) / str(index))}
+            checkpoint, network = deployed.load_network(
+                path, args.plugin, args.allow_changed_plugin
+            )
+            window = torch.randn(
+                1, checkpoint["network"]["in_channels"], *checkpoint["config"]["patch_size"]
+            )
+            models = {
+                ("pytorch", "float32"): None,
+                **export_all(args, path, Path(scratch) / str(index)),
+            }
             for (runtime, precision), file in models.items():
                 if runtime not in args.runtimes:
                     continue
-                make = functools.partial(deployed.network_of, path, args.plugin, args.allow_changed_plugin)
+                make = functools.partial(
+                    deployed.network_of, path, args.plugin, args.allow_changed_plugin
+                )
                 if file is not None:
                     make = functools.partial(ExportedModel, file, args.threads)
                 model = make()
-                rows.append({
-                    "key": (index, runtime, precision), "network": name_of(checkpoint), "runtime": RUNTIMES[runtime],
-                    "parameters": count_parameters(network), "gmacs": count_macs(network, window.shape) / 1e9,
-                    "bytes": sum(part.stat().st_size for part in model_files(file)) if file else None,
-                    "mib": peak_memory(make, window.shape, args.threads, whole=True),
-                    "dice": dice_of(args, checkpoint, model, f"{name_of(checkpoint)}, {RUNTIMES[runtime]} {precision}"),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "key": (index, runtime, precision),
+                        "network": name_of(checkpoint),
+                        "runtime": RUNTIMES[runtime],
+                        "parameters": count_parameters(network),
+                        "gmacs": count_macs(network, window.shape) / 1e9,
+                        "bytes": sum(part.stat().st_size for part in model_files(file))
+                        if file
+                        else None,
+                        "mib": peak_memory(make, window.shape, args.threads, whole=True),
+                        "dice": dice_of(
+                            args,
+                            checkpoint,
+                            model,
+                            f"{name_of(checkpoint)}, {RUNTIMES[runtime]} {precision}",
+                        ),
+                    }
+                )
                 passes[rows[-1]["key"]] = functools.partial(run_once, model, window)
         seconds = harness.interleaved(passes, args.repeats, settle=SETTLE)
     text = f"{table(rows, seconds)}\n\n{notes(args)}\n"
@@ -151,22 +205,30 @@ def table(rows: Sequence[dict], seconds: dict[tuple, float]) -> str:
         index, _, precision = row["key"]
         time, reference = seconds[row["key"]], seconds.get((index, "pytorch", "float32"))
         cells = (
-            row["network"], row["runtime"], precision, f"{row['parameters']:,}", f"{row['gmacs']:.3f}",
-            "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}", f"{1000 * time:.1f}",
-            "-" if reference is None else f"{reference / time:.2f}", f"{row['mib']:.0f}",
+            row["network"],
+            row["runtime"],
+            precision,
+            f"{row['parameters']:,}",
+            f"{row['gmacs']:.3f}",
+            "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}",
+            f"{1000 * time:.1f}",
+            "-" if reference is None else f"{reference / time:.2f}",
+            f"{row['mib']:.0f}",
             "-" if row["dice"] is None else f"{100 * row['dice']:.2f}",
-        )  # fmt: skip
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def notes(args: argparse.Namespace) -> str:
     runtimes = ", ".join(
-        f"{name} {version(name)}" for name, form in (("onnxruntime", "onnx"), ("openvino", "openvino"))
+        f"{name} {version(name)}"
+        for name, form in (("onnxruntime", "onnx"), ("openvino", "openvino"))
         if form in args.runtimes
-    )  # fmt: skip
+    )
     return (
-        f"Latency of one window, batch 1, median of {args.repeats} interleaved passes, each after {SETTLE} s of rest "
+        f"Latency of one window, batch 1, median of {args.repeats} interleaved passes, each after "
+        f"{SETTLE} s of rest "
         f"and one pass that is not timed; memory above an idle process that has loaded PyTorch.\n"
         f"{harness.machine(args.threads)}" + (f"; {runtimes}" if runtimes else "")
     )

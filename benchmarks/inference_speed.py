@@ -1,18 +1,21 @@
-"""Whole-volume prediction against the loops that others use: time, peak memory and what half precision changes.
+"""Whole-volume prediction against the loops that others use: time, peak memory and what half
+precision changes.
 
     python benchmarks/inference_speed.py --threads 2 --out inference.md
     python benchmarks/inference_speed.py --parts unet --repeats 1
-    python benchmarks/inference_speed.py --cpu-time                 # on a computer that is busy with other work
+    python benchmarks/inference_speed.py --cpu-time  # on a computer that is busy with other work
     python benchmarks/inference_speed.py --small                    # seconds, bars not enforced
 
-unet: the U-Net student on 240 x 200 x 160 voxels, 14 classes, 96³ windows that overlap by half, against MONAI's
-`sliding_window_inference` (float32, four windows at a time, constant weights) and an argmax. vnet: the protocol of the
-left-atrium tables, V-Net, 54 windows of 112 x 112 x 80 at stride 18, 18, 4, softmax averaged, against one window at a
-time that is copied to NumPy and added there. 'exact' is `predict_labels` of the network's `fast_copy` in float32, one
-window at a time, 'fast' that of its copy in bfloat16. Both networks are first trained on a generated scan for
-`--train-steps`, since the labels of an untrained one are all near-ties. The memory is the peak of a fresh process
-above its level before the call (Linux). Full size takes some 3 GB of memory. Rows that are no times say so. On a
-processor without instructions for bfloat16 'fast' is not measured, and the table says so.
+unet: the U-Net student on 240 x 200 x 160 voxels, 14 classes, 96³ windows that overlap by half,
+against MONAI's `sliding_window_inference` (float32, four windows at a time, constant weights) and
+an argmax. vnet: the protocol of the left-atrium tables, V-Net, 54 windows of 112 x 112 x 80 at
+stride 18, 18, 4, softmax averaged, against one window at a time that is copied to NumPy and added
+there. 'exact' is `predict_labels` of the network's `fast_copy` in float32, one window at a time,
+'fast' that of its copy in bfloat16. Both networks are first trained on a generated scan for
+`--train-steps`, since the labels of an untrained one are all near-ties. The memory is the peak of a
+fresh process above its level before the call (Linux). Full size takes some 3 GB of memory. Rows
+that are no times say so. On a processor without instructions for bfloat16 'fast' is not measured,
+and the table says so.
 """
 
 import argparse
@@ -46,14 +49,17 @@ HU_WINDOW = (-175.0, 250.0)
 
 
 class Task(NamedTuple):
-    """What is predicted: network, sides in voxels of the volume, of a window and of a training crop."""
+    """What is predicted: network, sides in voxels of the volume, of a window and of a training
+    crop.
+    """
 
     network: str
     num_classes: int
     size: tuple[int, int, int]
     patch_size: tuple[int, int, int]
     crop: tuple[int, int, int]
-    stride: tuple[int, int, int] | None = None  # None: overlap by half, logits averaged; else softmax averaged
+    # None: overlap by half, logits averaged; else softmax averaged
+    stride: tuple[int, int, int] | None = None
 
 
 TASKS = {
@@ -70,7 +76,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--train-steps", type=int, help="default 100, with --small 2")
-    parser.add_argument("--cpu-time", action="store_true", help="processor seconds of all threads, not wall time")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor seconds of all threads, not wall time"
+    )
     args = parser.parse_args(argv)
     if args.train_steps is None:
         args.train_steps = 2 if args.small else 100
@@ -84,14 +92,20 @@ def make_case(task: Task, seed: int) -> tuple[Tensor, Tensor]:
     if task.network == "vnet":
         image, label = la_phantom(seed, task.size)
     else:
-        hu, label = btcv_phantom(seed, task.size, tuple(e / n for e, n in zip(BTCV_EXTENT, task.size)))
+        hu, label = btcv_phantom(
+            seed, task.size, tuple(e / n for e, n in zip(BTCV_EXTENT, task.size))
+        )
         low, high = HU_WINDOW
         image = (np.clip(hu, low, high) - low) / (high - low)
-    return torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], torch.from_numpy(label.copy())
+    return torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], torch.from_numpy(
+        label.copy()
+    )
 
 
 def train(task: Task, steps: int, seed: int = 0, device: str = "cpu") -> nn.Module:
-    """The task's network after `steps` updates on one generated scan: two crops a step, centred on the foreground."""
+    """The task's network after `steps` updates on one generated scan: two crops a step, centred on
+    the foreground.
+    """
     torch.manual_seed(seed)
     network = init_weights(build_network(task.network, 1, task.num_classes)).to(device).train()
     image, label = make_case(task, seed + 1)
@@ -106,7 +120,9 @@ def train(task: Task, steps: int, seed: int = 0, device: str = "cpu") -> nn.Modu
         for _ in range(2):
             voxels = present[rng.integers(len(present))]
             centre = voxels[rng.integers(len(voxels))]
-            low = [int(np.clip(c - p // 2, 0, n - p)) for c, p, n in zip(centre, task.crop, task.size)]
+            low = [
+                int(np.clip(c - p // 2, 0, n - p)) for c, p, n in zip(centre, task.crop, task.size)
+            ]
             place = tuple(slice(a, a + p) for a, p in zip(low, task.crop))
             crops.append((image[(slice(None), *place)], label[None][(slice(None), *place)]))
         images, labels = (torch.stack(part) for part in zip(*crops))
@@ -116,14 +132,19 @@ def train(task: Task, steps: int, seed: int = 0, device: str = "cpu") -> nn.Modu
         optimizer.step()
         schedule.step()
         if (step + 1) % 25 == 0:
-            print(f"{task.network}: training step {step + 1} of {steps}, loss {loss.item():.3f}", file=sys.stderr)
+            print(
+                f"{task.network}: training step {step + 1} of {steps}, loss {loss.item():.3f}",
+                file=sys.stderr,
+            )
     return network.eval().requires_grad_(False)
 
 
 def monai_logits(network: nn.Module, image: Tensor, task: Task) -> Tensor:
     """Logits (K, H, W, D) by MONAI."""
     with torch.inference_mode():
-        return sliding_window_inference(image[None], task.patch_size, 4, network, overlap=0.5, mode="constant")[0]
+        return sliding_window_inference(
+            image[None], task.patch_size, 4, network, overlap=0.5, mode="constant"
+        )[0]
 
 
 def monai_labels(network: nn.Module, image: Tensor, task: Task) -> Tensor:
@@ -131,12 +152,17 @@ def monai_labels(network: nn.Module, image: Tensor, task: Task) -> Tensor:
 
 
 def window_by_window(network: nn.Module, image: Tensor, task: Task) -> Tensor:
-    """Ids by the loop that the code of the left-atrium literature shares; the volume is at least a window large."""
+    """Ids by the loop that the code of the left-atrium literature shares; the volume is at least a
+    window large.
+    """
     score = np.zeros((task.num_classes, *image.shape[1:]), np.float32)
     count = np.zeros(image.shape[1:], np.float32)
     steps = [-(-(n - p) // s) + 1 for n, p, s in zip(image.shape[1:], task.patch_size, task.stride)]
     for index in np.ndindex(*steps):
-        low = [min(k * s, n - p) for k, s, n, p in zip(index, task.stride, image.shape[1:], task.patch_size)]
+        low = [
+            min(k * s, n - p)
+            for k, s, n, p in zip(index, task.stride, image.shape[1:], task.patch_size)
+        ]
         place = tuple(slice(a, a + p) for a, p in zip(low, task.patch_size))
         with torch.no_grad():
             probs = network(image[(None, slice(None), *place)]).softmax(1)
@@ -145,17 +171,30 @@ def window_by_window(network: nn.Module, image: Tensor, task: Task) -> Tensor:
     return torch.from_numpy(np.argmax(score / count, axis=0).astype(np.uint8))
 
 
-PEERS = {"unet": (monai_labels, "MONAI, 4 windows, argmax"), "vnet": (window_by_window, "window by window, NumPy")}
+PEERS = {
+    "unet": (monai_labels, "MONAI, 4 windows, argmax"),
+    "vnet": (window_by_window, "window by window, NumPy"),
+}
 
 
 def fast(
-    network: nn.Module, image: Tensor, task: Task, dtype: torch.dtype = torch.bfloat16, window_batch: int = 1
+    network: nn.Module,
+    image: Tensor,
+    task: Task,
+    dtype: torch.dtype = torch.bfloat16,
+    window_batch: int = 1,
 ) -> Tensor:
     """Ids by ours; making the copy is part of the time."""
-    averaged = {"overlap": 0.5} if task.stride is None else {"stride": task.stride, "probabilities": True}
+    averaged = (
+        {"overlap": 0.5} if task.stride is None else {"stride": task.stride, "probabilities": True}
+    )
     return predict_labels(
-        fast_copy(network, dtype), image, patch_size=task.patch_size, window_batch=window_batch, **averaged
-    )  # fmt: skip
+        fast_copy(network, dtype),
+        image,
+        patch_size=task.patch_size,
+        window_batch=window_batch,
+        **averaged,
+    )
 
 
 exact = functools.partial(fast, dtype=torch.float32)
@@ -165,7 +204,9 @@ def measures_fast(args: argparse.Namespace) -> bool:
     return args.small or fast_dtype(torch.device("cpu")) == torch.bfloat16
 
 
-def cpu_interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def cpu_interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
     """As `interleaved` without a warm-up, but in processor seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
@@ -181,7 +222,9 @@ def resident_mib(field: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
-def measured_call(predict: Callable, case: Path, task: Task, threads: int, sender: Connection) -> None:
+def measured_call(
+    predict: Callable, case: Path, task: Task, threads: int, sender: Connection
+) -> None:
     torch.set_num_threads(threads)
     stored = torch.load(case, weights_only=True)
     network = build_network(task.network, 1, task.num_classes).eval()
@@ -205,12 +248,21 @@ def memory_of(predict: Callable, case: Path, task: Task, threads: int) -> float:
         process.join()
 
 
-def other_row(part: str, peer: str, values: tuple[float, float], ratio: str, bar: str, passed: bool) -> dict:
-    """A row of something that is no time; the table multiplies by 1000 what it takes for seconds."""
+def other_row(
+    part: str, peer: str, values: tuple[float, float], ratio: str, bar: str, passed: bool
+) -> dict:
+    """A row of something that is no time; the table multiplies by 1000 what it takes for
+    seconds.
+    """
     return {
-        "part": part, "peer": peer, "peer_seconds": values[0] / 1000, "ours_seconds": values[1] / 1000,
-        "ratio": ratio, "bar": bar, "passed": passed,
-    }  # fmt: skip
+        "part": part,
+        "peer": peer,
+        "peer_seconds": values[0] / 1000,
+        "ours_seconds": values[1] / 1000,
+        "ratio": ratio,
+        "bar": bar,
+        "passed": passed,
+    }
 
 
 def mean_dice(ids: Tensor, label: Tensor, num_classes: int) -> float:
@@ -234,43 +286,75 @@ def compare(name: str, task: Task, args: argparse.Namespace) -> Iterator[dict]:
     one_window = image[(slice(None), *(slice(side) for side in task.patch_size))]
     for predict in sides.values():  # to warm up: a whole call takes minutes and is many windows
         predict(network, one_window, task)
-    seconds = cpu_interleaved(calls, args.repeats) if args.cpu_time else interleaved(calls, args.repeats, warm=False)
+    seconds = (
+        cpu_interleaved(calls, args.repeats)
+        if args.cpu_time
+        else interleaved(calls, args.repeats, warm=False)
+    )
     title = f"{name}, {'x'.join(map(str, task.size))}"
     clock = ", processor time" if args.cpu_time else ""
     yield overhead(f"{title}: exact{clock}", peer, seconds["peer"], seconds["exact"], 1.0)
     if "fast" in found:
-        yield faster(f"{title}: fast{clock}", peer, seconds["peer"], seconds["fast"], 3.0 if name == "unet" else 1.5)
+        yield faster(
+            f"{title}: fast{clock}",
+            peer,
+            seconds["peer"],
+            seconds["fast"],
+            3.0 if name == "unet" else 1.5,
+        )
         scores = [mean_dice(found[key], label, task.num_classes) for key in ("peer", "fast")]
         away = abs(scores[1] - scores[0])
         equal = (found["fast"] == found["peer"]).double().mean().item()
         yield other_row(
-            f"{title}: fast, mean Dice in %", peer, tuple(scores), f"{away:.3f} points, {100 * equal:.3f} % equal",
-            *(("below 0.1 points", away < 0.1) if name == "unet" else ("99.9 % equal", equal >= 0.999)),
-        )  # fmt: skip
+            f"{title}: fast, mean Dice in %",
+            peer,
+            tuple(scores),
+            f"{away:.3f} points, {100 * equal:.3f} % equal",
+            *(
+                ("below 0.1 points", away < 0.1)
+                if name == "unet"
+                else ("99.9 % equal", equal >= 0.999)
+            ),
+        )
     flips = int((found["exact"] != found["peer"]).sum())
     if name == "vnet":
         yield other_row(
-            f"{title}: exact, voxels of other label", peer, (0, flips), f"of {label.numel():,}", "none", flips == 0
+            f"{title}: exact, voxels of other label",
+            peer,
+            (0, flips),
+            f"of {label.numel():,}",
+            "none",
+            flips == 0,
         )
         return
     with torch.inference_mode():
         logits = monai_logits(network, image, task)
         copied = fast_copy(network, torch.float32)
-        logits -= predict_logits(copied, image, patch_size=task.patch_size, overlap=0.5, window_batch=1)
+        logits -= predict_logits(
+            copied, image, patch_size=task.patch_size, overlap=0.5, window_batch=1
+        )
         difference = logits.abs_().max().item()
         del logits
     yield other_row(
-        f"{title}: exact, voxels of other label", peer, (0, flips), f"logits within {difference:.1e}",
-        "logits within 1e-5", difference <= 1e-5,
-    )  # fmt: skip
+        f"{title}: exact, voxels of other label",
+        peer,
+        (0, flips),
+        f"logits within {difference:.1e}",
+        "logits within 1e-5",
+        difference <= 1e-5,
+    )
     with tempfile.TemporaryDirectory() as folder:
         case = Path(folder) / "case.pt"
         torch.save({"weights": network.state_dict(), "image": image}, case)
         memory = [memory_of(predict, case, task, args.threads) for predict in (peer_labels, exact)]
     yield other_row(
-        f"{title}: exact, peak memory in MiB", peer, tuple(memory), f"{memory[1] / memory[0]:.2f}x its memory",
-        "at most 0.5x", memory[1] <= 0.5 * memory[0],
-    )  # fmt: skip
+        f"{title}: exact, peak memory in MiB",
+        peer,
+        tuple(memory),
+        f"{memory[1] / memory[0]:.2f}x its memory",
+        "at most 0.5x",
+        memory[1] <= 0.5 * memory[0],
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,7 +371,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         remark = "'fast' is not measured: this processor has no instructions for bfloat16.\n"
         print(remark)
         if args.out:
-            args.out.write_text(f"{args.out.read_text(encoding='utf-8')}\n{remark}", encoding="utf-8")
+            args.out.write_text(
+                f"{args.out.read_text(encoding='utf-8')}\n{remark}", encoding="utf-8"
+            )
     return status
 
 

@@ -1,20 +1,25 @@
-"""Dice, Jaccard, HD95 and ASD of one case: `metrics.case_metrics` against medpy and MONAI, with equal results.
+"""Dice, Jaccard, HD95 and ASD of one case: `metrics.case_metrics` against medpy and MONAI, with
+equal results.
 
     python benchmarks/metrics_speed.py --threads 1 --out metrics.md
-    python benchmarks/metrics_speed.py --threads 1 --cpu-time         # on a computer that is busy with other work
+    # on a computer that is busy with other work
+    python benchmarks/metrics_speed.py --threads 1 --cpu-time
     python benchmarks/metrics_speed.py --parts binary --repeats 5
     python benchmarks/metrics_speed.py --small                        # seconds, bars not enforced
 
-medpy, monai: 13 organs, each a few overlapping ellipsoids with rough borders, on 240 x 200 x 160 voxels of
-1.5 x 1.5 x 2 mm. binary: one such shape on 190 x 142 x 88 voxels of 0.625 mm, against medpy. 'clean' is the label with
-its borders moved by up to 2 voxels, 'noisy' by up to 5, after which `--scatter` of all voxels get a random id.
-medpy is called class by class (dc, jc, hd95, asd), MONAI with one-hot tensors that are made before the clock starts
-(compute_hausdorff_distance, compute_average_surface_distance, compute_dice, compute_iou).
+medpy, monai: 13 organs, each a few overlapping ellipsoids with rough borders, on 240 x 200 x 160
+voxels of
+1.5 x 1.5 x 2 mm. binary: one such shape on 190 x 142 x 88 voxels of 0.625 mm, against medpy.
+'clean' is the label with its borders moved by up to 2 voxels, 'noisy' by up to 5, after which
+`--scatter` of all voxels get a random id. medpy is called class by class (dc, jc, hd95, asd), MONAI
+with one-hot tensors that are made before the clock starts (compute_hausdorff_distance,
+compute_average_surface_distance, compute_dice, compute_iou).
 
-Whole calls on organs take a peer up to minutes, so that each of its classes (medpy) or functions (MONAI) is timed once
-after a warm-up on a small volume; ours is the median of the calls made after each. Distances are compared in mm, to
-1e-5 with medpy and to 1e-4 with MONAI; the part names the largest difference. MONAI takes the percentile in float32,
-which at distances of 200 mm is off by more: then that of its own distances, in float64, is what must agree.
+Whole calls on organs take a peer up to minutes, so that each of its classes (medpy) or functions
+(MONAI) is timed once after a warm-up on a small volume; ours is the median of the calls made after
+each. Distances are compared in mm, to 1e-5 with medpy and to 1e-4 with MONAI; the part names the
+largest difference. MONAI takes the percentile in float32, which at distances of 200 mm is off by
+more: then that of its own distances, in float64, is what must agree.
 """
 
 import argparse
@@ -29,7 +34,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from medpy.metric import binary
-from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_iou,
+)
 from monai.metrics.utils import get_edge_surface_distance
 from scipy import ndimage
 
@@ -48,8 +58,15 @@ PEERS = {"medpy": ("medpy", 100, 1e-5), "monai": ("MONAI", 8, 1e-4), "binary": (
 def parse_args() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--scatter", type=float, default=0.005, help="share of voxels made noise (default %(default)s)")
-    parser.add_argument("--cpu-time", action="store_true", help="processor seconds of all threads, not wall time")
+    parser.add_argument(
+        "--scatter",
+        type=float,
+        default=0.005,
+        help="share of voxels made noise (default %(default)s)",
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor seconds of all threads, not wall time"
+    )
     args = parser.parse_args()
     if args.threads < 1 or args.repeats < 1 or not 0 <= args.scatter <= 1:
         parser.error("--threads and --repeats must be at least 1, --scatter from 0 to 1")
@@ -57,7 +74,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_label(
-    shape: Sequence[int], spacing: Sequence[float], num_classes: int, rng: np.random.Generator, blobs: int = 4
+    shape: Sequence[int],
+    spacing: Sequence[float],
+    num_classes: int,
+    rng: np.random.Generator,
+    blobs: int = 4,
 ) -> np.ndarray:
     """Label map uint8 in which every id has voxels, later ones over earlier ones."""
     label = np.zeros(shape, np.uint8)
@@ -68,29 +89,42 @@ def make_label(
         for _ in range(blobs):
             radii = size * rng.uniform(0.5, 1.2, len(shape))
             middle = centre + size * rng.uniform(-1, 1, len(shape))
-            axes = [((np.arange(n) * s - m) / r) ** 2 for n, s, m, r in zip(shape, spacing, middle, radii)]
+            axes = [
+                ((np.arange(n) * s - m) / r) ** 2
+                for n, s, m, r in zip(shape, spacing, middle, radii)
+            ]
             label[sum(np.ix_(*axes)) <= 1] = k
     return moved(label, 5, rng)
 
 
 def moved(label: np.ndarray, voxels: float, rng: np.random.Generator, knots: int = 8) -> np.ndarray:
-    """The label map looked up at places moved by up to `voxels` along each axis, smoothly between knots."""
+    """The label map looked up at places moved by up to `voxels` along each axis, smoothly between
+    knots.
+    """
     index = []
     for axis, side in enumerate(label.shape):
-        coarse = rng.uniform(-voxels, voxels, [-(-n // knots) + 1 for n in label.shape]).astype(np.float32)
+        coarse = rng.uniform(-voxels, voxels, [-(-n // knots) + 1 for n in label.shape]).astype(
+            np.float32
+        )
         field = ndimage.zoom(coarse, np.divide(label.shape, coarse.shape), order=1)
-        own = np.arange(side, dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(label.ndim)])
+        own = np.arange(side, dtype=np.float32).reshape(
+            [-1 if a == axis else 1 for a in range(label.ndim)]
+        )
         index.append(np.clip(np.rint(own + field), 0, side - 1).astype(np.int32))
     return label[tuple(index)]
 
 
-def scattered(label: np.ndarray, share: float, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+def scattered(
+    label: np.ndarray, share: float, num_classes: int, rng: np.random.Generator
+) -> np.ndarray:
     """The label map with random ids at a random `share` of its voxels."""
     noise = rng.integers(0, num_classes, label.shape, np.uint8)
     return np.where(rng.random(label.shape, np.float32) < share, noise, label)
 
 
-def make_cases(setting: dict, scatter: float, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def make_cases(
+    setting: dict, scatter: float, seed: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """'clean' and 'noisy': prediction and label."""
     rng = np.random.default_rng(seed)
     label = make_label(**setting, rng=rng)
@@ -99,11 +133,15 @@ def make_cases(setting: dict, scatter: float, seed: int) -> dict[str, tuple[np.n
     for name, volume in (("label", label), ("clean", clean), ("noisy", noisy)):
         absent = set(range(setting["num_classes"])) - set(np.unique(volume).tolist())
         if absent:
-            raise ValueError(f"seed {seed} leaves ids {sorted(absent)} without voxels in {name}; peers need all")
+            raise ValueError(
+                f"seed {seed} leaves ids {sorted(absent)} without voxels in {name}; peers need all"
+            )
     return {"clean": (clean, label), "noisy": (noisy, label)}
 
 
-def medpy_calls(prediction: np.ndarray, label: np.ndarray, setting: dict) -> list[Callable[[], np.ndarray]]:
+def medpy_calls(
+    prediction: np.ndarray, label: np.ndarray, setting: dict
+) -> list[Callable[[], np.ndarray]]:
     """A call for each class, which gives its KEYS."""
 
     def score(k: int) -> np.ndarray:
@@ -114,10 +152,15 @@ def medpy_calls(prediction: np.ndarray, label: np.ndarray, setting: dict) -> lis
     return [functools.partial(score, k) for k in range(1, setting["num_classes"])]
 
 
-def monai_calls(prediction: np.ndarray, label: np.ndarray, setting: dict) -> list[Callable[[], np.ndarray]]:
+def monai_calls(
+    prediction: np.ndarray, label: np.ndarray, setting: dict
+) -> list[Callable[[], np.ndarray]]:
     """A call for each of KEYS, which gives its value for all classes."""
     ids = torch.arange(setting["num_classes"], dtype=torch.uint8)[:, None, None, None]
-    tensors = [(torch.from_numpy(volume)[None] == ids).to(torch.uint8)[None] for volume in (prediction, label)]
+    tensors = [
+        (torch.from_numpy(volume)[None] == ids).to(torch.uint8)[None]
+        for volume in (prediction, label)
+    ]
     spacing = {"spacing": list(setting["spacing"])}
     functions = (
         functools.partial(compute_dice, include_background=False),
@@ -133,7 +176,9 @@ def monai_exact_hd95(prediction: np.ndarray, label: np.ndarray, setting: dict) -
     values = []
     for k in range(1, setting["num_classes"]):
         masks = [torch.from_numpy(volume == k) for volume in (prediction, label)]
-        _, distances, _ = get_edge_surface_distance(*masks, spacing=setting["spacing"], symmetric=True)
+        _, distances, _ = get_edge_surface_distance(
+            *masks, spacing=setting["spacing"], symmetric=True
+        )
         values.append(max(np.percentile(d.double().numpy(), 95) for d in distances))
     return np.array(values)
 
@@ -145,9 +190,15 @@ def timed(function: Callable[[], object], clock: Callable[[], float]) -> tuple[f
 
 
 def measure(
-    part: str, kind: str, case: tuple[np.ndarray, np.ndarray], setting: dict, args: argparse.Namespace
+    part: str,
+    kind: str,
+    case: tuple[np.ndarray, np.ndarray],
+    setting: dict,
+    args: argparse.Namespace,
 ) -> tuple[dict, bool]:
-    """Row of the table for one kind of prediction, and whether the results agree. `case`: prediction and label."""
+    """Row of the table for one kind of prediction, and whether the results agree. `case`:
+    prediction and label.
+    """
     peer, bar, tolerance = PEERS[part]
     clock = time.process_time if args.cpu_time else time.perf_counter
     make_calls = monai_calls if part == "monai" else medpy_calls
@@ -188,7 +239,9 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     rows, differing = [], []
     organs, atrium = (SMALL_ORGANS, SMALL_ATRIUM) if args.small else (ORGANS, ATRIUM)
-    organ_cases, atrium_cases = (make_cases(setting, args.scatter, seed=0) for setting in (organs, atrium))
+    organ_cases, atrium_cases = (
+        make_cases(setting, args.scatter, seed=0) for setting in (organs, atrium)
+    )
     for part in args.parts:
         setting, cases = (atrium, atrium_cases) if part == "binary" else (organs, organ_cases)
         for kind, case in cases.items():

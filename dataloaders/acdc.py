@@ -1,12 +1,14 @@
-"""ACDC: short-axis cardiac cine MRI as SSL4MIS distributes it; trained on slices, scored on volumes.
+"""ACDC: short-axis cardiac cine MRI as SSL4MIS distributes it; trained on slices, scored on
+volumes.
 
-    <root>/data/patientXXX_frameYY.h5                 volumes: image (S, H, W) in 0..1, label (S, H, W) 0..3
-    <root>/data/slices/patientXXX_frameYY_slice_Z.h5  the same slice by slice, Z from 1
+    <root>/data/patientXXX_frameYY.h5                 volumes: image (S, H, W) in 0..1, label (S, H,
+    W) 0..3 <root>/data/slices/patientXXX_frameYY_slice_Z.h5  the same slice by slice, Z from 1
 
-Where there is no slices/ folder the slices are read from the volumes. Lists name patients, so that no patient can be
-labelled and unlabelled, or trained and tested on, at once. The frames of a patient are whatever its files say, because
-own conversions of patient090 start at another frame number. The files carry no voxel size: spacing is 1 along each
-axis, although slices lie about 10 mm apart, and distances are in voxels, as in every published table of this setting.
+Where there is no slices/ folder the slices are read from the volumes. Lists name patients, so that
+no patient can be labelled and unlabelled, or trained and tested on, at once. The frames of a
+patient are whatever its files say, because own conversions of patient090 start at another frame
+number. The files carry no voxel size: spacing is 1 along each axis, although slices lie about 10 mm
+apart, and distances are in voxels, as in every published table of this setting.
 """
 
 import re
@@ -22,7 +24,8 @@ from dataloaders.cases import Case, DataError, read_image, select
 from dataloaders.faults import CaseNotes, Report
 from dataloaders.semi import SemiDataset, read_h5
 
-LIMITS = (0.0, 1.0)  # of intensities: eight-bit views are cut from them, and anything else would wrap around
+# of intensities: eight-bit views are cut from them, and anything else would wrap around
+LIMITS = (0.0, 1.0)
 _VOLUME = re.compile(r"((.+)_frame\d+)\.h5")
 _FRAME = re.compile(r"(.+)_frame\d+")
 _SLICE = re.compile(r"((.+)_frame\d+)_slice_(\d+)\.h5")
@@ -36,10 +39,11 @@ class SliceCase(Case):
 
 
 class ACDCDataset(SemiDataset):
-    """ACDC slices and volumes; splits/acdc has the 70, 10 and 20 patients of SSL4MIS in their order.
+    """ACDC slices and volumes; splits/acdc has the 70, 10 and 20 patients of SSL4MIS in their
+    order.
 
-    The first 1, 3, 7, 14 patients of train.txt are the published labelled sets (5 % = 3, 10 % = 7). patch_size: what
-    every slice is resized to, nearest neighbour.
+    The first 1, 3, 7, 14 patients of train.txt are the published labelled sets (5 % = 3, 10 % = 7).
+    patch_size: what every slice is resized to, nearest neighbour.
     """
 
     dims = 2
@@ -51,7 +55,12 @@ class ACDCDataset(SemiDataset):
         root: str,
         split_dir: str = "splits/acdc",
         patch_size: Sequence[int] = (256, 256),
-        class_names: Sequence[str] = ("background", "right ventricle", "myocardium", "left ventricle"),
+        class_names: Sequence[str] = (
+            "background",
+            "right ventricle",
+            "myocardium",
+            "left ventricle",
+        ),
         memory_gb: float = 2.0,
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
@@ -60,17 +69,24 @@ class ACDCDataset(SemiDataset):
             root, split_dir, patch_size, class_names, memory_gb, patient_pattern, absent_classes
         )
         if len(patch_size) != 2:
-            raise DataError(f"patch_size must be two numbers, height and width, got {list(patch_size)}")
+            raise DataError(
+                f"patch_size must be two numbers, height and width, got {list(patch_size)}"
+            )
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The volumes called `names`, such as patient028_frame01."""
         volumes = self._volumes()
-        return select([case for cases in volumes.values() for case in cases], names, str(self.root / "data"))
+        return select(
+            [case for cases in volumes.values() for case in cases], names, str(self.root / "data")
+        )
 
     def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
-        """A volume: image (1, H, W, D) float32, label (1, H, W, D) uint8, D slices; spacing 1 and affine identity."""
+        """A volume: image (1, H, W, D) float32, label (1, H, W, D) uint8, D slices; spacing 1 and
+        affine identity.
+        """
         image, label = read_h5(case.images[0], self.num_classes, 3, notes=notes, limits=LIMITS)
-        if notes is not None:  # slice by slice, so that a volume is recognised in slices and the other way round
+        # slice by slice, so that a volume is recognised in slices and the other way round
+        if notes is not None:
             for pair in zip(image, label):
                 notes.see(*pair)
         return {
@@ -82,24 +98,33 @@ class ACDCDataset(SemiDataset):
         }
 
     def read_unlabelled(self, case: Case) -> dict:
-        """A scan file (NIfTI, NRRD, ...): image (1, H, W, D) scaled to 0..1 over the volume, rows and columns as the
-        HDF5 files have them, D slices along the file's third axis; the file's own affine and native_shape."""
+        """A scan file (NIfTI, NRRD, ...): image (1, H, W, D) scaled to 0..1 over the volume, rows
+        and columns as the HDF5 files have them, D slices along the file's third axis; the file's
+        own affine and native_shape.
+        """
         image, affine = read_image(case, self.in_channels)
         native_shape = list(image.shape[1:])
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         if spacing[2] < 0.99 * spacing.max():
             size = " x ".join(f"{mm:.3g}" for mm in spacing)
             raise DataError(
-                f"{case.images[0]}: voxels of {size} mm, expected slices along the third axis, farther apart than the "
+                f"{case.images[0]}: voxels of {size} mm, expected slices along the third axis, "
+                "farther apart than the "
                 f"pixels; store the scan as a stack of short-axis slices"
             )
         image -= image.min()
         image /= image.max()
         # The HDF5 files come from arrays (z, y, x), nibabel gives (x, y, z).
-        return {"image": image.swapaxes(1, 2), "native_affine": affine, "native_shape": native_shape}
+        return {
+            "image": image.swapaxes(1, 2),
+            "native_affine": affine,
+            "native_shape": native_shape,
+        }
 
     def native_file(self, prediction: np.ndarray) -> np.ndarray:
-        """What `native_prediction` gives for a volume of `read_unlabelled`, in the axis order of its file."""
+        """What `native_prediction` gives for a volume of `read_unlabelled`, in the axis order of
+        its file.
+        """
         return prediction.swapaxes(0, 1)
 
     def network_slices(self, volume: dict) -> np.ndarray:
@@ -108,15 +133,22 @@ class ACDCDataset(SemiDataset):
 
     def native_prediction(self, prediction: np.ndarray, volume: dict) -> np.ndarray:
         """Label maps (D, *patch_size) -> (H, W, D), nearest neighbour."""
-        return np.moveaxis(augment_ssl.resize_nearest(prediction, volume["image"].shape[1:3]), 0, -1)
+        return np.moveaxis(
+            augment_ssl.resize_nearest(prediction, volume["image"].shape[1:3]), 0, -1
+        )
 
     def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
-        """Half the time rot_flip, a quarter a turn of up to 20 degrees, a quarter nothing; then resized."""
+        """Half the time rot_flip, a quarter a turn of up to 20 degrees, a quarter nothing; then
+        resized.
+        """
         if rng.random() > 0.5:
             sample = augment_ssl.rot_flip(sample, rng)
         elif rng.random() > 0.5:
             sample = augment_ssl.rotate_small(sample, rng)
-        return sample | {key: augment_ssl.resize_nearest(sample[key], self.patch_size) for key in ("image", "label")}
+        return sample | {
+            key: augment_ssl.resize_nearest(sample[key], self.patch_size)
+            for key in ("image", "label")
+        }
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """As `labelled_patch`, with the image cut to 8 bits, which the strong view starts from."""
@@ -133,13 +165,17 @@ class ACDCDataset(SemiDataset):
 
     def _load(self, case: Case, notes: CaseNotes | None = None) -> dict[str, np.ndarray]:
         index = case.index if isinstance(case, SliceCase) else None
-        image, label = read_h5(case.images[0], self.num_classes, 2 if index is None else 3, index, notes, LIMITS)
+        image, label = read_h5(
+            case.images[0], self.num_classes, 2 if index is None else 3, index, notes, LIMITS
+        )
         if notes is not None:
             notes.see(image, label)
         return {"image": image[None], "label": label[None]}
 
     def _check_empty(self, ids: dict[Case, tuple[str, set[int]]], report: Report) -> None:
-        """As for other data, but of a frame's slices together: those above and below the heart are empty."""
+        """As for other data, but of a frame's slices together: those above and below the heart are
+        empty.
+        """
         frames: dict[str, list] = {}
         for case, (split, found) in ids.items():
             frame = frames.setdefault(_FRAME.match(case.name)[0], [split, case, set()])
@@ -167,7 +203,11 @@ class ACDCDataset(SemiDataset):
             for case in self._evaluation_cases(names, report):
                 with report.catching("", case.name):
                     for index in range(_num_slices(case.images[0], self.num_classes)):
-                        cases.append(SliceCase(f"{case.name}_slice_{index + 1}", case.images, case.label, index))
+                        cases.append(
+                            SliceCase(
+                                f"{case.name}_slice_{index + 1}", case.images, case.label, index
+                            )
+                        )
             return cases
         slices: dict[str, list[tuple]] = {}
         for path in folder.glob("*.h5"):
@@ -176,7 +216,11 @@ class ACDCDataset(SemiDataset):
         found = self._found(names, slices, folder, "patientXXX_frameYY_slice_Z.h5", report)
         for name in found:
             self._check_slices(slices[name], folder, report)
-        return [SliceCase(path.stem, (path,), path) for name in found for _, _, path in sorted(slices[name])]
+        return [
+            SliceCase(path.stem, (path,), path)
+            for name in found
+            for _, _, path in sorted(slices[name])
+        ]
 
     def _check_slices(self, slices: list[tuple], folder: Path, report: Report) -> None:
         """A fault for each slice that is missing between others of its frame."""
@@ -187,19 +231,27 @@ class ACDCDataset(SemiDataset):
             for number in sorted(set(range(1, max(numbers))) - numbers):
                 path = folder / f"{frame}_slice_{number}.h5"
                 report.error(
-                    "missing file", path, f"no such file, though there is slice {max(numbers)}", "every slice from 1",
-                    "complete the data", case=frame,
-                )  # fmt: skip
+                    "missing file",
+                    path,
+                    f"no such file, though there is slice {max(numbers)}",
+                    "every slice from 1",
+                    "complete the data",
+                    case=frame,
+                )
 
-    def _found(self, names: Sequence[str], found: dict, folder: Path, pattern: str, report: Report) -> list[str]:
+    def _found(
+        self, names: Sequence[str], found: dict, folder: Path, pattern: str, report: Report
+    ) -> list[str]:
         """The names that have files; a fault for the others."""
         missing = [name for name in names if name not in found]
         if missing:
             report.error(
-                "missing file", folder,
-                f"no files of {len(missing)} of {len(names)} patients, for example '{missing[0]}'", pattern,
+                "missing file",
+                folder,
+                f"no files of {len(missing)} of {len(names)} patients, for example '{missing[0]}'",
+                pattern,
                 "complete the data or set split_dir to lists of the patients that are there",
-            )  # fmt: skip
+            )
         return [name for name in names if name in found]
 
 

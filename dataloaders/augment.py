@@ -1,7 +1,8 @@
-"""Crops and random augmentations: functions of (sample, rng), so that data are a function of (seed, draw) alone.
+"""Crops and random augmentations: functions of (sample, rng), so that data are a function of (seed,
+draw) alone.
 
-A sample is a dict with `image` (C, H, W, D) float32 and `label` (1 or K, H, W, D) uint8. Steps 6-10 of the CT recipe
-of ACF-BCKD, and steps 3-7 of its BraTS recipe, use these with other probabilities.
+A sample is a dict with `image` (C, H, W, D) float32 and `label` (1 or K, H, W, D) uint8. Steps 6-10
+of the CT recipe of ACF-BCKD, and steps 3-7 of its BraTS recipe, use these with other probabilities.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ import numpy as np
 
 
 def pad_to(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Zero-pad the trailing three axes to at least `size`, evenly on both sides (as sliding-window inference does)."""
+    """Zero-pad the trailing three axes to at least `size`, evenly on both sides (as sliding-window
+    inference does).
+    """
     missing = [max(want - have, 0) for want, have in zip(size, array.shape[-3:])]
     if not any(missing):
         return array
@@ -18,7 +21,9 @@ def pad_to(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def crop_around(array: np.ndarray, centre: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """Crop `size` voxels around `centre`, moved inwards where it would leave the volume, padded if still too small."""
+    """Crop `size` voxels around `centre`, moved inwards where it would leave the volume, padded if
+    still too small.
+    """
     slices = []
     for middle, want, have in zip(centre, size, array.shape[-3:]):
         start = min(max(int(middle) - want // 2, 0), max(have - want, 0))
@@ -26,16 +31,26 @@ def crop_around(array: np.ndarray, centre: Sequence[int], size: Sequence[int]) -
     return pad_to(np.asarray(array[(..., *slices)]), size)
 
 
-def crop_pos_neg(sample: dict, rng: np.random.Generator, size: Sequence[int], pos_ratio: float = 0.5) -> dict:
-    """Random crop centred on a foreground voxel with probability `pos_ratio`, else on a background one.
+def crop_pos_neg(
+    sample: dict, rng: np.random.Generator, size: Sequence[int], pos_ratio: float = 0.5
+) -> dict:
+    """Random crop centred on a foreground voxel with probability `pos_ratio`, else on a background
+    one.
 
-    Background centres are label 0 inside the body; both are given as flat indices, `foreground` and `background`, of
-    the volume. If one kind does not exist the other is taken; if neither does, the centre is uniform.
+    Background centres are label 0 inside the body; both are given as flat indices, `foreground` and
+    `background`, of the volume. If one kind does not exist the other is taken; if neither does, the
+    centre is uniform.
     """
     shape = sample["label"].shape[-3:]
-    wanted = ("foreground", "background") if rng.random() < pos_ratio else ("background", "foreground")
+    wanted = (
+        ("foreground", "background") if rng.random() < pos_ratio else ("background", "foreground")
+    )
     indices = next((sample[kind] for kind in wanted if len(sample[kind])), None)
-    voxel = int(indices[rng.integers(len(indices))]) if indices is not None else int(rng.integers(np.prod(shape)))
+    voxel = (
+        int(indices[rng.integers(len(indices))])
+        if indices is not None
+        else int(rng.integers(np.prod(shape)))
+    )
     centre = np.unravel_index(voxel, shape)
     return {key: crop_around(sample[key], centre, size) for key in ("image", "label")}
 
@@ -44,7 +59,8 @@ def crop_uniform(sample: dict, rng: np.random.Generator, size: Sequence[int]) ->
     """Random crop, every position equally likely."""
     shape = sample["label"].shape[-3:]
     centre = [
-        rng.integers(have - want + 1) + want // 2 if have > want else have // 2 for have, want in zip(shape, size)
+        rng.integers(have - want + 1) + want // 2 if have > want else have // 2
+        for have, want in zip(shape, size)
     ]
     return {key: crop_around(sample[key], centre, size) for key in ("image", "label")}
 
@@ -56,7 +72,9 @@ def random_flip(sample: dict, rng: np.random.Generator, prob: float) -> dict:
 
 
 def random_rot90(sample: dict, rng: np.random.Generator, prob: float) -> dict:
-    """With probability `prob` rotate by 90, 180 or 270 degrees in the plane of the first two spatial axes."""
+    """With probability `prob` rotate by 90, 180 or 270 degrees in the plane of the first two
+    spatial axes.
+    """
     if rng.random() >= prob:
         return sample
     turns = int(rng.integers(1, 4))
@@ -78,7 +96,9 @@ def random_shift(sample: dict, rng: np.random.Generator, prob: float, amount: fl
 
 
 def zscore_nonzero(image: np.ndarray) -> np.ndarray:
-    """(x - mean) / std of each channel over its non-zero voxels; zeros stay zero, a constant channel is centred."""
+    """(x - mean) / std of each channel over its non-zero voxels; zeros stay zero, a constant
+    channel is centred.
+    """
     result = np.zeros_like(image)
     for channel, target in zip(image, result):
         inside = channel != 0

@@ -1,11 +1,13 @@
-"""BraTS: four MRI channels, three overlapping tumour regions as multi-label targets (the BraTS recipe of ACF-BCKD).
+"""BraTS: four MRI channels, three overlapping tumour regions as multi-label targets (the BraTS
+recipe of ACF-BCKD).
 
-Scans stay on their own grid (240 x 240 x 155 voxels of 1 mm): no reorientation, no resampling. Stored ids are 1
-necrotic core, 2 oedema, 3 enhancing tumour (4 in the 2021 release and before).
+Scans stay on their own grid (240 x 240 x 155 voxels of 1 mm): no reorientation, no resampling.
+Stored ids are 1 necrotic core, 2 oedema, 3 enhancing tumour (4 in the 2021 release and before).
 
-Training and evaluation see different intensities, as in the reference: a patch is z-scored by itself, a volume that is
-evaluated by itself as a whole. `normalize: volume` gives patches the statistics of their volume instead. The cache
-holds the scans as they are (16-bit where that loses nothing, 72 MB each), and a training step reads only its patch.
+Training and evaluation see different intensities, as in the reference: a patch is z-scored by
+itself, a volume that is evaluated by itself as a whole. `normalize: volume` gives patches the
+statistics of their volume instead. The cache holds the scans as they are (16-bit where that loses
+nothing, 72 MB each), and a training step reads only its patch.
 """
 
 from collections.abc import Sequence
@@ -26,11 +28,13 @@ _SUFFIXES_2021 = {"t1ce": "t1c", "t1": "t1n", "flair": "t2f", "t2": "t2w"}
 
 
 class BraTSDataset(MSDDataset):
-    """Cases of a decathlon JSON whose `image` lists four files, in the order of CHANNELS; lists as for MSDDataset.
+    """Cases of a decathlon JSON whose `image` lists four files, in the order of CHANNELS; lists as
+    for MSDDataset.
 
-    normalize: 'crop' or 'volume', the voxels whose mean and standard deviation normalise a training patch.
-    k_divisible: patches come from the box of the brain, enlarged to multiples of this many voxels per axis; 0 means
-    the patch size (the reference: 96 for both).
+    normalize: 'crop' or 'volume', the voxels whose mean and standard deviation normalise a training
+    patch.
+    k_divisible: patches come from the box of the brain, enlarged to multiples of this many voxels
+    per axis; 0 means the patch size (the reference: 96 for both).
     """
 
     multilabel = True
@@ -55,32 +59,54 @@ class BraTSDataset(MSDDataset):
         absent_classes: Sequence[str] = (),
     ) -> None:
         if len(class_names) != len(REGIONS):
-            raise DataError(f"class_names: BraTS has the regions {', '.join(REGIONS)}, got {list(class_names)}")
+            raise DataError(
+                f"class_names: BraTS has the regions {', '.join(REGIONS)}, got {list(class_names)}"
+            )
         if normalize not in NORMALIZATIONS:
-            raise DataError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got '{normalize}'")
+            raise DataError(
+                f"normalize must be one of {', '.join(NORMALIZATIONS)}, got '{normalize}'"
+            )
         if k_divisible < 0:
-            raise DataError(f"k_divisible: a number of voxels, or 0 for the patch size; got {k_divisible}")
+            raise DataError(
+                f"k_divisible: a number of voxels, or 0 for the patch size; got {k_divisible}"
+            )
         self.normalize, self.k_divisible = normalize, k_divisible
         super().__init__(
-            root, datalist, class_names, in_channels, split_dir, cache_dir,
-            orientation="", spacing=(), intensity="none", crop_foreground=False, patient_pattern=patient_pattern,
+            root,
+            datalist,
+            class_names,
+            in_channels,
+            split_dir,
+            cache_dir,
+            orientation="",
+            spacing=(),
+            intensity="none",
+            crop_foreground=False,
+            patient_pattern=patient_pattern,
             absent_classes=absent_classes,
-        )  # fmt: skip
+        )
 
     @property
     def allowed_ids(self) -> tuple[int, ...]:
         return (0, 1, 2, 3, 4)
 
     def preprocess(self, case: Case) -> dict:
-        """What the cache holds: `image` (C, H, W, D) as stored, `label` ids (1, H, W, D), per channel the `mean` and
-        `std` of the non-zero voxels, the brain's `box` (first and one past the last voxel), and the grid's keys."""
+        """What the cache holds: `image` (C, H, W, D) as stored, `label` ids (1, H, W, D), per
+        channel the `mean` and `std` of the non-zero voxels, the brain's `box` (first and one past
+        the last voxel), and the grid's keys.
+        """
         image, label, affine, seen = self._read_checked(case)
         brain = (image > 0).any(0)
         if not brain.any():
-            raise DataError(Finding(
-                "no foreground", str(case.images[0]), "no channel has a value above 0", "a brain to crop to",
-                "give the scan as it was released, skull-stripped, with air at 0",
-            ))  # fmt: skip
+            raise DataError(
+                Finding(
+                    "no foreground",
+                    str(case.images[0]),
+                    "no channel has a value above 0",
+                    "a brain to crop to",
+                    "give the scan as it was released, skull-stripped, with air at 0",
+                )
+            )
         occupied = [np.flatnonzero(brain.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         mean, std = _statistics(image)
         short = np.abs(image).max() < 2**15 and bool((image == np.rint(image)).all())
@@ -89,7 +115,10 @@ class BraTSDataset(MSDDataset):
             "label": label[None],
             "mean": mean,
             "std": std,
-            "box": [[int(found[0]) for found in occupied], [int(found[-1]) + 1 for found in occupied]],
+            "box": [
+                [int(found[0]) for found in occupied],
+                [int(found[-1]) + 1 for found in occupied],
+            ],
             "affine": affine,
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
             "ids": self._ids(label),
@@ -99,19 +128,27 @@ class BraTSDataset(MSDDataset):
         }
 
     def read(self, case: Case) -> dict:
-        """The case as it is evaluated: the whole volume, z-scored; label regions (3, H, W, D) uint8."""
+        """The case as it is evaluated: the whole volume, z-scored; label regions (3, H, W, D)
+        uint8.
+        """
         sample = self.cache.read(case)
-        image = _standardise(np.asarray(sample["image"], np.float32), sample.pop("mean"), sample.pop("std"))
+        image = _standardise(
+            np.asarray(sample["image"], np.float32), sample.pop("mean"), sample.pop("std")
+        )
         del sample["box"]  # what is normalised already must not serve as a training sample
         return sample | {"image": image, "label": self.encode_label(sample["label"])}
 
-    def preprocess_image(self, case: Case, image: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def preprocess_image(
+        self, case: Case, image: np.ndarray, affine: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The whole volume z-scored, on its own grid."""
         _check_order(case)
         return _standardise(image, *_statistics(image)), affine
 
     def channel_of(self, name: str) -> tuple[str, int] | None:
-        """Also the releases' own names: CASE-t1c or CASE_t1ce, ...; segmentations beside them are no channels."""
+        """Also the releases' own names: CASE-t1c or CASE_t1ce, ...; segmentations beside them are
+        no channels.
+        """
         scan, separator, suffix = name.replace("_", "-").rpartition("-")
         suffix = _SUFFIXES_2021.get(suffix.lower(), suffix.lower())
         if separator and suffix in (*CHANNELS, "seg"):
@@ -129,7 +166,9 @@ class BraTSDataset(MSDDataset):
         return self.cache.read(case)
 
     def encode_label(self, label: np.ndarray) -> np.ndarray:
-        """Stored ids (1, H, W, D) -> the regions tumour core, whole tumour, enhancing tumour, (3, H, W, D) uint8."""
+        """Stored ids (1, H, W, D) -> the regions tumour core, whole tumour, enhancing tumour, (3,
+        H, W, D) uint8.
+        """
         ids = np.asarray(label)[0]
         enhancing = (ids == 3) | (ids == 4)
         core = (ids == 1) | enhancing
@@ -143,7 +182,9 @@ class BraTSDataset(MSDDataset):
         return set(np.flatnonzero(regions.any(1)).tolist())
 
     def decode_prediction(self, prediction: np.ndarray) -> np.ndarray:
-        """Regions (3, H, W, D) -> ids (H, W, D), enhancing tumour as 3; later regions are painted over earlier ones."""
+        """Regions (3, H, W, D) -> ids (H, W, D), enhancing tumour as 3; later regions are painted
+        over earlier ones.
+        """
         core, whole, enhancing = (np.asarray(region) > 0 for region in prediction)
         ids = np.zeros(core.shape, np.uint8)
         ids[whole] = 2
@@ -151,17 +192,29 @@ class BraTSDataset(MSDDataset):
         ids[enhancing] = 3
         return ids
 
-    def patch_function(self, patch_size: Sequence[int], crop: str = "uniform", *probabilities: float, **named: float):
-        """(sample, rng) -> one random training patch, as MSDDataset's; every position in the brain's enlarged box is
-        equally likely, which may reach beyond the volume (zeros)."""
+    def patch_function(
+        self,
+        patch_size: Sequence[int],
+        crop: str = "uniform",
+        *probabilities: float,
+        **named: float,
+    ):
+        """(sample, rng) -> one random training patch, as MSDDataset's; every position in the
+        brain's enlarged box is equally likely, which may reach beyond the volume (zeros).
+        """
         if crop != "uniform":
-            raise DataError(f"crop: the data format 'brats' draws patches uniformly, got '{crop}'; set crop: uniform")
+            raise DataError(
+                f"crop: the data format 'brats' draws patches uniformly, got '{crop}'; set crop: "
+                "uniform"
+            )
         made = super().patch_function(patch_size, crop, *probabilities, **named)
         return partial(made, cut=partial(self._cut, size=tuple(patch_size)))
 
     def _cut(self, sample: dict, rng: np.random.Generator, size: Sequence[int]) -> dict:
         if "box" not in sample:
-            raise ValueError("BraTS patches are cut from training_sample(case), not from read(case)")
+            raise ValueError(
+                "BraTS patches are cut from training_sample(case), not from read(case)"
+            )
         low, high = enlarge(*sample["box"], [self.k_divisible or side for side in size])
         start = [int(rng.integers(a, max(b - side, a) + 1)) for a, b, side in zip(low, high, size)]
         image = crop_padded(sample["image"], start, size).astype(np.float32)
@@ -169,18 +222,27 @@ class BraTSDataset(MSDDataset):
             image = _standardise(image, sample["mean"], sample["std"])
         else:
             image = augment.zscore_nonzero(image)
-        return {"image": image, "label": self.encode_label(crop_padded(sample["label"], start, size))}
+        return {
+            "image": image,
+            "label": self.encode_label(crop_padded(sample["label"], start, size)),
+        }
 
 
-def enlarge(low: Sequence[int], high: Sequence[int], multiple: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The box low..high-1 enlarged to multiples of `multiple` per axis; half of the excess, rounded down, in front."""
+def enlarge(
+    low: Sequence[int], high: Sequence[int], multiple: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The box low..high-1 enlarged to multiples of `multiple` per axis; half of the excess, rounded
+    down, in front.
+    """
     sides = [-(-(b - a) // k) * k for a, b, k in zip(low, high, multiple)]
     first = [a - (side - (b - a)) // 2 for a, b, side in zip(low, high, sides)]
     return first, [a + side for a, side in zip(first, sides)]
 
 
 def crop_padded(array: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """`size` voxels of the trailing three axes from `start`, which may be negative; zeros beyond the array."""
+    """`size` voxels of the trailing three axes from `start`, which may be negative; zeros beyond
+    the array.
+    """
     inner, padding = [], []
     for first, want, have in zip(start, size, array.shape[-3:]):
         begin = min(max(first, 0), have)
@@ -192,9 +254,13 @@ def crop_padded(array: np.ndarray, start: Sequence[int], size: Sequence[int]) ->
 
 
 def _statistics(image: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the non-zero voxels of each channel; 1 in place of a deviation of 0."""
+    """Mean and standard deviation of the non-zero voxels of each channel; 1 in place of a deviation
+    of 0.
+    """
     inside = [channel[channel != 0].astype(np.float64) for channel in image]
-    return [float(values.mean()) for values in inside], [float(values.std()) or 1.0 for values in inside]
+    return [float(values.mean()) for values in inside], [
+        float(values.std()) or 1.0 for values in inside
+    ]
 
 
 def _standardise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -207,10 +273,18 @@ def _standardise(image: np.ndarray, mean: Sequence[float], std: Sequence[float])
 
 def _check_order(case: Case) -> None:
     """DataError if the file names end in the known channel names, but in another order."""
-    suffixes = [path.name.split(".")[0].replace("_", "-").rsplit("-", 1)[-1].lower() for path in case.images]
+    suffixes = [
+        path.name.split(".")[0].replace("_", "-").rsplit("-", 1)[-1].lower() for path in case.images
+    ]
     found = [_SUFFIXES_2021.get(suffix, suffix) for suffix in suffixes]
     if sorted(found) == sorted(CHANNELS) and tuple(found) != CHANNELS:
-        raise DataError(Finding(
-            "channels", str(case.images[0]), f"the channels of '{case.name}' are listed as {', '.join(suffixes)}",
-            "", "the order must be t1c, t1n, t2f, t2w (2021 release: t1ce, t1, flair, t2); mend the data list",
-        ))  # fmt: skip
+        raise DataError(
+            Finding(
+                "channels",
+                str(case.images[0]),
+                f"the channels of '{case.name}' are listed as {', '.join(suffixes)}",
+                "",
+                "the order must be t1c, t1n, t2f, t2w (2021 release: t1ce, t1, flair, t2); mend "
+                "the data list",
+            )
+        )

@@ -1,6 +1,8 @@
-"""Preprocessed cases on disk: made once, then memory-mapped, so that a second start is fast and a step reads little.
+"""Preprocessed cases on disk: made once, then memory-mapped, so that a second start is fast and a
+step reads little.
 
-The key of an entry covers the content of the case's files and every parameter of the deterministic transforms.
+The key of an entry covers the content of the case's files and every parameter of the deterministic
+transforms.
 """
 
 import contextlib
@@ -19,9 +21,13 @@ FORMAT = 2  # raise when the stored layout or the meaning of a transform changes
 
 
 class CaseCache:
-    """Preprocessed samples of cases under `folder`. `preprocess(case)` -> dict of arrays and JSON values."""
+    """Preprocessed samples of cases under `folder`. `preprocess(case)` -> dict of arrays and JSON
+    values.
+    """
 
-    def __init__(self, folder: Path, preprocess: Callable[[Case], dict], parameters: Mapping) -> None:
+    def __init__(
+        self, folder: Path, preprocess: Callable[[Case], dict], parameters: Mapping
+    ) -> None:
         self.folder, self.preprocess = folder, preprocess
         self.parameters = json.dumps({"format": FORMAT, **parameters}, sort_keys=True)
         self._digests_path = folder / "digests.json"
@@ -37,12 +43,14 @@ class CaseCache:
         self._digests = {}
 
     def facts(self, case: Case, store: bool = True) -> dict:
-        """The JSON values of the preprocessed sample and the `shape` of its image; made first where they are not there.
+        """The JSON values of the preprocessed sample and the `shape` of its image; made first where
+        they are not there.
 
         store: keep the sample. DataError that lists all faults of the case.
         """
         files = [*case.images, case.label] if case.label else case.images
-        there = all(path.is_file() for path in files)  # else preprocessing says what is missing, and what else is wrong
+        # else preprocessing says what is missing, and what else is wrong
+        there = all(path.is_file() for path in files)
         if there and store and not self._entry(case).is_dir():
             self._make(case)
         sample = self.read(case) if there and self._entry(case).is_dir() else self.preprocess(case)
@@ -87,7 +95,8 @@ class CaseCache:
             try:
                 os.rename(temporary, self._entry(case))
             except OSError:
-                if not self._entry(case).is_dir():  # else another process made the same entry meanwhile
+                # else another process made the same entry meanwhile
+                if not self._entry(case).is_dir():
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -102,4 +111,6 @@ class CaseCache:
 
 def _is_array(key: str, value: object) -> bool:
     """Whether a value has a file of its own; the others are in meta.json."""
-    return isinstance(value, np.ndarray) and value.ndim >= 1 and key not in ("affine", "native_affine")
+    return (
+        isinstance(value, np.ndarray) and value.ndim >= 1 and key not in ("affine", "native_affine")
+    )

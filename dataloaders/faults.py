@@ -1,7 +1,8 @@
-"""What can be wrong with a data set: findings, gathered so that none hides another, and the errors made of them.
+"""What can be wrong with a data set: findings, gathered so that none hides another, and the errors
+made of them.
 
-Training and tools/check_data.py go through the same functions, so they say the same of a file. A finding of level
-'error' keeps a run from starting; a 'warning' is printed and the run goes on.
+Training and tools/check_data.py go through the same functions, so they say the same of a file. A
+finding of level 'error' keeps a run from starting; a 'warning' is printed and the run goes on.
 """
 
 import contextlib
@@ -67,14 +68,20 @@ class Finding:
             raise ValueError(f"no such fault or level: '{self.fault}', '{self.level}'")
 
     def __str__(self) -> str:
-        parts = (f"{self.file}: {self.found}", self.expected and f"expected {self.expected}", self.fix)
+        parts = (
+            f"{self.file}: {self.found}",
+            self.expected and f"expected {self.expected}",
+            self.fix,
+        )
         return "; ".join(part for part in parts if part)
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what was found, what was expected and the fix.
+    """Data that cannot be used; the message names the file, what was found, what was expected and
+    the fix.
 
-    findings: what the message is made of, with warnings that were met on the way; () for wrong arguments.
+    findings: what the message is made of, with warnings that were met on the way; () for wrong
+    arguments.
     """
 
     def __init__(self, message: "str | Finding", findings: Sequence[Finding] = ()) -> None:
@@ -83,7 +90,9 @@ class DataError(ValueError):
 
 
 class Report:
-    """Findings in the order in which they were met. totals: how many cases or files there are of each title."""
+    """Findings in the order in which they were met. totals: how many cases or files there are of
+    each title.
+    """
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
@@ -91,10 +100,14 @@ class Report:
         self.totals: dict[str, int] = {}
         self.titles: dict[str, str] = {}  # split -> title
 
-    def error(self, fault: str, file: object, found: str, expected: str = "", fix: str = "", **where: str) -> None:
+    def error(
+        self, fault: str, file: object, found: str, expected: str = "", fix: str = "", **where: str
+    ) -> None:
         self.take([Finding(fault, str(file), found, expected, fix, **where)])
 
-    def warning(self, fault: str, file: object, found: str, expected: str = "", fix: str = "", **where: str) -> None:
+    def warning(
+        self, fault: str, file: object, found: str, expected: str = "", fix: str = "", **where: str
+    ) -> None:
         self.take([Finding(fault, str(file), found, expected, fix, WARNING, **where)])
 
     def take(self, findings: Iterable[Finding]) -> None:
@@ -106,7 +119,9 @@ class Report:
 
     @contextlib.contextmanager
     def catching(self, split: str = "", case: str = "") -> Iterator[None]:
-        """Note what a DataError says and go on; a DataError about arguments, not files, passes through."""
+        """Note what a DataError says and go on; a DataError about arguments, not files, passes
+        through.
+        """
         try:
             yield
         except DataError as error:
@@ -126,7 +141,11 @@ class Report:
         """A line for each kind of warning, with its first file."""
         lines = []
         for first, *others in grouped(self.warnings):
-            more = f" (and {len(others)} more like it; tools/check_data.py lists them)" if others else ""
+            more = (
+                f" (and {len(others)} more like it; tools/check_data.py lists them)"
+                if others
+                else ""
+            )
             lines.append(f"warning: {first}{more}")
         return lines
 
@@ -136,20 +155,34 @@ class Report:
         self.totals[title] = self.totals.get(title, 0) + total
 
     def stop(self) -> None:
-        """DataError if there is an error; its message has all of them, under the list that they are in."""
+        """DataError if there is an error; its message has all of them, under the list that they are
+        in.
+        """
         if not self.errors:
             return
         groups: dict[str, list[Finding]] = {}
         for finding in self.errors:
-            groups.setdefault(self.titles.get(finding.split, "") if finding.case else "", []).append(finding)
+            groups.setdefault(
+                self.titles.get(finding.split, "") if finding.case else "", []
+            ).append(finding)
         parts = []
         for title, found in groups.items():
             lines = [str(finding) for finding in found[:SHOWN]]
             if len(found) > SHOWN:
-                lines.append(f"... and {len(found) - SHOWN} more; tools/check_data.py lists them all")
+                lines.append(
+                    f"... and {len(found) - SHOWN} more; tools/check_data.py lists them all"
+                )
             cases = len({(finding.split, finding.case) for finding in found})
-            head = f"{cases} of {self.totals[title]} {title} cannot be used:" if title else "faults in the data:"
-            parts.append(lines[0] if not title and len(groups) == len(lines) == 1 else "\n  ".join([head, *lines]))
+            head = (
+                f"{cases} of {self.totals[title]} {title} cannot be used:"
+                if title
+                else "faults in the data:"
+            )
+            parts.append(
+                lines[0]
+                if not title and len(groups) == len(lines) == 1
+                else "\n  ".join([head, *lines])
+            )
         raise DataError("\n".join(parts), self.findings)
 
 
@@ -163,7 +196,8 @@ def gathering(report: Report | None) -> Iterator[Report]:
 
 
 class CaseNotes(Report):
-    """What is noted while one case is read: warnings, digests of its images, the label ids that occur.
+    """What is noted while one case is read: warnings, digests of its images, the label ids that
+    occur.
 
     grid: shape and affine of the image, known even if its voxels are faulty.
     """
@@ -181,10 +215,14 @@ class CaseNotes(Report):
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Findings with equal fault, level, expectation and fix together: hundreds of scans may share one weakness."""
+    """Findings with equal fault, level, expectation and fix together: hundreds of scans may share
+    one weakness.
+    """
     groups: dict[tuple, list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.fault, finding.level, finding.expected, finding.fix), []).append(finding)
+        groups.setdefault((finding.fault, finding.level, finding.expected, finding.fix), []).append(
+            finding
+        )
     return list(groups.values())
 
 
@@ -194,25 +232,39 @@ def placed(findings: Iterable[Finding], split: str, case: str) -> list[Finding]:
 
 
 def no_file(path: Path) -> Finding:
-    return Finding("missing file", str(path), "no such file", "", "restore it or take the case out of the lists")
+    return Finding(
+        "missing file",
+        str(path),
+        "no such file",
+        "",
+        "restore it or take the case out of the lists",
+    )
 
 
 def unreadable(path: Path, error: Exception) -> Finding:
-    reason = f"unreadable or truncated ({type(error).__name__}: {' '.join(str(error).split())[-200:]})"
+    reason = (
+        f"unreadable or truncated ({type(error).__name__}: {' '.join(str(error).split())[-200:]})"
+    )
     return Finding("unreadable", str(path), reason, "", "copy the file again")
 
 
 def content_digest(image: np.ndarray) -> str:
-    """SHA-256 of shape, type and values: the same for one image in two files, however they are compressed."""
+    """SHA-256 of shape, type and values: the same for one image in two files, however they are
+    compressed.
+    """
     result = hashlib.sha256(f"{image.shape} {image.dtype}".encode())
     result.update(np.ascontiguousarray(image).data)
     return result.hexdigest()
 
 
-def check_duplicates(seen: Iterable[tuple[str, str, Path, Sequence[str]]], report: Report, same_list: str) -> None:
-    """Note images that occur under two names. seen: (split, name, file, digests) of each case; several digests: any.
+def check_duplicates(
+    seen: Iterable[tuple[str, str, Path, Sequence[str]]], report: Report, same_list: str
+) -> None:
+    """Note images that occur under two names. seen: (split, name, file, digests) of each case;
+    several digests: any.
 
-    Between two lists that is an error, within one of level `same_list`. A pair of names is reported once.
+    Between two lists that is an error, within one of level `same_list`. A pair of names is reported
+    once.
     """
     owners: dict[str, tuple[str, str, Path]] = {}
     pairs = set()
@@ -224,24 +276,42 @@ def check_duplicates(seen: Iterable[tuple[str, str, Path, Sequence[str]]], repor
             pairs.add((other, name))
             note = report.error if split != other_split or same_list == ERROR else report.warning
             note(
-                "duplicate", path, f"the same image as {file} ({other_split} list), here in the {split} list", "",
-                "every scan may be listed once, not under two names", split=split,
-            )  # fmt: skip
+                "duplicate",
+                path,
+                f"the same image as {file} ({other_split} list), here in the {split} list",
+                "",
+                "every scan may be listed once, not under two names",
+                split=split,
+            )
 
 
-def check_classes(ids: Iterable[int], classes: Mapping[int, str], absent: Sequence[str], source: str, report: Report):
-    """Note classes (id -> name) that no label of the training list has, unless they are named in `absent`.
+def check_classes(
+    ids: Iterable[int],
+    classes: Mapping[int, str],
+    absent: Sequence[str],
+    source: str,
+    report: Report,
+):
+    """Note classes (id -> name) that no label of the training list has, unless they are named in
+    `absent`.
 
-    An error: a network learns nothing about such a class, misses it in every case, and the printed mean falls by it
-    with nothing to show why. The usual causes are another order of class_names and lists that are too short.
+    An error: a network learns nothing about such a class, misses it in every case, and the printed
+    mean falls by it with nothing to show why. The usual causes are another order of class_names and
+    lists that are too short.
     """
     unknown = [name for name in absent if name not in classes.values()]
     if unknown:
-        raise DataError(f"absent_classes: {unknown} are none of the classes {', '.join(classes.values())}")
+        raise DataError(
+            f"absent_classes: {unknown} are none of the classes {', '.join(classes.values())}"
+        )
     ids = set(ids)
     for number, name in classes.items():
         if number not in ids and name not in absent:
             report.error(
-                "absent class", source, f"no training case has class {number}, '{name}'", "each class at least once",
-                f"mend class_names or the list, or say so with --opts \"absent_classes=['{name}']\"",
+                "absent class",
+                source,
+                f"no training case has class {number}, '{name}'",
+                "each class at least once",
+                "mend class_names or the list, or say so with "
+                f"--opts \"absent_classes=['{name}']\"",
             )

@@ -1,13 +1,17 @@
-"""RGB images with binary masks: ISIC-2018 (skin lesions), Kvasir-SEG (polyps), or own data in the same form.
+"""RGB images with binary masks: ISIC-2018 (skin lesions), Kvasir-SEG (polyps), or own data in the
+same form.
 
-    <root>/train/images, <root>/train/masks, <root>/val/images, ...      lists made from the folders, or
-    <root>/images, <root>/masks                                          lists drawn by tools/make_splits.py
+    <root>/train/images, <root>/train/masks, <root>/val/images, ...      lists made from the
+    folders, or <root>/images, <root>/masks                                          lists drawn by
+    tools/make_splits.py
 
-Lists are train.txt, val.txt and, if there is one, test.txt. A line is an image's name without suffix or, as in the
-released lists, `train/images/X.jpg train/masks/X.png`; paths with blanks are parted by a tab. Labelled images are those
-of labelled_5%.txt, labelled_44.txt or ratio_5%/labeled.txt; where there is no such list they are drawn, always the same
-ones. Masks are cut at half: JPEG masks hold every value between 0 and 255. Other masks whose few intermediate values
-look like ids of further classes are refused, blurred ones are warned of. Sizes are in pixels, so spacing is 1.
+Lists are train.txt, val.txt and, if there is one, test.txt. A line is an image's name without
+suffix or, as in the released lists, `train/images/X.jpg train/masks/X.png`; paths with blanks are
+parted by a tab. Labelled images are those of labelled_5%.txt, labelled_44.txt or
+ratio_5%/labeled.txt; where there is no such list they are drawn, always the same ones. Masks are
+cut at half: JPEG masks hold every value between 0 and 255. Other masks whose few intermediate
+values look like ids of further classes are refused, blurred ones are warned of. Sizes are in
+pixels, so spacing is 1.
 """
 
 import random
@@ -39,10 +43,11 @@ RESIZES = ("bilinear", "nearest")
 class Images2DDataset(SemiDataset):
     """RGB images and binary masks of any size, resized to patch_size.
 
-    split_dir: folder of the lists, root if empty. augmentation: 'semi' resizes first and always turns and mirrors,
-    labelled images too; 'supervised' is the pipeline of the fully supervised runs for `labelled_patch` (turn and mirror
-    half the time, else small rotations, then resize), which reads images at their own size. eval_resize: of images to
-    be predicted; 'bilinear' as in training, 'nearest' as the released testers do.
+    split_dir: folder of the lists, root if empty. augmentation: 'semi' resizes first and always
+    turns and mirrors, labelled images too; 'supervised' is the pipeline of the fully supervised
+    runs for `labelled_patch` (turn and mirror half the time, else small rotations, then resize),
+    which reads images at their own size. eval_resize: of images to be predicted; 'bilinear' as in
+    training, 'nearest' as the released testers do.
     """
 
     dims = 2
@@ -63,26 +68,41 @@ class Images2DDataset(SemiDataset):
         absent_classes: Sequence[str] = (),
     ) -> None:
         super().__init__(
-            root, split_dir or root, patch_size, class_names, memory_gb, patient_pattern, absent_classes
+            root,
+            split_dir or root,
+            patch_size,
+            class_names,
+            memory_gb,
+            patient_pattern,
+            absent_classes,
         )
         if len(patch_size) != 2 or patch_size[0] != patch_size[1]:
-            raise DataError(f"patch_size must be two equal numbers, since images are turned, got {list(patch_size)}")
+            raise DataError(
+                "patch_size must be two equal numbers, since images are turned, got "
+                f"{list(patch_size)}"
+            )
         if len(class_names) != 2:
             raise DataError(f"masks are binary; class_names must be two, got {list(class_names)}")
         if augmentation not in AUGMENTATIONS:
-            raise DataError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got '{augmentation}'")
+            raise DataError(
+                f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got '{augmentation}'"
+            )
         if eval_resize not in RESIZES:
             raise DataError(f"eval_resize must be one of {', '.join(RESIZES)}, got '{eval_resize}'")
         self.augmentation, self.eval_resize = augmentation, eval_resize
         self._known: dict[str, Case] = {}
 
     def scan(self) -> dict[str, list[Case]]:
-        """The images of each folder that exists, sorted by name; a mask has the name of its image."""
+        """The images of each folder that exists, sorted by name; a mask has the name of its
+        image.
+        """
         found = {}
         for key, (images, masks) in FOLDERS.items():
             paths = _files(self.root / images)
             if paths:
-                labels = {path.stem.removesuffix(MASK_ENDING): path for path in _files(self.root / masks)}
+                labels = {
+                    path.stem.removesuffix(MASK_ENDING): path for path in _files(self.root / masks)
+                }
                 found[key] = [Case(path.stem, (path,), labels.get(path.stem)) for path in paths]
         return found
 
@@ -95,16 +115,23 @@ class Images2DDataset(SemiDataset):
             return self._cases(names, report)
 
     def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
-        """An image at its own size: image (3, H, W) float32, label (1, H, W) uint8; spacing 1 pixel."""
+        """An image at its own size: image (3, H, W) float32, label (1, H, W) uint8; spacing 1
+        pixel.
+        """
         image, mask = _open_pair(case, notes)
         return {
-            "image": augment_ssl.from_pil(image), "label": np.asarray(mask)[None], "spacing": [1.0, 1.0],
+            "image": augment_ssl.from_pil(image),
+            "label": np.asarray(mask)[None],
+            "spacing": [1.0, 1.0],
             "name": case.name,
-        }  # fmt: skip
+        }
 
     def read_unlabelled(self, case: Case) -> dict:
         """An image file: image (3, H, W) float32 in 0..1 at its own size."""
-        return {"image": augment_ssl.from_pil(_open(case.images[0]).convert("RGB")), "name": case.name}
+        return {
+            "image": augment_ssl.from_pil(_open(case.images[0]).convert("RGB")),
+            "name": case.name,
+        }
 
     def network_slices(self, volume: dict) -> np.ndarray:
         """The image as the network takes it: (1, 3, *patch_size) float32."""
@@ -117,7 +144,9 @@ class Images2DDataset(SemiDataset):
         return augment_ssl.resize_nearest(prediction, volume["image"].shape[1:])[0]
 
     def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
-        """The weak view, or with augmentation 'supervised' the pipeline of fully supervised runs."""
+        """The weak view, or with augmentation 'supervised' the pipeline of fully supervised
+        runs.
+        """
         if self.augmentation == "semi":
             return self.weak(sample, rng)
         if rng.random() > 0.5:
@@ -136,13 +165,23 @@ class Images2DDataset(SemiDataset):
 
     def _load(self, case: Case, notes: CaseNotes | None = None) -> dict[str, np.ndarray]:
         image, mask = _open_pair(case, notes)
-        if self.augmentation == "semi":  # the first step of the pipeline, without a random choice: done once
+        # the first step of the pipeline, without a random choice: done once
+        if self.augmentation == "semi":
             size = (self.patch_size[1], self.patch_size[0])
-            image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
-        return {"image": np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0)), "label": np.array(mask)[None]}
+            image, mask = (
+                image.resize(size, Image.Resampling.BILINEAR),
+                mask.resize(size, Image.Resampling.NEAREST),
+            )
+        return {
+            "image": np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0)),
+            "label": np.array(mask)[None],
+        }
 
     def _sample(self, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"image": stored["image"].astype(np.float32) / np.float32(255), "label": stored["label"]}
+        return {
+            "image": stored["image"].astype(np.float32) / np.float32(255),
+            "label": stored["label"],
+        }
 
     def _lists(self, report: Report) -> dict[str, list[str]]:
         lists = {split: self._read_list(split, report) for split in ("train", "val", "test")}
@@ -151,15 +190,19 @@ class Images2DDataset(SemiDataset):
         folders = self.scan() if lists["train"] is None or lists["val"] is None else {}
         for split in ("train", "val") if lists["train"] else ("train", "val", "test"):
             if lists[split] is None:
-                lists[split] = [case.name for case in folders.get(split, []) if self._add(case, report)]
+                lists[split] = [
+                    case.name for case in folders.get(split, []) if self._add(case, report)
+                ]
         for split in ("train", "val"):
             if not lists[split] and not (self.split_dir / f"{split}.txt").is_file():
                 report.error(
-                    "list", f"{self.split_dir / split}.txt",
+                    "list",
+                    f"{self.split_dir / split}.txt",
                     f"no such list, and {self.root} has "
                     f"{', '.join(FOLDERS[key][0] for key in folders) or 'no folder of images'}",
-                    " and ".join(FOLDERS[split]), "or draw lists with tools/make_splits.py images",
-                )  # fmt: skip
+                    " and ".join(FOLDERS[split]),
+                    "or draw lists with tools/make_splits.py images",
+                )
         self._check_strays(report)
         return {split: names or [] for split, names in lists.items()}
 
@@ -173,7 +216,12 @@ class Images2DDataset(SemiDataset):
             paths = line.split("\t") if "\t" in line else line.split()
             if len(paths) == 2 and all(Path(path).suffix.lower() in SUFFIXES for path in paths):
                 image, mask = (self.root / path.strip() for path in paths)
-                if all([check_inside(p, self.root, source, report, self.allow_outside) for p in (image, mask)]):
+                if all(
+                    [
+                        check_inside(p, self.root, source, report, self.allow_outside)
+                        for p in (image, mask)
+                    ]
+                ):
                     with report.catching():
                         if self._add(Case(image.stem, (image,), mask), report):
                             names.append(image.stem)
@@ -184,28 +232,50 @@ class Images2DDataset(SemiDataset):
             else:
                 example = next(iter(by_name), "none")
                 report.error(
-                    "unknown case", source, f"there is no image '{line}' in {self.root}",
-                    "an image's name, or the paths of image and mask, parted by a tab if they have blanks",
+                    "unknown case",
+                    source,
+                    f"there is no image '{line}' in {self.root}",
+                    "an image's name, or the paths of image and mask, parted by a tab if they have "
+                    "blanks",
                     f"names look like {example}",
-                )  # fmt: skip
-        repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+                )
+        repeated = (
+            sorted({name for name in names if names.count(name) > 1})
+            if len(set(names)) < len(names)
+            else []
+        )
         if repeated:
             report.error(
-                "listed twice", source, f"listed twice: {', '.join(repeated[:5])}", "", "each image may stand once"
+                "listed twice",
+                source,
+                f"listed twice: {', '.join(repeated[:5])}",
+                "",
+                "each image may stand once",
             )
         return list(dict.fromkeys(names))
 
     def _ratio_lists(self, report: Report) -> dict[str, list[str]]:
-        """Train and val of the first ratio_N% folder, if there is one: train is labelled and unlabelled together."""
+        """Train and val of the first ratio_N% folder, if there is one: train is labelled and
+        unlabelled together.
+        """
         for folder in sorted(self.split_dir.glob("ratio_*%")):
-            parts = [self._read_list(f"{folder.name}/{part}", report) for part in ("labeled", "unlabeled")]
+            parts = [
+                self._read_list(f"{folder.name}/{part}", report)
+                for part in ("labeled", "unlabeled")
+            ]
             if all(parts):
                 lists = {"train": sorted({name for part in parts for name in part})}
-                val = None if (self.split_dir / "val.txt").is_file() else self._read_list(f"{folder.name}/val", report)
+                val = (
+                    None
+                    if (self.split_dir / "val.txt").is_file()
+                    else self._read_list(f"{folder.name}/val", report)
+                )
                 return lists | ({"val": val} if val else {})
         return {}
 
-    def _choose(self, train: Sequence[str], labelled: int | float | None, report: Report) -> list[str]:
+    def _choose(
+        self, train: Sequence[str], labelled: int | float | None, report: Report
+    ) -> list[str]:
         count = labelled_count(labelled, len(train), f"{self.split_dir}/train.txt", self.unit)
         if count == len(train):
             return list(train)
@@ -219,10 +289,14 @@ class Images2DDataset(SemiDataset):
                 foreign = sorted(set(chosen) - set(train))
                 if foreign:
                     report.error(
-                        "unknown case", f"{self.split_dir / name}.txt",
-                        f"{len(foreign)} of {len(chosen)} images are not in the train list, for example "
-                        f"'{foreign[0]}'", "labelled images are training images", "draw the list again",
-                    )  # fmt: skip
+                        "unknown case",
+                        f"{self.split_dir / name}.txt",
+                        f"{len(foreign)} of {len(chosen)} images are not in the train list, for "
+                        "example "
+                        f"'{foreign[0]}'",
+                        "labelled images are training images",
+                        "draw the list again",
+                    )
                 return [name for name in chosen if name not in foreign]
         return draw(train, count)
 
@@ -231,9 +305,12 @@ class Images2DDataset(SemiDataset):
         other = self._known.setdefault(case.name, case)
         if other.images != case.images:
             report.error(
-                "listed twice", case.images[0], f"{other.images[0]} and this image have the same name", "",
+                "listed twice",
+                case.images[0],
+                f"{other.images[0]} and this image have the same name",
+                "",
                 "every image needs a name of its own",
-            )  # fmt: skip
+            )
         return other.images == case.images
 
     def _by_name(self, report: Report) -> dict[str, Case]:
@@ -250,9 +327,12 @@ class Images2DDataset(SemiDataset):
             for path in _files(self.root / masks) if named else []:
                 if path.stem.removesuffix(MASK_ENDING) not in named:
                     report.warning(
-                        "stray file", path, "a mask without an image", f"an image of its name in {images}",
+                        "stray file",
+                        path,
+                        "a mask without an image",
+                        f"an image of its name in {images}",
                         "restore the image or remove the mask",
-                    )  # fmt: skip
+                    )
 
     def _cases(self, names: Sequence[str], report: Report) -> list[Case]:
         if not all(name in self._known for name in names):
@@ -260,16 +340,22 @@ class Images2DDataset(SemiDataset):
         unknown = [name for name in names if name not in self._known]
         if unknown:
             report.error(
-                "unknown case", self.root, f"{len(unknown)} of {len(names)} images not found, for example "
-                f"'{unknown[0]}'", "", "complete the data or set data_root and split_dir to where they are",
-            )  # fmt: skip
+                "unknown case",
+                self.root,
+                f"{len(unknown)} of {len(names)} images not found, for example '{unknown[0]}'",
+                "",
+                "complete the data or set data_root and split_dir to where they are",
+            )
         cases = []
         for case in (self._known[name] for name in names if name in self._known):
             if case.label is None:
                 report.error(
-                    "no label", case.images[0], "has no mask of the same name", "one beside the image folder",
+                    "no label",
+                    case.images[0],
+                    "has no mask of the same name",
+                    "one beside the image folder",
                     "restore the mask or take the image out of the lists",
-                )  # fmt: skip
+                )
                 continue
             missing = [path for path in (*case.images, case.label) if not path.is_file()]
             report.take(no_file(path) for path in missing)
@@ -300,22 +386,33 @@ def _open(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(unreadable(path, error)) from error
     if image.mode[0] in "IF":
-        raise DataError(Finding(
-            "type", str(path), f"pixels of mode {image.mode}", "8 bits per channel", "convert the image"
-        ))  # fmt: skip
+        raise DataError(
+            Finding(
+                "type",
+                str(path),
+                f"pixels of mode {image.mode}",
+                "8 bits per channel",
+                "convert the image",
+            )
+        )
     return image
 
 
 def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image, Image.Image]:
-    """Image in mode RGB and mask in mode L with values 0 and 1; DataError with all faults of the two."""
+    """Image in mode RGB and mask in mode L with values 0 and 1; DataError with all faults of the
+    two.
+    """
     faults, image, mask = Report(), None, None
     with faults.catching():
         image = _open(case.images[0]).convert("RGB")
         if all(low == high for low, high in image.getextrema()):
             faults.error(
-                "constant", case.images[0], f"constant image (every pixel is {image.getpixel((0, 0))})", "",
+                "constant",
+                case.images[0],
+                f"constant image (every pixel is {image.getpixel((0, 0))})",
+                "",
                 "it is empty",
-            )  # fmt: skip
+            )
     with faults.catching():
         mask = _open(case.label)
         lossy = mask.format == "JPEG" or case.label.suffix.lower() in (".jpg", ".jpeg")
@@ -323,9 +420,13 @@ def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image,
         _check_mask(case.label, mask, lossy, faults)
     if image is not None and mask is not None and image.size != mask.size:
         faults.error(
-            "shape", case.label, f"{mask.size[0]} x {mask.size[1]} pixels, but its image {case.images[0].name} has "
-            f"{image.size[0]} x {image.size[1]}", "", "image and mask must have one size",
-        )  # fmt: skip
+            "shape",
+            case.label,
+            f"{mask.size[0]} x {mask.size[1]} pixels, but its image {case.images[0].name} has "
+            f"{image.size[0]} x {image.size[1]}",
+            "",
+            "image and mask must have one size",
+        )
     faults.stop()
     cut = mask.point([int(value > 127) for value in range(256)])
     if notes is not None:
@@ -335,24 +436,37 @@ def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image,
 
 
 def _check_mask(path: Path, mask: Image.Image, lossy: bool, faults: Report) -> None:
-    """What the grey values of a mask tell. lossy: JPEG, where values beside 0 and 255 are to be expected."""
+    """What the grey values of a mask tell. lossy: JPEG, where values beside 0 and 255 are to be
+    expected.
+    """
     counts = np.asarray(mask.histogram())
     high = int(np.flatnonzero(counts)[-1])
     if 0 < high <= 127:
         faults.error(
-            "mask values", path, f"its largest value is {high}", "0 and 255 (cut at half)", "multiply ids by 255"
+            "mask values",
+            path,
+            f"its largest value is {high}",
+            "0 and 255 (cut at half)",
+            "multiply ids by 255",
         )
         return
-    between = counts[32:224] if lossy else counts[1:255]  # compression moves a value by less than 32
+    # compression moves a value by less than 32
+    between = counts[32:224] if lossy else counts[1:255]
     share = between.sum() / counts.sum()
     levels = np.flatnonzero(between) + 1
     if not lossy and share > 0.005 and len(levels) <= 8:  # a blurred border has many
         faults.error(
-            "mask values", path, f"values {levels.tolist()} in {100 * share:.1f} % of the pixels", "0 and 255 alone",
+            "mask values",
+            path,
+            f"values {levels.tolist()} in {100 * share:.1f} % of the pixels",
+            "0 and 255 alone",
             "masks are binary: map the ids of several classes to 0 and 255",
-        )  # fmt: skip
+        )
     elif share > (0.02 if lossy else 0.0):
         faults.warning(
-            "mask values", path, f"{100 * share:.1f} % of the pixels lie between background and foreground",
-            "0 and 255", "masks are cut at half, 128 and above is foreground",
-        )  # fmt: skip
+            "mask values",
+            path,
+            f"{100 * share:.1f} % of the pixels lie between background and foreground",
+            "0 and 255",
+            "masks are cut at half, 128 and above is foreground",
+        )

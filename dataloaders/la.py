@@ -1,13 +1,16 @@
 """LA: the 2018 left-atrium challenge (late-enhancement MRI) in the HDF5 files of UA-MT.
 
-One file per scan with `image` (H, W, D) float32, z-scored over the scan, and `label` 0 or 1, in one of the layouts
+One file per scan with `image` (H, W, D) float32, z-scored over the scan, and `label` 0 or 1, in one
+of the layouts
 
-    <root>/<ID>/mri_norm2.h5    <root>/data/<ID>.h5    <root>/2018LA_Seg_Training Set/<ID>/mri_norm2.h5
+    <root>/<ID>/mri_norm2.h5    <root>/data/<ID>.h5    <root>/2018LA_Seg_Training
+    Set/<ID>/mri_norm2.h5
 
-The files carry no voxel size; spacing is 1 along each axis (the scans are 0.625 mm isotropic), so distances are in
-voxels, as in every published table. They were cropped around the atrium by means of the labels, those of unlabelled
-and test scans too: all numbers on this data share that. There is no validation list: published rows choose the best
-checkpoint on the 20 test scans. To keep the test scans out of that choice, add a val.txt with ids taken from train.txt.
+The files carry no voxel size; spacing is 1 along each axis (the scans are 0.625 mm isotropic), so
+distances are in voxels, as in every published table. They were cropped around the atrium by means
+of the labels, those of unlabelled and test scans too: all numbers on this data share that. There is
+no validation list: published rows choose the best checkpoint on the 20 test scans. To keep the test
+scans out of that choice, add a val.txt with ids taken from train.txt.
 """
 
 from collections.abc import Sequence
@@ -28,10 +31,11 @@ LAYOUTS = ("{}/mri_norm2.h5", "data/{}.h5", "2018LA_Seg_Training Set/{}/mri_norm
 
 
 class LADataset(SemiDataset):
-    """LA volumes; splits/la has the 80 and 20 scans of UA-MT in their order, and no val.txt (then val is empty).
+    """LA volumes; splits/la has the 80 and 20 scans of UA-MT in their order, and no val.txt (then
+    val is empty).
 
-    The first 4, 8, 16 scans of train.txt are the published labelled sets. last_start: crops may start at the last
-    admissible voxel, which the released code never draws (False).
+    The first 4, 8, 16 scans of train.txt are the published labelled sets. last_start: crops may
+    start at the last admissible voxel, which the released code never draws (False).
     """
 
     dims = 3
@@ -64,15 +68,22 @@ class LADataset(SemiDataset):
             return self._evaluation_cases(names, report)
 
     def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
-        """A scan: image (1, H, W, D) float32, label (1, H, W, D) uint8; spacing 1 and affine identity."""
-        return self._load(case, notes) | {"spacing": [1.0, 1.0, 1.0], "affine": np.eye(4), "name": case.name}
+        """A scan: image (1, H, W, D) float32, label (1, H, W, D) uint8; spacing 1 and affine
+        identity.
+        """
+        return self._load(case, notes) | {
+            "spacing": [1.0, 1.0, 1.0],
+            "affine": np.eye(4),
+            "name": case.name,
+        }
 
     def read_unlabelled(self, case: Case) -> dict:
-        """A scan file (NIfTI, NRRD, ...) as the HDF5 files hold scans: image (1, H, W, D) float32 in the axis order LPS
-        and on a grid of 0.625 mm, z-scored over the whole scan; affine, native_affine and native_shape.
+        """A scan file (NIfTI, NRRD, ...) as the HDF5 files hold scans: image (1, H, W, D) float32
+        in the axis order LPS and on a grid of 0.625 mm, z-scored over the whole scan; affine,
+        native_affine and native_shape.
 
-        The HDF5 files were cropped around the atrium before they were z-scored, so crop new scans likewise: of a much
-        larger field of view mean and deviation are other ones.
+        The HDF5 files were cropped around the atrium before they were z-scored, so crop new scans
+        likewise: of a much larger field of view mean and deviation are other ones.
         """
         image, native_affine = read_image(case, self.in_channels)
         native = {"native_affine": native_affine, "native_shape": list(image.shape[1:])}
@@ -86,7 +97,9 @@ class LADataset(SemiDataset):
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """Quarter turns and a mirror in the axial plane, then a random crop."""
-        return augment_ssl.crop_padded(augment_ssl.rot_flip(sample, rng), rng, self.patch_size, self.last_start)
+        return augment_ssl.crop_padded(
+            augment_ssl.rot_flip(sample, rng), rng, self.patch_size, self.last_start
+        )
 
     def strong(self, sample: dict, rng: np.random.Generator) -> dict:
         """Bias field, gamma and blur of a weak view."""
@@ -106,11 +119,17 @@ class LADataset(SemiDataset):
                 paths = [self.root / layout.format(name) for layout in LAYOUTS]
                 path = next((path for path in paths if path.is_file()), None)
                 if path is None:
-                    raise DataError(Finding(
-                        "missing file", str(paths[0]), f"no such file, nor {paths[1].relative_to(self.root)} or "
-                        f"{paths[2].relative_to(self.root)}", "",
-                        "complete the data or set split_dir to lists of the scans that are there",
-                    ))  # fmt: skip
+                    raise DataError(
+                        Finding(
+                            "missing file",
+                            str(paths[0]),
+                            f"no such file, nor {paths[1].relative_to(self.root)} or "
+                            f"{paths[2].relative_to(self.root)}",
+                            "",
+                            "complete the data or set split_dir to lists of the scans that are "
+                            "there",
+                        )
+                    )
                 cases.append(Case(name, (path,), path))
         return cases
 

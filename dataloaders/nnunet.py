@@ -1,15 +1,19 @@
-"""nnU-Net v2 raw data sets, `DatasetXXX_Name`: channels in files of their own, ids by name, regions that may overlap.
+"""nnU-Net v2 raw data sets, `DatasetXXX_Name`: channels in files of their own, ids by name, regions
+that may overlap.
 
-    dataset.json               channel_names {"0": "CT"}, labels {"background": 0, "liver": 1}, file_ending ".nii.gz"
-    imagesTr/CASE_0000.nii.gz  channel 0 of a scan; CASE_0001.nii.gz is channel 1, ...
+    dataset.json               channel_names {"0": "CT"}, labels {"background": 0, "liver": 1},
+    file_ending ".nii.gz" imagesTr/CASE_0000.nii.gz  channel 0 of a scan; CASE_0001.nii.gz is
+    channel 1, ...
     labelsTr/CASE.nii.gz
     imagesTs/, labelsTs/       the test list, if there are labels
-    splits_final.json          [{"train": [CASE, ...], "val": [CASE, ...]}, ...], one entry per fold; nnU-Net writes it
-                               to its folder of preprocessed data: copy it here to train on the same folds
+    splits_final.json          [{"train": [CASE, ...], "val": [CASE, ...]}, ...], one entry per
+                               fold; nnU-Net writes it to its folder of preprocessed data: copy it
+                               here to train on the same folds
 
-As nnU-Net allows, dataset.json may list the files under "dataset": {CASE: {"images": [...], "label": ...}}.
-Region-based labels, {"whole tumour": [1, 2, 3], "tumour core": [2, 3]} with regions_class_order, are trained as classes
-that overlap, one sigmoid each; predictions are written with the ids of regions_class_order, later ones over earlier.
+As nnU-Net allows, dataset.json may list the files under "dataset": {CASE: {"images": [...],
+"label": ...}}. Region-based labels, {"whole tumour": [1, 2, 3], "tumour core": [2, 3]} with
+regions_class_order, are trained as classes that overlap, one sigmoid each; predictions are written
+with the ids of regions_class_order, later ones over earlier.
 """
 
 from collections.abc import Sequence
@@ -29,9 +33,10 @@ OBJECT = "an object with 'channel_names' and 'labels'"
 class NnUNetDataset(MSDDataset):
     """Cases of an nnU-Net v2 raw data set, preprocessed as MSDDataset's.
 
-    regions: name -> label ids, if labels are region-based; class_names are then these names, without background.
-    regions_class_order: the id that a prediction has for each region. fold: which entry of splits_final.json is used
-    where split_dir is empty.
+    regions: name -> label ids, if labels are region-based; class_names are then these names,
+    without background.
+    regions_class_order: the id that a prediction has for each region. fold: which entry of
+    splits_final.json is used where split_dir is empty.
     """
 
     described_keys = (*MSDDataset.described_keys, "regions", "regions_class_order")
@@ -65,15 +70,30 @@ class NnUNetDataset(MSDDataset):
         self.regions_class_order, self.fold = tuple(regions_class_order), fold
         self.multilabel = bool(self.regions)
         if self.regions and tuple(self.regions) != tuple(class_names):
-            raise DataError(f"class_names: {list(class_names)}, but regions {list(self.regions)}; leave the former out")
+            raise DataError(
+                f"class_names: {list(class_names)}, but regions {list(self.regions)}; leave the "
+                "former out"
+            )
         if len(self.regions_class_order) != len(self.regions):
             raise DataError(
-                f"regions_class_order: {list(regions_class_order)}, expected one id for each of {list(self.regions)}"
+                f"regions_class_order: {list(regions_class_order)}, expected one id for each of "
+                f"{list(self.regions)}"
             )
         super().__init__(
-            root, datalist, class_names, in_channels, split_dir, cache_dir, orientation, spacing, intensity, window,
-            crop_foreground, patient_pattern, absent_classes,
-        )  # fmt: skip
+            root,
+            datalist,
+            class_names,
+            in_channels,
+            split_dir,
+            cache_dir,
+            orientation,
+            spacing,
+            intensity,
+            window,
+            crop_foreground,
+            patient_pattern,
+            absent_classes,
+        )
 
     @property
     def allowed_ids(self) -> tuple[int, ...]:
@@ -94,30 +114,49 @@ class NnUNetDataset(MSDDataset):
         path, folders = self.root / SPLITS, self._folders(report)
         result = {"train": [], "val": [], "test": folders["Ts"]}
         if not path.is_file():
-            raise DataError(Finding(
-                "list", str(path), "no such list of folds", "",
-                "copy nnU-Net's there, or draw lists (tools/make_splits.py --format nnunet, tools/new_config.py) and "
-                "set split_dir",
-            ))  # fmt: skip
+            raise DataError(
+                Finding(
+                    "list",
+                    str(path),
+                    "no such list of folds",
+                    "",
+                    "copy nnU-Net's there, or draw lists (tools/make_splits.py --format nnunet, "
+                    "tools/new_config.py) and "
+                    "set split_dir",
+                )
+            )
         folds = read_json(path, list, "a list of folds")
         if not 0 <= self.fold < len(folds):
-            raise DataError(Finding(
-                "list", str(path), f"{len(folds)} folds, counted from 0", "", f"fold is {self.fold}, choose one of them"
-            ))  # fmt: skip
+            raise DataError(
+                Finding(
+                    "list",
+                    str(path),
+                    f"{len(folds)} folds, counted from 0",
+                    "",
+                    f"fold is {self.fold}, choose one of them",
+                )
+            )
         entry = folds[self.fold]
         for split in ("train", "val"):
             names = entry.get(split) if isinstance(entry, dict) else None
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise DataError(Finding(
-                    "list", str(path), f"fold {self.fold} has no list of case names '{split}'", "",
-                    "copy the file again",
-                ))  # fmt: skip
+                raise DataError(
+                    Finding(
+                        "list",
+                        str(path),
+                        f"fold {self.fold} has no list of case names '{split}'",
+                        "",
+                        "copy the file again",
+                    )
+                )
             repeated = sorted({name for name in names if names.count(name) > 1})
             with gathering(report) as faults:
                 if repeated:
                     listed = f"'{split}' of fold {self.fold} names '{repeated[0]}' more than once"
                     faults.error("listed twice", path, listed, "", "each case may stand once")
-                result[split] = select(folders["Tr"], list(dict.fromkeys(names)), f"{path}, fold {self.fold}", faults)
+                result[split] = select(
+                    folders["Tr"], list(dict.fromkeys(names)), f"{path}, fold {self.fold}", faults
+                )
         return result
 
     def encode_label(self, label: np.ndarray) -> np.ndarray:
@@ -127,7 +166,9 @@ class NnUNetDataset(MSDDataset):
         return np.stack([np.isin(label[0], ids) for ids in self.regions.values()]).astype(np.uint8)
 
     def decode_prediction(self, prediction: np.ndarray) -> np.ndarray:
-        """Regions (K, H, W, D) -> ids (H, W, D) of regions_class_order, later regions over earlier ones."""
+        """Regions (K, H, W, D) -> ids (H, W, D) of regions_class_order, later regions over earlier
+        ones.
+        """
         if not self.regions:
             return prediction
         ids = np.zeros(prediction.shape[1:], np.uint8)
@@ -140,8 +181,10 @@ class NnUNetDataset(MSDDataset):
         return channel_number(name)
 
     def structures(self) -> dict[str, tuple[int, ...]]:
-        """A region is made of its own id and of those of the regions within it; of regions that overlap without one
-        being within the other, the label map holds the overlap for the later one alone."""
+        """A region is made of its own id and of those of the regions within it; of regions that
+        overlap without one being within the other, the label map holds the overlap for the later
+        one alone.
+        """
         if not self.regions:
             return super().structures()
         pairs = list(zip(self.regions.values(), self.regions_class_order))
@@ -175,18 +218,28 @@ class NnUNetDataset(MSDDataset):
                     with report.catching():
                         case = self._listed(name, entry)
                         files = (*case.images, case.label)
-                        if all([check_inside(file, self.root, path, report, self.allow_outside) for file in files]):
+                        if all(
+                            [
+                                check_inside(file, self.root, path, report, self.allow_outside)
+                                for file in files
+                            ]
+                        ):
                             result["Tr"].append(case)
                 return result
             for part, cases in result.items():
                 for label in sorted((self.root / f"labels{part}").glob(f"*{ending}")):
                     with report.catching():
                         cases.append(self._case(label, label.name[: -len(ending)], part, ending))
-            if not (self.root / "labelsTr").is_dir() or not any((self.root / "labelsTr").glob(f"*{ending}")):
+            if not (self.root / "labelsTr").is_dir() or not any(
+                (self.root / "labelsTr").glob(f"*{ending}")
+            ):
                 report.error(
-                    "empty list", self.root / "labelsTr", f"no *{ending} files", "one for each labelled scan",
+                    "empty list",
+                    self.root / "labelsTr",
+                    f"no *{ending} files",
+                    "one for each labelled scan",
                     "complete the data",
-                )  # fmt: skip
+                )
         return result
 
     def _case(self, label: Path, name: str, part: str, ending: str) -> Case:
@@ -195,19 +248,37 @@ class NnUNetDataset(MSDDataset):
         missing = [path for path in images if not path.is_file()]
         if missing:
             whole = (folder / f"{name}{ending}").is_file()
-            raise DataError(Finding(
-                "missing file", str(missing[0]), f"no such file, expected for {label.relative_to(self.root)}", "",
-                "its name lacks the channel, rename it" if whole else "restore it or remove the label",
-            ))  # fmt: skip
+            raise DataError(
+                Finding(
+                    "missing file",
+                    str(missing[0]),
+                    f"no such file, expected for {label.relative_to(self.root)}",
+                    "",
+                    "its name lacks the channel, rename it"
+                    if whole
+                    else "restore it or remove the label",
+                )
+            )
         return Case(name, images, label)
 
     def _listed(self, name: str, entry: object) -> Case:
-        images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(images, list) or len(images) != self.in_channels or not isinstance(label, str):
-            raise DataError(Finding(
-                "list", str(self.root / self.datalist), f"case '{name}' is {entry!r}",
-                f"'images', a list of {self.in_channels}, and 'label'", "mend the data list",
-            ))  # fmt: skip
+        images, label = (
+            (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        )
+        if (
+            not isinstance(images, list)
+            or len(images) != self.in_channels
+            or not isinstance(label, str)
+        ):
+            raise DataError(
+                Finding(
+                    "list",
+                    str(self.root / self.datalist),
+                    f"case '{name}' is {entry!r}",
+                    f"'images', a list of {self.in_channels}, and 'label'",
+                    "mend the data list",
+                )
+            )
         return Case(name, tuple(self.root / image for image in images), self.root / label)
 
     def _ids(self, label: np.ndarray) -> list[int]:
@@ -226,39 +297,60 @@ def read_description(path: Path) -> dict:
     channels, labels = content.get("channel_names"), content.get("labels")
     if "modality" in content and channels is None:
         raise DataError(
-            f"{path}: in the style of nnU-Net v1 and the decathlon ('modality', labels by id); if its image files have "
-            f"no channel number (_0000) set format: msd, otherwise convert it (nnUNetv2_convert_old_nnUNet_dataset)"
+            f"{path}: in the style of nnU-Net v1 and the decathlon ('modality', labels by id); if "
+            "its image files have "
+            "no channel number (_0000) set format: msd, otherwise convert it "
+            "(nnUNetv2_convert_old_nnUNet_dataset)"
         )
     if not isinstance(channels, dict) or sorted(channels) != sorted(map(str, range(len(channels)))):
-        raise DataError(f'{path}: \'channel_names\' is {channels!r}, expected {{"0": "CT"}} or more, counted from 0')
+        raise DataError(
+            f"{path}: 'channel_names' is {channels!r}, "
+            'expected {"0": "CT"} or more, counted from 0'
+        )
     _ending(path, content)
     if not isinstance(labels, dict) or len(labels) < 2:
-        raise DataError(f"{path}: 'labels' is {labels!r}, expected {{\"background\": 0, \"liver\": 1}} or more")
+        raise DataError(
+            f'{path}: \'labels\' is {labels!r}, expected {{"background": 0, "liver": 1}} or more'
+        )
     if "ignore" in labels:
         raise DataError(
-            f"{path}: 'labels' has 'ignore' ({labels['ignore']}), voxels that nobody labelled; losses and scores here "
-            f"need complete labels. Complete them, or take 'ignore' out if no label file holds this id"
+            f"{path}: 'labels' has 'ignore' ({labels['ignore']}), voxels that nobody labelled; "
+            "losses and scores here "
+            "need complete labels. Complete them, or take 'ignore' out if no label file holds "
+            "this id"
         )
     wrong = {
-        name: ids for name, ids in labels.items()
-        if not all(type(k) is int and 0 <= k < 256 for k in (ids if isinstance(ids, list) else [ids])) or ids == []
-    }  # fmt: skip
+        name: ids
+        for name, ids in labels.items()
+        if not all(
+            type(k) is int and 0 <= k < 256 for k in (ids if isinstance(ids, list) else [ids])
+        )
+        or ids == []
+    }
     if wrong:
         swapped = all(str(name).isdecimal() for name in labels)
         fix = "; names and ids are swapped, as in nnU-Net v1" if swapped else ""
-        raise DataError(f"{path}: 'labels' has {wrong}, expected an id 0..255 or a list of ids for each name{fix}")
+        raise DataError(
+            f"{path}: 'labels' has {wrong}, expected an id 0..255 or a list of ids for each "
+            f"name{fix}"
+        )
     if any(isinstance(ids, list) for ids in labels.values()):
-        return {"in_channels": len(channels)} | _regions(path, labels, content.get("regions_class_order"))
+        return {"in_channels": len(channels)} | _regions(
+            path, labels, content.get("regions_class_order")
+        )
     names = {k: name for name, k in labels.items()}
     if sorted(labels.values()) != list(range(len(labels))):
         raise DataError(
-            f"{path}: 'labels' has the ids {sorted(labels.values())}, expected 0 (background) to {len(labels) - 1}, "
+            f"{path}: 'labels' has the ids {sorted(labels.values())}, expected 0 (background) to "
+            f"{len(labels) - 1}, "
             f"each once; nnU-Net refuses others too"
         )
     return {
-        "class_names": tuple(names[k] for k in range(len(names))), "in_channels": len(channels),
-        "regions": {}, "regions_class_order": (),
-    }  # fmt: skip
+        "class_names": tuple(names[k] for k in range(len(names))),
+        "in_channels": len(channels),
+        "regions": {},
+        "regions_class_order": (),
+    }
 
 
 def _regions(path: Path, labels: dict, order: object) -> dict:
@@ -266,10 +358,17 @@ def _regions(path: Path, labels: dict, order: object) -> dict:
     regions = {name: ids for name, ids in regions.items() if set(ids) != {0}}
     inside = [name for name, ids in regions.items() if 0 in ids]
     if inside:
-        raise DataError(f"{path}: region '{inside[0]}' holds the id 0, which is background; take it out")
-    if not isinstance(order, list) or len(order) != len(regions) or not all(type(k) is int and k > 0 for k in order):
         raise DataError(
-            f"{path}: 'regions_class_order' is {order!r}, expected one id above 0 for each of {', '.join(regions)}, in "
+            f"{path}: region '{inside[0]}' holds the id 0, which is background; take it out"
+        )
+    if (
+        not isinstance(order, list)
+        or len(order) != len(regions)
+        or not all(type(k) is int and k > 0 for k in order)
+    ):
+        raise DataError(
+            f"{path}: 'regions_class_order' is {order!r}, expected one id above 0 for each of "
+            f"{', '.join(regions)}, in "
             f"the order in which they are painted over each other"
         )
     return {"class_names": tuple(regions), "regions": regions, "regions_class_order": tuple(order)}
@@ -279,6 +378,7 @@ def _ending(path: Path, content: dict) -> str:
     ending = content.get("file_ending")
     if ending not in SUFFIXES:
         raise DataError(
-            f"{path}: 'file_ending' is {ending!r}, expected one of {', '.join(SUFFIXES)}; 3D scans alone can be read"
+            f"{path}: 'file_ending' is {ending!r}, expected one of {', '.join(SUFFIXES)}; 3D scans "
+            "alone can be read"
         )
     return ending

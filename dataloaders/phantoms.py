@@ -1,12 +1,15 @@
-"""Generated scans: abdominal CT with BTCV or WORD labels and brain MRI with BraTS labels, for demos and tests.
+"""Generated scans: abdominal CT with BTCV or WORD labels and brain MRI with BraTS labels, for demos
+and tests.
 
-No patient data. Every structure is a signed distance in mm (negative inside) in patient coordinates, so that a case
-can be rendered at any voxel size; membership falls off over one voxel, which gives partial volume. Structures are
-painted in order and later ones displace earlier ones, so neighbours touch without gaps or overlaps. A smooth random
-deformation, per-organ jitter and per-case contrasts make the cases differ; unlabelled bowel, muscle and vessels share
-their intensities with organs, so that intensity alone does not tell the class.
+No patient data. Every structure is a signed distance in mm (negative inside) in patient
+coordinates, so that a case can be rendered at any voxel size; membership falls off over one voxel,
+which gives partial volume. Structures are painted in order and later ones displace earlier ones, so
+neighbours touch without gaps or overlaps. A smooth random deformation, per-organ jitter and
+per-case contrasts make the cases differ; unlabelled bowel, muscle and vessels share their
+intensities with organs, so that intensity alone does not tell the class.
 
-Arrays are in RAS axis order: axis 0 grows towards the patient's right, axis 1 anterior, axis 2 superior.
+Arrays are in RAS axis order: axis 0 grows towards the patient's right, axis 1 anterior, axis 2
+superior.
 `seed` is anything that `np.random.default_rng` takes; the tools pass the pair (seed, case).
 """
 
@@ -97,11 +100,13 @@ MR_TISSUE = {
 
 
 def smooth_noise(rng, shape, spacing, scale):
-    """Smooth random field with zero mean and unit standard deviation; (H, W, D) float32, `scale` = grain in mm."""
+    """Smooth random field with zero mean and unit standard deviation; (H, W, D) float32, `scale` =
+    grain in mm.
+    """
     coarse = [max(4, int(np.ceil(n * s / scale)) + 3) for n, s in zip(shape, spacing)]
     field = rng.standard_normal(coarse, np.float32)
-    # Cubic interpolation one axis at a time is far cheaper than in 3D. einsum, not a matrix product: the bits must not
-    # depend on the number of BLAS threads.
+    # Cubic interpolation one axis at a time is far cheaper than in 3D. einsum, not a matrix
+    # product: the bits must not depend on the number of BLAS threads.
     for n, c, term in zip(shape, coarse, ("na,abc->nbc", "nb,abc->anc", "nc,abc->abn")):
         weights = ndimage.zoom(np.eye(c, dtype=np.float32), (n / c, 1), order=3, mode="nearest")
         field = np.einsum(term, weights, field)
@@ -115,17 +120,31 @@ def smooth_union(a, b, radius):
 
 
 class Canvas:
-    """One scan being painted: patient coordinates `x y z` in mm, `image`, `label`; all (H, W, D) in RAS order."""
+    """One scan being painted: patient coordinates `x y z` in mm, `image`, `label`; all (H, W, D) in
+    RAS order.
+    """
 
-    def __init__(self, rng, shape, spacing, centre=(0, 0, 0), scale=(1, 1, 1), wobble=0.0, background=0.0):
-        self.shape, self.spacing, self.scale = tuple(shape), np.asarray(spacing, float), np.asarray(scale, float)
+    def __init__(
+        self, rng, shape, spacing, centre=(0, 0, 0), scale=(1, 1, 1), wobble=0.0, background=0.0
+    ):
+        self.shape, self.spacing, self.scale = (
+            tuple(shape),
+            np.asarray(spacing, float),
+            np.asarray(scale, float),
+        )
         self.centre = np.asarray(centre, float)
         self.voxel = float(np.prod(self.spacing) ** (1 / 3))
-        axes = [(np.arange(n) - (n - 1) / 2) * s / k for n, s, k in zip(self.shape, self.spacing, self.scale)]
+        axes = [
+            (np.arange(n) - (n - 1) / 2) * s / k
+            for n, s, k in zip(self.shape, self.spacing, self.scale)
+        ]
         grid = np.meshgrid(*[a.astype(np.float32) for a in axes], indexing="ij")
         shifts = [wobble * smooth_noise(rng, self.shape, self.spacing, 70.0) for _ in range(3)]
-        self.reach = max(float(np.abs(s).max()) for s in shifts)  # mm that the deformation moves a voxel at most
-        self.x, self.y, self.z = (g + np.float32(c) + s for g, c, s in zip(grid, self.centre, shifts))
+        # mm that the deformation moves a voxel at most
+        self.reach = max(float(np.abs(s).max()) for s in shifts)
+        self.x, self.y, self.z = (
+            g + np.float32(c) + s for g, c, s in zip(grid, self.centre, shifts)
+        )
         self.table_y = grid[1]  # undeformed height above the table: fluid levels are flat
         self.lumps = smooth_noise(rng, self.shape, self.spacing, 22.0)
         self.grain = smooth_noise(rng, self.shape, self.spacing, 8.0)
@@ -133,15 +152,21 @@ class Canvas:
         self.label = np.zeros(self.shape, np.uint8)
 
     def box(self, low, high):
-        """Index slices that are sure to contain the patient-coordinate box [low, high] mm after deformation."""
+        """Index slices that are sure to contain the patient-coordinate box [low, high] mm after
+        deformation.
+        """
         half = (np.array(self.shape) - 1) / 2
         step = self.spacing / self.scale
         start = np.floor((np.asarray(low) - self.reach - self.centre) / step + half).astype(int)
         stop = np.ceil((np.asarray(high) + self.reach - self.centre) / step + half).astype(int) + 1
-        return tuple(slice(a, b) for a, b in zip(np.clip(start, 0, self.shape), np.clip(stop, 0, self.shape)))
+        return tuple(
+            slice(a, b) for a, b in zip(np.clip(start, 0, self.shape), np.clip(stop, 0, self.shape))
+        )
 
     def ellipsoid(self, centre, semi, turn=(0, 0, 0), margin=14.0):
-        """Distance to an ellipsoid; `semi` axes in mm, `turn` = rotations about x, y, z in degrees."""
+        """Distance to an ellipsoid; `semi` axes in mm, `turn` = rotations about x, y, z in
+        degrees.
+        """
         field = np.full(self.shape, FAR, np.float32)
         reach = max(semi) + margin if any(turn) else np.asarray(semi) + margin
         box = self.box(np.asarray(centre) - reach, np.asarray(centre) + reach)
@@ -152,19 +177,26 @@ class Canvas:
         unit = [o / np.float32(s) for o, s in zip(offset, semi)]
         radius = np.sqrt(sum(u * u for u in unit))
         slope = np.sqrt(sum((u / np.float32(s)) ** 2 for u, s in zip(unit, semi)))
-        field[box] = radius * (radius - 1) / np.maximum(slope, 1e-4)  # first-order distance, exact at the surface
+        # first-order distance, exact at the surface
+        field[box] = radius * (radius - 1) / np.maximum(slope, 1e-4)
         return field
 
     def tube(self, points, radii, margin=8.0, step=8.0):
-        """Distance to a tube along a spline through `points` (n, 3) mm, with `radii` (n,) or one radius in mm.
+        """Distance to a tube along a spline through `points` (n, 3) mm, with `radii` (n,) or one
+        radius in mm.
 
-        Radii below 0.6 voxel are raised to it: on coarse grids thin structures stay one voxel wide, not broken.
+        Radii below 0.6 voxel are raised to it: on coarse grids thin structures stay one voxel wide,
+        not broken.
         """
         points = np.asarray(points, float)
         radii = np.maximum(np.broadcast_to(np.asarray(radii, float), len(points)), 0.6 * self.voxel)
         knots = np.r_[0, np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))]
         along = np.linspace(0, knots[-1], max(2, int(knots[-1] / step) + 1))
-        line = CubicSpline(knots, points)(along) if len(points) > 2 else np.linspace(*points, len(along))
+        line = (
+            CubicSpline(knots, points)(along)
+            if len(points) > 2
+            else np.linspace(*points, len(along))
+        )
         width = np.interp(along, knots, radii)
         field = np.full(self.shape, FAR, np.float32)
         for start, end, r0, r1 in zip(line[:-1], line[1:], width[:-1], width[1:]):
@@ -174,11 +206,15 @@ class Canvas:
             axis = (end - start).astype(np.float32)
             t = np.clip(sum(o * a for o, a in zip(offset, axis)) / np.float32(axis @ axis), 0, 1)
             distance = np.sqrt(sum((o - t * a) ** 2 for o, a in zip(offset, axis)))
-            field[box] = np.minimum(field[box], distance - (np.float32(r0) + t * np.float32(r1 - r0)))
+            field[box] = np.minimum(
+                field[box], distance - (np.float32(r0) + t * np.float32(r1 - r0))
+            )
         return field
 
     def paint(self, distance, value, label=None):
-        """Blend `value` (number or field) in where `distance` < 0; `label` None leaves the label map as it is."""
+        """Blend `value` (number or field) in where `distance` < 0; `label` None leaves the label
+        map as it is.
+        """
         where = np.nonzero(distance.ravel() < self.voxel / 2)[0]
         member = np.clip(0.5 - distance.ravel()[where] / self.voxel, 0, 1)
         value = value.ravel()[where] if isinstance(value, np.ndarray) else np.float32(value)
@@ -189,7 +225,9 @@ class Canvas:
 
 
 class Abdomen:
-    """Paints one abdomen; `labels` maps organ names to ids; `missing` organs are FAR everywhere, so never painted."""
+    """Paints one abdomen; `labels` maps organ names to ids; `missing` organs are FAR everywhere, so
+    never painted.
+    """
 
     def __init__(self, rng, canvas, labels, missing):
         self.rng, self.canvas, self.labels, self.missing = rng, canvas, labels, missing
@@ -205,13 +243,17 @@ class Abdomen:
         """Ellipsoid of an organ with the organ's own jitter of place and size."""
         if name in self.missing:
             return np.full(self.canvas.shape, FAR, np.float32)
-        return self.canvas.ellipsoid(np.add(centre, self.shift[name]), np.multiply(semi, self.size[name]), turn)
+        return self.canvas.ellipsoid(
+            np.add(centre, self.shift[name]), np.multiply(semi, self.size[name]), turn
+        )
 
     def tube(self, name, points, radii):
         """Tube of an organ with the organ's own jitter of place and width."""
         if name in self.missing:
             return np.full(self.canvas.shape, FAR, np.float32)
-        return self.canvas.tube(np.add(points, self.shift[name]), np.multiply(radii, self.size[name]))
+        return self.canvas.tube(
+            np.add(points, self.shift[name]), np.multiply(radii, self.size[name])
+        )
 
     def organ(self, name, distance):
         """Paint an organ with its label (0 if the dataset does not label it)."""
@@ -226,7 +268,9 @@ class Abdomen:
         half_x, half_y = 148 * (1 + 0.05 * hips), np.float32(104)
         ux, uy = np.abs(c.x / half_x) + 1e-4, np.abs(c.y / half_y) + 1e-4
         radius = (ux**power + uy**power) ** (1 / power)
-        slope = radius ** (1 - power) * np.hypot(ux ** (power - 1) / half_x, uy ** (power - 1) / half_y)
+        slope = radius ** (1 - power) * np.hypot(
+            ux ** (power - 1) / half_x, uy ** (power - 1) / half_y
+        )
         self.surface = ((radius - 1) / slope).astype(np.float32)
         fat = rng.uniform(9, 17) * (1 - 0.3 * c.y / 100 + 0.12 * c.lumps)
         fat -= 0.5 * fat * np.exp(-((c.x / 25) ** 2)) * (c.y < 0)  # thin over the spinous processes
@@ -243,13 +287,29 @@ class Abdomen:
         c.paint(np.maximum(rectus, 4 - np.abs(c.x)), hu["muscle"])
 
     def skeleton(self):
-        """Back muscles, ribs and vertebrae with spinal canal; displaces whatever was painted there."""
+        """Back muscles, ribs and vertebrae with spinal canal; displaces whatever was painted
+        there.
+        """
         c, hu = self.canvas, self.hu
         for _, s in SIDES:
             bottom = -190 if c.z.min() < -150 else -130
-            c.paint(c.tube([(s * 30, -81, 130), (s * 31, -80, 0), (s * 30, -82, bottom)], 17), hu["muscle"], 0)
-            c.paint(c.tube([(s * 58, -74, -5), (s * 60, -73, -110), (s * 58, -72, -150)], 9), hu["muscle"], 0)
-            psoas = [(s * 27, -46, 12), (s * 33, -44, -40), (s * 43, -40, -100), (s * 58, -18, -200), (s * 72, 8, -270)]
+            c.paint(
+                c.tube([(s * 30, -81, 130), (s * 31, -80, 0), (s * 30, -82, bottom)], 17),
+                hu["muscle"],
+                0,
+            )
+            c.paint(
+                c.tube([(s * 58, -74, -5), (s * 60, -73, -110), (s * 58, -72, -150)], 9),
+                hu["muscle"],
+                0,
+            )
+            psoas = [
+                (s * 27, -46, 12),
+                (s * 33, -44, -40),
+                (s * 43, -40, -100),
+                (s * 58, -18, -200),
+                (s * 72, 8, -270),
+            ]
             c.paint(c.tube(psoas, [5, 12, 19, 18, 12]), hu["muscle"], 0)
         rib_height = (c.z + 0.45 * c.y + 400) % 29 - 14.5
         ribs = np.hypot(rib_height, self.fat_edge + 0.55 * self.wall) - 4.8
@@ -277,12 +337,16 @@ class Abdomen:
         self.canvas.paint(distance + cortex, self.hu["marrow"] + 35 * self.canvas.grain)
 
     def thorax(self):
-        """Lung bases over the diaphragm domes and the underside of the heart; keeps the distances of both."""
+        """Lung bases over the diaphragm domes and the underside of the heart; keeps the distances
+        of both.
+        """
         c, hu = self.canvas, self.hu
         right = 88 - 62 * (((c.x - 66) / 72) ** 2 + ((c.y - 8) / 82) ** 2)
         left = 80 - 62 * (((c.x + 70) / 68) ** 2 + ((c.y - 4) / 82) ** 2)
         dome = np.where(c.x > 0, right, left) + self.rng.normal(0, 4)
-        self.lungs = np.maximum(np.maximum(self.cavity + 2, 0.7 * (dome - c.z)), 24 - np.abs(c.x) + 3 * c.lumps)
+        self.lungs = np.maximum(
+            np.maximum(self.cavity + 2, 0.7 * (dome - c.z)), 24 - np.abs(c.x) + 3 * c.lumps
+        )
         c.paint(np.maximum(self.lungs - 3.5, self.cavity), hu["muscle"])
         c.paint(self.lungs, hu["lung"] + 25 * c.grain)
         vessels = np.maximum(1.1 - 0.5 * c.grain, self.lungs / 4) * 4
@@ -309,8 +373,21 @@ class Abdomen:
         small = np.maximum(c.tube(points, rng.uniform(12, 16, len(points))), self.cavity + 1)
         self.hollow("intestine", small, 3.0, hu["content"] + 25 * c.lumps)
         c.paint(np.maximum(small + 5, 4 * (1.9 - c.lumps)), -700)
-        frame = [(97, -14, -172), (101, -14, -110), (98, -4, -58), (78, 30, -50), (30, 66, -66), (-30, 66, -62)]
-        frame += [(-84, 30, -20), (-102, -18, -5), (-106, -28, -70), (-104, -22, -130), (-88, -2, -180)]
+        frame = [
+            (97, -14, -172),
+            (101, -14, -110),
+            (98, -4, -58),
+            (78, 30, -50),
+            (30, 66, -66),
+            (-30, 66, -62),
+        ]
+        frame += [
+            (-84, 30, -20),
+            (-102, -18, -5),
+            (-106, -28, -70),
+            (-104, -22, -130),
+            (-88, -2, -180),
+        ]
         frame += [(-50, 8, -205), (-10, -25, -212), (0, -50, -226)]
         frame = np.array(frame) + rng.normal(0, 3.5, (len(frame), 3))
         radii = [26, 24, 22, 20, 19, 18, 18, 18, 15, 14, 14, 14, 14, 14]
@@ -319,13 +396,35 @@ class Abdomen:
         self.hollow("colon", colon, 3.0, 15 + 30 * c.grain)
         c.paint(np.maximum(colon + 4, 4 * (0.5 - c.lumps)), -850)
         c.paint(np.maximum(colon + 4, 4 * (1.7 - c.grain)), -500)  # bubbles in stool
-        loop = [(33, 42, -3), (46, 30, 0), (51, 12, -22), (46, 4, -48), (22, 2, -60), (-10, 5, -58), (-30, 14, -44)]
-        self.hollow("duodenum", self.tube("duodenum", loop, [11, 12, 13, 13, 12, 11, 11]) + c.lumps, 3.5, hu["content"])
+        loop = [
+            (33, 42, -3),
+            (46, 30, 0),
+            (51, 12, -22),
+            (46, 4, -48),
+            (22, 2, -60),
+            (-10, 5, -58),
+            (-30, 14, -44),
+        ]
+        self.hollow(
+            "duodenum",
+            self.tube("duodenum", loop, [11, 12, 13, 13, 12, 11, 11]) + c.lumps,
+            3.5,
+            hu["content"],
+        )
 
     def stomach(self):
-        """Stomach with fluid and an air bubble under the front wall, and the esophagus that leads into it."""
+        """Stomach with fluid and an air bubble under the front wall, and the esophagus that leads
+        into it.
+        """
         c, hu = self.canvas, self.hu
-        curve = [(-66, -14, 62), (-68, 8, 48), (-58, 42, 18), (-28, 57, -10), (6, 54, -12), (32, 43, -2)]
+        curve = [
+            (-66, -14, 62),
+            (-68, 8, 48),
+            (-58, 42, 18),
+            (-28, 57, -10),
+            (6, 54, -12),
+            (32, 43, -2),
+        ]
         stomach = self.tube("stomach", curve, [27, 34, 29, 22, 17, 11]) + c.lumps
         stomach = np.maximum(np.maximum(stomach, self.cavity + 2), 4 - self.lungs)
         self.hollow("stomach", stomach, 4.0, hu["content"] + 18 * c.grain)
@@ -345,9 +444,12 @@ class Abdomen:
         left = self.ellipsoid("liver", (0, 44, 46), (74, 40, 30), (0, 14, 10))
         caudate = self.ellipsoid("liver", (22, 4, 36), (24, 24, 26))
         liver = smooth_union(smooth_union(right, left, 14), caudate, 8) + 1.5 * c.lumps
-        underside = (-52 + 0.55 * (118 - c.x) + 0.12 * c.y - c.z) * 0.85  # slants up towards the left
+        # slants up towards the left
+        underside = (-52 + 0.55 * (118 - c.x) + 0.12 * c.y - c.z) * 0.85
         liver = -smooth_union(-liver, -underside, 10)
-        liver = np.maximum.reduce([liver, self.cavity + 1.5, 3.5 - self.lungs, 5 - self.heart, c.z - 92])
+        liver = np.maximum.reduce(
+            [liver, self.cavity + 1.5, 3.5 - self.lungs, 5 - self.heart, c.z - 92]
+        )
         self.organ("liver", liver)
         trees = [
             ([(30, 2, 74), (55, -2, 66), (92, -18, 45)], [6, 4.5, 2.5]),
@@ -360,23 +462,36 @@ class Abdomen:
             c.paint(np.maximum(c.tube(points, radii), liver + 3), hu["portal_splenic_vein"] - 5)
         spleen = self.ellipsoid("spleen", (-98, -34, 36), (38, 50, 52), (20, 0, -18)) + c.lumps
         hilum = self.ellipsoid("spleen", (-58, -8, 34), (36, 40, 46))
-        spleen = np.maximum(np.maximum(spleen, -hilum), np.maximum(self.cavity + 1.5, 3.5 - self.lungs))
+        spleen = np.maximum(
+            np.maximum(spleen, -hilum), np.maximum(self.cavity + 1.5, 3.5 - self.lungs)
+        )
         self.organ("spleen", spleen)
 
     def kidneys(self):
-        """Kidneys with sinus fat and pelvis in perirenal fat, renal vessels, and the Y-shaped adrenals above."""
+        """Kidneys with sinus fat and pelvis in perirenal fat, renal vessels, and the Y-shaped
+        adrenals above.
+        """
         c, hu = self.canvas, self.hu
         for (side, s), height in zip(SIDES, (-36, -22)):
             name = f"{side}_kidney"
             centre, turn = np.array((s * 60, -47, height)), (10, s * 12, -s * 25)
-            capsule = np.maximum(c.ellipsoid(centre + (-s * 3, -10, -2), (34, 28, 60), turn), self.cavity + 1)
+            capsule = np.maximum(
+                c.ellipsoid(centre + (-s * 3, -10, -2), (34, 28, 60), turn), self.cavity + 1
+            )
             c.paint(capsule, hu["fat"] + 8 * c.grain, 0)
-            kidney = np.maximum(self.ellipsoid(name, centre, (28, 24, 52), turn) + 0.8 * c.lumps, self.cavity + 3)
+            kidney = np.maximum(
+                self.ellipsoid(name, centre, (28, 24, 52), turn) + 0.8 * c.lumps, self.cavity + 3
+            )
             sinus = self.ellipsoid(name, centre + (-s * 19, 6, 0), (16, 10, 25), turn) + 2 * c.grain
             self.organ(name, kidney)
             c.paint(sinus, hu["fat"], 0)
-            c.paint(self.ellipsoid(name, centre + (-s * 19, 3, -3), (7, 5, 11), turn), 20, 0)  # renal pelvis
-            ends = (centre + (-s * 12, 6, 3), (s * 36, -24, height + 8), (8 * s + 6, -18, height + 14))
+            # renal pelvis
+            c.paint(self.ellipsoid(name, centre + (-s * 19, 3, -3), (7, 5, 11), turn), 20, 0)
+            ends = (
+                centre + (-s * 12, 6, 3),
+                (s * 36, -24, height + 8),
+                (8 * s + 6, -18, height + 14),
+            )
             c.paint(self.tube(name, ends, [4, 4.5, 4.5]), hu["inferior_vena_cava"] + 10, 0)
         for (side, s), (x, y, z) in zip(SIDES, ((31, -32, 24), (-35, -27, 28))):
             limbs = []
@@ -389,28 +504,75 @@ class Abdomen:
             self.organ(f"{side}_adrenal", adrenal)
 
     def pancreas_gallbladder(self):
-        """Lobulated pancreas from the duodenal loop to the splenic hilum; gallbladder under the liver."""
+        """Lobulated pancreas from the duodenal loop to the splenic hilum; gallbladder under the
+        liver.
+        """
         c = self.canvas
-        gland = [(33, 14, -32), (29, 16, -14), (10, 25, -4), (-20, 22, 6), (-50, 2, 16), (-78, -14, 26)]
-        self.organ("pancreas", self.tube("pancreas", gland, [13, 15, 9.5, 11, 11, 10]) + 1.0 * c.grain)
+        gland = [
+            (33, 14, -32),
+            (29, 16, -14),
+            (10, 25, -4),
+            (-20, 22, 6),
+            (-50, 2, 16),
+            (-78, -14, 26),
+        ]
+        self.organ(
+            "pancreas", self.tube("pancreas", gland, [13, 15, 9.5, 11, 11, 10]) + 1.0 * c.grain
+        )
         bladder = [(66, 62, -24), (62, 50, -12), (54, 34, 6), (49, 26, 14)]
-        gallbladder = np.maximum(self.tube("gallbladder", bladder, [15, 16, 11, 5]), self.cavity + 2)
-        c.paint(gallbladder - 2, self.hu["muscle"])  # enhancing wall, left with the liver's or no label
+        gallbladder = np.maximum(
+            self.tube("gallbladder", bladder, [15, 16, 11, 5]), self.cavity + 2
+        )
+        # enhancing wall, left with the liver's or no label
+        c.paint(gallbladder - 2, self.hu["muscle"])
         self.organ("gallbladder", gallbladder)
 
     def vessels(self):
-        """Aorta, inferior vena cava, portal and splenic vein; mesenteric and iliac vessels without label."""
+        """Aorta, inferior vena cava, portal and splenic vein; mesenteric and iliac vessels without
+        label.
+        """
         c, hu = self.canvas, self.hu
         for s in (1, -1):
-            iliac = [(s * 8 + 2, -20, -138), (s * 34, -22, -180), (s * 58, -5, -225), (s * 62, 42, -290)]
+            iliac = [
+                (s * 8 + 2, -20, -138),
+                (s * 34, -22, -180),
+                (s * 58, -5, -225),
+                (s * 62, 42, -290),
+            ]
             c.paint(c.tube(iliac, [7, 6.5, 6, 5.5]), hu["inferior_vena_cava"] + 5, 0)
-        c.paint(c.tube([(-6, -16, 4), (-4, 4, -8), (-2, 10, -50), (4, 20, -100)], [4.5, 4, 3.5, 2]), hu["aorta"], 0)
-        c.paint(c.tube([(10, 13, -10), (12, 15, -50), (16, 24, -100)], [5.5, 5, 3]), hu["portal_splenic_vein"], 0)
-        cava = [(18, -21, -142), (20, -21, -60), (23, -17, 0), (29, -8, 45), (28, 2, 75), (22, 12, 100)]
-        self.organ("inferior_vena_cava", self.tube("inferior_vena_cava", cava, [10, 10.5, 11, 11.5, 11.5, 12]))
-        aorta = [(-15, -30, 140), (-13, -27, 90), (-8, -21, 30), (-7, -20, -40), (-5, -20, -110), (-2, -20, -140)]
+        c.paint(
+            c.tube([(-6, -16, 4), (-4, 4, -8), (-2, 10, -50), (4, 20, -100)], [4.5, 4, 3.5, 2]),
+            hu["aorta"],
+            0,
+        )
+        c.paint(
+            c.tube([(10, 13, -10), (12, 15, -50), (16, 24, -100)], [5.5, 5, 3]),
+            hu["portal_splenic_vein"],
+            0,
+        )
+        cava = [
+            (18, -21, -142),
+            (20, -21, -60),
+            (23, -17, 0),
+            (29, -8, 45),
+            (28, 2, 75),
+            (22, 12, 100),
+        ]
+        self.organ(
+            "inferior_vena_cava",
+            self.tube("inferior_vena_cava", cava, [10, 10.5, 11, 11.5, 11.5, 12]),
+        )
+        aorta = [
+            (-15, -30, 140),
+            (-13, -27, 90),
+            (-8, -21, 30),
+            (-7, -20, -40),
+            (-5, -20, -110),
+            (-2, -20, -140),
+        ]
         self.organ("aorta", self.tube("aorta", aorta, [11.5, 11.5, 11, 10, 8.5, 8]))
-        c.paint(c.tube([(-7, -20, 14), (-6, -6, 17), (-38, 0, 22)], [4, 4, 3]), hu["aorta"], 0)  # splenic artery
+        # splenic artery
+        c.paint(c.tube([(-7, -20, 14), (-6, -6, 17), (-38, 0, 22)], [4, 4, 3]), hu["aorta"], 0)
         branches = [
             ([(-80, -22, 28), (-48, -6, 16), (-18, 11, 4), (10, 13, -8)], [4, 4.5, 5, 6]),
             ([(10, 13, -10), (22, 14, 8), (42, 14, 26), (58, 8, 32)], [6.5, 7, 7, 5.5]),
@@ -429,23 +591,32 @@ class Abdomen:
             wing = c.ellipsoid((s * 84, -24, -192), (9, 56, 50), (0, s * 18, s * 30)) + 2 * c.lumps
             socket = smooth_union(c.ellipsoid((s * 80, 0, -262), (29, 32, 36)), wing, 12)
             pubis = c.tube([(s * 66, 22, -272), (s * 30, 46, -290), (s * 8, 44, -300)], [10, 9, 10])
-            ischium = c.tube([(s * 68, -22, -275), (s * 60, -34, -318), (s * 40, 10, -330)], [15, 14, 9])
+            ischium = c.tube(
+                [(s * 68, -22, -275), (s * 60, -34, -318), (s * 40, 10, -330)], [15, 14, 9]
+            )
             self.bone(np.minimum.reduce([socket, pubis, ischium]))
             head = self.ellipsoid(f"{side}_femoral_head", (s * 94, 2, -270), (24.5, 24.5, 24.5))
             c.paint(head - 3, hu["muscle"], 0)
-            shaft = c.tube([(s * 94, 2, -270), (s * 122, -6, -296), (s * 128, -6, -345)], [15, 18, 15])
+            shaft = c.tube(
+                [(s * 94, 2, -270), (s * 122, -6, -296), (s * 128, -6, -345)], [15, 18, 15]
+            )
             self.bone(np.maximum(shaft, self.surface + 6))
             self.organ(f"{side}_femoral_head", head)
         neck = self.ellipsoid("bladder", (0, 22, -285), (26, 22, 20))
         bladder = smooth_union(self.ellipsoid("bladder", (0, 30, -268), (42, 32, 28)), neck, 8)
         c.paint(bladder - 3, hu["muscle"], 0)
         self.organ("bladder", bladder)
-        c.paint(c.ellipsoid((0, -10, -285), (24, 12, 26)), hu["muscle"] + 10, 0)  # prostate or uterus
+        # prostate or uterus
+        c.paint(c.ellipsoid((0, -10, -285), (24, 12, 26)), hu["muscle"] + 10, 0)
         canal = [(0, -50, -226), (4, -64, -250), (0, -58, -285), (0, -45, -318)]
-        self.hollow("rectum", self.tube("rectum", canal, [14, 17, 17, 11]) + c.lumps, 4.0, 5 + 35 * c.grain)
+        self.hollow(
+            "rectum", self.tube("rectum", canal, [14, 17, 17, 11]) + c.lumps, 4.0, 5 + 35 * c.grain
+        )
 
     def paint(self):
-        """All structures, from the skin inwards; those of firm place come last because they displace the others."""
+        """All structures, from the skin inwards; those of firm place come last because they
+        displace the others.
+        """
         self.body()
         self.thorax()
         self.bowel()
@@ -460,10 +631,14 @@ class Abdomen:
 
 
 def abdomen_ct(seed, shape, spacing, labels, missing, height):
-    """CT of an abdomen whose field of view is centred `height` mm above the kidneys; image in HU and label."""
+    """CT of an abdomen whose field of view is centred `height` mm above the kidneys; image in HU
+    and label.
+    """
     unknown = sorted(set(missing) - set(labels))
     if unknown:
-        raise ValueError(f"unknown organ {unknown[0]!r} in missing; choose from {', '.join(sorted(labels))}")
+        raise ValueError(
+            f"unknown organ {unknown[0]!r} in missing; choose from {', '.join(sorted(labels))}"
+        )
     if "adrenal" in missing:
         missing = (*missing, "right_adrenal", "left_adrenal")
     rng = np.random.default_rng(seed)
@@ -473,7 +648,9 @@ def abdomen_ct(seed, shape, spacing, labels, missing, height):
     Abdomen(rng, canvas, labels, missing).paint()
     image = ndimage.gaussian_filter(canvas.image, 0.4)
     grainy = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), (1.1, 1.1, 0.4))
-    image += rng.uniform(7, 12) * grainy / grainy.std() + rng.uniform(3, 6) * rng.standard_normal(shape, np.float32)
+    image += rng.uniform(7, 12) * grainy / grainy.std() + rng.uniform(3, 6) * rng.standard_normal(
+        shape, np.float32
+    )
     image += 3 * smooth_noise(rng, shape, spacing, 120.0)  # beam hardening and scatter
     return np.clip(image, -1024, 3071).astype(np.float32), canvas.label
 
@@ -499,20 +676,30 @@ def word_phantom(seed, shape=(128, 96, 96), spacing=(2.8, 2.8, 4.5), missing=())
 
 
 def brain_tissue(rng, canvas):
-    """Distances of brain, white matter and fluid in a canvas of brain coordinates (mm, centred between commissures)."""
+    """Distances of brain, white matter and fluid in a canvas of brain coordinates (mm, centred
+    between commissures).
+    """
     c = canvas
     brain = c.ellipsoid((0, 0, 12), (68, 84, 56))
     for s in (1, -1):
         brain = smooth_union(brain, c.ellipsoid((s * 40, 2, -22), (25, 42, 24)), 10)
     brain += 0.6 * c.lumps
-    fissure = np.maximum(np.abs(c.x + 1.5 * c.lumps) - 1.6, np.maximum(16 - c.z - 0.5 * np.abs(c.y), -30 - c.z))
-    hind = smooth_union(c.ellipsoid((0, -46, -42), (50, 34, 24)), c.tube([(0, -20, -14), (0, -30, -70)], [17, 11]), 6)
+    fissure = np.maximum(
+        np.abs(c.x + 1.5 * c.lumps) - 1.6, np.maximum(16 - c.z - 0.5 * np.abs(c.y), -30 - c.z)
+    )
+    hind = smooth_union(
+        c.ellipsoid((0, -46, -42), (50, 34, 24)),
+        c.tube([(0, -20, -14), (0, -30, -70)], [17, 11]),
+        6,
+    )
     # Sulci follow the zero level of a random field, as deep as the cortex folds.
     folds = smooth_noise(rng, c.shape, c.spacing, 11.0)
     slope = np.sqrt(sum(g * g for g in np.gradient(folds, *c.spacing))) + 0.04
     fold = np.abs(folds) / slope
     sulci = np.maximum(fold - 0.8, -brain - rng.uniform(14, 19))
-    folia = np.maximum(np.abs((np.hypot(c.y + 20, c.z + 20) + 1.5 * c.lumps) % 7 - 3.5) - 0.6, -hind - 12)
+    folia = np.maximum(
+        np.abs((np.hypot(c.y + 20, c.z + 20) + 1.5 * c.lumps) % 7 - 3.5) - 0.6, -hind - 12
+    )
     fluid = np.minimum(np.maximum(sulci, brain), fissure)
     cerebrum_white = np.maximum(brain + 4.5, np.minimum(3.4 - fold, brain + 17))
     cerebrum_white = np.maximum(cerebrum_white, 4.5 - fissure)
@@ -524,20 +711,29 @@ def brain_tissue(rng, canvas):
     ventricles = np.maximum(np.abs(c.x) - 1.8, np.hypot((c.y + 6) / 1.6, c.z + 2) - 9)
     for s in (1, -1):
         deep = np.minimum(
-            c.ellipsoid((s * 12, -14, 2), (9, 14, 9)), c.ellipsoid((s * 25, 6, 2), (7, 17, 11), (0, 0, s * 12))
+            c.ellipsoid((s * 12, -14, 2), (9, 14, 9)),
+            c.ellipsoid((s * 25, 6, 2), (7, 17, 11), (0, 0, s * 12)),
         )
         white = np.maximum(white, -np.minimum(deep, c.ellipsoid((s * 15, 20, 10), (5, 12, 8))))
-        horn = [(s * 7, 34, 8), (s * 9, 12, 17), (s * 13, -14, 20), (s * 24, -36, 8), (s * 33, -20, -12)]
+        horn = [
+            (s * 7, 34, 8),
+            (s * 9, 12, 17),
+            (s * 13, -14, 20),
+            (s * 24, -36, 8),
+            (s * 33, -20, -12),
+        ]
         ventricles = np.minimum(ventricles, c.tube(horn, size * np.array([5.5, 6, 6, 7, 3.5])))
     return np.minimum(brain, hind), white, np.minimum(fluid, ventricles), ventricles
 
 
 def brats_phantom(seed, shape=(96, 112, 88), no_enhancing=False):
-    """Skull-stripped brain MRI with a glioma, four co-registered images; the head is scaled to fit `shape`.
+    """Skull-stripped brain MRI with a glioma, four co-registered images; the head is scaled to fit
+    `shape`.
 
     no_enhancing: the tumour core has no enhancing rim (label 3 absent), as in low-grade glioma.
-    Returns images {t1c, t1n, t2f, t2w: (H, W, D) float32, zero outside the brain, arbitrary units above zero} and
-    label (H, W, D) uint8: 1 necrotic or non-enhancing core, 2 edema, 3 enhancing; RAS order.
+    Returns images {t1c, t1n, t2f, t2w: (H, W, D) float32, zero outside the brain, arbitrary units
+    above zero} and label (H, W, D) uint8: 1 necrotic or non-enhancing core, 2 edema, 3 enhancing;
+    RAS order.
     """
     rng = np.random.default_rng(seed)
     voxel = max(extent / n for extent, n in zip((148, 180, 146), shape))  # mm of brain per voxel
@@ -546,10 +742,15 @@ def brats_phantom(seed, shape=(96, 112, 88), no_enhancing=False):
     side = rng.choice((-1, 1))
     centre = (side * rng.uniform(24, 40), rng.uniform(-45, 42), rng.uniform(6, 30))
     semi = rng.uniform(15, 25, 3)
-    tumour = c.ellipsoid(centre, semi, rng.uniform(-40, 40, 3), margin=50) + 2.2 * c.lumps + 0.8 * c.grain
+    tumour = (
+        c.ellipsoid(centre, semi, rng.uniform(-40, 40, 3), margin=50)
+        + 2.2 * c.lumps
+        + 0.8 * c.grain
+    )
     rim = rng.uniform(3.5, 6.0) + 1.2 * c.lumps
     spread = rng.uniform(9, 17) + 3.0 * smooth_noise(rng, shape, c.spacing, 18.0)
-    # Edema runs along white matter, spares cortex, stops at the ventricles and does not cross the midline.
+    # Edema runs along white matter, spares cortex, stops at the ventricles and does not cross the
+    # midline.
     midline = 3 - side * c.x + 1.5 * c.lumps
     edema = -smooth_union(np.maximum(spread, 3) - tumour, -midline, 9)
     edema = np.maximum(np.maximum(edema, 0.7 * (white - 1)), -ventricles)
@@ -557,7 +758,11 @@ def brats_phantom(seed, shape=(96, 112, 88), no_enhancing=False):
     tumour = np.maximum(np.maximum(tumour, brain + 1.5), 1 - ventricles)
     necrosis = tumour if no_enhancing else tumour + np.maximum(rim, 1.2 * voxel)
     layers = [("grey", brain, None), ("white", white, None), ("csf", fluid, None)]
-    layers += [("edema", edema, 2), ("enhancing", tumour, None if no_enhancing else 3), ("necrotic_core", necrosis, 1)]
+    layers += [
+        ("edema", edema, 2),
+        ("enhancing", tumour, None if no_enhancing else 3),
+        ("necrotic_core", necrosis, 1),
+    ]
     inside = brain < 0
     shared_bias = smooth_noise(rng, shape, c.spacing, 110.0)
     images = {}

@@ -8,20 +8,37 @@ from torch.utils.data import Dataset, Sampler
 
 
 class DrawSampler(Sampler):
-    """Yields (draw, case index) for draws start..stop-1; every `num_cases` draws are one random permutation.
+    """Yields (draw, case index) for draws start..stop-1; every `num_cases` draws are one random
+    permutation.
 
-    Resuming means starting at another draw: the sequence does not depend on where it was entered. stream: tells apart
-    independent sequences of one seed, such as labelled and unlabelled images. batch, rank, size: of each `batch` draws,
-    the rank-th of `size` equal parts, for the rank-th of `size` processes; `start` and `stop` are multiples of `batch`.
+    Resuming means starting at another draw: the sequence does not depend on where it was entered.
+    stream: tells apart independent sequences of one seed, such as labelled and unlabelled images.
+    batch, rank, size: of each `batch` draws, the rank-th of `size` equal parts, for the rank-th of
+    `size` processes; `start` and `stop` are multiples of `batch`.
     """
 
     def __init__(
-        self, num_cases: int, seed: int, start: int, stop: int, stream: int = 0, batch: int = 1, rank: int = 0,
+        self,
+        num_cases: int,
+        seed: int,
+        start: int,
+        stop: int,
+        stream: int = 0,
+        batch: int = 1,
+        rank: int = 0,
         size: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if batch % size or start % batch:
-            raise ValueError(f"{size} processes cannot share batches of {batch} from draw {start} on")
-        self.num_cases, self.seed, self.start, self.stop, self.stream = num_cases, seed, start, stop, stream
+            raise ValueError(
+                f"{size} processes cannot share batches of {batch} from draw {start} on"
+            )
+        self.num_cases, self.seed, self.start, self.stop, self.stream = (
+            num_cases,
+            seed,
+            start,
+            stop,
+            stream,
+        )
         self.batch, self.rank, self.size = batch, rank, size
 
     def __len__(self) -> int:
@@ -40,11 +57,13 @@ class DrawSampler(Sampler):
 
 
 class PatchDataset(Dataset):
-    """Random patches: item (draw, index) -> `crops` patches of that case, drawn with a generator of (seed, draw).
+    """Random patches: item (draw, index) -> `crops` patches of that case, drawn with a generator of
+    (seed, draw).
 
-    read: case -> preprocessed sample. augment: (sample, rng) -> dict of arrays, one patch; `keys` of them are stacked.
-    An item is {"image": (crops, C, H, W, D), "label": (crops, 1 or K, H, W, D), "case": [name] * crops}, or has `keys`
-    in place of image and label. stream: as in DrawSampler. kept: which of the crops are given; all are drawn.
+    read: case -> preprocessed sample. augment: (sample, rng) -> dict of arrays, one patch; `keys`
+    of them are stacked. An item is {"image": (crops, C, H, W, D), "label": (crops, 1 or K, H, W,
+    D), "case": [name] * crops}, or has `keys` in place of image and label. stream: as in
+    DrawSampler. kept: which of the crops are given; all are drawn.
     """
 
     def __init__(
@@ -58,7 +77,13 @@ class PatchDataset(Dataset):
         stream: int = 0,
         kept: slice = slice(None),
     ) -> None:
-        self.cases, self.read, self.augment, self.seed, self.crops = cases, read, augment, seed, crops
+        self.cases, self.read, self.augment, self.seed, self.crops = (
+            cases,
+            read,
+            augment,
+            seed,
+            crops,
+        )
         self.keys, self.stream, self.kept = tuple(keys), stream, kept
 
     def __len__(self) -> int:

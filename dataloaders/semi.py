@@ -1,4 +1,6 @@
-"""What the semi-supervised data sets share: labelled and unlabelled lists, units in memory, HDF5 files with checks."""
+"""What the semi-supervised data sets share: labelled and unlabelled lists, units in memory, HDF5
+files with checks.
+"""
 
 import abc
 from collections import Counter
@@ -26,11 +28,15 @@ from dataloaders.faults import (
 
 
 class SemiDataset(abc.ABC):
-    """Names in lists -> cases; of the training names some count as labelled, all others as unlabelled.
+    """Names in lists -> cases; of the training names some count as labelled, all others as
+    unlabelled.
 
-    split_dir: folder with train.txt, val.txt and test.txt. patch_size: what `weak` and `labelled_patch` return.
-    memory_gb: training units that `prepare` and `read` keep in memory, so that no step reads a file; 0 keeps none.
-    patient_pattern: regular expression whose group 1 is the patient in a name, '' for the usual conventions.
+    split_dir: folder with train.txt, val.txt and test.txt. patch_size: what `weak` and
+    `labelled_patch` return.
+    memory_gb: training units that `prepare` and `read` keep in memory, so that no step reads a
+    file; 0 keeps none.
+    patient_pattern: regular expression whose group 1 is the patient in a name, '' for the usual
+    conventions.
     absent_classes: those that the labelled list may lack.
     """
 
@@ -44,15 +50,24 @@ class SemiDataset(abc.ABC):
     repeats = ERROR  # level of an image that is there twice in one list
 
     def __init__(
-        self, root: str, split_dir: str, patch_size: Sequence[int], class_names: Sequence[str], memory_gb: float,
-        patient_pattern: str = "", absent_classes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        root: str,
+        split_dir: str,
+        patch_size: Sequence[int],
+        class_names: Sequence[str],
+        memory_gb: float,
+        patient_pattern: str = "",
+        absent_classes: Sequence[str] = (),
+    ) -> None:
         if not patch_size or min(patch_size) < 1:
             raise DataError(f"patch_size must be positive whole numbers, got {list(patch_size)}")
         if memory_gb < 0:
             raise DataError(f"memory_gb must be 0 or more, got {memory_gb}")
         if len(class_names) < 2:
-            raise DataError(f"class_names must hold the background and at least one class, got {list(class_names)}")
+            raise DataError(
+                "class_names must hold the background and at least one class, got "
+                f"{list(class_names)}"
+            )
         self.root, self.split_dir = Path(root), Path(split_dir)
         self.patch_size, self.class_names = tuple(patch_size), tuple(class_names)
         self.patient, self.absent_classes = patient_function(patient_pattern), tuple(absent_classes)
@@ -64,18 +79,28 @@ class SemiDataset(abc.ABC):
         """Channels of the logits, background included."""
         return len(self.class_names)
 
-    def splits(self, labelled: int | float | None = None, report: Report | None = None) -> dict[str, list[Case]]:
+    def splits(
+        self, labelled: int | float | None = None, report: Report | None = None
+    ) -> dict[str, list[Case]]:
         """Cases of `labelled`, `unlabelled`, `val` and `test`.
 
-        labelled: whole number = that many of the train list; fraction below 1 = that share of it, rounded down; None or
-        1.0 = all. Unlabelled is always what remains: lists of it that are shipped with the data are never read.
-        report: takes the faults, and the lists have what is left; where it is None, they are raised together.
+        labelled: whole number = that many of the train list; fraction below 1 = that share of it,
+        rounded down; None or 1.0 = all. Unlabelled is always what remains: lists of it that are
+        shipped with the data are never read.
+        report: takes the faults, and the lists have what is left; where it is None, they are raised
+        together.
         """
         if not self.root.is_dir():
-            raise DataError(Finding(
-                "list", str(self.root), "no such folder", "",
-                "put the data set there (docs/data.md) or name its folder with --opts data_root=FOLDER",
-            ))  # fmt: skip
+            raise DataError(
+                Finding(
+                    "list",
+                    str(self.root),
+                    "no such folder",
+                    "",
+                    "put the data set there (docs/data.md) or name its folder with --opts "
+                    "data_root=FOLDER",
+                )
+            )
         with gathering(report) as report:
             lists = self._lists(report)
             named: dict[str, list[Case]] = {split: [] for split in lists}
@@ -89,36 +114,55 @@ class SemiDataset(abc.ABC):
             kept = set(chosen)
             rest = [name for name in lists["train"] if name not in kept]
             result = {
-                "labelled": self._training_cases(chosen, report), "unlabelled": self._training_cases(rest, report),
+                "labelled": self._training_cases(chosen, report),
+                "unlabelled": self._training_cases(rest, report),
                 "val": self._evaluation_cases(lists["val"], report),
                 "test": self._evaluation_cases(lists["test"], report),
-            }  # fmt: skip
+            }
             # A name in two lists is reported already; here one file may be met under two names.
             counts = Counter(name for names in lists.values() for name in names)
-            once = {split: [c for c in cases if counts[self.named(c)] == 1] for split, cases in result.items()}
+            once = {
+                split: [c for c in cases if counts[self.named(c)] == 1]
+                for split, cases in result.items()
+            }
             check_disjoint(once, report)
         return result
 
-    def prepare(self, splits: dict[str, Sequence[Case]], report: Report | None = None) -> list[Finding]:
-        """Read every training unit and evaluation case once, with a progress bar, check them together -> the warnings.
+    def prepare(
+        self, splits: dict[str, Sequence[Case]], report: Report | None = None
+    ) -> list[Finding]:
+        """Read every training unit and evaluation case once, with a progress bar, check them
+        together -> the warnings.
 
-        splits: of `labelled` and `unlabelled` units are read, which fills the memory, of `val` and `test` cases.
-        DataError that lists every fault, or with `report` the faults are noted there.
+        splits: of `labelled` and `unlabelled` units are read, which fills the memory, of `val` and
+        `test` cases. DataError that lists every fault, or with `report` the faults are noted there.
         """
-        jobs = [(split, case, self.read) for split in ("labelled", "unlabelled") for case in splits.get(split, [])]
-        jobs += [(split, case, self.read_volume) for split in ("val", "test") for case in splits.get(split, [])]
+        jobs = [
+            (split, case, self.read)
+            for split in ("labelled", "unlabelled")
+            for case in splits.get(split, [])
+        ]
+        jobs += [
+            (split, case, self.read_volume)
+            for split in ("val", "test")
+            for case in splits.get(split, [])
+        ]
         with gathering(report) as report:
             noted: dict[tuple[str, Case], CaseNotes] = {}
             for split, cases in splits.items():
                 report.count(split, len(cases), "files")
-            for split, case, read in tqdm(jobs, desc="reading the data", unit="file", disable=not jobs):
+            for split, case, read in tqdm(
+                jobs, desc="reading the data", unit="file", disable=not jobs
+            ):
                 with report.catching(split, case.name):
                     notes = CaseNotes()
                     self._check_size(case, read(case, notes), notes)
                     noted[split, case] = notes
             for (split, case), notes in noted.items():
                 report.take(placed(notes.findings, split, case.name))
-            self._check_empty({case: (split, notes.ids) for (split, case), notes in noted.items()}, report)
+            self._check_empty(
+                {case: (split, notes.ids) for (split, case), notes in noted.items()}, report
+            )
             lists = {"labelled": "train", "unlabelled": "train"}
             seen = (
                 (lists.get(split, split), self.named(case), case.images[0], notes.content)
@@ -126,14 +170,22 @@ class SemiDataset(abc.ABC):
             )
             check_duplicates(seen, report, self.repeats)
             labelled = [notes.ids for (split, _), notes in noted.items() if split == "labelled"]
-            if labelled and len(labelled) == len(splits["labelled"]):  # else a class may be in a file that is not read
+            # else a class may be in a file that is not read
+            if labelled and len(labelled) == len(splits["labelled"]):
                 ids = {number for found in labelled for number in found}
                 classes = dict(enumerate(self.class_names[1:], 1))
-                check_classes(ids, classes, self.absent_classes, f"{self.split_dir}/train.txt, labelled", report)
+                check_classes(
+                    ids,
+                    classes,
+                    self.absent_classes,
+                    f"{self.split_dir}/train.txt, labelled",
+                    report,
+                )
         return report.warnings
 
     def read(self, case: Case, notes: CaseNotes | None = None) -> dict:
-        """One training unit: image (C, *spatial) float32, label (1, *spatial) uint8; not to be written to.
+        """One training unit: image (C, *spatial) float32, label (1, *spatial) uint8; not to be
+        written to.
 
         notes: takes what is noted where the unit is read from its file.
         """
@@ -154,18 +206,28 @@ class SemiDataset(abc.ABC):
         shape = sample["label"].shape[1:]
         if self.pads and any(side < want for side, want in zip(shape, self.patch_size)):
             notes.warning(
-                "small", case.images[0], f"{' x '.join(map(str, shape))} voxels",
-                f"at least the patch, {' x '.join(map(str, self.patch_size))}", "patches are padded with zeros",
-            )  # fmt: skip
+                "small",
+                case.images[0],
+                f"{' x '.join(map(str, shape))} voxels",
+                f"at least the patch, {' x '.join(map(str, self.patch_size))}",
+                "patches are padded with zeros",
+            )
 
     def _check_empty(self, ids: dict[Case, tuple[str, set[int]]], report: Report) -> None:
-        """A warning for each label without foreground. ids: case -> its list, the ids of its label."""
+        """A warning for each label without foreground. ids: case -> its list, the ids of its
+        label.
+        """
         for case, (split, found) in ids.items():
             if not found - {0}:
                 report.warning(
-                    "empty label", case.label, "no foreground", "a labelled voxel", "check that it is meant so",
-                    split=split, case=case.name,
-                )  # fmt: skip
+                    "empty label",
+                    case.label,
+                    "no foreground",
+                    "a labelled voxel",
+                    "check that it is meant so",
+                    split=split,
+                    case=case.name,
+                )
 
     @abc.abstractmethod
     def find(self, names: Sequence[str]) -> list[Case]:
@@ -176,9 +238,13 @@ class SemiDataset(abc.ABC):
         """An evaluation case on its own grid: image (C, *spatial), label (1, *spatial), spacing."""
 
     def read_unlabelled(self, case: Case) -> dict:
-        """A file without a label, of a kind that people have, as the network's data are: `image` as `read_volume` has
-        it, float32, and what the way back to the file's own grid takes."""
-        raise DataError(f"{case.images[0]}: {type(self).__name__} has no `read_unlabelled`, new files cannot be read")
+        """A file without a label, of a kind that people have, as the network's data are: `image` as
+        `read_volume` has it, float32, and what the way back to the file's own grid takes.
+        """
+        raise DataError(
+            f"{case.images[0]}: {type(self).__name__} has no `read_unlabelled`, new files cannot "
+            "be read"
+        )
 
     def channel_of(self, name: str) -> None:
         """None: each file is a whole scan (see MSDDataset.channel_of)."""
@@ -209,7 +275,8 @@ class SemiDataset(abc.ABC):
         return self.weak(sample, rng)
 
     def views(self, sample: dict, rng: np.random.Generator, strong_views: int = 1) -> dict:
-        """An unlabelled unit: `weak` and `label` of one geometry, and `strong0`, `strong1`, ... that start from it.
+        """An unlabelled unit: `weak` and `label` of one geometry, and `strong0`, `strong1`, ...
+        that start from it.
 
         The label is for monitoring pseudo-labels; no method trains on it.
         """
@@ -235,22 +302,33 @@ class SemiDataset(abc.ABC):
     def _evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]: ...
 
     def _lists(self, report: Report) -> dict[str, list[str]]:
-        lists = {split: read_split(self.split_dir, split, report) for split in ("train", "val", "test")}
+        lists = {
+            split: read_split(self.split_dir, split, report) for split in ("train", "val", "test")
+        }
         for split in ("train", "val") if self.needs_val else ("train",):
             if lists[split] is None:
                 report.error(
-                    "list", f"{self.split_dir / split}.txt", "no such list", f"one {self.unit} per line",
+                    "list",
+                    f"{self.split_dir / split}.txt",
+                    "no such list",
+                    f"one {self.unit} per line",
                     "set split_dir to the folder that has it",
-                )  # fmt: skip
+                )
         return {split: names or [] for split, names in lists.items()}
 
-    def _choose(self, train: Sequence[str], labelled: int | float | None, report: Report) -> list[str]:
+    def _choose(
+        self, train: Sequence[str], labelled: int | float | None, report: Report
+    ) -> list[str]:
         """Prefix of the train list, as every published table takes it."""
-        return list(train[: labelled_count(labelled, len(train), f"{self.split_dir}/train.txt", self.unit)])
+        return list(
+            train[: labelled_count(labelled, len(train), f"{self.split_dir}/train.txt", self.unit)]
+        )
 
 
 def labelled_count(labelled: int | float | None, total: int, source: str, unit: str) -> int:
-    """How many of `total` units are labelled: a count, a fraction rounded down, or None or 1.0 for all of them."""
+    """How many of `total` units are labelled: a count, a fraction rounded down, or None or 1.0 for
+    all of them.
+    """
     if labelled is None:
         return total
     expected = f"expected 1..{total} or a fraction of 1, such as 0.1"
@@ -259,52 +337,82 @@ def labelled_count(labelled: int | float | None, total: int, source: str, unit: 
     if isinstance(labelled, float) and labelled <= 1:
         count = int(labelled * total + 1e-9)  # 0.29 * 100 is 28.999...
         if count < 1:
-            raise DataError(f"labelled is {labelled}, which is less than one {unit} of the {total} in {source}")
+            raise DataError(
+                f"labelled is {labelled}, which is less than one {unit} of the {total} in {source}"
+            )
         return count
     if labelled != int(labelled):
         raise DataError(f"labelled is {labelled}; {expected}")
     if labelled > total:
-        raise DataError(f"labelled is {int(labelled)}, but {source} has only {total} {unit}s; {expected}")
+        raise DataError(
+            f"labelled is {int(labelled)}, but {source} has only {total} {unit}s; {expected}"
+        )
     return int(labelled)
 
 
 def read_h5(
-    path: Path, num_classes: int, ndim: int, index: int | None = None, notes: CaseNotes | None = None,
+    path: Path,
+    num_classes: int,
+    ndim: int,
+    index: int | None = None,
+    notes: CaseNotes | None = None,
     limits: tuple[float, float] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """`image` float32 and `label` uint8 of an HDF5 file, or of its slice `index`; DataError with all that is wrong.
+) -> tuple[np.ndarray, np.ndarray]:
+    """`image` float32 and `label` uint8 of an HDF5 file, or of its slice `index`; DataError with
+    all that is wrong.
 
-    Other keys are ignored. `ndim` is that of the stored arrays. limits: of the intensities. Warnings go to `notes`.
+    Other keys are ignored. `ndim` is that of the stored arrays. limits: of the intensities.
+    Warnings go to `notes`.
     """
     if not path.is_file():
         raise DataError(no_file(path))
     faults = Report()
     try:
         with h5py.File(path) as file:
-            missing = [key for key in ("image", "label") if not isinstance(file.get(key), h5py.Dataset)]
+            missing = [
+                key for key in ("image", "label") if not isinstance(file.get(key), h5py.Dataset)
+            ]
             if missing:
-                raise DataError(Finding(
-                    "keys", str(path), f"no array '{missing[0]}', found {sorted(file)}", "the keys 'image' and 'label'",
-                    "convert the case again",
-                ))  # fmt: skip
+                raise DataError(
+                    Finding(
+                        "keys",
+                        str(path),
+                        f"no array '{missing[0]}', found {sorted(file)}",
+                        "the keys 'image' and 'label'",
+                        "convert the case again",
+                    )
+                )
             shapes = file["image"].shape, file["label"].shape
             if shapes[0] != shapes[1] or len(shapes[0]) != ndim:
                 faults.error(
-                    "shape", path, f"image has shape {shapes[0]}, label {shapes[1]}", f"the same {ndim} axes for both",
+                    "shape",
+                    path,
+                    f"image has shape {shapes[0]}, label {shapes[1]}",
+                    f"the same {ndim} axes for both",
                     "convert the case again",
-                )  # fmt: skip
+                )
             elif index is not None and index >= shapes[0][0]:
                 faults.error(
-                    "shape", path, f"{shapes[0][0]} slices", f"at least {index + 1}", "copy the file again"
+                    "shape",
+                    path,
+                    f"{shapes[0][0]} slices",
+                    f"at least {index + 1}",
+                    "copy the file again",
                 )
             for key in ("image", "label"):
                 if file[key].dtype.kind not in "fiub":
                     faults.error(
-                        "type", path, f"'{key}' is of type {file[key].dtype}", "numbers", "convert the case again"
+                        "type",
+                        path,
+                        f"'{key}' is of type {file[key].dtype}",
+                        "numbers",
+                        "convert the case again",
                     )
             part = () if index is None or faults.errors else index
             arrays = {
-                key: np.asarray(file[key][part]) for key in ("image", "label") if file[key].dtype.kind in "fiub"
+                key: np.asarray(file[key][part])
+                for key in ("image", "label")
+                if file[key].dtype.kind in "fiub"
             }
     except (OSError, RuntimeError) as error:  # h5py reports damage inside a file as either
         raise DataError(unreadable(path, error)) from error
@@ -315,34 +423,58 @@ def read_h5(
         wrong = [value for value in np.unique(label).tolist() if value not in range(num_classes)]
         if wrong:
             faults.error(
-                "label ids", path, f"label ids {wrong[:6]}", f"only 0..{num_classes - 1}",
+                "label ids",
+                path,
+                f"label ids {wrong[:6]}",
+                f"only 0..{num_classes - 1}",
                 "mend the label or class_names",
-            )  # fmt: skip
+            )
     faults.stop()
     if notes is not None:
         if image.dtype.kind != "f":
             notes.warning(
-                "type", path, f"'image' is of type {image.dtype}", "floating point, normalised",
+                "type",
+                path,
+                f"'image' is of type {image.dtype}",
+                "floating point, normalised",
                 "check that intensities are normalised as the data set's are",
-            )  # fmt: skip
+            )
         if label.dtype.kind == "f":
             notes.warning(
-                "type", path, f"'label' is of type {label.dtype}", "whole numbers", "store ids as 8-bit integers"
+                "type",
+                path,
+                f"'label' is of type {label.dtype}",
+                "whole numbers",
+                "store ids as 8-bit integers",
             )
     return np.asarray(image, np.float32), label.astype(np.uint8)
 
 
-def _check_intensities(path: Path, image: np.ndarray, limits: tuple[float, float] | None, faults: Report) -> None:
+def _check_intensities(
+    path: Path, image: np.ndarray, limits: tuple[float, float] | None, faults: Report
+) -> None:
     if not np.isfinite(image).all():
         bad = int(image.size - np.isfinite(image).sum())
-        faults.error("not finite", path, f"{bad} voxels are NaN or infinite", "finite intensities", "repair the scan")
+        faults.error(
+            "not finite",
+            path,
+            f"{bad} voxels are NaN or infinite",
+            "finite intensities",
+            "repair the scan",
+        )
     elif image.size == 0 or image.min() == image.max():
         faults.error(
-            "constant", path, f"constant image, shape {image.shape}", "",
+            "constant",
+            path,
+            f"constant image, shape {image.shape}",
+            "",
             "the scan is empty, take it out of the lists",
-        )  # fmt: skip
+        )
     elif limits and not limits[0] - 1e-6 <= image.min() <= image.max() <= limits[1] + 1e-6:
         faults.error(
-            "range", path, f"intensities {image.min():.4g}..{image.max():.4g}", f"{limits[0]:g}..{limits[1]:g}",
+            "range",
+            path,
+            f"intensities {image.min():.4g}..{image.max():.4g}",
+            f"{limits[0]:g}..{limits[1]:g}",
             "scale each volume with (x - min) / (max - min)",
-        )  # fmt: skip
+        )

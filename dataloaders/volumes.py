@@ -1,4 +1,6 @@
-"""Scans read from files with checks: NIfTI by nibabel, NRRD, MetaImage and DICOM series by SimpleITK."""
+"""Scans read from files with checks: NIfTI by nibabel, NRRD, MetaImage and DICOM series by
+SimpleITK.
+"""
 
 import gzip
 import locale
@@ -16,7 +18,8 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm", ".ima")
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES  # of files that hold a whole scan
-IRREGULAR = 0.01  # largest deviation of the distance between two DICOM slices from the usual one, as a share of it
+# largest deviation of the distance between two DICOM slices from the usual one, as a share of it
+IRREGULAR = 0.01
 
 
 def has_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
@@ -27,14 +30,18 @@ def has_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
 def stem(file: str | Path) -> str:
     """File name without folder and suffix; `.nii.gz` counts as one."""
     name = Path(file).name
-    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), Path(name).suffix)
+    suffix = next(
+        (suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), Path(name).suffix
+    )
     return name[: len(name) - len(suffix)]
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (H, W, D), or (H, W, D, C), and 4x4 affine (voxel to RAS+ in mm); DataError for whatever is unreadable.
+    """Voxels (H, W, D), or (H, W, D, C), and 4x4 affine (voxel to RAS+ in mm); DataError for
+    whatever is unreadable.
 
-    A folder is that of a DICOM series; where it holds several, one of the wanted series' files names it.
+    A folder is that of a DICOM series; where it holds several, one of the wanted series' files
+    names it.
     """
     if not path.exists():
         raise DataError(no_file(path))
@@ -47,34 +54,49 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
             if path.suffix == ".gz":
                 _check_sum(path)
             image = nib.load(path)
-            voxels, affine = np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
+            voxels, affine = (
+                np.asanyarray(image.dataobj),
+                np.asarray(image.affine, dtype=np.float64),
+            )
     except DataError:
         raise
     # SimpleITK reports everything as RuntimeError.
     except (ImageFileError, OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         raise DataError(unreadable(path, error)) from error
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise DataError(Finding(
-            "affine", str(path), f"its affine maps no volume ({affine[:3].tolist()})",
-            "finite, independent axes in mm", "repair the header",
-        ))  # fmt: skip
+        raise DataError(
+            Finding(
+                "affine",
+                str(path),
+                f"its affine maps no volume ({affine[:3].tolist()})",
+                "finite, independent axes in mm",
+                "repair the header",
+            )
+        )
     return voxels, affine
 
 
 def _check_sum(path: Path) -> None:
-    """Read a gzip file to its end, where the sum of its content is checked: nibabel stops at the last voxel."""
+    """Read a gzip file to its end, where the sum of its content is checked: nibabel stops at the
+    last voxel.
+    """
     with gzip.open(path) as file:
         while file.read(1 << 22):
             pass
 
 
 def dicom_series(folder: Path) -> dict[str, list[Path]]:
-    """Series identifier -> its files from the first slice to the last, of the DICOM files right in `folder`."""
+    """Series identifier -> its files from the first slice to the last, of the DICOM files right in
+    `folder`.
+    """
     import SimpleITK as sitk
 
     with _contained(sitk):
         return {
-            identifier: [Path(file) for file in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifier)]
+            identifier: [
+                Path(file)
+                for file in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifier)
+            ]
             for identifier in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
         }
 
@@ -92,13 +114,26 @@ def _read_series(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     series = dicom_series(path if path.is_dir() else path.parent)
     if not path.is_dir():
-        series = {key: files for key, files in series.items() if path.name in {file.name for file in files}}
+        series = {
+            key: files
+            for key, files in series.items()
+            if path.name in {file.name for file in files}
+        }
     if len(series) != 1:
-        found = "; ".join(f"{len(files)} files such as {files[0].name}" for files in series.values())
-        raise DataError(Finding(
-            "unreadable", str(path), f"{len(series)} DICOM series in this folder{f' ({found})' if found else ''}",
-            "one", "name one file of the wanted series instead of the folder" if found else "check the folder",
-        ))  # fmt: skip
+        found = "; ".join(
+            f"{len(files)} files such as {files[0].name}" for files in series.values()
+        )
+        raise DataError(
+            Finding(
+                "unreadable",
+                str(path),
+                f"{len(series)} DICOM series in this folder{f' ({found})' if found else ''}",
+                "one",
+                "name one file of the wanted series instead of the folder"
+                if found
+                else "check the folder",
+            )
+        )
     ((_, files),) = series.items()
     with _contained(sitk):
         if len(files) == 1:  # several frames in one file
@@ -110,15 +145,29 @@ def _read_series(path: Path) -> tuple[np.ndarray, np.ndarray]:
     normal = np.array(image.GetDirection()).reshape(3, 3)[:, 2]
     places = [
         float(np.array(reader.GetMetaData(k, "0020|0032").split("\\"), float) @ normal)
-        for k in range(len(files)) if reader.HasMetaDataKey(k, "0020|0032")
-    ]  # fmt: skip
+        for k in range(len(files))
+        if reader.HasMetaDataKey(k, "0020|0032")
+    ]
     gaps = np.diff(places)
-    if len(places) != len(files) or np.abs(gaps - np.median(gaps)).max() > IRREGULAR * abs(np.median(gaps)) + 1e-3:
-        shown = f"{np.abs(gaps).min():.3f} to {np.abs(gaps).max():.3f} mm apart" if len(gaps) else "without positions"
-        raise DataError(Finding(
-            "unreadable", str(path), f"the {len(files)} slices of this DICOM series are {shown}", "one distance",
-            "a slice is missing or doubled, copy the series again or convert it with a tool that resamples",
-        ))  # fmt: skip
+    if (
+        len(places) != len(files)
+        or np.abs(gaps - np.median(gaps)).max() > IRREGULAR * abs(np.median(gaps)) + 1e-3
+    ):
+        shown = (
+            f"{np.abs(gaps).min():.3f} to {np.abs(gaps).max():.3f} mm apart"
+            if len(gaps)
+            else "without positions"
+        )
+        raise DataError(
+            Finding(
+                "unreadable",
+                str(path),
+                f"the {len(files)} slices of this DICOM series are {shown}",
+                "one distance",
+                "a slice is missing or doubled, copy the series again or convert it with a tool "
+                "that resamples",
+            )
+        )
     return _from_itk(image, path)
 
 
@@ -127,9 +176,15 @@ def _from_itk(image, path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
     if image.GetDimension() != 3:
-        raise DataError(Finding(
-            "shape", str(path), f"an image of {image.GetDimension()} axes", "a 3D scan", "convert the scan"
-        ))  # fmt: skip
+        raise DataError(
+            Finding(
+                "shape",
+                str(path),
+                f"an image of {image.GetDimension()} axes",
+                "a 3D scan",
+                "convert the scan",
+            )
+        )
     voxels = np.swapaxes(sitk.GetArrayFromImage(image), 0, 2)  # (D, W, H[, C]) -> (H, W, D[, C])
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
@@ -138,8 +193,10 @@ def _from_itk(image, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _contained:
-    """SimpleITK writes to standard error by itself; what matters is checked here and raised. Some of its readers and
-    writers reset the locale of the process, after which open() takes text for ASCII."""
+    """SimpleITK writes to standard error by itself; what matters is checked here and raised. Some
+    of its readers and writers reset the locale of the process, after which open() takes text for
+    ASCII.
+    """
 
     def __init__(self, sitk) -> None:
         self.object = sitk.ProcessObject
@@ -155,6 +212,8 @@ class _contained:
 
 
 def channel_number(name: str) -> tuple[str, int] | None:
-    """'case_0002' -> ('case', 2), nnU-Net's way to name the files of a scan's channels; None for other names."""
+    """'case_0002' -> ('case', 2), nnU-Net's way to name the files of a scan's channels; None for
+    other names.
+    """
     match = re.fullmatch(r"(.+)_(\d{4})", name)
     return (match[1], int(match[2])) if match else None

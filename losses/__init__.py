@@ -1,4 +1,6 @@
-"""Distillation methods by name. To add one: a file with a module like `ACFBCKD`, and a line in KD_METHODS."""
+"""Distillation methods by name. To add one: a file with a module like `ACFBCKD`, and a line in
+KD_METHODS.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -46,11 +48,15 @@ def build_kd(
     preset: str = "clean",
     **method_args,
 ) -> nn.Module:
-    """The distillation module `name`, called as `kd(student, teacher, label, progress) -> {term: weighted scalar}`.
+    """The distillation module `name`, called as `kd(student, teacher, label, progress) -> {term:
+    weighted scalar}`.
 
-    student_channels, teacher_channels: `net.feature_channels` of the two networks, to size adapters and check taps.
-    num_classes: channels of the logits, background included (for multi-label data: the number of regions).
-    multilabel: regions may overlap; probabilities are sigmoids and labels are `(B, num_classes, *spatial)`.
+    student_channels, teacher_channels: `net.feature_channels` of the two networks, to size adapters
+    and check taps.
+    num_classes: channels of the logits, background included (for multi-label data: the number of
+    regions).
+    multilabel: regions may overlap; probabilities are sigmoids and labels are `(B, num_classes,
+    *spatial)`.
     preset: 'clean', or 'as_released' for the arithmetic of the released reference code.
     Raises ValueError for an unknown name, preset or argument, and for a tap that a network lacks.
     """
@@ -61,8 +67,15 @@ def build_kd(
     accepted = list(inspect.signature(KD_METHODS[name]).parameters)
     unknown = [key for key in method_args if key not in accepted]
     if unknown:
-        raise ValueError(f"method '{name}' has no argument {', '.join(unknown)}; it takes {', '.join(accepted[5:])}")
+        raise ValueError(
+            f"method '{name}' has no argument {', '.join(unknown)}; it takes "
+            f"{', '.join(accepted[5:])}"
+        )
     return KD_METHODS[name](
-        student_channels=dict(student_channels), teacher_channels=dict(teacher_channels),
-        num_classes=num_classes, multilabel=multilabel, preset=preset, **method_args,
-    )  # fmt: skip
+        student_channels=dict(student_channels),
+        teacher_channels=dict(teacher_channels),
+        num_classes=num_classes,
+        multilabel=multilabel,
+        preset=preset,
+        **method_args,
+    )

@@ -4,14 +4,17 @@ Source: the ACF-BCKD paper on efficient 3D medical image segmentation and its re
 Total: L = L_seg + L_AFD + L_CFD + a L_HBD + (1 - a) L_SBD, where a falls with training.
 
 - AFD: attention distance between the attended student map and the teacher block's output f(X) + X.
-- CFD: attention distance between a projection of the student's attention and the teacher's correction f(X).
+- CFD: attention distance between a projection of the student's attention and the teacher's
+correction f(X).
 - HBD: divergence from the teacher on the label's boundary shells, class by class.
-- SBD: log Hausdorff distance-transform loss between the student's probabilities and the teacher's prediction.
+- SBD: log Hausdorff distance-transform loss between the student's probabilities and the teacher's
+prediction.
 
-Deviations from the released code (preset 'clean'): with SegResNet the correction is the true residual branch, where the
-reference, through an in-place addition, compares with the block output twice; preset 'as_released' does the same as the
-reference (`correction_source='output'`). The schedule is a function of progress, so resuming cannot restart it. SBD is
-skipped while its weight is 0. An empty boundary is skipped by its size, not by the sum of its indices.
+Deviations from the released code (preset 'clean'): with SegResNet the correction is the true
+residual branch, where the reference, through an in-place addition, compares with the block output
+twice; preset 'as_released' does the same as the reference (`correction_source='output'`). The
+schedule is a function of progress, so resuming cannot restart it. SBD is skipped while its weight
+is 0. An empty boundary is skipped by its size, not by the sum of its indices.
 """
 
 from collections import OrderedDict
@@ -28,20 +31,25 @@ from losses.voxelwise import voxel_chunks, voxel_sums
 
 
 def hard_boundary_weight(progress: float, floor: float = 0.001, decay: float = 1.0) -> float:
-    """Weight a of the hard boundary term: max(floor, 1 - decay * progress); the soft term gets 1 - a.
+    """Weight a of the hard boundary term: max(floor, 1 - decay * progress); the soft term gets 1 -
+    a.
 
-    progress: step / max_steps in [0, 1]. decay: the fall over the whole training (the paper's gamma per epoch times
-    the number of epochs: 1.0 and floor 0.001 on BTCV, 0.45 and 0.5 on WORD, 0.5 and 0.5 on BraTS21).
+    progress: step / max_steps in [0, 1]. decay: the fall over the whole training (the paper's gamma
+    per epoch times the number of epochs: 1.0 and floor 0.001 on BTCV, 0.45 and 0.5 on WORD, 0.5 and
+    0.5 on BraTS21).
     """
     return max(floor, 1.0 - decay * progress)
 
 
 def boundary_shells(foreground: Tensor, border: str = "count") -> Tensor:
-    """Voxels that have both foreground and background among their neighbours (26 in 3D, 8 in 2D, centre left out).
+    """Voxels that have both foreground and background among their neighbours (26 in 3D, 8 in 2D,
+    centre left out).
 
-    foreground: (B, C, *spatial) bool. Returns the same shape, bool: a two-sided shell, one voxel on either side.
-    border: 'count' treats the outside of the patch as background (the paper's code), so a class that is cut by the
-    patch has a boundary there; 'ignore' repeats the border voxels instead, so it has none.
+    foreground: (B, C, *spatial) bool. Returns the same shape, bool: a two-sided shell, one voxel on
+    either side.
+    border: 'count' treats the outside of the patch as background (the paper's code), so a class
+    that is cut by the patch has a boundary there; 'ignore' repeats the border voxels instead, so it
+    has none.
     """
     shells = []
     for group in foreground.split(BITS, dim=1):
@@ -56,15 +64,18 @@ BITS = 30  # classes whose membership one int32 holds
 
 
 def shell_bits(bits: Tensor, border: str = "count") -> Tensor:
-    """The shells of up to `BITS` classes at once: bit c of a voxel says whether it lies on the shell of class c.
+    """The shells of up to `BITS` classes at once: bit c of a voxel says whether it lies on the
+    shell of class c.
 
-    bits: (B, *spatial) int32, bit c set where class c is. A class has a shell where some neighbour has its bit (or)
-    but not all have it (and). border as in `boundary_shells`.
+    bits: (B, *spatial) int32, bit c set where class c is. A class has a shell where some neighbour
+    has its bit (or) but not all have it (and). border as in `boundary_shells`.
     """
     if border == "ignore":
         for axis in range(1, bits.ndim):
             size = bits.shape[axis]
-            bits = torch.cat([bits.narrow(axis, 0, 1), bits, bits.narrow(axis, size - 1, 1)], dim=axis)
+            bits = torch.cat(
+                [bits.narrow(axis, 0, 1), bits, bits.narrow(axis, size - 1, 1)], dim=axis
+            )
     else:
         bits = F.pad(bits, [1, 1] * (bits.ndim - 1))
 
@@ -97,31 +108,40 @@ def hard_boundary_loss(
     border: str = "count",
     label_classes: int | None = None,
 ) -> Tensor:
-    """HBD: sum over samples and classes of the mean divergence on that class's boundary shell (paper, hard boundary).
+    """HBD: sum over samples and classes of the mean divergence on that class's boundary shell
+    (paper, hard boundary).
 
-    logits: (B, K, *spatial). label: (B, 1, *spatial) ids, or (B, K, *spatial) regions if `multilabel`.
-    Divergence per voxel: KL(teacher || student) of the softmax, or the summed squared difference of sigmoids.
-    reduction: 'mean' also divides by K (the reference's scaling), 'voxel' does not. Empty shells contribute 0.
-    label_classes: number of class ids whose shells count, K by default. Gradient to the student only.
+    logits: (B, K, *spatial). label: (B, 1, *spatial) ids, or (B, K, *spatial) regions if
+    `multilabel`. Divergence per voxel: KL(teacher || student) of the softmax, or the summed squared
+    difference of sigmoids.
+    reduction: 'mean' also divides by K (the reference's scaling), 'voxel' does not. Empty shells
+    contribute 0.
+    label_classes: number of class ids whose shells count, K by default. Gradient to the student
+    only.
     """
     num_classes = student_logits.shape[1]
     counted = num_classes if label_classes is None or multilabel else label_classes
     groups = []  # of classes: (bits of the shells, number of classes)
     for first in range(0, counted, BITS):
         size = min(BITS, counted - first)
-        groups.append((shell_bits(_membership(label, first, size, multilabel), border).flatten(1), size))
+        groups.append(
+            (shell_bits(_membership(label, first, size, multilabel), border).flatten(1), size)
+        )
     samples, weights = [], []
     for sample in range(len(label)):
         bits = [(group[sample], size) for group, size in groups]
-        # Few voxels lie on a shell, and a CPU works on those alone. Elsewhere finding them would be a wait.
+        # Few voxels lie on a shell, and a CPU works on those alone. Elsewhere finding them would be
+        # a wait.
         if label.device.type == "cpu":
             voxels = sum(part != 0 for part, _ in bits).nonzero()[:, 0]
             bits = [(part[voxels], size) for part, size in bits]
         else:
             voxels = torch.arange(bits[0][0].numel(), device=label.device)
-        shells = torch.cat([_unpack(part[None], size, dim=0) for part, size in bits]).float()  # (C, n)
+        # (C, n)
+        shells = torch.cat([_unpack(part[None], size, dim=0) for part, size in bits]).float()
         per_class = 1.0 / shells.sum(1).clamp(min=1)
-        # One divergence map serves all shells: a voxel weighs the sum of 1/size over the shells that it lies on.
+        # One divergence map serves all shells: a voxel weighs the sum of 1/size over the shells
+        # that it lies on.
         samples.append(voxels)
         weights.append((shells * per_class[:, None]).sum(0))
     student = _Gather.apply(student_logits, *samples).float()
@@ -130,13 +150,17 @@ def hard_boundary_loss(
         divergence = (student.sigmoid() - teacher.sigmoid()).square().sum(0)
     else:
         teacher_log_probs = F.log_softmax(teacher, dim=0)
-        divergence = (teacher_log_probs.exp() * (teacher_log_probs - F.log_softmax(student, dim=0))).sum(0)
+        divergence = (
+            teacher_log_probs.exp() * (teacher_log_probs - F.log_softmax(student, dim=0))
+        ).sum(0)
     loss = (divergence * torch.cat(weights)).sum()
     return loss / num_classes if reduction == "mean" else loss
 
 
 def _membership(label: Tensor, first: int, count: int, multilabel: bool) -> Tensor:
-    """(B, *spatial) int32 with bit c set where the label has class (or region) first + c, c below `count`."""
+    """(B, *spatial) int32 with bit c set where the label has class (or region) first + c, c below
+    `count`.
+    """
     if multilabel:
         regions = label[:, first : first + count]
         regions = (regions > 0.5 if regions.is_floating_point() else regions.bool()).to(torch.int32)
@@ -147,16 +171,21 @@ def _membership(label: Tensor, first: int, count: int, multilabel: bool) -> Tens
 
 
 class _Gather(torch.autograd.Function):
-    """Columns of (B, K, *spatial): the voxels `places[b]` (distinct) of every sample b, side by side: (K, n).
+    """Columns of (B, K, *spatial): the voxels `places[b]` (distinct) of every sample b, side by
+    side: (K, n).
 
-    Indexing would do, but its gradient has to reckon with repeated voxels and makes a full map per sample.
+    Indexing would do, but its gradient has to reckon with repeated voxels and makes a full map per
+    sample.
     """
 
     @staticmethod
     def forward(ctx, values, *places):
         ctx.shape = values.shape
         ctx.save_for_backward(*places)
-        return torch.cat([sample.flatten(1)[:, place] for sample, place in zip(values, places, strict=True)], dim=1)
+        return torch.cat(
+            [sample.flatten(1)[:, place] for sample, place in zip(values, places, strict=True)],
+            dim=1,
+        )
 
     @staticmethod
     @once_differentiable
@@ -169,12 +198,17 @@ class _Gather(torch.autograd.Function):
         return gradient, *[None] * len(places)
 
 
-def soft_boundary_loss(student_logits: Tensor, teacher_logits: Tensor, multilabel: bool = False) -> Tensor:
-    """SBD: log(1 + H), H = mean over channels, samples and voxels of (P - G)^2 (D(P > 0.5)^2 + D(G)^2).
+def soft_boundary_loss(
+    student_logits: Tensor, teacher_logits: Tensor, multilabel: bool = False
+) -> Tensor:
+    """SBD: log(1 + H), H = mean over channels, samples and voxels of (P - G)^2 (D(P > 0.5)^2 +
+    D(G)^2).
 
-    logits: (B, K, *spatial). P: student probabilities; G: the teacher's own prediction, one-hot argmax (background
-    channel left out) or sigmoid >= 0.5. D: distance to the mask's boundary in voxels, constant for the gradient.
-    Source: paper, soft boundary; Karimi and Salcudean, TMI 2019 (Hausdorff distance-transform loss).
+    logits: (B, K, *spatial). P: student probabilities; G: the teacher's own prediction, one-hot
+    argmax (background channel left out) or sigmoid >= 0.5. D: distance to the mask's boundary in
+    voxels, constant for the gradient.
+    Source: paper, soft boundary; Karimi and Salcudean, TMI 2019 (Hausdorff distance-transform
+    loss).
     """
     teacher_logits = teacher_logits.detach()
     batch, channels, *spatial = student_logits.shape
@@ -183,16 +217,23 @@ def soft_boundary_loss(student_logits: Tensor, teacher_logits: Tensor, multilabe
     def probabilities(logits: Tensor) -> Tensor:
         return logits.float().sigmoid() if multilabel else logits.float().softmax(1)[:, 1:]
 
-    student_mask = torch.empty(batch, regions, *spatial, dtype=torch.bool, device=student_logits.device)
+    student_mask = torch.empty(
+        batch, regions, *spatial, dtype=torch.bool, device=student_logits.device
+    )
     target = torch.empty_like(student_mask)
     ids = torch.arange(1, channels, device=student_logits.device)[:, None]
     with torch.no_grad():
         for sample, voxels in voxel_chunks(student_logits):
-            student, teacher = (x[sample].flatten(1)[None, :, voxels] for x in (student_logits, teacher_logits))
+            student, teacher = (
+                x[sample].flatten(1)[None, :, voxels] for x in (student_logits, teacher_logits)
+            )
             student_mask[sample].flatten(1)[:, voxels] = probabilities(student)[0] > 0.5
-            chosen = teacher[0] >= 0 if multilabel else teacher[0].argmax(0) == ids  # sigmoid >= 0.5
+            # sigmoid >= 0.5
+            chosen = teacher[0] >= 0 if multilabel else teacher[0].argmax(0) == ids
             target[sample].flatten(1)[:, voxels] = chosen
-    field = boundary_distance_squared(student_mask.flatten(0, 1), target.flatten(0, 1)).view(target.shape)
+    field = boundary_distance_squared(student_mask.flatten(0, 1), target.flatten(0, 1)).view(
+        target.shape
+    )
 
     def total(student: Tensor, target: Tensor, field: Tensor) -> Tensor:
         return ((probabilities(student) - target.float()).square() * field).sum()[None]
@@ -201,9 +242,11 @@ def soft_boundary_loss(student_logits: Tensor, teacher_logits: Tensor, multilabe
 
 
 class _OneChannelConv(torch.autograd.Function):
-    """Same-size convolution of (B, 1, H, W, D) with a (1, 1, k, k, k) kernel, k odd; float32, first derivative only.
+    """Same-size convolution of (B, 1, H, W, D) with a (1, 1, k, k, k) kernel, k odd; float32, first
+    derivative only.
 
-    Convolution libraries take ten times as long for the gradient of such a kernel as for the output, on a CPU.
+    Convolution libraries take ten times as long for the gradient of such a kernel as for the
+    output, on a CPU.
     """
 
     @staticmethod
@@ -219,8 +262,10 @@ class _OneChannelConv(torch.autograd.Function):
         half = size // 2
         grad_kernel = torch.zeros(size * size, size)
         for planes, slope in zip(image[:, 0], grad[:, 0], strict=True):
-            # Plane by plane a matrix product: k x k shifts of the image by k shifted planes of the gradient.
-            windows = F.pad(slope.flatten(1), (0, 0, half, half)).unfold(0, size, 1)  # (H, W * D, k)
+            # Plane by plane a matrix product: k x k shifts of the image by k shifted planes of the
+            # gradient.
+            # (H, W * D, k)
+            windows = F.pad(slope.flatten(1), (0, 0, half, half)).unfold(0, size, 1)
             for plane, window in zip(planes, windows, strict=True):
                 shifts = F.unfold(plane[None, None], size, padding=half)[0]  # (k * k, W * D)
                 grad_kernel.addmm_(shifts, window)
@@ -229,13 +274,17 @@ class _OneChannelConv(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Channel gate times spatial gate, both hard sigmoids; (B, C, H, W, D) -> (B, C, H, W, D) in [0, 1]."""
+    """Channel gate times spatial gate, both hard sigmoids; (B, C, H, W, D) -> (B, C, H, W, D) in
+    [0, 1].
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = hidden_channels(channels)
         self.ch_attn = nn.Sequential(
-            nn.AdaptiveAvgPool3d(1), _named_conv(channels, hidden, 1), _named_conv(hidden, channels, 1)
+            nn.AdaptiveAvgPool3d(1),
+            _named_conv(channels, hidden, 1),
+            _named_conv(hidden, channels, 1),
         )
         self.sp_attn = _named_conv(1, 1, 7)
 
@@ -258,7 +307,9 @@ class Attention(nn.Module):
 
 
 def hidden_channels(channels: int) -> int:
-    """channels // 16 rounded to a multiple of 8, at least 8, and never more than 10 % below (MobileNet's rule)."""
+    """channels // 16 rounded to a multiple of 8, at least 8, and never more than 10 % below
+    (MobileNet's rule).
+    """
     wanted = channels // 16
     rounded = max(8, (wanted + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * wanted else rounded
@@ -271,7 +322,9 @@ def _named_conv(in_channels: int, out_channels: int, kernel: int) -> nn.Sequenti
 
 
 class AttentionCorrection(nn.Module):
-    """AFD and CFD: learnable attention on the student's `acf` tap against the teacher's block (paper, AFD/CFD)."""
+    """AFD and CFD: learnable attention on the student's `acf` tap against the teacher's block
+    (paper, AFD/CFD).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -283,23 +336,39 @@ class AttentionCorrection(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(
-        self, feature: Tensor, teacher_feature: Tensor, teacher_correction: Tensor, reduction: str = "mean"
+        self,
+        feature: Tensor,
+        teacher_feature: Tensor,
+        teacher_correction: Tensor,
+        reduction: str = "mean",
     ) -> tuple[Tensor, Tensor]:
-        """feature (B, C, *grid), teacher maps (B, C', *grid') -> (AFD, CFD) distances, unweighted scalars."""
+        """feature (B, C, *grid), teacher maps (B, C', *grid') -> (AFD, CFD) distances, unweighted
+        scalars.
+        """
         channel, spatial = self.attn.gates(feature)
         with torch.autocast(feature.device.type, enabled=False):
-            # The distances see channel means of squares only. Of an outer product these are sums over the channels
-            # times the squared spatial gate, so neither the attention nor its projection is made in full.
-            channel, squared, gate = channel.flatten(1).float(), feature.float().square(), spatial[:, 0].float()
-            attended = gate.square() * torch.einsum("bc,bcxyz->bxyz", channel.square() / channel.shape[1], squared)
+            # The distances see channel means of squares only. Of an outer product these are sums
+            # over the channels times the squared spatial gate, so neither the attention nor its
+            # projection is made in full.
+            channel, squared, gate = (
+                channel.flatten(1).float(),
+                feature.float().square(),
+                spatial[:, 0].float(),
+            )
+            attended = gate.square() * torch.einsum(
+                "bc,bcxyz->bxyz", channel.square() / channel.shape[1], squared
+            )
             slope = F.linear(channel, self.convertor2.weight.flatten(1).float())
             offset = self.convertor2.bias.float().expand_as(slope)
-            second, first, zeroth = ((a * b).mean(1).view(-1, 1, 1, 1) for a, b in (
-                (slope, slope), (2 * slope, offset), (offset, offset),
-            ))  # fmt: skip
+            second, first, zeroth = (
+                (a * b).mean(1).view(-1, 1, 1, 1)
+                for a, b in ((slope, slope), (2 * slope, offset), (offset, offset))
+            )
             correction = (gate * second + first) * gate + zeroth
         size = teacher_feature.shape[2:]
-        attended, correction = (resize_nearest(energy[:, None], size)[:, 0] for energy in (attended, correction))
+        attended, correction = (
+            resize_nearest(energy[:, None], size)[:, 0] for energy in (attended, correction)
+        )
         return (
             energy_distance(attended, attention_energy(teacher_feature), reduction),
             energy_distance(correction, attention_energy(teacher_correction), reduction),
@@ -309,9 +378,10 @@ class AttentionCorrection(nn.Module):
 class ACFBCKD(nn.Module):
     """All four terms with the schedule; terms `afd`, `cfd`, `hbd`, `sbd`, each weighted.
 
-    afd, cfd: weights of the feature terms. hbd, sbd: factors on the scheduled boundary weights. A weight of 0 leaves
-    the term out. floor, decay: see `hard_boundary_weight`. feature_reduction: 'mean' over voxels (the paper's scale,
-    whose strength depends on the grid) or 'sum'. correction_source: 'residual' or 'output'; None follows the preset.
+    afd, cfd: weights of the feature terms. hbd, sbd: factors on the scheduled boundary weights. A
+    weight of 0 leaves the term out. floor, decay: see `hard_boundary_weight`. feature_reduction:
+    'mean' over voxels (the paper's scale, whose strength depends on the grid) or 'sum'.
+    correction_source: 'residual' or 'output'; None follows the preset.
     boundary_reduction, border, label_classes: see `hard_boundary_loss`.
     """
 
@@ -345,15 +415,20 @@ class ACFBCKD(nn.Module):
         }
         for key, (value, allowed) in choices.items():
             if value not in allowed:
-                raise ValueError(f"acf_bckd: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+                raise ValueError(
+                    f"acf_bckd: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+                )
         if not 0.0 <= floor <= 1.0:
             raise ValueError(f"acf_bckd: floor must lie in [0, 1], got {floor}")
         check_weights("acf_bckd", afd=afd, cfd=cfd, hbd=hbd, sbd=sbd)
         check_not_negative("acf_bckd", decay=decay)
         if label_classes is not None and not 1 <= label_classes <= num_classes:
-            raise ValueError(f"acf_bckd: label_classes must lie in 1..{num_classes}, got {label_classes}")
+            raise ValueError(
+                f"acf_bckd: label_classes must lie in 1..{num_classes}, got {label_classes}"
+            )
         if correction_source is None:
-            # A network in whose reference hook the sum had overwritten f(X) says so by a `hooked_residual` tap.
+            # A network in whose reference hook the sum had overwritten f(X) says so by a
+            # `hooked_residual` tap.
             hooked = preset == "as_released" and "hooked_residual" in teacher_channels
             self.correction_tap = "hooked_residual" if hooked else "residual"
         else:
@@ -384,9 +459,14 @@ class ACFBCKD(nn.Module):
             terms["afd"], terms["cfd"] = self.afd * afd, self.cfd * cfd
         if self.hbd * alpha > 0:
             terms["hbd"] = (self.hbd * alpha) * hard_boundary_loss(
-                student.logits, teacher.logits, label, self.multilabel, self.boundary_reduction,
-                self.border, self.label_classes,
-            )  # fmt: skip
+                student.logits,
+                teacher.logits,
+                label,
+                self.multilabel,
+                self.boundary_reduction,
+                self.border,
+                self.label_classes,
+            )
         if self.sbd * (1.0 - alpha) > 0:
             terms["sbd"] = (self.sbd * (1.0 - alpha)) * soft_boundary_loss(
                 student.logits, teacher.logits, self.multilabel

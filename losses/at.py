@@ -1,16 +1,18 @@
 """AT: the student's spatial attention maps imitate the teacher's, stage by stage.
 
-Paper: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, eq. 2 (activation-based, p = 2):
+Paper: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, eq. 2
+(activation-based, p = 2):
 
-    L = sum over stages of weight * mean_{b,v} ( Q(F_S) - Q(F_T) )^2,   Q(F) = a / |a|_2,  a = mean_c F^2,  weight 200
+    L = sum over stages of weight * mean_{b,v} ( Q(F_S) - Q(F_T) )^2,   Q(F) = a / |a|_2,  a =
+    mean_c F^2,  weight 200
 
-The teacher map is brought to the student's grid by nearest neighbour. Labels are not used, so multi-label data need
-nothing special. Both presets are the same.
+The teacher map is brought to the student's grid by nearest neighbour. Labels are not used, so
+multi-label data need nothing special. Both presets are the same.
 
-Deviations. The paper sums over the voxels of a normalised map; the reference averages, so a stage of 96^3 voxels counts
-8 times less than one of 48^3. `reduction='mean'` keeps that, 'sum' is the paper's form: there, use a weight that is
-smaller by the number of voxels (200 / 48^3 = 0.0018). The reference's one-stage variant is `taps=['decoder']` with
-weight 25000.
+Deviations. The paper sums over the voxels of a normalised map; the reference averages, so a stage
+of 96^3 voxels counts 8 times less than one of 48^3. `reduction='mean'` keeps that, 'sum' is the
+paper's form: there, use a weight that is smaller by the number of voxels (200 / 48^3 = 0.0018). The
+reference's one-stage variant is `taps=['decoder']` with weight 25000.
 """
 
 from collections.abc import Iterable
@@ -23,17 +25,23 @@ from losses.taps import attention_distance, require_taps, resize_nearest
 STAGES = tuple(f"stage{i}" for i in range(1, 8))
 
 
-def attention_transfer(student_feature: Tensor, teacher_feature: Tensor, reduction: str = "mean") -> Tensor:
-    """Attention distance on the student's grid, unweighted scalar float32; gradient to the student only.
+def attention_transfer(
+    student_feature: Tensor, teacher_feature: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """Attention distance on the student's grid, unweighted scalar float32; gradient to the student
+    only.
 
-    student_feature (B, C, *grid), teacher_feature (B, C', *grid'). reduction: 'mean' or 'sum' over voxels.
+    student_feature (B, C, *grid), teacher_feature (B, C', *grid'). reduction: 'mean' or 'sum' over
+    voxels.
     """
     teacher_feature = resize_nearest(teacher_feature.detach(), student_feature.shape[2:])
     return attention_distance(student_feature, teacher_feature, reduction)
 
 
 class AT(nn.Module):
-    """The term `at`, the sum over `taps`: by default every stage1 .. stage7 that both networks have."""
+    """The term `at`, the sum over `taps`: by default every stage1 .. stage7 that both networks
+    have.
+    """
 
     def __init__(
         self,
@@ -55,8 +63,10 @@ class AT(nn.Module):
         self.student_taps = self.teacher_taps = tuple(taps)
         if not self.student_taps:
             raise ValueError(
-                f"at: no taps to compare; the student offers {', '.join(sorted(student_channels)) or 'none'}, the "
-                f"teacher {', '.join(sorted(teacher_channels)) or 'none'}; both need one of stage1 .. stage7, or "
+                "at: no taps to compare; the student offers "
+                f"{', '.join(sorted(student_channels)) or 'none'}, the "
+                f"teacher {', '.join(sorted(teacher_channels)) or 'none'}; both need one of stage1 "
+                ".. stage7, or "
                 "name a common tap in `taps`"
             )
         require_taps("at", "student", student_channels, self.student_taps)

@@ -1,36 +1,44 @@
-"""CIRKD: the teacher's relations between voxels, within images and to a memory of voxels and regions seen before.
+"""CIRKD: the teacher's relations between voxels, within images and to a memory of voxels and
+regions seen before.
 
-Paper: Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segmentation", CVPR 2022, eq. 3-10.
-On the `penultimate` taps, average-pooled by 2, with unit vectors over the channels (X_S, X_T):
+Paper: Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segmentation", CVPR
+2022, eq. 3-10. On the `penultimate` taps, average-pooled by 2, with unit vectors over the channels
+(X_S, X_T):
 
-    L_pair   = mean over image pairs (i, j), rows of KL( softmax(X_T,i' X_T,j) || softmax(X_S,i' X_S,j) )     weight 1
-    L_memory = mean over anchors of KL( softmax(X_T' M / 0.1) || softmax(h(X_S)' M / 0.1) )          weights 0.1, 0.1
-    L_kd     = KL(teacher || student) of the class probabilities, per voxel                                   weight 1
+    L_pair   = mean over image pairs (i, j), rows of KL( softmax(X_T,i' X_T,j) || softmax(X_S,i'
+    X_S,j) )     weight 1 L_memory = mean over anchors of KL( softmax(X_T' M / 0.1) ||
+    softmax(h(X_S)' M / 0.1) )          weights 0.1, 0.1 L_kd     = KL(teacher || student) of the
+    class probabilities, per voxel                                   weight 1
 
-h projects the student to the teacher's channels and is trained along. M holds 96 vectors per class, drawn anew at each
-call from a queue of single voxels (`pixel`) and one of per-class means (`region`), both filled with teacher features.
-Anchors are the labelled voxels outside the background. The teacher's feature and the label are brought to the student's
-grid by nearest neighbour.
+h projects the student to the teacher's channels and is trained along. M holds 96 vectors per class,
+drawn anew at each call from a queue of single voxels (`pixel`) and one of per-class means
+(`region`), both filled with teacher features. Anchors are the labelled voxels outside the
+background. The teacher's feature and the label are brought to the student's grid by nearest
+neighbour.
 
-Overlapping regions (multi-label): the regions are the classes of the memory. A voxel in several regions enters the
-queue of each, and is an anchor once. L_pair is unchanged; L_kd is the KL of [p, 1 - p], summed over the regions.
+Overlapping regions (multi-label): the regions are the classes of the memory. A voxel in several
+regions enters the queue of each, and is an anchor once. L_pair is unchanged; L_kd is the KL of [p,
+1 - p], summed over the regions.
 
-Presets. 'clean': each image is paired with itself; class 0 has no queue; queued voxels are drawn from the class's own.
-'as_released': only the first image of the batch is paired with itself (multi-label: all pairs, L_kd with a softmax over
-the regions, no memory); the queue of class 0 exists, is never filled, and its random vectors are used as contrast; the
-voxels queued for a class of n voxels are drawn from the first n voxels of the volume, whatever their class. Without any
+Presets. 'clean': each image is paired with itself; class 0 has no queue; queued voxels are drawn
+from the class's own. 'as_released': only the first image of the batch is paired with itself
+(multi-label: all pairs, L_kd with a softmax over the regions, no memory); the queue of class 0
+exists, is never filled, and its random vectors are used as contrast; the voxels queued for a class
+of n voxels are drawn from the first n voxels of the volume, whatever their class. Without any
 anchor the memory terms are 0 in both (the reference gives NaN).
 
-Cost. The similarity map of 24^3 voxels has 13,824^2 entries (0.76 GB). It is made in strips of `chunk` rows, whose
-gradient is taken at once, so that no map is kept: memory grows with chunk * 13,824. On a CPU strips are narrow enough
-for its cache.
+Cost. The similarity map of 24^3 voxels has 13,824^2 entries (0.76 GB). It is made in strips of
+`chunk` rows, whose gradient is taken at once, so that no map is kept: memory grows with chunk *
+13,824. On a CPU strips are narrow enough for its cache.
 
-State. The queues are buffers, so they are saved and resumed with the module; each process has its own. They change in
-training mode only. Random draws come from torch's global generators, of the CPU and, on a GPU, of that GPU.
+State. The queues are buffers, so they are saved and resumed with the module; each process has its
+own. They change in training mode only. Random draws come from torch's global generators, of the CPU
+and, on a GPU, of that GPU.
 
-Fixed shapes. How many voxels are of a class is known on the device alone, and asking makes the host wait. On other
-devices than the CPU every shape is therefore that of the grid: all voxels are rows, anchors by their weight of 1 or 0,
-and a class queues the voxels of its largest random keys, an absent one what its slots held before.
+Fixed shapes. How many voxels are of a class is known on the device alone, and asking makes the host
+wait. On other devices than the CPU every shape is therefore that of the grid: all voxels are rows,
+anchors by their weight of 1 or 0, and a class queues the voxels of its largest random keys, an
+absent one what its slots held before.
 """
 
 import torch
@@ -61,13 +69,23 @@ def _log_sum_exp(similarities: Tensor, probs: Tensor) -> Tensor:
 
 
 class _SimilarityKL(torch.autograd.Function):
-    """Mean over rows of KL(softmax(tq tk'/t) || softmax(sq sk'/t)), with the gradient computed strip by strip.
+    """Mean over rows of KL(softmax(tq tk'/t) || softmax(sq sk'/t)), with the gradient computed
+    strip by strip.
 
     weights: of the rows, float32 (n,), or None for ones.
     """
 
     @staticmethod
-    def forward(ctx, student_rows, student_columns, teacher_rows, teacher_columns, weights, temperature, chunk):
+    def forward(
+        ctx,
+        student_rows,
+        student_columns,
+        teacher_rows,
+        teacher_columns,
+        weights,
+        temperature,
+        chunk,
+    ):
         rows = student_rows.shape[0]
         total_weight = rows
         if weights is not None:
@@ -76,7 +94,8 @@ class _SimilarityKL(torch.autograd.Function):
         needs_rows, needs_columns = ctx.needs_input_grad[:2]
         grad_rows = torch.zeros_like(student_rows) if needs_rows else None
         grad_columns = torch.zeros_like(student_columns) if needs_columns else None
-        # Written KL = sum q (t - s) + lse(s) - lse(t), with one exponential per similarity instead of two.
+        # Written KL = sum q (t - s) + lse(s) - lse(t), with one exponential per similarity instead
+        # of two.
         total = student_rows.new_zeros((), dtype=torch.float64)
         for start in range(0, rows, chunk):
             strip = slice(start, start + chunk)
@@ -106,7 +125,9 @@ class _SimilarityKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), *[None] * 5
+        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), *[
+            None
+        ] * 5
 
 
 def similarity_kl(
@@ -118,37 +139,51 @@ def similarity_kl(
     chunk: int | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """KL between the teacher's and the student's softmax over similarities, mean over rows; scalar float32.
+    """KL between the teacher's and the student's softmax over similarities, mean over rows; scalar
+    float32.
 
-    rows (n, C), columns (m, C), float32; C may differ between student and teacher. chunk: rows at a time; None
-    means 128 on a CPU and 1024 elsewhere. weights (n,) float32, at least 0: of the rows in the mean, which is 0 with a
-    graph if all are 0; None for ones. Gradient to the student's rows and columns only, first order only.
+    rows (n, C), columns (m, C), float32; C may differ between student and teacher. chunk: rows at a
+    time; None means 128 on a CPU and 1024 elsewhere. weights (n,) float32, at least 0: of the rows
+    in the mean, which is 0 with a graph if all are 0; None for ones. Gradient to the student's rows
+    and columns only, first order only.
     """
     if chunk is None:
         chunk = 128 if student_rows.device.type == "cpu" else 1024
     with torch.autocast(student_rows.device.type, enabled=False):
         return _SimilarityKL.apply(
-            student_rows, student_columns, teacher_rows.detach(), teacher_columns.detach(), weights, temperature, chunk
+            student_rows,
+            student_columns,
+            teacher_rows.detach(),
+            teacher_columns.detach(),
+            weights,
+            temperature,
+            chunk,
         )
 
 
 class _OwnSimilarityKL(torch.autograd.Function):
-    """`similarity_kl` of unit vectors with themselves, in half the products: their similarities are symmetric.
+    """`similarity_kl` of unit vectors with themselves, in half the products: their similarities are
+    symmetric.
 
-    Each strip holds the similarities of its rows to themselves and to later rows; those to earlier rows are columns of
-    earlier strips. The exponentials are kept until all sums are known: n^2 float32 for student and teacher together.
+    Each strip holds the similarities of its rows to themselves and to later rows; those to earlier
+    rows are columns of earlier strips. The exponentials are kept until all sums are known: n^2
+    float32 for student and teacher together.
     """
 
     @staticmethod
     def forward(ctx, student, teacher, temperature, chunk):
         count = len(student)
         ours, theirs = student / temperature, teacher / temperature
-        # For every row: sums of exp(s), of exp(t) and of exp(t) (t - s). Nothing overflows: |s| <= 1 / temperature.
+        # For every row: sums of exp(s), of exp(t) and of exp(t) (t - s). Nothing overflows: |s| <=
+        # 1 / temperature.
         sums = student.new_zeros((3, count), dtype=torch.float64)
         strips = []
         for start in range(0, count, chunk):
             stop = min(start + chunk, count)
-            s, t = torch.mm(ours[start:stop], student[start:].T), torch.mm(theirs[start:stop], teacher[start:].T)
+            s, t = (
+                torch.mm(ours[start:stop], student[start:].T),
+                torch.mm(theirs[start:stop], teacher[start:].T),
+            )
             exp_s, exp_t = s.exp(), t.exp()
             for total, part in zip(sums, (exp_s, exp_t, t.sub_(s).mul_(exp_t))):
                 total[start:stop] += part.sum(1)
@@ -160,7 +195,9 @@ class _OwnSimilarityKL(torch.autograd.Function):
             a, b = sums[:2].reciprocal().float()
             for start, stop, exp_s, exp_t in strips:
                 # p - q of the similarity as one of its row, and as one of its column
-                slope = exp_s.mul_(a[start:stop, None] + a[start:]).sub_(exp_t.mul_(b[start:stop, None] + b[start:]))
+                slope = exp_s.mul_(a[start:stop, None] + a[start:]).sub_(
+                    exp_t.mul_(b[start:stop, None] + b[start:])
+                )
                 gradient[start:stop].addmm_(slope, student[start:])
                 gradient[stop:].addmm_(slope[:, stop - start :].T, student[start:stop])
             gradient.div_(count * temperature)
@@ -174,11 +211,14 @@ class _OwnSimilarityKL(torch.autograd.Function):
         return grad * gradient, None, None, None
 
 
-# Vectors and temperature up to which a CPU takes `_OwnSimilarityKL`: memory, and range of the exponential function.
+# Vectors and temperature up to which a CPU takes `_OwnSimilarityKL`: memory, and range of the
+# exponential function.
 MOST_VECTORS, LEAST_TEMPERATURE = 1 << 14, 0.05
 
 
-def own_similarity_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, chunk: int | None = None) -> Tensor:
+def own_similarity_kl(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, chunk: int | None = None
+) -> Tensor:
     """`similarity_kl` of (n, C) vectors of unit length, or 0, with themselves; scalar float32."""
     few = len(student) <= MOST_VECTORS and temperature >= LEAST_TEMPERATURE
     if student.device.type != "cpu" or not few:
@@ -188,14 +228,18 @@ def own_similarity_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0
 
 
 def pooled_vectors(feature: Tensor, pool: int = 2) -> Tensor:
-    """Average-pool (B, C, *spatial) by `pool`, keeping partial windows, and flatten: (B, N, C) float32."""
+    """Average-pool (B, C, *spatial) by `pool`, keeping partial windows, and flatten: (B, N, C)
+    float32.
+    """
     average = F.avg_pool3d if feature.ndim == 5 else F.avg_pool2d
     return average(feature.float(), pool, pool, ceil_mode=True).flatten(2).transpose(1, 2)
 
 
 def default_pool(grid: torch.Size) -> int:
-    """Side of the averaging windows for features on `grid`: 2 as in the reference, more where an axis would keep more
-    than 24 nodes (students with features on the full 96^3 grid), since the cost grows with their sixth power."""
+    """Side of the averaging windows for features on `grid`: 2 as in the reference, more where an
+    axis would keep more than 24 nodes (students with features on the full 96^3 grid), since the
+    cost grows with their sixth power.
+    """
     return max(2, *(-(-size // 24) for size in grid))
 
 
@@ -208,23 +252,27 @@ def pair_kl(
 ) -> Tensor:
     """Mean of `similarity_kl` over image pairs; vectors (B, N, C) of unit length; scalar float32.
 
-    pairs: 'own' (each image with itself), 'all' (B^2 ordered pairs) or 'first' (the first image with itself).
+    pairs: 'own' (each image with itself), 'all' (B^2 ordered pairs) or 'first' (the first image
+    with itself).
     """
     images = range(1 if pairs == "first" else len(student_vectors))
     couples = [(i, j) for i in images for j in images if pairs == "all" or i == j]
     student, teacher = student_vectors, teacher_vectors
     losses = [
-        own_similarity_kl(student[i], teacher[i], temperature, chunk) if i == j
+        own_similarity_kl(student[i], teacher[i], temperature, chunk)
+        if i == j
         else similarity_kl(student[i], student[j], teacher[i], teacher[j], temperature, chunk)
         for i, j in couples
-    ]  # fmt: skip
+    ]
     return sum(losses) / len(losses)
 
 
 class ProjectionHead(nn.Module):
-    """Pointwise convolution, batch norm, ReLU, pointwise convolution; (B, C, N) -> (B, C', N), any spatial rank.
+    """Pointwise convolution, batch norm, ReLU, pointwise convolution; (B, C, N) -> (B, C', N), any
+    spatial rank.
 
-    Synchronised batch norm when the process group is NCCL at construction (it exists for GPUs only).
+    Synchronised batch norm when the process group is NCCL at construction (it exists for GPUs
+    only).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -240,7 +288,9 @@ class ProjectionHead(nn.Module):
 
 
 class Memory(nn.Module):
-    """A ring of unit teacher vectors per class, filled by `push`, and a random part of it by `draw`."""
+    """A ring of unit teacher vectors per class, filled by `push`, and a random part of it by
+    `draw`.
+    """
 
     def __init__(self, num_classes: int, size: int, channels: int) -> None:
         super().__init__()
@@ -249,7 +299,9 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def push(self, row: int, vectors: Tensor) -> None:
-        """Write (k, C) `vectors` to the ring of class `row`; a batch that reaches its end goes to the last k slots."""
+        """Write (k, C) `vectors` to the ring of class `row`; a batch that reaches its end goes to
+        the last k slots.
+        """
         count, size = len(vectors), self.queue.shape[1]
         start = int(self.pointer[row])
         if start + count >= size:
@@ -261,17 +313,23 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def push_some(self, first_row: int, vectors: Tensor, counts: Tensor) -> None:
-        """`push` of the first counts[i] of vectors[i] to the ring of class first_row + i, for all of them at once.
+        """`push` of the first counts[i] of vectors[i] to the ring of class first_row + i, for all
+        of them at once.
 
-        vectors (n, k, C); counts (n,) int64 from 0, which leaves a ring as it is, to k. The shapes of what is done do
-        not depend on the counts: slots past a count are written with what they hold.
+        vectors (n, k, C); counts (n,) int64 from 0, which leaves a ring as it is, to k. The shapes
+        of what is done do not depend on the counts: slots past a count are written with what they
+        hold.
         """
         size, places = self.queue.shape[1], torch.arange(vectors.shape[1], device=vectors.device)
         rings, pointer = self.queue[first_row:], self.pointer[first_row:]
         full = pointer + counts >= size
         slots = (torch.where(full, size - counts, pointer)[:, None] + places) % size
         slots = slots[..., None].expand(vectors.shape)
-        rings.scatter_(1, slots, torch.where((places < counts[:, None])[..., None], vectors, rings.gather(1, slots)))
+        rings.scatter_(
+            1,
+            slots,
+            torch.where((places < counts[:, None])[..., None], vectors, rings.gather(1, slots)),
+        )
         pointer.copy_(torch.where(full, 0, pointer + counts))
 
     def draw(self, count: int) -> Tensor:
@@ -281,12 +339,15 @@ class Memory(nn.Module):
 
 
 class CIRKD(nn.Module):
-    """The terms `cirkd_pair`, `cirkd_pixel`, `cirkd_region` and `cirkd_kd`; a weight of 0 leaves its term out.
+    """The terms `cirkd_pair`, `cirkd_pixel`, `cirkd_region` and `cirkd_kd`; a weight of 0 leaves
+    its term out.
 
-    pairs: 'own', 'all' or 'first'; None follows the preset. temperature: of L_pair. contrast_temperature: of L_memory.
-    pixel_contrast, region_contrast: vectors per class and call. pixel_queue, region_queue: slots per class.
-    pixels_per_class: voxels queued per sample and class. chunk: rows of a similarity map at a time; None follows
-    `similarity_kl`. pool: side of the averaged windows; None follows `default_pool`.
+    pairs: 'own', 'all' or 'first'; None follows the preset. temperature: of L_pair.
+    contrast_temperature: of L_memory.
+    pixel_contrast, region_contrast: vectors per class and call. pixel_queue, region_queue: slots
+    per class.
+    pixels_per_class: voxels queued per sample and class. chunk: rows of a similarity map at a time;
+    None follows `similarity_kl`. pool: side of the averaged windows; None follows `default_pool`.
     """
 
     def __init__(
@@ -315,50 +376,87 @@ class CIRKD(nn.Module):
         check_choice("cirkd", "preset", preset, PRESETS)
         check_choice("cirkd", "pairs", pairs, (None, *PAIRS))
         check_weights(
-            "cirkd", pair_weight=pair_weight, pixel_weight=pixel_weight, region_weight=region_weight,
+            "cirkd",
+            pair_weight=pair_weight,
+            pixel_weight=pixel_weight,
+            region_weight=region_weight,
             kd_weight=kd_weight,
-        )  # fmt: skip
+        )
         check_positive(
-            "cirkd", temperature=temperature, contrast_temperature=contrast_temperature, pixel_contrast=pixel_contrast,
-            region_contrast=region_contrast, pixels_per_class=pixels_per_class,
-            **{name: value for name, value in (("chunk", chunk), ("pool", pool)) if value is not None},
-        )  # fmt: skip
-        if pixel_contrast > pixel_queue or region_contrast > region_queue or pixels_per_class > pixel_queue:
+            "cirkd",
+            temperature=temperature,
+            contrast_temperature=contrast_temperature,
+            pixel_contrast=pixel_contrast,
+            region_contrast=region_contrast,
+            pixels_per_class=pixels_per_class,
+            **{
+                name: value
+                for name, value in (("chunk", chunk), ("pool", pool))
+                if value is not None
+            },
+        )
+        if (
+            pixel_contrast > pixel_queue
+            or region_contrast > region_queue
+            or pixels_per_class > pixel_queue
+        ):
             raise ValueError(
-                f"cirkd: the queues ({pixel_queue} pixels, {region_queue} regions) must hold at least "
+                f"cirkd: the queues ({pixel_queue} pixels, {region_queue} regions) must hold at "
+                "least "
                 f"pixel_contrast = {pixel_contrast}, pixels_per_class = {pixels_per_class} and "
                 f"region_contrast = {region_contrast} vectors"
             )
         self.student_taps = self.teacher_taps = ("penultimate",)
         require_taps("cirkd", "student", student_channels, self.student_taps)
         require_taps("cirkd", "teacher", teacher_channels, self.teacher_taps)
-        self.legacy, self.multilabel, self.num_classes = preset == "as_released", multilabel, num_classes
-        self.pair_weight, self.pixel_weight, self.region_weight = pair_weight, pixel_weight, region_weight
-        self.kd_weight, self.temperature, self.contrast_temperature = kd_weight, temperature, contrast_temperature
+        self.legacy, self.multilabel, self.num_classes = (
+            preset == "as_released",
+            multilabel,
+            num_classes,
+        )
+        self.pair_weight, self.pixel_weight, self.region_weight = (
+            pair_weight,
+            pixel_weight,
+            region_weight,
+        )
+        self.kd_weight, self.temperature, self.contrast_temperature = (
+            kd_weight,
+            temperature,
+            contrast_temperature,
+        )
         self.pixel_contrast, self.region_contrast = pixel_contrast, region_contrast
         self.pixels_per_class, self.pool, self.chunk = pixels_per_class, pool, chunk
         if pairs is None:
             pairs = "own" if not self.legacy else "all" if multilabel else "first"
         self.pairs = pairs
 
-        # A foreground class of index i (0-based) has the queue row first_row + i; the reference has a row 0 to spare.
+        # A foreground class of index i (0-based) has the queue row first_row + i; the reference has
+        # a row 0 to spare.
         self.first_row = 1 if self.legacy else 0
         rows = num_classes if multilabel or self.legacy else num_classes - 1
         has_memory = (pixel_weight or region_weight) and not (multilabel and self.legacy)
         channels = teacher_channels["penultimate"]
-        self.head = ProjectionHead(student_channels["penultimate"], channels) if has_memory else None
+        self.head = (
+            ProjectionHead(student_channels["penultimate"], channels) if has_memory else None
+        )
         self.pixels = Memory(rows, pixel_queue, channels) if has_memory else None
         self.regions = Memory(rows, region_queue, channels) if has_memory else None
 
     def _foreground(self, label: Tensor, grid: torch.Size) -> Tensor:
         """(B, foreground classes, N) bool on the pooled `grid`."""
         if self.multilabel:
-            return resize_nearest(region_masks(label, self.num_classes).float(), grid).bool().flatten(2)
+            return (
+                resize_nearest(region_masks(label, self.num_classes).float(), grid)
+                .bool()
+                .flatten(2)
+            )
         return class_masks(resize_nearest(label.float(), grid), self.num_classes)[:, 1:].flatten(2)
 
     @torch.no_grad()
     def _enqueue(self, teacher_vectors: Tensor, foreground: Tensor) -> None:
-        """Queue, per sample and class in it, the mean and a few of its unit teacher vectors (B, N, C)."""
+        """Queue, per sample and class in it, the mean and a few of its unit teacher vectors (B, N,
+        C).
+        """
         if not readable(foreground):
             return self._enqueue_fixed(teacher_vectors, foreground)
         for sample, index in foreground.any(2).nonzero().tolist():
@@ -372,7 +470,9 @@ class CIRKD(nn.Module):
 
     @torch.no_grad()
     def _enqueue_fixed(self, teacher_vectors: Tensor, foreground: Tensor) -> None:
-        """`_enqueue` by operations whose shapes are those of the arguments; the voxels are drawn by random keys."""
+        """`_enqueue` by operations whose shapes are those of the arguments; the voxels are drawn by
+        random keys.
+        """
         counts = foreground.sum(2)  # (B, foreground classes)
         candidates = foreground
         if self.legacy:
@@ -380,54 +480,79 @@ class CIRKD(nn.Module):
         keys = torch.rand(candidates.shape, device=counts.device).masked_fill(~candidates, -1.0)
         chosen = keys.topk(min(self.pixels_per_class, keys.shape[2]), dim=2).indices
         with torch.autocast(teacher_vectors.device.type, enabled=False):
-            means = F.normalize(foreground.to(teacher_vectors.dtype) @ teacher_vectors, dim=2)  # sums, scaled alike
+            # sums, scaled alike
+            means = F.normalize(foreground.to(teacher_vectors.dtype) @ teacher_vectors, dim=2)
             for vectors, index, mean, count in zip(teacher_vectors, chosen, means, counts):
                 self.regions.push_some(self.first_row, mean[:, None], count.clamp(max=1))
                 picked = F.normalize(vectors[index], dim=2)
                 self.pixels.push_some(self.first_row, picked, count.clamp(max=index.shape[1]))
 
-    def _memory_terms(self, student_pooled: Tensor, teacher_vectors: Tensor, foreground: Tensor) -> dict[str, Tensor]:
+    def _memory_terms(
+        self, student_pooled: Tensor, teacher_vectors: Tensor, foreground: Tensor
+    ) -> dict[str, Tensor]:
         with torch.autocast(student_pooled.device.type, enabled=False):
-            projected = unit_vectors(self.head(student_pooled.transpose(1, 2)).transpose(1, 2), dim=2)
+            projected = unit_vectors(
+                self.head(student_pooled.transpose(1, 2)).transpose(1, 2), dim=2
+            )
         if self.training:
             self._enqueue(teacher_vectors, foreground)
         anchors, weights = foreground.any(1), None
         if readable(anchors):
             student_anchors, teacher_anchors = projected[anchors], teacher_vectors[anchors]
         else:  # as many rows as there are voxels
-            student_anchors, teacher_anchors = projected.flatten(0, 1), teacher_vectors.flatten(0, 1)
+            student_anchors, teacher_anchors = (
+                projected.flatten(0, 1),
+                teacher_vectors.flatten(0, 1),
+            )
             weights = anchors.flatten().float()
 
         def contrast(memory: Memory, count: int) -> Tensor:
             vectors = memory.draw(count).float()
             if len(student_anchors) == 0:
-                return 0.0 * projected.sum()  # 0 that the head's parameters still take part in, as DDP needs
+                # 0 that the head's parameters still take part in, as DDP needs
+                return 0.0 * projected.sum()
             return similarity_kl(
-                student_anchors, vectors, teacher_anchors, vectors, self.contrast_temperature, self.chunk, weights
+                student_anchors,
+                vectors,
+                teacher_anchors,
+                vectors,
+                self.contrast_temperature,
+                self.chunk,
+                weights,
             )
 
         terms = {}
         if self.pixel_weight:
             terms["cirkd_pixel"] = self.pixel_weight * contrast(self.pixels, self.pixel_contrast)
         if self.region_weight:
-            terms["cirkd_region"] = self.region_weight * contrast(self.regions, self.region_contrast)
+            terms["cirkd_region"] = self.region_weight * contrast(
+                self.regions, self.region_contrast
+            )
         return terms
 
     def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
         student_feature = student.features["penultimate"]
-        teacher_feature = resize_nearest(teacher.features["penultimate"].detach(), student_feature.shape[2:])
+        teacher_feature = resize_nearest(
+            teacher.features["penultimate"].detach(), student_feature.shape[2:]
+        )
         pool = self.pool or default_pool(student_feature.shape[2:])
         student_pooled = pooled_vectors(student_feature, pool)
         teacher_vectors = unit_vectors(pooled_vectors(teacher_feature, pool), dim=2)
         terms = {}
         if self.pair_weight:
             student_vectors = unit_vectors(student_pooled, dim=2)
-            pair = pair_kl(student_vectors, teacher_vectors, self.pairs, self.temperature, self.chunk)
+            pair = pair_kl(
+                student_vectors, teacher_vectors, self.pairs, self.temperature, self.chunk
+            )
             terms["cirkd_pair"] = self.pair_weight * pair
         if self.head is not None:
             grid = torch.Size(-(-size // pool) for size in student_feature.shape[2:])
-            terms |= self._memory_terms(student_pooled, teacher_vectors, self._foreground(label, grid))
+            terms |= self._memory_terms(
+                student_pooled, teacher_vectors, self._foreground(label, grid)
+            )
         if self.kd_weight:
             divergence = bernoulli_kl if self.multilabel and not self.legacy else softmax_kl
-            terms["cirkd_kd"] = self.kd_weight * divergence(student.logits, teacher.logits, reduction="voxel")
+            terms["cirkd_kd"] = self.kd_weight * divergence(
+                student.logits, teacher.logits, reduction="voxel"
+            )
         return terms

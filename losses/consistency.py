@@ -1,14 +1,17 @@
-"""What semi-supervised methods share: cross-entropy and Dice on trusted voxels, the ramp of the consistency weight.
+"""What semi-supervised methods share: cross-entropy and Dice on trusted voxels, the ramp of the
+consistency weight.
 
     L = 0.5 (CE + Dice),   Dice_k = 1 - (2 sum p_k y_k + eps) / (sum p_k^2 + sum y_k^2 + eps)
 
-The sums of Dice run over the whole batch, so a class that one image lacks is still counted in the others. The papers
-differ in which classes they take, which is all that `background`, `average` and `eps` choose:
+The sums of Dice run over the whole batch, so a class that one image lacks is still counted in the
+others. The papers differ in which classes they take, which is all that `background`, `average` and
+`eps` choose:
 
     CRKD, supervised                   foreground, summed                    the defaults here
-    SSL4MIS, UniMatch, AC-MT           all classes, averaged, eps 1e-5       background=True, average=True
-    CrossMatch (ACDC)                  all classes, averaged, eps 1e-4       background=True, average=True, eps=1e-4
-    LeFeD, CrossMatch (left atrium)    the one foreground class of two       the defaults here
+    SSL4MIS, UniMatch, AC-MT           all classes, averaged, eps 1e-5       background=True,
+    average=True CrossMatch (ACDC)                  all classes, averaged, eps 1e-4
+    background=True, average=True, eps=1e-4 LeFeD, CrossMatch (left atrium)    the one foreground
+    class of two       the defaults here
 
 Label maps, masks and confidences may be (B, 1, *spatial) or (B, *spatial).
 """
@@ -22,9 +25,11 @@ from losses.kd import class_masks
 
 
 def sigmoid_rampup(t: float, length: float) -> float:
-    """exp(-5 (1 - t / length)^2), t clamped to [0, length]: 0.0067 at the start, 1 from `length` on; 1 if length <= 0.
+    """exp(-5 (1 - t / length)^2), t clamped to [0, length]: 0.0067 at the start, 1 from `length`
+    on; 1 if length <= 0.
 
-    t and length in any one unit (steps, epochs, fraction of the training). Laine and Aila, ICLR 2017.
+    t and length in any one unit (steps, epochs, fraction of the training). Laine and Aila, ICLR
+    2017.
     """
     if length <= 0:
         return 1.0
@@ -32,23 +37,30 @@ def sigmoid_rampup(t: float, length: float) -> float:
 
 
 def without_channel(values: Tensor, logits: Tensor) -> Tensor:
-    """A map (B, 1, *spatial) or (B, *spatial) of the size of `logits` -> (B, *spatial); ValueError for other shapes."""
+    """A map (B, 1, *spatial) or (B, *spatial) of the size of `logits` -> (B, *spatial); ValueError
+    for other shapes.
+    """
     result = values[:, 0] if values.ndim == logits.ndim and values.shape[1] == 1 else values
     if result.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
-            f"a map for logits of shape {tuple(logits.shape)} must have their batch and spatial sizes and one channel "
+            f"a map for logits of shape {tuple(logits.shape)} must have their batch and spatial "
+            "sizes and one channel "
             f"or none, got {tuple(values.shape)}"
         )
     return result
 
 
 def cross_entropy_map(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy per voxel: logits (B, C, *spatial), ids of any dtype -> (B, *spatial) float32."""
+    """Cross-entropy per voxel: logits (B, C, *spatial), ids of any dtype -> (B, *spatial)
+    float32.
+    """
     return F.cross_entropy(logits.float(), without_channel(label, logits).long(), reduction="none")
 
 
 def cross_entropy_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy over the voxels of `mask` (all without one); 0 with a zero gradient if there are none."""
+    """Mean cross-entropy over the voxels of `mask` (all without one); 0 with a zero gradient if
+    there are none.
+    """
     loss = cross_entropy_map(logits, label)
     if mask is None:
         return loss.mean()
@@ -67,10 +79,12 @@ def dice_loss(
 ) -> Tensor:
     """Soft Dice with squared denominators on softmax probabilities; scalar float32.
 
-    logits: (B, C, *spatial). label: ids of any dtype. background: count class 0 too. average: mean over the counted
-    classes instead of their sum. mask: voxels that count, bool or 0/1; with none left the loss and its gradient are 0.
-    absent: count classes without a voxel in the label too. Such a class has loss 0 if it is not predicted and tends to
-    1 if it is, so pseudo-labels that lack a class push it to nothing; False leaves it out.
+    logits: (B, C, *spatial). label: ids of any dtype. background: count class 0 too. average: mean
+    over the counted classes instead of their sum. mask: voxels that count, bool or 0/1; with none
+    left the loss and its gradient are 0.
+    absent: count classes without a voxel in the label too. Such a class has loss 0 if it is not
+    predicted and tends to 1 if it is, so pseudo-labels that lack a class push it to nothing; False
+    leaves it out.
     """
     first = 0 if background else 1
     probs = logits.float().softmax(1)[:, first:]
@@ -100,7 +114,8 @@ def ce_dice_loss(
 ) -> Tensor:
     """0.5 (cross-entropy + Dice); arguments as `dice_loss`. Scalar float32, gradient to the logits.
 
-    Supervised on labelled images without a `mask`; on pseudo-labels with their validity (confidence >= threshold).
+    Supervised on labelled images without a `mask`; on pseudo-labels with their validity (confidence
+    >= threshold).
     """
     dice = dice_loss(logits, label, background, average, eps, mask, absent)
     return 0.5 * (cross_entropy_loss(logits, label, mask) + dice)

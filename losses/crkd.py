@@ -1,23 +1,30 @@
-"""CRKD: cross reciprocal knowledge distillation between an image-perturbed and a feature-perturbed view.
+"""CRKD: cross reciprocal knowledge distillation between an image-perturbed and a feature-perturbed
+view.
 
-Semi-supervised segmentation. Source: the loss functions of the CRKD repository's history; its training script was never
-released. P_s are the logits of the strongly augmented image, P_fp those of the weak image whose encoder features lose
-channels; both images have been mixed by the same symmetric CutMix, so the views show the same content.
+Semi-supervised segmentation. Source: the loss functions of the CRKD repository's history; its
+training script was never released. P_s are the logits of the strongly augmented image, P_fp those
+of the weak image whose encoder features lose channels; both images have been mixed by the same
+symmetric CutMix, so the views show the same content.
 
     LEC   low-entropy consistency        both views are drawn to their confidence-weighted mean
-    CSD   class semantic distillation    labelled features are anchors, unlabelled ones their contrast
-    CKD   cross distillation             at each voxel the view that fits the pseudo-label better teaches the other
+    CSD   class semantic distillation    labelled features are anchors, unlabelled ones their
+    contrast
+    CKD   cross distillation             at each voxel the view that fits the pseudo-label better
+    teaches the other
 
-Presets. 'clean', the default, mends three things that 'as_released' reproduces: the mean row of a class in CSD is not
-of unit length; CKD divides the cosine by 0.07 before it is taken from 1, which makes that term negative; and in CKD's
-feature term neither view is held constant, so that the two directions are one function. In either, an empty selection
-gives a 0 that has a graph, labels are mixed without arithmetic, and the boxes of 3D CutMix lie on the axes that their
-extents were drawn for.
+Presets. 'clean', the default, mends three things that 'as_released' reproduces: the mean row of a
+class in CSD is not of unit length; CKD divides the cosine by 0.07 before it is taken from 1, which
+makes that term negative; and in CKD's feature term neither view is held constant, so that the two
+directions are one function. In either, an empty selection gives a 0 that has a graph, labels are
+mixed without arithmetic, and the boxes of 3D CutMix lie on the axes that their extents were drawn
+for.
 
-Random draws come from the `generator` argument, or from torch's global one without it. All arithmetic is float32.
+Random draws come from the `generator` argument, or from torch's global one without it. All
+arithmetic is float32.
 
-How many voxels stand for a class is known on the device alone, and asking makes the host wait. On other devices than
-the CPU, CSD therefore computes with shapes that do not depend on it: `_of_fixed_shape`.
+How many voxels stand for a class is known on the device alone, and asking makes the host wait. On
+other devices than the CPU, CSD therefore computes with shapes that do not depend on it:
+`_of_fixed_shape`.
 """
 
 import math
@@ -34,7 +41,9 @@ from losses.taps import moved, readable, resize_nearest
 
 
 def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, C, *spatial) -> class ids (B, *spatial) int64 and their probabilities float32; no gradient."""
+    """Logits (B, C, *spatial) -> class ids (B, *spatial) int64 and their probabilities float32; no
+    gradient.
+    """
     confidence, label = logits.detach().float().softmax(1).max(1)
     return label, confidence
 
@@ -43,14 +52,21 @@ def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def low_entropy_consistency(
-    logits_s: Tensor, logits_fp: Tensor, beta: float = 1.0, distance: str = "kl", mask: Tensor | None = None
+    logits_s: Tensor,
+    logits_fp: Tensor,
+    beta: float = 1.0,
+    distance: str = "kl",
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """LEC: weighted distance of the two class distributions to their weighted mean, averaged over voxels.
+    """LEC: weighted distance of the two class distributions to their weighted mean, averaged over
+    voxels.
 
-    logits: (B, C, *spatial). Weight of a view at a voxel: exp(-entropy) * (largest probability)^beta, normalised over
-    the two views. distance: 'kl' or 'l1', of each view to the mean. mask (B, *spatial): voxels that count, all without
-    one; the mean over none is 0. Scalar float32, gradient to both logits, through
-    weights and mean alike. The KL form is a generalised Jensen-Shannon divergence: between 0 (equal views) and ln 2.
+    logits: (B, C, *spatial). Weight of a view at a voxel: exp(-entropy) * (largest
+    probability)^beta, normalised over the two views. distance: 'kl' or 'l1', of each view to the
+    mean. mask (B, *spatial): voxels that count, all without one; the mean over none is 0. Scalar
+    float32, gradient to both logits, through
+    weights and mean alike. The KL form is a generalised Jensen-Shannon divergence: between 0 (equal
+    views) and ln 2.
     """
     check_choice("low_entropy_consistency", "distance", distance, ("kl", "l1"))
     eps = 1e-8
@@ -68,47 +84,65 @@ def low_entropy_consistency(
         distances = [(p - mean).abs().sum(1) for p in probs]
     per_voxel = weights[0] * distances[0] + weights[1] * distances[1]
     per_voxel = per_voxel / (weights[0] + weights[1] + eps)
-    return per_voxel.mean() if mask is None else _masked_mean(per_voxel, without_channel(mask, logits_s).bool())
+    return (
+        per_voxel.mean()
+        if mask is None
+        else _masked_mean(per_voxel, without_channel(mask, logits_s).bool())
+    )
 
 
 # --- class semantic distillation ---
 
 
 class ProjectionHead(nn.Module):
-    """Pointwise layers to unit vectors of `channels`: (B, in_channels, *spatial) maps, or rows (N, in_channels).
+    """Pointwise layers to unit vectors of `channels`: (B, in_channels, *spatial) maps, or rows (N,
+    in_channels).
 
-    Rows go through the same layers as the voxels of a map: batch norm then takes its statistics over the rows, of which
-    `counted` (N,) bool may leave some out.
-    num_layers: pointwise convolutions, all but the last with batch norm and ReLU. dims: 2 or 3, the kernels' rank only;
-    names and shapes are those of released checkpoints. Output float32.
+    Rows go through the same layers as the voxels of a map: batch norm then takes its statistics
+    over the rows, of which `counted` (N,) bool may leave some out.
+    num_layers: pointwise convolutions, all but the last with batch norm and ReLU. dims: 2 or 3, the
+    kernels' rank only; names and shapes are those of released checkpoints. Output float32.
     """
 
-    def __init__(self, in_channels: int = 16, channels: int = 256, num_layers: int = 3, dims: int = 3) -> None:
+    def __init__(
+        self, in_channels: int = 16, channels: int = 256, num_layers: int = 3, dims: int = 3
+    ) -> None:
         super().__init__()
         check_choice("projection head", "dims", dims, (2, 3))
         check_positive("projection head", num_layers=num_layers)
         conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
         layers: list[nn.Module] = []
         for k in range(num_layers - 1):
-            layers += [conv(channels if k else in_channels, channels, 1), norm(channels), nn.ReLU(inplace=True)]
+            layers += [
+                conv(channels if k else in_channels, channels, 1),
+                norm(channels),
+                nn.ReLU(inplace=True),
+            ]
         self.layers = nn.Sequential(*layers)
         self.final_conv = conv(channels if num_layers > 1 else in_channels, channels, 1)
         self.dims = dims
 
     def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
         if x.ndim == 2:
-            as_map = x.T.reshape(1, x.shape[1], x.shape[0], *[1] * (self.dims - 1))  # N voxels of one image
+            # N voxels of one image
+            as_map = x.T.reshape(1, x.shape[1], x.shape[0], *[1] * (self.dims - 1))
             return self.forward(as_map, counted)[0].flatten(1).T
         for layer in self.layers:
-            partial = counted is not None and layer.training and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            partial = (
+                counted is not None
+                and layer.training
+                and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            )
             x = _norm_by(layer, x, counted) if partial else layer(x)
         return F.normalize(self.final_conv(x).float(), dim=1, eps=1e-12)
 
 
 def _norm_by(norm: nn.modules.batchnorm._BatchNorm, x: Tensor, counted: Tensor) -> Tensor:
-    """`norm` in training of the map x (1, C, N, ...) of N voxels, with the statistics of the `counted` (N,) bool alone.
+    """`norm` in training of the map x (1, C, N, ...) of N voxels, with the statistics of the
+    `counted` (N,) bool alone.
 
-    Over those of all processes if it is a SyncBatchNorm. Without any, running statistics stay as they are.
+    Over those of all processes if it is a SyncBatchNorm. Without any, running statistics stay as
+    they are.
     """
     weight = counted.to(x.dtype)
     rows = x.flatten(2)[0]  # (C, N)
@@ -155,52 +189,63 @@ def class_semantic_distillation(
     normalise_mean: bool | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """CSD: supervised contrastive loss, labelled rows as anchors against unlabelled rows of both views.
+    """CSD: supervised contrastive loss, labelled rows as anchors against unlabelled rows of both
+    views.
 
-    features: (B, c, *grid) of the labelled batch and of the two unlabelled views. head: module (N, c) -> (N, d) unit
-    rows that projects the sampled rows, all in one call, on a GPU with a mask (N,) of those that count as its second
-    argument; None if the features are projected already. pred_l, label_l:
-    ids of the labelled batch; pred_u, conf_u: pseudo-label and its confidence, at any resolution (ids are resized to
-    the grid by nearest neighbour, confidences linearly).
-    samples: rows per stream, shared out equally among the classes (the last one takes the remainder), drawn with
-    replacement; a class with fewer rows has each of them repeated. Each class also adds the mean of its rows.
-    threshold: lowest confidence of an unlabelled row; None takes the mean confidence of the batch. use_tp: anchors only
-    where prediction and label agree. split_streams: the rows of a class are divided at random between the two views, so
-    that no voxel occurs in both. tau: temperature. normalise_mean: unit length for the means; None follows the preset
-    (True if clean).
-    Mean over the anchors, scalar float32, gradient to all features and the head. 0 with a graph if a side is empty.
+    features: (B, c, *grid) of the labelled batch and of the two unlabelled views. head: module (N,
+    c) -> (N, d) unit rows that projects the sampled rows, all in one call, on a GPU with a mask
+    (N,) of those that count as its second argument; None if the features are projected already.
+    pred_l, label_l:
+    ids of the labelled batch; pred_u, conf_u: pseudo-label and its confidence, at any resolution
+    (ids are resized to the grid by nearest neighbour, confidences linearly).
+    samples: rows per stream, shared out equally among the classes (the last one takes the
+    remainder), drawn with replacement; a class with fewer rows has each of them repeated. Each
+    class also adds the mean of its rows.
+    threshold: lowest confidence of an unlabelled row; None takes the mean confidence of the batch.
+    use_tp: anchors only where prediction and label agree. split_streams: the rows of a class are
+    divided at random between the two views, so that no voxel occurs in both. tau: temperature.
+    normalise_mean: unit length for the means; None follows the preset (True if clean).
+    Mean over the anchors, scalar float32, gradient to all features and the head. 0 with a graph if
+    a side is empty.
 
-    With a `head` only sampled rows are projected, which keeps the memory independent of the grid. The mean of a class
-    is then that of its projected samples, not of all its voxels.
+    With a `head` only sampled rows are projected, which keeps the memory independent of the grid.
+    The mean of a class is then that of its projected samples, not of all its voxels.
     """
     check_choice("class_semantic_distillation", "preset", preset, PRESETS)
     check_positive("class_semantic_distillation", samples=samples, tau=tau)
     if samples < num_classes:
         raise ValueError(
-            f"class_semantic_distillation: samples must be at least num_classes = {num_classes}, got {samples}"
+            f"class_semantic_distillation: samples must be at least num_classes = {num_classes}, "
+            f"got {samples}"
         )
     if normalise_mean is None:
         normalise_mean = preset == "clean"
     grid = features_l.shape[2:]
     with torch.no_grad():
-        pred_l, label_l, pred_u = (_on_grid(ids, features_l.ndim, grid) for ids in (pred_l, label_l, pred_u))
+        pred_l, label_l, pred_u = (
+            _on_grid(ids, features_l.ndim, grid) for ids in (pred_l, label_l, pred_u)
+        )
         conf_u = _on_grid(conf_u, features_l.ndim, grid, linear=True)
         reliable = conf_u >= (conf_u.mean() if threshold is None else threshold)
         correct = (pred_l == label_l) if use_tp else torch.ones_like(pred_l, dtype=torch.bool)
 
         masks = [(pred_l == k) & correct for k in range(num_classes)]
         masks += [(pred_u == k) & reliable for k in range(num_classes)]
-        share = [samples // num_classes + (samples % num_classes if k == num_classes - 1 else 0)
-                 for k in range(num_classes)]  # fmt: skip
+        share = [
+            samples // num_classes + (samples % num_classes if k == num_classes - 1 else 0)
+            for k in range(num_classes)
+        ]
     features = (features_l, features_s, features_fp)
     if not readable(masks[0]):
         sides = torch.stack(masks[:num_classes]), torch.stack(masks[num_classes:])
         with torch.autocast(features_l.device.type, enabled=False):
-            return _of_fixed_shape(features, *sides, share, head, tau, split_streams, normalise_mean, generator)
+            return _of_fixed_shape(
+                features, *sides, share, head, tau, split_streams, normalise_mean, generator
+            )
 
     with torch.no_grad():
-        # Which voxels of which stream stand for which class: (stream, class, indices of all its voxels, the candidates
-        # among them as positions, None for all, rows wanted).
+        # Which voxels of which stream stand for which class: (stream, class, indices of all its
+        # voxels, the candidates among them as positions, None for all, rows wanted).
         groups = []
         indices = _indices(masks)
         for k, (anchors, contrast) in enumerate(zip(indices[:num_classes], indices[num_classes:])):
@@ -209,11 +254,15 @@ def class_semantic_distillation(
             if split_streams:
                 order = _permutation(len(contrast), generator)
                 first, second = order[: len(order) // 2], order[len(order) // 2 :]
-            for stream, (rows, positions) in enumerate(((anchors, None), (contrast, first), (contrast, second))):
+            for stream, (rows, positions) in enumerate(
+                ((anchors, None), (contrast, first), (contrast, second))
+            ):
                 if len(rows if positions is None else positions):
                     groups.append((stream, k, rows, positions, wanted))
         groups.sort(key=lambda group: group[0])
-        drawn = [_draw(rows, positions, wanted, generator) for _, _, rows, positions, wanted in groups]
+        drawn = [
+            _draw(rows, positions, wanted, generator) for _, _, rows, positions, wanted in groups
+        ]
 
     streams = {stream for stream, *_ in groups}
     if 0 not in streams or not streams & {1, 2}:
@@ -222,9 +271,15 @@ def class_semantic_distillation(
         return sum(tensor[:0].sum(dtype=torch.float32) for tensor in inputs)
 
     with torch.autocast(features_l.device.type, enabled=False):
-        # One gather per stream: the gradient of each is a tensor of the size of the whole feature map.
-        of_stream = [[index for (s, *_), index in zip(groups, drawn) if s == stream] for stream in sorted(streams)]
-        rows = torch.cat([_rows(features[s], torch.cat(index)) for s, index in zip(sorted(streams), of_stream)])
+        # One gather per stream: the gradient of each is a tensor of the size of the whole feature
+        # map.
+        of_stream = [
+            [index for (s, *_), index in zip(groups, drawn) if s == stream]
+            for stream in sorted(streams)
+        ]
+        rows = torch.cat(
+            [_rows(features[s], torch.cat(index)) for s, index in zip(sorted(streams), of_stream)]
+        )
         rows = (rows if head is None else head(rows)).split([len(index) for index in drawn])
         vectors: dict[bool, list[Tensor]] = {True: [], False: []}
         classes: dict[bool, list[int]] = {True: [], False: []}
@@ -245,13 +300,19 @@ def class_semantic_distillation(
         )
 
 
-def _contrast(anchors: Tensor, contrast: Tensor, anchor_class: Tensor, contrast_class: Tensor, tau: float) -> Tensor:
-    """Mean over anchors (n, d) of -log softmax(similarities / tau) at the contrast rows (m, d) of the same class."""
+def _contrast(
+    anchors: Tensor, contrast: Tensor, anchor_class: Tensor, contrast_class: Tensor, tau: float
+) -> Tensor:
+    """Mean over anchors (n, d) of -log softmax(similarities / tau) at the contrast rows (m, d) of
+    the same class.
+    """
     return _contrasts(anchors @ contrast.T / tau, anchor_class[:, None] == contrast_class).mean()
 
 
 def _contrasts(similarities: Tensor, positive: Tensor) -> Tensor:
-    """-log softmax of each row (n, m), mean over its positives; (n,). An anchor without positives contributes 0."""
+    """-log softmax of each row (n, m), mean over its positives; (n,). An anchor without positives
+    contributes 0.
+    """
     log_p = similarities.log_softmax(1)
     return -(log_p.where(positive, 0.0).sum(1) / positive.sum(1).clamp(min=1))
 
@@ -267,61 +328,89 @@ def _of_fixed_shape(
     normalise_mean: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """`class_semantic_distillation` without a question to the device: shapes that depend on shapes alone.
+    """`class_semantic_distillation` without a question to the device: shapes that depend on shapes
+    alone.
 
-    anchors, contrast: bool (K, voxels of the batch), which voxels stand for which class; share: rows wanted of each.
-    Every class of every stream has as many rows as the largest share, whether it has voxels or not; what is too many
-    gets no weight.
+    anchors, contrast: bool (K, voxels of the batch), which voxels stand for which class; share:
+    rows wanted of each. Every class of every stream has as many rows as the largest share, whether
+    it has voxels or not; what is too many gets no weight.
     """
     device, num_classes, width = anchors.device, len(share), max(share)
     with torch.no_grad():
-        members = [_members_first(anchors, False, generator), _members_first(contrast, split_streams, generator)]
+        members = [
+            _members_first(anchors, False, generator),
+            _members_first(contrast, split_streams, generator),
+        ]
         of_class, total = contrast.sum(1), anchors.sum(1)
         half = of_class // 2 if split_streams else of_class
-        counts = torch.stack([total, half, of_class - half if split_streams else of_class])[..., None]  # (3, K, 1)
-        start = torch.stack([torch.zeros_like(half), torch.zeros_like(half), half if split_streams else 0 * half])
+        # (3, K, 1)
+        counts = torch.stack([total, half, of_class - half if split_streams else of_class])[
+            ..., None
+        ]
+        start = torch.stack(
+            [torch.zeros_like(half), torch.zeros_like(half), half if split_streams else 0 * half]
+        )
         place = torch.arange(width, device=device)
         wanted = torch.full((num_classes, 1), share[0], device=device)
         wanted[-1] = share[-1]
         # With replacement where there are enough, else each in turn.
         drawn = (_rand((3, num_classes, width), generator, device, torch.float64) * counts).long()
-        position = torch.where(counts >= wanted, drawn, place % counts.clamp(min=1)) + start[..., None]
+        position = (
+            torch.where(counts >= wanted, drawn, place % counts.clamp(min=1)) + start[..., None]
+        )
         index = [members[min(s, 1)].gather(1, position[s]).flatten() for s in range(3)]
         present = counts > 0
         usable = present[0].any() & present[1:].any()
-        distinct = usable & (place < torch.minimum(counts, wanted))  # (3, K, width): no row that repeats another
+        # (3, K, width): no row that repeats another
+        distinct = usable & (place < torch.minimum(counts, wanted))
         valid = present & (place < wanted)
 
     rows = torch.cat([_rows(feature, i) for feature, i in zip(features, index)])
-    rows = (rows if head is None else head(rows, distinct.flatten())).unflatten(0, (3, num_classes, width))
+    rows = (rows if head is None else head(rows, distinct.flatten())).unflatten(
+        0, (3, num_classes, width)
+    )
     if head is not None:
         weight = distinct.to(rows.dtype)
         mean = (rows * weight[..., None]).sum(2) / weight.sum(2, keepdim=True).clamp(min=1)
     else:
-        mean = torch.stack([
-            _means(feature, members[min(s, 1)], start[s], counts[s, :, 0]) for s, feature in enumerate(features)
-        ])  # fmt: skip
+        mean = torch.stack(
+            [
+                _means(feature, members[min(s, 1)], start[s], counts[s, :, 0])
+                for s, feature in enumerate(features)
+            ]
+        )
     if normalise_mean:
         mean = unit_vectors(mean, dim=2)
     vectors = torch.cat([rows, mean[:, :, None]], dim=2)
     valid = torch.cat([valid, present], dim=2)
     classes = torch.arange(num_classes, device=device)[:, None].expand(valid.shape)
-    (valid_a, valid_c), (class_a, class_c) = ((t[0].flatten(), t[1:].flatten()) for t in (valid, classes))
+    (valid_a, valid_c), (class_a, class_c) = (
+        (t[0].flatten(), t[1:].flatten()) for t in (valid, classes)
+    )
     similarities = vectors[0].flatten(0, 1) @ vectors[1:].flatten(0, 2).T / tau
-    similarities = similarities.masked_fill(~valid_c & usable, -math.inf)  # not all of them, which would give NaN
+    # not all of them, which would give NaN
+    similarities = similarities.masked_fill(~valid_c & usable, -math.inf)
     losses = _contrasts(similarities, (class_a[:, None] == class_c) & valid_c)
     counted = valid_a & usable
     return losses.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def _members_first(masks: Tensor, shuffled: bool, generator: torch.Generator | None) -> Tensor:
-    """Indices (K, N) int64 of the True entries of each mask (K, N), in order or shuffled, then of all others."""
-    keys = _rand(masks.shape, generator, masks.device) if shuffled else masks.new_zeros(masks.shape, dtype=torch.uint8)
+    """Indices (K, N) int64 of the True entries of each mask (K, N), in order or shuffled, then of
+    all others.
+    """
+    keys = (
+        _rand(masks.shape, generator, masks.device)
+        if shuffled
+        else masks.new_zeros(masks.shape, dtype=torch.uint8)
+    )
     return keys.masked_fill(~masks, 1).argsort(dim=1, stable=True)
 
 
 def _means(feature: Tensor, members: Tensor, start: Tensor, count: Tensor) -> Tensor:
-    """Mean vector (K, C) of a map (B, C, *grid) over members[k, start[k] : start[k] + count[k]] of each class k."""
+    """Mean vector (K, C) of a map (B, C, *grid) over members[k, start[k] : start[k] + count[k]] of
+    each class k.
+    """
     place = torch.arange(members.shape[1], device=members.device) - start[:, None]
     weight = torch.zeros(members.shape, dtype=torch.float32, device=members.device)
     weight.scatter_(1, members, ((place >= 0) & (place < count[:, None])).float())
@@ -331,7 +420,9 @@ def _means(feature: Tensor, members: Tensor, start: Tensor, count: Tensor) -> Te
 
 
 def _on_grid(values: Tensor, ndim: int, grid: torch.Size, linear: bool = False) -> Tensor:
-    """A map (B, 1, *spatial) or (B, *spatial) on `grid`, flattened to (B * voxels,); ids int64 or floats."""
+    """A map (B, 1, *spatial) or (B, *spatial) on `grid`, flattened to (B * voxels,); ids int64 or
+    floats.
+    """
     values = (values if values.ndim == ndim else values[:, None]).float()
     if linear and values.shape[2:] != grid:
         # The reference aligns the corners in 2D and does not in 3D.
@@ -342,19 +433,27 @@ def _on_grid(values: Tensor, ndim: int, grid: torch.Size, linear: bool = False) 
 
 
 def _rows(feature: Tensor, index: Tensor) -> Tensor:
-    """Vectors (n, C) float32 of (B, C, *grid) at flat indices (n,) over batch and voxels; no copy of the whole map."""
+    """Vectors (n, C) float32 of (B, C, *grid) at flat indices (n,) over batch and voxels; no copy
+    of the whole map.
+    """
     voxels = feature[0, 0].numel()
     return feature.flatten(2)[index // voxels, :, index % voxels].float()
 
 
 def _indices(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Indices (n,) int64 of the True entries of each mask (N,), for the CPU: their number is a shape."""
+    """Indices (n,) int64 of the True entries of each mask (N,), for the CPU: their number is a
+    shape.
+    """
     counts = torch.stack([mask.sum() for mask in masks]).tolist()
     return [mask.nonzero_static(size=count)[:, 0] for mask, count in zip(masks, counts)]
 
 
-def _draw(rows: Tensor, positions: Tensor | None, wanted: int, generator: torch.Generator | None) -> Tensor:
-    """`wanted` entries of rows[positions] with replacement, or all of them if there are fewer; None for all `rows`."""
+def _draw(
+    rows: Tensor, positions: Tensor | None, wanted: int, generator: torch.Generator | None
+) -> Tensor:
+    """`wanted` entries of rows[positions] with replacement, or all of them if there are fewer; None
+    for all `rows`.
+    """
     count = len(rows if positions is None else positions)
     if count >= wanted:
         drawn = _integers(count, wanted, generator)
@@ -371,7 +470,10 @@ def _device(generator: torch.Generator | None) -> torch.device:
 
 
 def _rand(
-    shape: Sequence[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype = torch.float32
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniform in [0, 1) on `device`, drawn there unless the generator is of another."""
     source = device if generator is None else generator.device
@@ -395,16 +497,25 @@ def _uniform(low: float, high: float, generator: torch.Generator | None) -> floa
 
 
 def comparison_mask(ce_s: Tensor, ce_fp: Tensor) -> Tensor:
-    """M = [ce_s < ce_fp], bool: where the image-perturbed view fits the pseudo-label better; equality counts as not."""
+    """M = [ce_s < ce_fp], bool: where the image-perturbed view fits the pseudo-label better;
+    equality counts as not.
+    """
     return ce_s < ce_fp
 
 
-def divergence_map(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 q (log q - log p), q of the teacher and p of the student at temperature T; (B, C, *spatial) float32.
+def divergence_map(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """T^2 q (log q - log p), q of the teacher and p of the student at temperature T; (B, C,
+    *spatial) float32.
 
     Its sum over C is T^2 KL(teacher || student). Gradient to the student only.
     """
-    return _divergence(_log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature), temperature)
+    return _divergence(
+        _log_probs(student_logits, temperature),
+        _log_probs(teacher_logits, temperature),
+        temperature,
+    )
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:
@@ -420,15 +531,18 @@ def _divergence(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
 class _MutualCosine(torch.autograd.Function):
     """Cosine of two vectors per voxel, with the gradient to each only where it learns.
 
-    a, b: (B, c, *grid) float32; a_learns, b_learns: (B, *grid) bool. Returns (B, *grid). A vector of norm below `eps`
-    counts as 0 and gets no gradient (`unit_vectors`). Written out because the maps have c channels at full resolution:
-    autograd would keep and rewrite a dozen of them, here the inputs are all that is kept.
+    a, b: (B, c, *grid) float32; a_learns, b_learns: (B, *grid) bool. Returns (B, *grid). A vector
+    of norm below `eps` counts as 0 and gets no gradient (`unit_vectors`). Written out because the
+    maps have c channels at full resolution: autograd would keep and rewrite a dozen of them, here
+    the inputs are all that is kept.
     """
 
     @staticmethod
     def forward(ctx, a, b, a_learns, b_learns, eps=1e-6):
         norms = [x.square().sum(1).sqrt_() for x in (a, b)]
-        inverse_a, inverse_b = (torch.where(norm < eps, 0.0, 1.0 / norm.clamp_min(eps)) for norm in norms)
+        inverse_a, inverse_b = (
+            torch.where(norm < eps, 0.0, 1.0 / norm.clamp_min(eps)) for norm in norms
+        )
         cosine = (a * b).sum(1).mul_(inverse_a).mul_(inverse_b)
         ctx.save_for_backward(a, b, a_learns, b_learns, inverse_a, inverse_b, cosine)
         return cosine
@@ -461,15 +575,18 @@ def cross_distillation(
     feature_tau: float | None = None,
     detach_better: bool | None = None,
 ) -> dict[str, Tensor]:
-    """CKD: unweighted terms `pixel_s_to_fp`, `pixel_fp_to_s`, `feature_s_to_fp`, `feature_fp_to_s` (teacher first).
+    """CKD: unweighted terms `pixel_s_to_fp`, `pixel_fp_to_s`, `feature_s_to_fp`, `feature_fp_to_s`
+    (teacher first).
 
-    logits: (B, C, *spatial). features: (B, c, *grid). s_better: M of `comparison_mask`; valid: V, confidence above its
-    threshold; both (B, *spatial) or (B, 1, *spatial), bool or 0/1. View s teaches where M and V hold, view fp where V
-    holds alone. Each term is a mean over the voxels where its teacher teaches, and 0 with a graph if there are none.
-    Pixel terms: T^2 / C KL(teacher || student), gradient to the student only. Feature terms: 1 - cosine / feature_tau,
-    masks resized to the grid by nearest neighbour.
-    feature_tau: None follows the preset, 1 if clean (terms in [0, 2]), 0.07 as released. detach_better: hold the
-    teaching view's feature constant; None follows the preset, True if clean.
+    logits: (B, C, *spatial). features: (B, c, *grid). s_better: M of `comparison_mask`; valid: V,
+    confidence above its threshold; both (B, *spatial) or (B, 1, *spatial), bool or 0/1. View s
+    teaches where M and V hold, view fp where V holds alone. Each term is a mean over the voxels
+    where its teacher teaches, and 0 with a graph if there are none. Pixel terms: T^2 / C KL(teacher
+    || student), gradient to the student only. Feature terms: 1 - cosine / feature_tau, masks
+    resized to the grid by nearest neighbour.
+    feature_tau: None follows the preset, 1 if clean (terms in [0, 2]), 0.07 as released.
+    detach_better: hold the teaching view's feature constant; None follows the preset, True if
+    clean.
     """
     check_choice("cross_distillation", "preset", preset, PRESETS)
     if feature_tau is None:
@@ -488,13 +605,18 @@ def cross_distillation(
 
     grid = features_s.shape[2:]
     if masks["s_to_fp"].shape[1:] != grid:
-        masks = {name: resize_nearest(mask[:, None].float(), grid)[:, 0] > 0 for name, mask in masks.items()}
+        masks = {
+            name: resize_nearest(mask[:, None].float(), grid)[:, 0] > 0
+            for name, mask in masks.items()
+        }
     learns = {"s": masks["fp_to_s"], "fp": masks["s_to_fp"]}
     if not detach_better:
         learns = dict.fromkeys(learns, learns["s"] | learns["fp"])
     cosine = _MutualCosine.apply(features_s.float(), features_fp.float(), learns["s"], learns["fp"])
     distance = 1.0 - cosine / feature_tau
-    return terms | {f"feature_{direction}": _masked_mean(distance, mask) for direction, mask in masks.items()}
+    return terms | {
+        f"feature_{direction}": _masked_mean(distance, mask) for direction, mask in masks.items()
+    }
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -512,9 +634,10 @@ def draw_box(
 ) -> tuple[slice, ...]:
     """A random box inside a 2D or 3D `shape`, one slice per axis, none empty.
 
-    fraction: range of the box's share of the image; ratio: range of its proportions r; both uniform. 2D: extents
-    sqrt(a r) and sqrt(a / r) for area a, r drawn among the values that fit (where none of the range fits, the nearest
-    that does). 3D: (v / r)^(1/3), (v r)^(1/3), v^(1/3) for volume v, each clipped to its axis. Position uniform.
+    fraction: range of the box's share of the image; ratio: range of its proportions r; both
+    uniform. 2D: extents sqrt(a r) and sqrt(a / r) for area a, r drawn among the values that fit
+    (where none of the range fits, the nearest that does). 3D: (v / r)^(1/3), (v r)^(1/3), v^(1/3)
+    for volume v, each clipped to its axis. Position uniform.
     """
     size = math.prod(shape) * _uniform(*fraction, generator)
     if len(shape) == 2:
@@ -540,7 +663,9 @@ def draw_box(
 def draw_boxes(
     batch: int, shape: Sequence[int], prob: float = 0.5, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Mask (batch, *shape) bool on the CPU: for each sample, with probability `prob`, a box of its own (`draw_box`)."""
+    """Mask (batch, *shape) bool on the CPU: for each sample, with probability `prob`, a box of its
+    own (`draw_box`).
+    """
     mask = torch.zeros(batch, *shape, dtype=torch.bool)
     for sample in mask:
         if _uniform(0.0, 1.0, generator) < prob:
@@ -551,10 +676,11 @@ def draw_boxes(
 def draw_exchange(
     batch: int, shape: Sequence[int], prob: float = 0.5, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Which samples exchange which box: partner indices (batch,) int64 and mask (batch, *shape) bool, on the CPU.
+    """Which samples exchange which box: partner indices (batch,) int64 and mask (batch, *shape)
+    bool, on the CPU.
 
-    The batch is paired at random (an odd one out is its own partner); each pair exchanges one box with probability
-    `prob`, the same for both members. `shape`: the spatial sizes.
+    The batch is paired at random (an odd one out is its own partner); each pair exchanges one box
+    with probability `prob`, the same for both members. `shape`: the spatial sizes.
     """
     partner = torch.arange(batch)
     mask = torch.zeros(batch, *shape, dtype=torch.bool)
@@ -568,7 +694,9 @@ def draw_exchange(
 
 
 def exchange(values: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
-    """`values` (B, *spatial) or (B, C, *spatial) of any dtype, with those of the partner where `mask` (B, *spatial)."""
+    """`values` (B, *spatial) or (B, C, *spatial) of any dtype, with those of the partner where
+    `mask` (B, *spatial).
+    """
     partner, mask = moved(partner, values.device), moved(mask, values.device)
     if values.ndim == mask.ndim + 1:
         mask = mask[:, None]
@@ -583,12 +711,15 @@ def symmetric_cutmix(
     prob: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exchange boxes within random pairs of the unlabelled batch; the same boxes for all four tensors.
+    """Exchange boxes within random pairs of the unlabelled batch; the same boxes for all four
+    tensors.
 
-    weak, strong: the two views (B, C, *spatial), 2D or 3D, of the same geometry. pred, conf: pseudo-label and its
-    confidence (`pseudo_label`), (B, *spatial) or (B, 1, *spatial). Returns the four mixed: new tensors of the same
-    dtypes and shapes. prob: probability that a pair is mixed.
+    weak, strong: the two views (B, C, *spatial), 2D or 3D, of the same geometry. pred, conf:
+    pseudo-label and its confidence (`pseudo_label`), (B, *spatial) or (B, 1, *spatial). Returns the
+    four mixed: new tensors of the same dtypes and shapes. prob: probability that a pair is mixed.
     """
-    partner, mask = (moved(t, weak.device) for t in draw_exchange(len(weak), weak.shape[2:], prob, generator))
+    partner, mask = (
+        moved(t, weak.device) for t in draw_exchange(len(weak), weak.shape[2:], prob, generator)
+    )
     mixed = (exchange(values, partner, mask) for values in (weak, strong, pred, conf))
     return tuple(mixed)

@@ -2,11 +2,13 @@
 
 Paper: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, eq. 4:
 
-    L = weight * tau^2 / (B K) * sum_{b,k} KL( softmax_v(z_T / tau) || softmax_v(z_S / tau) ),    tau 4, weight 1
+    L = weight * tau^2 / (B K) * sum_{b,k} KL( softmax_v(z_T / tau) || softmax_v(z_S / tau) ),
+    tau 4, weight 1
 
-Overlapping regions (multi-label): a channel is one region, so the spatial softmax stays meaningful; it is the default,
-with weight 0.1, as in the reference. `mode='bernoulli'` compares each voxel's [p, 1 - p] instead, tau^2 times the mean
-over all elements. (The reference's unused sigmoid branch is not a divergence, it can be negative; it is not offered.)
+Overlapping regions (multi-label): a channel is one region, so the spatial softmax stays meaningful;
+it is the default, with weight 0.1, as in the reference. `mode='bernoulli'` compares each voxel's
+[p, 1 - p] instead, tau^2 times the mean over all elements. (The reference's unused sigmoid branch
+is not a divergence, it can be negative; it is not offered.)
 
 Both presets are the same.
 """
@@ -18,7 +20,8 @@ from losses.kd import PRESETS, bernoulli_kl, check_choice, check_positive, check
 
 
 def channel_wise_kl(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
-    """tau^2 KL between distributions over voxels, mean over B and K; logits (B, K, *spatial), scalar float32.
+    """tau^2 KL between distributions over voxels, mean over B and K; logits (B, K, *spatial),
+    scalar float32.
 
     Gradient to the student only.
     """

@@ -1,8 +1,9 @@
 """Exact squared Euclidean distance transforms of binary masks, in voxels.
 
-Three paths with the same values: on the CPU a compiled separable transform, one mask per thread; on a GPU a Triton
-kernel (losses/distance_gpu.py); where Triton is missing or does not work, and on other devices, a separable min-plus
-transform in plain torch. The latter two handle all masks at once and never leave the device.
+Three paths with the same values: on the CPU a compiled separable transform, one mask per thread; on
+a GPU a Triton kernel (losses/distance_gpu.py); where Triton is missing or does not work, and on
+other devices, a separable min-plus transform in plain torch. The latter two handle all masks at
+once and never leave the device.
 """
 
 import functools
@@ -17,11 +18,14 @@ from torch import Tensor
 
 
 def boundary_distance_squared(mask: Tensor, *more: Tensor) -> Tensor:
-    """Squared distance of every voxel to the nearest voxel of the other kind: EDT(m)^2 + EDT(not m)^2.
+    """Squared distance of every voxel to the nearest voxel of the other kind: EDT(m)^2 + EDT(not
+    m)^2.
 
-    mask: (N, *spatial) bool, spatial 2D or 3D, unit spacing. Returns float32 of the same shape, no gradient.
+    mask: (N, *spatial) bool, spatial 2D or 3D, unit spacing. Returns float32 of the same shape, no
+    gradient.
     more: further masks of that shape; the fields of all are summed.
-    A mask that is all False or all True has no boundary; its field is 0 (the convention of Hausdorff-DT losses).
+    A mask that is all False or all True has no boundary; its field is 0 (the convention of
+    Hausdorff-DT losses).
     """
     with torch.no_grad():
         if mask.device.type == "cpu":
@@ -30,12 +34,17 @@ def boundary_distance_squared(mask: Tensor, *more: Tensor) -> Tensor:
             with torch.cuda.device(mask.device):  # where Triton launches
                 transform = _gpu_transform()
                 return sum((transform(m) for m in more), transform(mask))
-        return sum((separable_boundary_distance_squared(m) for m in more), separable_boundary_distance_squared(mask))
+        return sum(
+            (separable_boundary_distance_squared(m) for m in more),
+            separable_boundary_distance_squared(mask),
+        )
 
 
 @functools.cache
 def _gpu_transform() -> Callable[[Tensor], Tensor]:
-    """The Triton kernel, or plain torch where that fails on a small mask: it needs Triton and a C compiler."""
+    """The Triton kernel, or plain torch where that fails on a small mask: it needs Triton and a C
+    compiler.
+    """
     torch.cuda.synchronize()  # an error of something before is not Triton's
     try:
         from losses.distance_gpu import triton_boundary_distance_squared
@@ -46,9 +55,11 @@ def _gpu_transform() -> Callable[[Tensor], Tensor]:
     except Exception as error:  # of whatever kind: an import, a compiler, a driver
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
-            f"distance transforms run in plain torch, many times as slow as the Triton kernel, which fails here "
-            f"({type(error).__name__}: {reason}); it needs the package triton and a C compiler", stacklevel=2,
-        )  # fmt: skip
+            "distance transforms run in plain torch, many times as slow as the Triton kernel, "
+            "which fails here "
+            f"({type(error).__name__}: {reason}); it needs the package triton and a C compiler",
+            stacklevel=2,
+        )
         return separable_boundary_distance_squared
     return triton_boundary_distance_squared
 
@@ -63,18 +74,21 @@ def _with_numba(*masks: Tensor) -> Tensor:
         for stack in stacks:
             _add_field(stack[index].reshape(grid), target)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # the compiled code runs outside Python's lock
+    # the compiled code runs outside Python's lock
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         list(threads.map(add_fields, range(len(field))))
     return field
 
 
 @njit(nogil=True, cache=True)
 def _add_field(mask, field):
-    """Add the squared distances of one bool `mask` (X, Y, Z) to the float32 `field`; 0 if all voxels are of a kind.
+    """Add the squared distances of one bool `mask` (X, Y, Z) to the float32 `field`; 0 if all
+    voxels are of a kind.
 
-    One axis after the other. Along the last, every line that has a voxel of the searched kind gets finite distances
-    everywhere; so only such lines, and then such planes, are candidates along the other two axes, and a small object
-    costs little. Those two axes are worked through in whole lines, which compilers turn into vector instructions.
+    One axis after the other. Along the last, every line that has a voxel of the searched kind gets
+    finite distances everywhere; so only such lines, and then such planes, are candidates along the
+    other two axes, and a small object costs little. Those two axes are worked through in whole
+    lines, which compilers turn into vector instructions.
     """
     num_x, num_y, num_z = mask.shape
     squares = np.empty((num_x, num_y, num_z), np.int32)  # within a plane of constant x
@@ -125,7 +139,8 @@ def _add_field(mask, field):
 def _nearest(sources, places, count, at, best):
     """best[z] = min over the first `count` i of sources[i, z] + (places[i] - at)^2; places ascend.
 
-    The nearest places come first; the search ends where the offset alone exceeds every minimum found.
+    The nearest places come first; the search ends where the offset alone exceeds every minimum
+    found.
     """
     best[:] = np.int32(1 << 30)
     above = 0
@@ -156,11 +171,15 @@ def _nearest(sources, places, count, at, best):
 
 
 def separable_boundary_distance_squared(mask: Tensor) -> Tensor:
-    """As `boundary_distance_squared`, in plain torch on any device; O(side) shifted minima per axis, exact."""
+    """As `boundary_distance_squared`, in plain torch on any device; O(side) shifted minima per
+    axis, exact.
+    """
     spatial = mask.shape[1:]
-    # Larger than any squared distance, and small enough for float32 to hold every sum below exactly.
+    # Larger than any squared distance, and small enough for float32 to hold every sum below
+    # exactly.
     far = float(sum(size * size for size in spatial) + 1)
-    distance = torch.stack([mask, ~mask]).to(torch.float32).mul_(far)  # 0 on the voxels that are searched for
+    # 0 on the voxels that are searched for
+    distance = torch.stack([mask, ~mask]).to(torch.float32).mul_(far)
     for axis in range(2, distance.ndim):
         nearest = distance.clone()
         size = distance.shape[axis]

@@ -1,41 +1,57 @@
-"""DKD: KD split into the target class against the rest, and the classes of the rest, with a weight for each.
+"""DKD: KD split into the target class against the rest, and the classes of the rest, with a weight
+for each.
 
-Paper: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7. With t the label's class, p and q the
-student's and teacher's probabilities at tau, and p^, q^ those of the other classes scaled to sum to 1:
+Paper: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7. With t the label's class,
+p and q the student's and teacher's probabilities at tau, and p^, q^ those of the other classes
+scaled to sum to 1:
 
     L = weight * tau^2 * mean_v [ alpha KL([q_t, 1 - q_t] || [p_t, 1 - p_t]) + beta KL(q^ || p^) ]
     alpha 1, beta 8, tau 4, weight 0.1
 
-Overlapping regions (multi-label). 'clean': a voxel's target classes are the regions that contain it; KL of [p, 1 - p]
-at tau, with alpha on the targets and beta on the other regions, both over the number of all elements: alpha = beta = 1
-is plain KD. Weight 0.1. 'as_released': alpha * MSE(s(z_S), s(z_T)) + beta * MSE(s(z_S m), s(z_T m)), s the sigmoid, m 1
-outside the region and 0 inside, no temperature, weight 1: the MSE with the elements outside weighted alpha + beta.
+Overlapping regions (multi-label). 'clean': a voxel's target classes are the regions that contain
+it; KL of [p, 1 - p] at tau, with alpha on the targets and beta on the other regions, both over the
+number of all elements: alpha = beta = 1 is plain KD. Weight 0.1. 'as_released': alpha * MSE(s(z_S),
+s(z_T)) + beta * MSE(s(z_S m), s(z_T m)), s the sigmoid, m 1 outside the region and 0 inside, no
+temperature, weight 1: the MSE with the elements outside weighted alpha + beta.
 
-Deviations: logarithms of probabilities come from log-sum-exp, so none is infinite where the reference's can be. On
-multi-class data both presets are the same.
+Deviations: logarithms of probabilities come from log-sum-exp, so none is infinite where the
+reference's can be. On multi-class data both presets are the same.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, bernoulli_kl_map, check_choice, check_positive, check_weights, class_masks, region_masks
+from losses.kd import (
+    PRESETS,
+    bernoulli_kl_map,
+    check_choice,
+    check_positive,
+    check_weights,
+    class_masks,
+    region_masks,
+)
 from losses.taps import class_map
 from losses.voxelwise import voxel_sums
 
 
 def _split(logits: Tensor, label: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p_t, log(1 - p_t), both (B, 1, *spatial), and log p^ (B, K, *spatial), finite though unused at the target."""
+    """log p_t, log(1 - p_t), both (B, 1, *spatial), and log p^ (B, K, *spatial), finite though
+    unused at the target.
+    """
     everything = logits.logsumexp(1, keepdim=True)
     others = logits.masked_fill(is_target, -float("inf")).logsumexp(1, keepdim=True)
     target = logits.gather(1, class_map(label)[:, None])
     return target - everything, others - everything, logits - others
 
 
-def decoupled_kl(student_logits: Tensor, teacher_logits: Tensor, label: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def decoupled_kl(
+    student_logits: Tensor, teacher_logits: Tensor, label: Tensor, tau: float
+) -> tuple[Tensor, Tensor]:
     """tau^2 times the target and non-target divergences, mean over B and voxels; scalars float32.
 
-    logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. Gradient to the student only.
+    logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. Gradient to the student
+    only.
     """
 
     def totals(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
@@ -46,24 +62,33 @@ def decoupled_kl(student_logits: Tensor, teacher_logits: Tensor, label: Tensor, 
         probs = log_q_rest.masked_fill(is_target, -float("inf")).exp()
         return torch.stack([target.sum(), (probs * (log_q_rest - log_p_rest)).sum()])
 
-    target, rest = tau**2 * voxel_sums(totals, student_logits, teacher_logits, label) / label.numel()
+    target, rest = (
+        tau**2 * voxel_sums(totals, student_logits, teacher_logits, label) / label.numel()
+    )
     return target, rest
 
 
 def decoupled_bernoulli_kl(
     student_logits: Tensor, teacher_logits: Tensor, label: Tensor, tau: float
 ) -> tuple[Tensor, Tensor]:
-    """tau^2 times the two-class divergence inside and outside the regions, each over all elements; scalars float32.
+    """tau^2 times the two-class divergence inside and outside the regions, each over all elements;
+    scalars float32.
 
     logits and label: (B, K, *spatial). Gradient to the student only.
     """
     inside = region_masks(label, student_logits.shape[1])
-    divergence = tau**2 * bernoulli_kl_map(student_logits.float() / tau, teacher_logits.float() / tau)
+    divergence = tau**2 * bernoulli_kl_map(
+        student_logits.float() / tau, teacher_logits.float() / tau
+    )
     return (divergence * inside).mean(), (divergence * ~inside).mean()
 
 
-def masked_sigmoid_mse(student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared difference of sigmoids, of all logits and of those set to 0 inside the region; scalars float32."""
+def masked_sigmoid_mse(
+    student_logits: Tensor, teacher_logits: Tensor, label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean squared difference of sigmoids, of all logits and of those set to 0 inside the region;
+    scalars float32.
+    """
     outside = ~region_masks(label, student_logits.shape[1])
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     everything = F.mse_loss(student.sigmoid(), teacher.sigmoid())
@@ -73,7 +98,8 @@ def masked_sigmoid_mse(student_logits: Tensor, teacher_logits: Tensor, label: Te
 class DKD(nn.Module):
     """The terms `dkd_target` and `dkd_nontarget`.
 
-    weight: None means 0.1, and 1 for multi-label data with preset 'as_released', whose squared differences have no tau.
+    weight: None means 0.1, and 1 for multi-label data with preset 'as_released', whose squared
+    differences have no tau.
     """
 
     def __init__(

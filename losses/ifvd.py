@@ -1,21 +1,25 @@
-"""IFVD: how close each voxel's feature is to its class centre, in the student as in the teacher; and a KD term.
+"""IFVD: how close each voxel's feature is to its class centre, in the student as in the teacher;
+and a KD term.
 
-Paper: Wang et al., "Intra-class Feature Variation Distillation for Semantic Segmentation", ECCV 2020, eq. 1-3.
-With mu_k the mean feature of class k in one sample and y_v the label:
+Paper: Wang et al., "Intra-class Feature Variation Distillation for Semantic Segmentation", ECCV
+2020, eq. 1-3. With mu_k the mean feature of class k in one sample and y_v the label:
 
-    L = kd_weight * KD(logits) + weight * mean_{b,v} ( cos(F_S,v , mu_S,y_v) - cos(F_T,v , mu_T,y_v) )^2,   10 and 200
+    L = kd_weight * KD(logits) + weight * mean_{b,v} ( cos(F_S,v , mu_S,y_v) - cos(F_T,v , mu_T,y_v)
+    )^2,   10 and 200
 
-on the `decoder` taps, whose channel counts may differ. The label and the teacher's feature are brought to the student's
-grid by nearest neighbour. The gradient also flows through the student's centres. Voxels of a class id of
-`num_label_classes` or above count as their own centre and so add 0 to the mean.
+on the `decoder` taps, whose channel counts may differ. The label and the teacher's feature are
+brought to the student's grid by nearest neighbour. The gradient also flows through the student's
+centres. Voxels of a class id of `num_label_classes` or above count as their own centre and so add 0
+to the mean.
 
-Overlapping regions (multi-label): each region is a problem of two classes, region and the rest, on the whole feature;
-mean over the regions. KD term: the squared difference of sigmoids.
+Overlapping regions (multi-label): each region is a problem of two classes, region and the rest, on
+the whole feature; mean over the regions. KD term: the squared difference of sigmoids.
 
-Presets. They differ in the KD term: 'clean' is the KL of `losses/kd.py`, 'as_released' the squared difference of
-sigmoids on multi-class data too. The released WORD configs with the ResU-Net teacher have 14 label classes where the
-data have 17: `num_label_classes=14` gives those. The reference's multi-label form compares single feature channels,
-where a cosine is a sign: it has no gradient, and 'as_released' is refused there.
+Presets. They differ in the KD term: 'clean' is the KL of `losses/kd.py`, 'as_released' the squared
+difference of sigmoids on multi-class data too. The released WORD configs with the ResU-Net teacher
+have 14 label classes where the data have 17: `num_label_classes=14` gives those. The reference's
+multi-label form compares single feature channels, where a cosine is a sign: it has no gradient, and
+'as_released' is refused there.
 """
 
 import torch
@@ -35,10 +39,11 @@ from losses.taps import class_map, require_taps, resize_nearest
 
 
 def centre_similarity(feature: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """Cosine between each voxel's feature and the mean feature of its class in the same sample: (B, V) float32.
+    """Cosine between each voxel's feature and the mean feature of its class in the same sample: (B,
+    V) float32.
 
-    feature: (B, C, *spatial). classes: (B, V) ids; those outside 0 .. num_classes - 1 are left out and get 0.
-    Gradient to the feature, through the centres too.
+    feature: (B, C, *spatial). classes: (B, V) ids; those outside 0 .. num_classes - 1 are left out
+    and get 0. Gradient to the feature, through the centres too.
     """
     with torch.autocast(feature.device.type, enabled=False):
         feature = feature.float().flatten(2)
@@ -47,16 +52,22 @@ def centre_similarity(feature: Tensor, classes: Tensor, num_classes: int) -> Ten
         members = feature.new_zeros(*classes.shape, num_classes)  # (B, V, K), one-hot
         members.scatter_(2, classes[..., None], valid[..., None].to(feature.dtype))
         centres = (feature @ members) / (members.sum(1, keepdim=True) + 1e-6)  # (B, C, K)
-        # All K products and a gather take K floats per voxel; spreading the centres over the grid would take C.
-        products = (unit_vectors(centres, 1).transpose(1, 2) @ unit_vectors(feature, 1)).gather(1, classes[:, None])
+        # All K products and a gather take K floats per voxel; spreading the centres over the grid
+        # would take C.
+        products = (unit_vectors(centres, 1).transpose(1, 2) @ unit_vectors(feature, 1)).gather(
+            1, classes[:, None]
+        )
         cosine = products[:, 0]
     return cosine.masked_fill(~valid, 0.0)
 
 
-def feature_variation(student_feature: Tensor, teacher_feature: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+def feature_variation(
+    student_feature: Tensor, teacher_feature: Tensor, classes: Tensor, num_classes: int
+) -> Tensor:
     """Mean over B and voxels of the squared difference of both centre similarities; scalar float32.
 
-    student_feature (B, C, *grid), teacher_feature (B, C', *grid), classes (B, *grid) ids. Gradient to the student only.
+    student_feature (B, C, *grid), teacher_feature (B, C', *grid), classes (B, *grid) ids. Gradient
+    to the student only.
     """
     classes = classes.flatten(1)
     student = centre_similarity(student_feature, classes, num_classes)
@@ -88,11 +99,17 @@ class IFVD(nn.Module):
         check_choice("ifvd", "reduction", reduction, REDUCTIONS)
         check_weights("ifvd", weight=weight, kd_weight=kd_weight)
         if multilabel and preset == "as_released":
-            raise ValueError("ifvd: the reference's multi-label form has no gradient; use preset 'clean'")
+            raise ValueError(
+                "ifvd: the reference's multi-label form has no gradient; use preset 'clean'"
+            )
         if multilabel and num_label_classes is not None:
-            raise ValueError("ifvd: num_label_classes is for class ids; multi-label data use every region")
+            raise ValueError(
+                "ifvd: num_label_classes is for class ids; multi-label data use every region"
+            )
         if num_label_classes is not None and not 1 <= num_label_classes <= num_classes:
-            raise ValueError(f"ifvd: num_label_classes must lie in 1 .. {num_classes}, got {num_label_classes}")
+            raise ValueError(
+                f"ifvd: num_label_classes must lie in 1 .. {num_classes}, got {num_label_classes}"
+            )
         self.student_taps = self.teacher_taps = ("decoder",)
         require_taps("ifvd", "student", student_channels, self.student_taps)
         require_taps("ifvd", "teacher", teacher_channels, self.teacher_taps)
@@ -106,11 +123,17 @@ class IFVD(nn.Module):
         grid = student_feature.shape[2:]
         teacher_feature = resize_nearest(teacher.features["decoder"].detach(), grid)
         if self.multilabel:
-            regions = resize_nearest(region_masks(label, self.num_classes).float(), grid).long().unbind(1)
-            variations = [feature_variation(student_feature, teacher_feature, region, 2) for region in regions]
+            regions = (
+                resize_nearest(region_masks(label, self.num_classes).float(), grid).long().unbind(1)
+            )
+            variations = [
+                feature_variation(student_feature, teacher_feature, region, 2) for region in regions
+            ]
             variation = sum(variations) / len(variations)
         else:
             classes = class_map(resize_nearest(label.float(), grid))
-            variation = feature_variation(student_feature, teacher_feature, classes, self.num_label_classes)
+            variation = feature_variation(
+                student_feature, teacher_feature, classes, self.num_label_classes
+            )
         kd = self.kd(student.logits, teacher.logits, reduction=self.reduction)
         return {"ifvd_kd": self.kd_weight * kd, "ifvd": self.weight * variation}

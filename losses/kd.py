@@ -1,15 +1,18 @@
 """KD: the student imitates the teacher's class probabilities, voxel by voxel.
 
-Paper: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", NIPS 2014 deep learning workshop:
+Paper: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", NIPS 2014 deep
+learning workshop:
 
     L = weight * tau^2 * KL( softmax(z_T / tau) || softmax(z_S / tau) ),    weight 10, tau 1
 
-Overlapping regions (multi-label): mean squared difference of the sigmoids, weight 10, as the reference does.
+Overlapping regions (multi-label): mean squared difference of the sigmoids, weight 10, as the
+reference does.
 
-Presets. The released code compares sigmoids on multi-class data too, because a flag defaults to True. 'clean': KL of
-the softmax on multi-class data. 'as_released': difference of sigmoids everywhere. `mode` overrides either.
-Reduction. 'mean' (default, the reference's scaling) averages over all elements of (B, K, *spatial), which is K times
-less than the mathematical divergence per voxel; 'voxel' sums over the channels and averages over the voxels.
+Presets. The released code compares sigmoids on multi-class data too, because a flag defaults to
+True. 'clean': KL of the softmax on multi-class data. 'as_released': difference of sigmoids
+everywhere. `mode` overrides either. Reduction. 'mean' (default, the reference's scaling) averages
+over all elements of (B, K, *spatial), which is K times less than the mathematical divergence per
+voxel; 'voxel' sums over the channels and averages over the voxels.
 
 The divergences here serve the other methods that have a logit term.
 """
@@ -30,7 +33,9 @@ REDUCTIONS = ("mean", "voxel")
 def check_choice(method: str, name: str, value: object, allowed: Collection) -> None:
     """Raise ValueError unless the argument `name` of `method` has one of the `allowed` values."""
     if value not in allowed:
-        raise ValueError(f"{method}: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        raise ValueError(
+            f"{method}: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+        )
 
 
 def check_positive(method: str, **values: float) -> None:
@@ -48,7 +53,9 @@ def check_not_negative(method: str, **values: float) -> None:
 
 
 def check_weights(method: str, **values: float | None) -> None:
-    """Raise ValueError for a weight of `method` that is negative or not finite; None stands for a default."""
+    """Raise ValueError for a weight of `method` that is negative or not finite; None stands for a
+    default.
+    """
     for name, value in values.items():
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"{method}: {name} is a weight and must be at least 0, got {value}")
@@ -62,10 +69,13 @@ def check_fractions(method: str, **values: float) -> None:
 
 
 def region_masks(label: Tensor, num_regions: int) -> Tensor:
-    """Label (B, num_regions, *spatial), bool or 0/1 of any dtype -> bool; ValueError for another channel count."""
+    """Label (B, num_regions, *spatial), bool or 0/1 of any dtype -> bool; ValueError for another
+    channel count.
+    """
     if label.shape[1] != num_regions:
         raise ValueError(
-            f"a multi-label label needs one channel per region: expected (B, {num_regions}, *spatial), "
+            f"a multi-label label needs one channel per region: expected (B, {num_regions}, "
+            "*spatial), "
             f"got {tuple(label.shape)}; set multilabel=False for labels of class ids"
         )
     return label > 0.5 if label.is_floating_point() else label.bool()
@@ -78,7 +88,8 @@ def class_masks(label: Tensor, num_classes: int) -> Tensor:
 
 
 def unit_vectors(vectors: Tensor, dim: int, eps: float = 1e-6) -> Tensor:
-    """float32 `vectors` over their L2 norm along `dim`; 0 without gradient where that norm is below `eps`.
+    """float32 `vectors` over their L2 norm along `dim`; 0 without gradient where that norm is below
+    `eps`.
 
     A clamped division would give such a vector, which has no direction, a gradient of 1 / eps.
     """
@@ -86,25 +97,31 @@ def unit_vectors(vectors: Tensor, dim: int, eps: float = 1e-6) -> Tensor:
     return vectors * torch.where(norm < eps, 0.0, 1.0 / norm.clamp_min(eps))
 
 
-def softmax_kl(student_logits: Tensor, teacher_logits: Tensor, tau: float = 1.0, reduction: str = "mean") -> Tensor:
+def softmax_kl(
+    student_logits: Tensor, teacher_logits: Tensor, tau: float = 1.0, reduction: str = "mean"
+) -> Tensor:
     """tau^2 KL(teacher || student) between the class distributions of each voxel; scalar float32.
 
-    logits: (B, K, *spatial). reduction: 'mean' over B, K and voxels, or 'voxel', the sum over K averaged over B and
-    voxels. Gradient to the student only.
+    logits: (B, K, *spatial). reduction: 'mean' over B, K and voxels, or 'voxel', the sum over K
+    averaged over B and voxels. Gradient to the student only.
     """
 
     def total(student: Tensor, teacher: Tensor) -> Tensor:
         log_p, log_q = (F.log_softmax(logits.float() / tau, dim=1) for logits in (student, teacher))
         return F.kl_div(log_p, log_q, reduction="sum", log_target=True)[None]
 
-    divergence = tau**2 * voxel_sums(total, student_logits, teacher_logits)[0] / student_logits.numel()
+    divergence = (
+        tau**2 * voxel_sums(total, student_logits, teacher_logits)[0] / student_logits.numel()
+    )
     return divergence if reduction == "mean" else divergence * student_logits.shape[1]
 
 
 def bernoulli_kl_map(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL between the two-class distributions [q, 1 - q] and [p, 1 - p], q and p the sigmoids; elementwise, float32.
+    """KL between the two-class distributions [q, 1 - q] and [p, 1 - p], q and p the sigmoids;
+    elementwise, float32.
 
-    logits: any equal shapes, any range (log-sigmoids, so no logarithm of 0). Gradient to the student only.
+    logits: any equal shapes, any range (log-sigmoids, so no logarithm of 0). Gradient to the
+    student only.
     """
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     inside = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
@@ -112,14 +129,22 @@ def bernoulli_kl_map(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return inside + outside
 
 
-def bernoulli_kl(student_logits: Tensor, teacher_logits: Tensor, tau: float = 1.0, reduction: str = "mean") -> Tensor:
-    """tau^2 KL(teacher || student) with each channel a binary problem; arguments and reductions as `softmax_kl`."""
-    divergence = tau**2 * bernoulli_kl_map(student_logits.float() / tau, teacher_logits.float() / tau).mean()
+def bernoulli_kl(
+    student_logits: Tensor, teacher_logits: Tensor, tau: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    """tau^2 KL(teacher || student) with each channel a binary problem; arguments and reductions as
+    `softmax_kl`.
+    """
+    divergence = (
+        tau**2 * bernoulli_kl_map(student_logits.float() / tau, teacher_logits.float() / tau).mean()
+    )
     return divergence if reduction == "mean" else divergence * student_logits.shape[1]
 
 
 def sigmoid_mse(student_logits: Tensor, teacher_logits: Tensor, reduction: str = "mean") -> Tensor:
-    """Squared difference of the sigmoids; logits (B, K, *spatial), reductions as `softmax_kl`; scalar float32."""
+    """Squared difference of the sigmoids; logits (B, K, *spatial), reductions as `softmax_kl`;
+    scalar float32.
+    """
     error = F.mse_loss(student_logits.float().sigmoid(), teacher_logits.detach().float().sigmoid())
     return error if reduction == "mean" else error * student_logits.shape[1]
 
@@ -127,7 +152,8 @@ def sigmoid_mse(student_logits: Tensor, teacher_logits: Tensor, reduction: str =
 class KD(nn.Module):
     """The term `kd`.
 
-    mode: 'kl' (multi-class), 'bernoulli_kl' (multi-label) or 'mse_sigmoid'; None follows the preset.
+    mode: 'kl' (multi-class), 'bernoulli_kl' (multi-label) or 'mse_sigmoid'; None follows the
+    preset.
     tau: temperature of the two KL modes. reduction: 'mean' or 'voxel', see the head of this file.
     """
 

@@ -1,23 +1,29 @@
-"""MSKD-CAKD: the teacher's affinities between classes, and its predictions tempered by the norm of the feature.
+"""MSKD-CAKD: the teacher's affinities between classes, and its predictions tempered by the norm of
+the feature.
 
-Two terms of the ACF-BCKD authors' repository. Class affinity, of the probabilities P (C, V) of one sample:
+Two terms of the ACF-BCKD authors' repository. Class affinity, of the probabilities P (C, V) of one
+sample:
 
-    L_affinity = mean_{b,c} [1 - cos(column c of (P P^T)_S, column c of (P P^T)_T)]                    weight 1
+    L_affinity = mean_{b,c} [1 - cos(column c of (P P^T)_S, column c of (P P^T)_T)]
+    weight 1
 
-and feature-normalised distillation (Xu et al., "Feature Normalized Knowledge Distillation for Image Classification",
-ECCV 2020), |F| being the length of a voxel's feature vector before the classifier:
+and feature-normalised distillation (Xu et al., "Feature Normalized Knowledge Distillation for Image
+Classification", ECCV 2020), |F| being the length of a voxel's feature vector before the classifier:
 
-    L_norm = mean over voxels of CE(softmax(z_T / |F_T|), softmax(z_S / |F_S|))                        weight 1
+    L_norm = mean over voxels of CE(softmax(z_T / |F_T|), softmax(z_S / |F_S|))
+    weight 1
 
-A voxel whose feature is long has a soft target. The lowest value of L_norm is the teacher's entropy, not 0. The tap is
-the one before the classifier (decoder), brought to the grid of the logits by nearest neighbour. Lengths count as 0.1 at
-least: behind a ReLU some voxels have no feature at all.
+A voxel whose feature is long has a soft target. The lowest value of L_norm is the teacher's
+entropy, not 0. The tap is the one before the classifier (decoder), brought to the grid of the
+logits by nearest neighbour. Lengths count as 0.1 at least: behind a ReLU some voxels have no
+feature at all.
 
-Overlapping regions (multi-label): P holds the sigmoids of the regions, and L_norm is the binary cross-entropy, mean
-over regions too.
+Overlapping regions (multi-label): P holds the sigmoids of the regions, and L_norm is the binary
+cross-entropy, mean over regions too.
 
-Both presets are the same. The released code leaves out the constant 1 of L_affinity, and takes the logarithm of the
-softmax twice in L_norm, which changes nothing: log-probabilities are their own log-softmax.
+Both presets are the same. The released code leaves out the constant 1 of L_affinity, and takes the
+logarithm of the softmax twice in L_norm, which changes nothing: log-probabilities are their own
+log-softmax.
 """
 
 import torch
@@ -29,7 +35,9 @@ from losses.taps import require_taps, resize_nearest
 
 
 def class_affinity_distance(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
-    """L_affinity of probabilities (B, C, *spatial); scalar float32 in [0, 1]; gradient to the student only."""
+    """L_affinity of probabilities (B, C, *spatial); scalar float32 in [0, 1]; gradient to the
+    student only.
+    """
 
     def columns(probs: Tensor) -> Tensor:
         flat = probs.float().flatten(2)
@@ -40,7 +48,9 @@ def class_affinity_distance(student_probs: Tensor, teacher_probs: Tensor) -> Ten
 
 
 def tempered_logits(logits: Tensor, feature: Tensor, min_norm: float = 0.1) -> Tensor:
-    """Logits (B, C, *spatial) over the lengths of the feature vectors (B, C', *grid), at least `min_norm`; float32."""
+    """Logits (B, C, *spatial) over the lengths of the feature vectors (B, C', *grid), at least
+    `min_norm`; float32.
+    """
     length = feature.float().square().sum(1, keepdim=True).clamp_min(min_norm**2).sqrt()
     return logits.float() / resize_nearest(length, logits.shape[2:])
 
@@ -67,11 +77,17 @@ class MSKDCAKD(nn.Module):
         require_taps("mskd_cakd", "student", student_channels, self.student_taps)
         require_taps("mskd_cakd", "teacher", teacher_channels, self.teacher_taps)
         self.multilabel = multilabel
-        self.affinity_weight, self.norm_weight, self.min_norm = affinity_weight, norm_weight, min_norm
+        self.affinity_weight, self.norm_weight, self.min_norm = (
+            affinity_weight,
+            norm_weight,
+            min_norm,
+        )
 
     def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
         ours = tempered_logits(student.logits, student.features["decoder"], self.min_norm)
-        theirs = tempered_logits(teacher.logits.detach(), teacher.features["decoder"].detach(), self.min_norm)
+        theirs = tempered_logits(
+            teacher.logits.detach(), teacher.features["decoder"].detach(), self.min_norm
+        )
         if self.multilabel:
             norm = F.binary_cross_entropy_with_logits(ours, theirs.sigmoid())
             probs = [output.logits.float().sigmoid() for output in (student, teacher)]

@@ -1,26 +1,38 @@
-"""NKD: soft cross-entropy on the target class, and on the other classes after normalising them among themselves.
+"""NKD: soft cross-entropy on the target class, and on the other classes after normalising them
+among themselves.
 
-Paper: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
-and Customized Soft Labels", ICCV 2023, eq. 6. With t the label's class, p and q the student's and teacher's
-probabilities, and p^, q^ those of the classes other than t at temperature tau, scaled to sum to 1:
+Paper: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach
+with Normalized Loss and Customized Soft Labels", ICCV 2023, eq. 6. With t the label's class, p and
+q the student's and teacher's probabilities, and p^, q^ those of the classes other than t at
+temperature tau, scaled to sum to 1:
 
-    L = weight * mean_v [ -q_t log p_t  -  gamma tau^2 sum_{i != t} q^_i log p^_i ],    gamma 1.5, tau 1, weight 1
+    L = weight * mean_v [ -q_t log p_t  -  gamma tau^2 sum_{i != t} q^_i log p^_i ],    gamma 1.5,
+    tau 1, weight 1
 
 It is a cross-entropy, so it is above 0 even where the student equals the teacher.
 
-Overlapping regions (multi-label; neither paper nor reference has a form): each region of each voxel is a two-class
-problem, region or not, and the target is the class that the label names. The only other class always has the
-probability 1 after normalising, so its term is exactly 0 and is left out: L = weight * mean_{b,k,v} [-q_t log p_t].
+Overlapping regions (multi-label; neither paper nor reference has a form): each region of each voxel
+is a two-class problem, region or not, and the target is the class that the label names. The only
+other class always has the probability 1 after normalising, so its term is exactly 0 and is left
+out: L = weight * mean_{b,k,v} [-q_t log p_t].
 
-Deviations: the teacher is constant in both terms (the reference leaves the second one attached, which changes no
-value). 'as_released' equals 'clean' on multi-class data and is refused on multi-label data.
+Deviations: the teacher is constant in both terms (the reference leaves the second one attached,
+which changes no value). 'as_released' equals 'clean' on multi-class data and is refused on
+multi-label data.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.kd import PRESETS, check_choice, check_positive, check_weights, class_masks, region_masks
+from losses.kd import (
+    PRESETS,
+    check_choice,
+    check_positive,
+    check_weights,
+    class_masks,
+    region_masks,
+)
 from losses.taps import class_map
 from losses.voxelwise import voxel_sums
 
@@ -28,9 +40,11 @@ from losses.voxelwise import voxel_sums
 def normalised_kd(
     student_logits: Tensor, teacher_logits: Tensor, label: Tensor, tau: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Target and non-target cross-entropies, unweighted scalars float32; gradient to the student only.
+    """Target and non-target cross-entropies, unweighted scalars float32; gradient to the student
+    only.
 
-    logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. The second carries tau^2, not gamma.
+    logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. The second carries tau^2,
+    not gamma.
     """
 
     def totals(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
@@ -40,18 +54,23 @@ def normalised_kd(
         target_loss = -(target_probs * F.log_softmax(student, dim=1).gather(1, target)).sum()
 
         is_target = class_masks(label, student.shape[1])
-        rest = (teacher / tau).masked_fill(is_target, -float("inf")).softmax(1)  # exactly 0 at the target
+        # exactly 0 at the target
+        rest = (teacher / tau).masked_fill(is_target, -float("inf")).softmax(1)
         # The target channel of the student stays finite: 0 * -inf would be NaN.
         scaled = student / tau
         log_rest = scaled - scaled.masked_fill(is_target, -float("inf")).logsumexp(1, keepdim=True)
         return torch.stack([target_loss, -(rest * log_rest).sum()])
 
-    target_loss, rest_loss = voxel_sums(totals, student_logits, teacher_logits, label) / label.numel()
+    target_loss, rest_loss = (
+        voxel_sums(totals, student_logits, teacher_logits, label) / label.numel()
+    )
     return target_loss, tau**2 * rest_loss
 
 
 def binary_target_kd(student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Tensor:
-    """Mean over elements of -q_t log p_t with t = region or not; logits and label (B, K, *spatial); scalar float32."""
+    """Mean over elements of -q_t log p_t with t = region or not; logits and label (B, K, *spatial);
+    scalar float32.
+    """
     sign = region_masks(label, student_logits.shape[1]).float() * 2 - 1
     target_probs = (teacher_logits.detach().float() * sign).sigmoid()
     return -(target_probs * F.logsigmoid(student_logits.float() * sign)).mean()
@@ -76,12 +95,19 @@ class NKD(nn.Module):
         check_positive("nkd", tau=tau)
         check_weights("nkd", weight=weight, gamma=gamma)
         if multilabel and preset == "as_released":
-            raise ValueError("nkd: the reference has no multi-label form to be 'as_released'; use preset 'clean'")
+            raise ValueError(
+                "nkd: the reference has no multi-label form to be 'as_released'; use preset 'clean'"
+            )
         self.student_taps = self.teacher_taps = ()
         self.multilabel, self.weight, self.gamma, self.tau = multilabel, weight, gamma, tau
 
     def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
         if self.multilabel:
-            return {"nkd_target": self.weight * binary_target_kd(student.logits, teacher.logits, label)}
+            return {
+                "nkd_target": self.weight * binary_target_kd(student.logits, teacher.logits, label)
+            }
         target, rest = normalised_kd(student.logits, teacher.logits, label, self.tau)
-        return {"nkd_target": self.weight * target, "nkd_nontarget": self.weight * self.gamma * rest}
+        return {
+            "nkd_target": self.weight * target,
+            "nkd_nontarget": self.weight * self.gamma * rest,
+        }

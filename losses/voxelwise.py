@@ -1,7 +1,8 @@
-"""Sums over voxels, taken chunk by chunk on the CPU: the same values and gradients, with far less memory traffic.
+"""Sums over voxels, taken chunk by chunk on the CPU: the same values and gradients, with far less
+memory traffic.
 
-A voxel-wise loss written in whole-tensor operations reads and writes every logit dozens of times. A few thousand voxels
-at a time, all intermediate results stay in the processor's cache.
+A voxel-wise loss written in whole-tensor operations reads and writes every logit dozens of times. A
+few thousand voxels at a time, all intermediate results stay in the processor's cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ CHUNK_ELEMENTS = 1 << 18  # of the logits: 1 MB of float32, about a second-level
 
 
 def voxel_chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
-    """Sample and range of voxels of each chunk of (B, K, *spatial) logits; on a GPU a sample is one chunk."""
+    """Sample and range of voxels of each chunk of (B, K, *spatial) logits; on a GPU a sample is one
+    chunk.
+    """
     voxels = logits[0, 0].numel()
     step = max(1, CHUNK_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else voxels
     for sample in range(len(logits)):
@@ -23,10 +26,12 @@ def voxel_chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def voxel_sums(function: Callable[..., Tensor], logits: Tensor, *constants: Tensor) -> Tensor:
-    """`function(logits, *constants)`, where that is a vector (T,) of sums over samples and voxels; (T,) float32.
+    """`function(logits, *constants)`, where that is a vector (T,) of sums over samples and voxels;
+    (T,) float32.
 
-    logits: (B, K, *spatial). constants: (B, C, *spatial), any dtype, no gradient. On the CPU the function gets chunks
-    (1, K, n) and (1, C, n) and has a first derivative only; several sums are evaluated again in the backward pass.
+    logits: (B, K, *spatial). constants: (B, C, *spatial), any dtype, no gradient. On the CPU the
+    function gets chunks (1, K, n) and (1, C, n) and has a first derivative only; several sums are
+    evaluated again in the backward pass.
     """
     constants = tuple(constant.detach() for constant in constants)
     if logits.device.type != "cpu":
@@ -51,7 +56,8 @@ class _VoxelSums(torch.autograd.Function):
                 sums = function(leaf, *others)
             single = single and sums.numel() == 1
             if single:
-                # The gradient of one sum is known but for a factor: taking it now saves the second evaluation.
+                # The gradient of one sum is known but for a factor: taking it now saves the second
+                # evaluation.
                 if gradient is None:
                     gradient = torch.empty(logits.shape, dtype=torch.float32)
                 gradient[sample].flatten(1)[:, voxels] = torch.autograd.grad(sums, leaf)[0][0]
@@ -71,7 +77,9 @@ class _VoxelSums(torch.autograd.Function):
         for sample, voxels in voxel_chunks(logits):
             with torch.enable_grad():
                 leaf = _pick(logits.detach(), sample, voxels).requires_grad_()
-                sums = ctx.function(leaf, *(_pick(constant, sample, voxels) for constant in constants))
+                sums = ctx.function(
+                    leaf, *(_pick(constant, sample, voxels) for constant in constants)
+                )
             (part,) = torch.autograd.grad(sums, leaf, grad)
             gradient[sample].flatten(1)[:, voxels] = part[0]
         return None, gradient, *[None] * len(constants)

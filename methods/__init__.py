@@ -1,4 +1,6 @@
-"""Semi-supervised methods by name. To add one: a file with a class like `CRKD`, and a line in SSL_METHODS."""
+"""Semi-supervised methods by name. To add one: a file with a class like `CRKD`, and a line in
+SSL_METHODS.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -29,13 +31,18 @@ __all__ = ["PRESETS", "SSL_METHODS", "Method", "build_method"]
 
 
 def build_method(
-    name: str, make_network: Callable[[], nn.Module], *, max_steps: int, preset: str = "clean", **method_args
+    name: str,
+    make_network: Callable[[], nn.Module],
+    *,
+    max_steps: int,
+    preset: str = "clean",
+    **method_args,
 ) -> Method:
     """The method `name`: networks, losses and their state.
 
-    make_network: makes the segmentation network, called once for each that the method trains. max_steps: length of the
-    training in steps, for ramps. preset: 'clean', or 'as_released' for the arithmetic of the released code.
-    Raises ValueError for an unknown name, preset or argument.
+    make_network: makes the segmentation network, called once for each that the method trains.
+    max_steps: length of the training in steps, for ramps. preset: 'clean', or 'as_released' for the
+    arithmetic of the released code. Raises ValueError for an unknown name, preset or argument.
     """
     if name not in SSL_METHODS:
         raise ValueError(f"unknown method '{name}'; choose from {', '.join(sorted(SSL_METHODS))}")

@@ -1,28 +1,33 @@
 """AC-MT: a mean teacher whose consistency counts at ambiguous voxels alone.
 
-Paper: Xu et al., "Ambiguity-selective consistency regularization for mean-teacher semi-supervised medical image
-segmentation", Medical Image Analysis 2023; the authors' code. The teacher, a moving average of the student, sees the
-unlabelled image with noise clamp(0.1 N(0, 1), -0.2, 0.2); both are in training mode:
+Paper: Xu et al., "Ambiguity-selective consistency regularization for mean-teacher semi-supervised
+medical image segmentation", Medical Image Analysis 2023; the authors' code. The teacher, a moving
+average of the student, sees the unlabelled image with noise clamp(0.1 N(0, 1), -0.2, 0.2); both are
+in training mode:
 
     L = 1/2 [CE + D](P_l, y) + w(t) sum A (p_student - p_teacher)^2 / (sum A + 1e-16)
-    w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2),    D the mean Dice loss of all classes
+    w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2),    D the mean Dice loss of all
+    classes
 
-A, over voxels (and all classes), is by `strategy`, with t in [0, 1] and ramp(t) = exp(-5 (1 - t)^2):
+A, over voxels (and all classes), is by `strategy`, with t in [0, 1] and ramp(t) = exp(-5 (1 -
+t)^2):
 
     entropy     entropy of the student / log C >= 0.75 + 0.20 ramp(t): the least certain voxels
     mc_dropout  entropy of the mean of 8 noisy dropout passes >= (0.75 + 0.15 ramp(t)) log C
-    prototype   the student's class is not that of the nearer prototype; prototypes are means of the teacher's last but
-                one decoder map over the voxels of which 10 dropout passes are certain, weighted by confidence; adds the
-                student's entropy at the other voxels. Background and foreground, for two classes only
-    confident   confident learning (Northcutt et al., 2021; prune by class and by noise rate, both) finds the voxels
-                at which the student's class is an error by the teacher's probabilities; all voxels where it cannot
+    prototype   the student's class is not that of the nearer prototype; prototypes are means of the
+                teacher's last but one decoder map over the voxels of which 10 dropout passes are
+                certain, weighted by confidence; adds the student's entropy at the other voxels.
+                Background and foreground, for two classes only
+    confident   confident learning (Northcutt et al., 2021; prune by class and by noise rate, both)
+                finds the voxels at which the student's class is an error by the teacher's
+                probabilities; all voxels where it cannot
 
 The dropout passes leave running statistics alone.
 
-Presets: 'as_released' averages parameters only, the teacher's batch norm following its own passes, counts the ramp of
-w(t) in units of 150 steps, 40 of them, and makes mc_dropout passes with the student, its A counted once for all
-classes. 'clean' averages the statistics too, counts in fractions of the training, makes those passes with the teacher
-and counts A once for each class.
+Presets: 'as_released' averages parameters only, the teacher's batch norm following its own passes,
+counts the ramp of w(t) in units of 150 steps, 40 of them, and makes mc_dropout passes with the
+student, its A counted once for all classes. 'clean' averages the statistics too, counts in
+fractions of the training, makes those passes with the teacher and counts A once for each class.
 """
 
 import contextlib
@@ -35,7 +40,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.consistency import ce_dice_loss, sigmoid_rampup
-from losses.kd import check_choice, check_fractions, check_not_negative, check_positive, check_weights
+from losses.kd import (
+    check_choice,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+    check_weights,
+)
 from losses.taps import readable
 from methods.base import Method, pseudo_label_report
 from methods.mlrpl import entropy_map
@@ -50,9 +61,10 @@ MIN_MEMBERS = 5  # confident learning leaves smaller classes alone
 class ACMT(Method):
     """The terms `sup`, `consistency` and, with the strategy 'prototype', `entropy`.
 
-    ema_decay: of the teacher, after a warm-up of 1 - 1 / (step + 1). noise: standard deviation, clamped at twice it.
-    consistency, ramp_length: largest w(t) and the fraction of the training at which it is reached. entropy_weight: of
-    the entropy term relative to the consistency term.
+    ema_decay: of the teacher, after a warm-up of 1 - 1 / (step + 1). noise: standard deviation,
+    clamped at twice it.
+    consistency, ramp_length: largest w(t) and the fraction of the training at which it is reached.
+    entropy_weight: of the entropy term relative to the consistency term.
     """
 
     strong_views = 0
@@ -76,23 +88,41 @@ class ACMT(Method):
         check_positive("acmt", noise=noise)
         check_weights("acmt", consistency=consistency, entropy_weight=entropy_weight)
         if strategy == "prototype" and self.num_classes != 2:
-            raise ValueError(f"acmt: strategy 'prototype' is for two classes, these data have {self.num_classes}")
+            raise ValueError(
+                f"acmt: strategy 'prototype' is for two classes, these data have {self.num_classes}"
+            )
         if strategy == "prototype" and "stage6" not in self.network.feature_channels:
-            raise ValueError("acmt: strategy 'prototype' needs a network with the features 'stage6', such as vnet")
-        self.strategy, self.decay, self.noise, self.consistency = strategy, ema_decay, noise, consistency
+            raise ValueError(
+                "acmt: strategy 'prototype' needs a network with the features 'stage6', such as "
+                "vnet"
+            )
+        self.strategy, self.decay, self.noise, self.consistency = (
+            strategy,
+            ema_decay,
+            noise,
+            consistency,
+        )
         self.ramp_length, self.entropy_weight = ramp_length, entropy_weight
         self.released = preset == "as_released"
         self.teacher = copy.deepcopy(self.network).requires_grad_(False)
 
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
-        image_l, label_l, weak = labelled["image"], labelled["label"][:, 0].long(), unlabelled["weak"]
+        image_l, label_l, weak = (
+            labelled["image"],
+            labelled["label"][:, 0].long(),
+            unlabelled["weak"],
+        )
         logits = self.network(torch.cat([image_l, weak]))
         logits_l, logits_u = logits[: len(image_l)], logits[len(image_l) :]
         student = logits_u.float().softmax(1)
-        with torch.no_grad(), contextlib.nullcontext() if self.released else statistics_kept(self.teacher):
+        with (
+            torch.no_grad(),
+            contextlib.nullcontext() if self.released else statistics_kept(self.teacher),
+        ):
             out = self.teacher(self._noisy(weak), return_features=True)
             teacher = out.logits.float().softmax(1)
-            ambiguous = self._ambiguous(student.detach(), teacher, weak, step / self.max_steps)  # (B, *spatial)
+            # (B, *spatial)
+            ambiguous = self._ambiguous(student.detach(), teacher, weak, step / self.max_steps)
 
         squared = (student - teacher).square()
         counted = 1 if self.released and self.strategy == "mc_dropout" else self.num_classes
@@ -115,7 +145,9 @@ class ACMT(Method):
         return terms
 
     def after_step(self, step: int) -> None:
-        ema_update(self.teacher, self.network, ema_decay(step, self.decay), buffers=not self.released)
+        ema_update(
+            self.teacher, self.network, ema_decay(step, self.decay), buffers=not self.released
+        )
 
     def weight_at(self, step: int) -> float:
         if self.released:
@@ -145,7 +177,8 @@ class ACMT(Method):
             return label_errors(teacher, student.argmax(1))
         outputs = list(self._passes(self.teacher, weak, MC_PASSES["prototype"]))
         probs = torch.stack([out.logits.float().softmax(1) for out in outputs])
-        # The released code takes the spread of sigmoid(logit / 2), which is less than that of the softmax.
+        # The released code takes the spread of sigmoid(logit / 2), which is less than that of the
+        # softmax.
         spread = torch.stack([(out.logits.float() / 2).sigmoid() for out in outputs]).std(0).amax(1)
         feature = sum(out.features["stage6"].float() for out in outputs) / len(outputs)
         return far_from_prototype(feature, probs.mean(0), spread < 0.1, student.argmax(1))
@@ -154,9 +187,9 @@ class ACMT(Method):
 def far_from_prototype(feature: Tensor, probs: Tensor, certain: Tensor, pred: Tensor) -> Tensor:
     """Where the nearer of the two class prototypes is not that of `pred`; bool (B, *spatial).
 
-    feature (B, c, *grid) is brought to full size; a prototype is the mean feature of the certain voxels whose largest
-    of `probs` (B, 2, *spatial) is that class, weighted by it, over the batch. Distances are Euclidean. Nothing is far
-    where a class has no certain voxel.
+    feature (B, c, *grid) is brought to full size; a prototype is the mean feature of the certain
+    voxels whose largest of `probs` (B, 2, *spatial) is that class, weighted by it, over the batch.
+    Distances are Euclidean. Nothing is far where a class has no certain voxel.
     """
     mode = "bilinear" if feature.ndim == 4 else "trilinear"
     feature = F.interpolate(feature, size=tuple(pred.shape[1:]), mode=mode, align_corners=True)
@@ -172,13 +205,15 @@ def far_from_prototype(feature: Tensor, probs: Tensor, certain: Tensor, pred: Te
 
 
 def label_errors(probs: Tensor, given: Tensor) -> Tensor:
-    """Confident learning: where the given labels (B, *spatial) are errors by `probs` (B, C, *spatial); bool.
+    """Confident learning: where the given labels (B, *spatial) are errors by `probs` (B, C,
+    *spatial); bool.
 
-    Counts each voxel of given class i whose probability of class j is at least the mean self-confidence of class j as
-    evidence that j is true (the largest such j), scales that table to the class sizes, and marks the voxels that both
-    rules choose: by class, the least self-confident of each given class; by noise rate, for each pair (i, j) those with
-    the largest margin p_j - p_i. What the probabilities agree with is no error, and a given class of five voxels or
-    fewer is left alone. All is marked if a class is absent from `given`: consistency then counts everywhere.
+    Counts each voxel of given class i whose probability of class j is at least the mean
+    self-confidence of class j as evidence that j is true (the largest such j), scales that table to
+    the class sizes, and marks the voxels that both rules choose: by class, the least self-confident
+    of each given class; by noise rate, for each pair (i, j) those with the largest margin p_j -
+    p_i. What the probabilities agree with is no error, and a given class of five voxels or fewer is
+    left alone. All is marked if a class is absent from `given`: consistency then counts everywhere.
     """
     num_classes = probs.shape[1]
     p, labels = probs.movedim(1, -1).reshape(-1, num_classes), given.flatten()
@@ -193,7 +228,11 @@ def label_errors(probs: Tensor, given: Tensor) -> Tensor:
     believed = p.masked_fill(~passing, -1.0).argmax(1)
     counted = passing.any(1)
     joint = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=p.device)
-    joint.index_put_((labels[counted], believed[counted]), torch.ones((), dtype=torch.float64, device=p.device), True)
+    joint.index_put_(
+        (labels[counted], believed[counted]),
+        torch.ones((), dtype=torch.float64, device=p.device),
+        True,
+    )
     joint.diagonal().clamp_(min=1)
     joint = joint / joint.sum(1, keepdim=True) * sizes[:, None]
 
@@ -212,10 +251,11 @@ def label_errors(probs: Tensor, given: Tensor) -> Tensor:
 
 
 def _label_errors_fixed(p: Tensor, labels: Tensor) -> Tensor:
-    """`label_errors` of rows p (V, C) and labels (V,), bool (V,), with shapes that depend on V and C alone.
+    """`label_errors` of rows p (V, C) and labels (V,), bool (V,), with shapes that depend on V and
+    C alone.
 
-    For GPUs, which would have to be waited for to learn how many voxels are of a class, or are wrong. On a CPU it takes
-    longer, because it sorts all voxels for each class.
+    For GPUs, which would have to be waited for to learn how many voxels are of a class, or are
+    wrong. On a CPU it takes longer, because it sorts all voxels for each class.
     """
     num_classes = p.shape[1]
     ids = torch.arange(num_classes, device=p.device)
@@ -226,7 +266,9 @@ def _label_errors_fixed(p: Tensor, labels: Tensor) -> Tensor:
     passing = p >= thresholds - 1e-6
     believed = p.masked_fill(~passing, -1.0).argmax(1)
     joint = torch.zeros(num_classes**2, dtype=torch.float64, device=p.device)
-    joint = joint.index_add_(0, labels * num_classes + believed, passing.any(1).double()).view(num_classes, -1)
+    joint = joint.index_add_(0, labels * num_classes + believed, passing.any(1).double()).view(
+        num_classes, -1
+    )
     joint.diagonal().clamp_(min=1)
     joint = joint / joint.sum(1, keepdim=True) * sizes[:, None]
 

@@ -1,4 +1,6 @@
-"""What a semi-supervised method is to the training scripts, and what it reports about its pseudo-labels."""
+"""What a semi-supervised method is to the training scripts, and what it reports about its
+pseudo-labels.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -8,13 +10,14 @@ from torch import Tensor, nn
 
 
 class Method(nn.Module):
-    """A network under training with its losses; parameters and buffers are the state that a checkpoint keeps.
+    """A network under training with its losses; parameters and buffers are the state that a
+    checkpoint keeps.
 
-    Class attributes say what a step needs: `uses_unlabelled`; `strong_views`, the number of strong views of each
-    unlabelled image; `mixes`, a second, independent batch of unlabelled images to paste from; `updates`, how many
-    losses and optimiser updates are made of one batch. After each `loss`, `monitor` holds scalars to log (fractions of
-    voxels, or NaN) and `pictures` what the first images of the batch look like: name -> (image or None, ids or None),
-    without gradient.
+    Class attributes say what a step needs: `uses_unlabelled`; `strong_views`, the number of strong
+    views of each unlabelled image; `mixes`, a second, independent batch of unlabelled images to
+    paste from; `updates`, how many losses and optimiser updates are made of one batch. After each
+    `loss`, `monitor` holds scalars to log (fractions of voxels, or NaN) and `pictures` what the
+    first images of the batch look like: name -> (image or None, ids or None), without gradient.
     """
 
     uses_unlabelled = True
@@ -42,9 +45,10 @@ class Method(nn.Module):
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
         """Weighted scalar terms of one step; their sum is minimised.
 
-        labelled: `image` (B, C, *spatial) float32, `label` (B, 1, *spatial). unlabelled: `weak` and `strong0`,
-        `strong1`, ... like image, all of one geometry, and `label`, for `monitor` alone; if `mixes`, the same of other
-        images under `mix_weak`, `mix_strong0`, ...; None if `uses_unlabelled` is False. step: 0-based.
+        labelled: `image` (B, C, *spatial) float32, `label` (B, 1, *spatial). unlabelled: `weak` and
+        `strong0`, `strong1`, ... like image, all of one geometry, and `label`, for `monitor` alone;
+        if `mixes`, the same of other images under `mix_weak`, `mix_strong0`, ...; None if
+        `uses_unlabelled` is False. step: 0-based.
         """
         raise NotImplementedError
 
@@ -53,18 +57,25 @@ class Method(nn.Module):
 
 
 def require_method(name: str, network: nn.Module, needed: str, usual: str) -> None:
-    """Raise ValueError if the network lacks a method of this name, or its forward an argument of this name."""
+    """Raise ValueError if the network lacks a method of this name, or its forward an argument of
+    this name.
+    """
     if not hasattr(network, needed) and needed not in inspect.signature(network.forward).parameters:
-        raise ValueError(f"{name}: needs a network with '{needed}', such as {usual}; set network: {usual}")
+        raise ValueError(
+            f"{name}: needs a network with '{needed}', such as {usual}; set network: {usual}"
+        )
 
 
 @torch.no_grad()
-def pseudo_label_report(pred: Tensor, valid: Tensor, label: Tensor, num_classes: int) -> dict[str, Tensor]:
-    """How good pseudo-labels are: pred (B, *spatial) ids, valid bool, label (B, 1, *spatial) the truth, for logging.
+def pseudo_label_report(
+    pred: Tensor, valid: Tensor, label: Tensor, num_classes: int
+) -> dict[str, Tensor]:
+    """How good pseudo-labels are: pred (B, *spatial) ids, valid bool, label (B, 1, *spatial) the
+    truth, for logging.
 
-    `mask_ratio`: share of valid voxels; `pseudo_accuracy`: of those, share that is right; `pseudo_foreground` and
-    `true_foreground`: shares of all voxels; `recall_k`: of the voxels of class k, share that is valid and right. NaN
-    where nothing is counted.
+    `mask_ratio`: share of valid voxels; `pseudo_accuracy`: of those, share that is right;
+    `pseudo_foreground` and `true_foreground`: shares of all voxels; `recall_k`: of the voxels of
+    class k, share that is valid and right. NaN where nothing is counted.
     """
     truth = label[:, 0].long()
     right = pred == truth

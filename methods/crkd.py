@@ -1,7 +1,9 @@
-"""CRKD: cross reciprocal knowledge distillation between an image-perturbed and a feature-perturbed view.
+"""CRKD: cross reciprocal knowledge distillation between an image-perturbed and a feature-perturbed
+view.
 
-The released code has the losses (losses/crkd.py) and the configurations, not the training; the flow below is that of
-the method's figure. For labelled images x_l with labels y_l, and weak and strong views x_w, x_s of unlabelled images:
+The released code has the losses (losses/crkd.py) and the configurations, not the training; the flow
+below is that of the method's figure. For labelled images x_l with labels y_l, and weak and strong
+views x_w, x_s of unlabelled images:
 
     1. pseudo-label and confidence of x_w, without gradient:  y_u, c_u;   V = [c_u >= threshold]
     2. symmetric CutMix: pairs of unlabelled images exchange one box in x_w, x_s, y_u and c_u alike
@@ -10,11 +12,13 @@ the method's figure. For labelled images x_l with labels y_l, and weak and stron
     5. P_fp, F_fp = net(x_w mixed), encoder channels dropped   feature-perturbed view
     6. M = [CE(P_s, y_u) < CE(P_fp, y_u)]: which view teaches the other
 
-    L = L_sup + w_p(t) pseudo_weight L_pseudo + w(t) (lec LEC + csd CSD + ckd_pixel CPKD + ckd_feature CFKD)
-    L_sup = 0.5 (CE + Dice);   L_pseudo = mean of S(P_s) and S(P_fp) against y_u where V
+    L = L_sup + w_p(t) pseudo_weight L_pseudo + w(t) (lec LEC + csd CSD + ckd_pixel CPKD +
+    ckd_feature CFKD) L_sup = 0.5 (CE + Dice);   L_pseudo = mean of S(P_s) and S(P_fp) against y_u
+    where V
     w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2), t in [0, 1]
 
-What the figure leaves open is an argument below, with its alternatives; scripts/ablation_crkd.sh compares them.
+What the figure leaves open is an argument below, with its alternatives; scripts/ablation_crkd.sh
+compares them.
 """
 
 import contextlib
@@ -24,7 +28,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from losses.consistency import ce_dice_loss, cross_entropy_loss, cross_entropy_map, dice_loss, sigmoid_rampup
+from losses.consistency import (
+    ce_dice_loss,
+    cross_entropy_loss,
+    cross_entropy_map,
+    dice_loss,
+    sigmoid_rampup,
+)
 from losses.crkd import (
     ProjectionHead,
     class_semantic_distillation,
@@ -46,29 +56,34 @@ EMA_USES = ("labels", "evaluation", "both")
 
 
 class CRKD(Method):
-    """The terms `sup`, `pseudo_s`, `pseudo_fp`, `lec`, `csd`, `ckd_pixel`, `ckd_feature`; a term of weight 0 is not
-    computed.
+    """The terms `sup`, `pseudo_s`, `pseudo_fp`, `lec`, `csd`, `ckd_pixel`, `ckd_feature`; a term of
+    weight 0 is not computed.
 
     threshold: lowest confidence of a pseudo-label that counts.
-    pseudo_loss: of the pseudo-labels: cross-entropy and Dice by halves, one of them, or none. dice_background,
-    dice_average: count the background, average the classes instead of summing them (UniMatch's Dice has both);
-    dice_absent: count classes that the pseudo-labels of the batch lack, which pushes them to nothing.
+    pseudo_loss: of the pseudo-labels: cross-entropy and Dice by halves, one of them, or none.
+    dice_background, dice_average: count the background, average the classes instead of summing them
+    (UniMatch's Dice has both); dice_absent: count classes that the pseudo-labels of the batch lack,
+    which pushes them to nothing.
     pseudo_weight, pseudo_ramp: their weight, and the fraction of the training over which it rises.
-    pseudo_mode: pass that makes them: 'eval' mode; 'train' mode by itself; 'joint', a part of the labelled pass.
-    statistics: whether the running statistics of batch norm follow every pass or only those of 'clean' images
-    (labelled, and weak ones in the modes 'train' and 'joint'). The perturbed views have other statistics, and
-    pseudo-labels and validation live on clean images.
+    pseudo_mode: pass that makes them: 'eval' mode; 'train' mode by itself; 'joint', a part of the
+    labelled pass.
+    statistics: whether the running statistics of batch norm follow every pass or only those of
+    'clean' images (labelled, and weak ones in the modes 'train' and 'joint'). The perturbed views
+    have other statistics, and pseudo-labels and validation live on clean images.
     warmup: fraction of the training on labels only.
     consistency, ramp_length: largest w(t), and the fraction of the training at which it is reached.
-    lec, csd, ckd_pixel, ckd_feature: relative weights. lec_beta, lec_distance, csd_samples, csd_tau, csd_use_tp,
-    csd_threshold, temperature, feature_tau, detach_better: see losses/crkd.py; None follows the preset. csd_pool:
-    average-pool the features by this factor first. lec_masked: LEC where V holds only.
-    feature_space: CFKD on the 'raw' features or on their 'projected' ones (memory: 256 channels per voxel).
-    cutmix_prob: of a pair; perturb: probability of dropping an encoder channel; fp_input: the feature-perturbed view
-    sees the 'mixed' weak image, or the 'weak' one, whose content then differs from the other view's (and, in the pasted
-    boxes, from the pseudo-labels, which are mixed either way).
-    ema_decay: of a moving average of the weights, 0 for none; ema_for: what it serves, pseudo-'labels', 'evaluation'
-    or 'both'.
+    lec, csd, ckd_pixel, ckd_feature: relative weights. lec_beta, lec_distance, csd_samples,
+    csd_tau, csd_use_tp, csd_threshold, temperature, feature_tau, detach_better: see losses/crkd.py;
+    None follows the preset. csd_pool: average-pool the features by this factor first. lec_masked:
+    LEC where V holds only.
+    feature_space: CFKD on the 'raw' features or on their 'projected' ones (memory: 256 channels per
+    voxel).
+    cutmix_prob: of a pair; perturb: probability of dropping an encoder channel; fp_input: the
+    feature-perturbed view sees the 'mixed' weak image, or the 'weak' one, whose content then
+    differs from the other view's (and, in the pasted boxes, from the pseudo-labels, which are mixed
+    either way).
+    ema_decay: of a moving average of the weights, 0 for none; ema_for: what it serves,
+    pseudo-'labels', 'evaluation' or 'both'.
     """
 
     def __init__(
@@ -120,47 +135,81 @@ class CRKD(Method):
         check_choice("crkd", "feature_space", feature_space, ("raw", "projected"))
         check_choice("crkd", "fp_input", fp_input, ("mixed", "weak"))
         check_choice("crkd", "ema_for", ema_for, EMA_USES)
-        check_positive("crkd", csd_pool=csd_pool, temperature=temperature, projection_channels=projection_channels)
+        check_positive(
+            "crkd",
+            csd_pool=csd_pool,
+            temperature=temperature,
+            projection_channels=projection_channels,
+        )
         for name, value in (("csd_tau", csd_tau), ("feature_tau", feature_tau)):
             if value is not None:
                 check_positive("crkd", **{name: value})
         weights = {
-            "pseudo_weight": pseudo_weight, "consistency": consistency, "lec": lec, "lec_beta": lec_beta, "csd": csd,
-            "ckd_pixel": ckd_pixel, "ckd_feature": ckd_feature,
-        }  # fmt: skip
+            "pseudo_weight": pseudo_weight,
+            "consistency": consistency,
+            "lec": lec,
+            "lec_beta": lec_beta,
+            "csd": csd,
+            "ckd_pixel": ckd_pixel,
+            "ckd_feature": ckd_feature,
+        }
         check_weights("crkd", **weights)
         if csd_samples < self.num_classes:
             raise ValueError(
-                f"crkd: csd_samples must be at least 1 for each of the {self.num_classes} classes, got {csd_samples}"
+                f"crkd: csd_samples must be at least 1 for each of the {self.num_classes} classes, "
+                f"got {csd_samples}"
             )
         fractions = {
-            "threshold": threshold, "pseudo_ramp": pseudo_ramp, "warmup": warmup, "ramp_length": ramp_length,
-            "cutmix_prob": cutmix_prob, "perturb": perturb, "ema_decay": ema_decay,
-        }  # fmt: skip
+            "threshold": threshold,
+            "pseudo_ramp": pseudo_ramp,
+            "warmup": warmup,
+            "ramp_length": ramp_length,
+            "cutmix_prob": cutmix_prob,
+            "perturb": perturb,
+            "ema_decay": ema_decay,
+        }
         for name, value in fractions.items():
             if not 0 <= value <= 1 or (value == 1 and name in ("perturb", "ema_decay", "warmup")):
-                raise ValueError(f"crkd: {name} must lie in [0, 1], below 1 if it leaves nothing, got {value}")
+                raise ValueError(
+                    f"crkd: {name} must lie in [0, 1], below 1 if it leaves nothing, got {value}"
+                )
         if ema_decay and pseudo_mode == "joint" and ema_for != "evaluation":
-            raise ValueError("crkd: pseudo_mode 'joint' labels with the trained network; an average needs another mode")
+            raise ValueError(
+                "crkd: pseudo_mode 'joint' labels with the trained network; an average needs "
+                "another mode"
+            )
         released = preset == "as_released"
         self.threshold, self.pseudo_loss, self.pseudo_weight = threshold, pseudo_loss, pseudo_weight
         self.dice = {"background": dice_background, "average": dice_average, "absent": dice_absent}
-        self.pseudo_ramp, self.pseudo_mode, self.statistics, self.warmup = pseudo_ramp, pseudo_mode, statistics, warmup
+        self.pseudo_ramp, self.pseudo_mode, self.statistics, self.warmup = (
+            pseudo_ramp,
+            pseudo_mode,
+            statistics,
+            warmup,
+        )
         self.consistency, self.ramp_length = consistency, ramp_length
         self.weights = {"lec": lec, "csd": csd, "ckd_pixel": ckd_pixel, "ckd_feature": ckd_feature}
         self.lec = {"beta": lec_beta, "distance": lec_distance}
         self.lec_masked = lec_masked
         self.csd = {
-            "samples": csd_samples, "tau": (1.0 if released else 0.1) if csd_tau is None else csd_tau,
-            "threshold": csd_threshold, "use_tp": not released if csd_use_tp is None else csd_use_tp, "preset": preset,
-        }  # fmt: skip
+            "samples": csd_samples,
+            "tau": (1.0 if released else 0.1) if csd_tau is None else csd_tau,
+            "threshold": csd_threshold,
+            "use_tp": not released if csd_use_tp is None else csd_use_tp,
+            "preset": preset,
+        }
         self.csd_pool = csd_pool
         self.ckd = {
-            "temperature": temperature, "feature_tau": feature_tau, "detach_better": detach_better, "preset": preset,
-        }  # fmt: skip
+            "temperature": temperature,
+            "feature_tau": feature_tau,
+            "detach_better": detach_better,
+            "preset": preset,
+        }
         self.feature_space, self.fp_input = feature_space, fp_input
         self.cutmix_prob, self.perturb = cutmix_prob, perturb
-        self.head = ProjectionHead(self.network.feature_channels["decoder"], projection_channels, dims=self.dims)
+        self.head = ProjectionHead(
+            self.network.feature_channels["decoder"], projection_channels, dims=self.dims
+        )
         self.ema_decay, self.ema_for = ema_decay, ema_for
         # A copy, not a second draw: at first the average is the network.
         self.average = copy.deepcopy(self.network).requires_grad_(False) if ema_decay else None
@@ -180,18 +229,29 @@ class CRKD(Method):
         # 1, 3: labelled pass and pseudo-labels
         if self.pseudo_mode == "joint":
             both = self.network(torch.cat([image_l, weak]), return_features=True)
-            logits_l, feature_l = both.logits[: len(image_l)], both.features["decoder"][: len(image_l)]
+            logits_l, feature_l = (
+                both.logits[: len(image_l)],
+                both.features["decoder"][: len(image_l)],
+            )
             pred_u, conf_u = pseudo_label(both.logits[len(image_l) :])
         else:
             pred_u, conf_u = self._pseudo_labels(weak)
             labelled_out = self.network(image_l, return_features=True)
             logits_l, feature_l = labelled_out.logits, labelled_out.features["decoder"]
         with torch.no_grad():
-            report = pseudo_label_report(pred_u, conf_u >= self.threshold, unlabelled["label"], self.num_classes)
+            report = pseudo_label_report(
+                pred_u, conf_u >= self.threshold, unlabelled["label"], self.num_classes
+            )
 
         # 2, 4, 5: the two views of the mixed images
-        mixed_weak, mixed_strong, pred_u, conf_u = symmetric_cutmix(weak, strong, pred_u, conf_u, self.cutmix_prob)
-        with statistics_kept(self.network) if self.statistics == "clean" else contextlib.nullcontext():
+        mixed_weak, mixed_strong, pred_u, conf_u = symmetric_cutmix(
+            weak, strong, pred_u, conf_u, self.cutmix_prob
+        )
+        with (
+            statistics_kept(self.network)
+            if self.statistics == "clean"
+            else contextlib.nullcontext()
+        ):
             out_s = self.network(mixed_strong, return_features=True)
             seen = mixed_weak if self.fp_input == "mixed" else weak
             out_fp = self.network(seen, return_features=True, perturb=self.perturb)
@@ -210,13 +270,19 @@ class CRKD(Method):
             counted = valid if self.lec_masked else None
             terms["lec"] = weight["lec"] * low_entropy_consistency(
                 out_s.logits, out_fp.logits, mask=counted, **self.lec
-            )  # fmt: skip
+            )
         if "csd" in weight:
             features = [self._pooled(feature) for feature in (feature_l, feature_s, feature_fp)]
             terms["csd"] = weight["csd"] * class_semantic_distillation(
-                *features, _ids(logits_l, 1), label_l, pred_u, conf_u, self.num_classes, head=self.head,
+                *features,
+                _ids(logits_l, 1),
+                label_l,
+                pred_u,
+                conf_u,
+                self.num_classes,
+                head=self.head,
                 **self.csd,
-            )  # fmt: skip
+            )
         if "ckd_pixel" in weight or "ckd_feature" in weight:
             with torch.no_grad():
                 ce = [cross_entropy_map(out.logits, pred_u) for out in (out_s, out_fp)]
@@ -252,7 +318,9 @@ class CRKD(Method):
             with evaluating(labeller):
                 return pseudo_label(labeller(weak))
         # An average keeps the statistics that ema_update gives it.
-        with statistics_kept(labeller) if labeller is not self.network else contextlib.nullcontext():
+        with (
+            statistics_kept(labeller) if labeller is not self.network else contextlib.nullcontext()
+        ):
             return pseudo_label(labeller(weak))
 
     def _pseudo(self, logits: Tensor, pred: Tensor, valid: Tensor) -> Tensor:
@@ -270,5 +338,7 @@ class CRKD(Method):
 
 
 def _ids(logits: Tensor, dim: int) -> Tensor:
-    """Class ids; `max` because `argmax` over an axis that is not the last is many times slower on a CPU."""
+    """Class ids; `max` because `argmax` over an axis that is not the last is many times slower on a
+    CPU.
+    """
     return logits.detach().max(dim).indices

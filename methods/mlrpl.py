@@ -1,18 +1,22 @@
-"""MLRPL: two decoders learn from each other's pseudo-labels where the other is surer and agrees with its prototypes.
+"""MLRPL: two decoders learn from each other's pseudo-labels where the other is surer and agrees
+with its prototypes.
 
-Paper: "Mutual learning with reliable pseudo label for semi-supervised medical image segmentation", Medical Image
-Analysis 2024; the authors' code. For student i and teacher j, over labelled and unlabelled voxels alike, entropies H
-and the teacher's class prototypes (mean feature of the voxels that it gives to a class, in each sample, unit length):
+Paper: "Mutual learning with reliable pseudo label for semi-supervised medical image segmentation",
+Medical Image Analysis 2024; the authors' code. For student i and teacher j, over labelled and
+unlabelled voxels alike, entropies H and the teacher's class prototypes (mean feature of the voxels
+that it gives to a class, in each sample, unit length):
 
     m_ij = [H_i > H_j],     r_j = mean_k [1 - (cos(f_j, prototype_k) - p_jk)^2]
     L_ij = sum CE(P_i, argmax p_j) r_j m_ij / (sum m_ij + 1e-6)
-    L = 1/2 sum_i Dice(P_i, y) + w(t) sum_{i != j} L_ij,     w(t) = weight exp(-5 (1 - min(t / ramp_length, 1))^2)
+    L = 1/2 sum_i Dice(P_i, y) + w(t) sum_{i != j} L_ij,     w(t) = weight exp(-5 (1 - min(t /
+    ramp_length, 1))^2)
 
-Dice is of the foreground, without squares: 1 - (2 sum p y + 1e-8) / (sum p + sum y + 1e-8). The factor r m has no
-gradient.
+Dice is of the foreground, without squares: 1 - (2 sum p y + 1e-8) / (sum p + sum y + 1e-8). The
+factor r m has no gradient.
 
-Presets. 'as_released' counts the ramp in units of 150 steps, 40 of them, whatever the training's length; 'clean' in
-fractions of the training (0.4, which is the same for the released 15,000 steps). Network: `vnet_dual`.
+Presets. 'as_released' counts the ramp in units of 150 steps, 40 of them, whatever the training's
+length; 'clean' in fractions of the training (0.4, which is the same for the released 15,000 steps).
+Network: `vnet_dual`.
 """
 
 from collections.abc import Callable
@@ -31,9 +35,11 @@ def entropy_map(probs: Tensor) -> Tensor:
 
 
 def prototype_reliability(feature: Tensor, probs: Tensor) -> Tensor:
-    """mean_k [1 - (cos(f, prototype_k) - p_k)^2]: (B, c, *spatial) and (B, C, *spatial) -> (B, voxels) float32.
+    """mean_k [1 - (cos(f, prototype_k) - p_k)^2]: (B, c, *spatial) and (B, C, *spatial) -> (B,
+    voxels) float32.
 
-    A class that no voxel of a sample is given to has the zero vector for a prototype, hence similarity 0.
+    A class that no voxel of a sample is given to has the zero vector for a prototype, hence
+    similarity 0.
     """
     feature, probs = feature.float().flatten(2), probs.float().flatten(2)
     members = torch.zeros_like(probs).scatter_(1, probs.argmax(1, keepdim=True), 1.0)
@@ -43,7 +49,9 @@ def prototype_reliability(feature: Tensor, probs: Tensor) -> Tensor:
 
 
 def mutual_loss(student_logits: Tensor, teacher_logits: Tensor, teacher_feature: Tensor) -> Tensor:
-    """L_ij above; logits (B, C, *spatial), feature (B, c, *spatial); scalar, gradient to the student only."""
+    """L_ij above; logits (B, C, *spatial), feature (B, c, *spatial); scalar, gradient to the
+    student only.
+    """
     with torch.no_grad():
         student, teacher = student_logits.float().softmax(1), teacher_logits.float().softmax(1)
         surer = (entropy_map(student) > entropy_map(teacher)).float()
@@ -53,7 +61,9 @@ def mutual_loss(student_logits: Tensor, teacher_logits: Tensor, teacher_feature:
 
 
 def linear_dice(logits: Tensor, label: Tensor) -> Tensor:
-    """Sum over the foreground classes of 1 - (2 sum p y + 1e-8) / (sum p + sum y + 1e-8); sums over the batch too."""
+    """Sum over the foreground classes of 1 - (2 sum p y + 1e-8) / (sum p + sum y + 1e-8); sums over
+    the batch too.
+    """
     probs = logits.float().softmax(1)[:, 1:]
     target = class_masks(label, logits.shape[1])[:, 1:].float()
     axes = [0, *range(2, logits.ndim)]
@@ -62,8 +72,9 @@ def linear_dice(logits: Tensor, label: Tensor) -> Tensor:
 
 
 class MLRPL(Method):
-    """The terms `sup` and `mutual`. weight: largest w(t); ramp_length: fraction of the training at which it is
-    reached."""
+    """The terms `sup` and `mutual`. weight: largest w(t); ramp_length: fraction of the training at
+    which it is reached.
+    """
 
     strong_views = 0
     dimensions = (3,)
@@ -89,9 +100,13 @@ class MLRPL(Method):
             torch.cat([image_l, unlabelled["weak"]])
         )
         sup = 0.5 * (linear_dice(first[:count], label_l) + linear_dice(second[:count], label_l))
-        mutual = mutual_loss(first, second, second_feature) + mutual_loss(second, first, first_feature)
+        mutual = mutual_loss(first, second, second_feature) + mutual_loss(
+            second, first, first_feature
+        )
         pred, other = (logits[count:].detach().argmax(1) for logits in (first, second))
-        self.monitor = pseudo_label_report(pred, pred == other, unlabelled["label"], self.num_classes)
+        self.monitor = pseudo_label_report(
+            pred, pred == other, unlabelled["label"], self.num_classes
+        )
         self.pictures = {
             "weak, truth": (unlabelled["weak"][0], unlabelled["label"][0, 0]),
             "first decoder": (unlabelled["weak"][0], pred[0]),

@@ -1,16 +1,19 @@
-"""UniMatch: two strong views and a feature-perturbed one learn from the pseudo-label of the weak view.
+"""UniMatch: two strong views and a feature-perturbed one learn from the pseudo-label of the weak
+view.
 
-Paper: Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", CVPR 2023; here
-the authors' medical form (ACDC). With D the mean Dice loss of all classes over the trusted pixels V:
+Paper: Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic
+Segmentation", CVPR 2023; here the authors' medical form (ACDC). With D the mean Dice loss of all
+classes over the trusted pixels V:
 
-    L = 1/2 { 1/2 [CE(P_l, y) + D(P_l, y)] + 1/4 D(P_s1, y_1; V_1) + 1/4 D(P_s2, y_2; V_2) + 1/2 D(P_fp, y_w; V_w) }
+    L = 1/2 { 1/2 [CE(P_l, y) + D(P_l, y)] + 1/4 D(P_s1, y_1; V_1) + 1/4 D(P_s2, y_2; V_2) + 1/2
+    D(P_fp, y_w; V_w) }
 
-P_l, P_w and P_fp come from one pass over labelled and weak images, P_s1 and P_s2 from one over the strong views, into
-each of which a box of another unlabelled image is pasted (CutMix), with that image's pseudo-label. 3D: the same, with
-boxes and channel dropout in 3D.
+P_l, P_w and P_fp come from one pass over labelled and weak images, P_s1 and P_s2 from one over the
+strong views, into each of which a box of another unlabelled image is pasted (CutMix), with that
+image's pseudo-label. 3D: the same, with boxes and channel dropout in 3D.
 
-Presets: 'as_released' decodes perturbed features of the labelled images too, which no term uses, but whose statistics
-batch norm sees; 'clean' leaves them out.
+Presets: 'as_released' decodes perturbed features of the labelled images too, which no term uses,
+but whose statistics batch norm sees; 'clean' leaves them out.
 """
 
 from collections.abc import Callable
@@ -37,7 +40,9 @@ def unimatch_terms(
     target_w: tuple[Tensor, Tensor],
     threshold: float,
 ) -> dict[str, Tensor]:
-    """The four weighted terms. A target is (ids, confidence), both (B, *spatial); logits (B, C, *spatial)."""
+    """The four weighted terms. A target is (ids, confidence), both (B, *spatial); logits (B, C,
+    *spatial).
+    """
     (pred1, conf1), (pred2, conf2), (pred_w, conf_w) = *targets_s, target_w
     return {
         "sup": 0.5 * ce_dice_loss(logits_l, label_l, **DICE),
@@ -50,8 +55,8 @@ def unimatch_terms(
 class UniMatch(Method):
     """The terms `sup`, `strong1`, `strong2`, `perturbed`.
 
-    threshold: lowest confidence of a pseudo-label. cutmix_prob: of a box in a strong view. perturb: probability of
-    dropping an encoder channel.
+    threshold: lowest confidence of a pseudo-label. cutmix_prob: of a box in a strong view. perturb:
+    probability of dropping an encoder channel.
     """
 
     strong_views = 2
@@ -69,33 +74,57 @@ class UniMatch(Method):
         super().__init__(make_network, max_steps)
         require_method("unimatch", self.network, "drop", "unet2d" if self.dims == 2 else "vnet")
         check_fractions("unimatch", threshold=threshold, cutmix_prob=cutmix_prob, perturb=perturb)
-        self.preset, self.threshold, self.cutmix_prob, self.perturb = preset, threshold, cutmix_prob, perturb
+        self.preset, self.threshold, self.cutmix_prob, self.perturb = (
+            preset,
+            threshold,
+            cutmix_prob,
+            perturb,
+        )
 
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
-        image_l, label_l, weak = labelled["image"], labelled["label"][:, 0].long(), unlabelled["weak"]
+        image_l, label_l, weak = (
+            labelled["image"],
+            labelled["label"][:, 0].long(),
+            unlabelled["weak"],
+        )
         count, shape = len(image_l), weak.shape[2:]
         with torch.no_grad(), evaluating(self.network):
             pred_mix, conf_mix = pseudo_label(self.network(unlabelled["mix_weak"]))
-        boxes = [moved(draw_boxes(len(weak), shape, self.cutmix_prob), weak.device) for _ in range(2)]
+        boxes = [
+            moved(draw_boxes(len(weak), shape, self.cutmix_prob), weak.device) for _ in range(2)
+        ]
         strong = [
             torch.where(box[:, None], unlabelled[f"mix_strong{k}"], unlabelled[f"strong{k}"])
             for k, box in enumerate(boxes)
         ]
 
         features = self.network.encode(torch.cat([image_l, weak]))
-        perturbed = features if self.preset == "as_released" else [feature[count:] for feature in features]
+        perturbed = (
+            features if self.preset == "as_released" else [feature[count:] for feature in features]
+        )
         perturbed = self.network.drop(perturbed, self.perturb)
         logits = self.network.decode([torch.cat(pair) for pair in zip(features, perturbed)]).logits
-        logits_l, logits_w, logits_fp = logits[:count], logits[count : count + len(weak)], logits[-len(weak) :]
+        logits_l, logits_w, logits_fp = (
+            logits[:count],
+            logits[count : count + len(weak)],
+            logits[-len(weak) :],
+        )
         logits_s = self.network(torch.cat(strong)).chunk(2)
 
         pred_w, conf_w = pseudo_label(logits_w)
-        targets = [(torch.where(box, pred_mix, pred_w), torch.where(box, conf_mix, conf_w)) for box in boxes]
-        self.monitor = pseudo_label_report(pred_w, conf_w >= self.threshold, unlabelled["label"], self.num_classes)
+        targets = [
+            (torch.where(box, pred_mix, pred_w), torch.where(box, conf_mix, conf_w))
+            for box in boxes
+        ]
+        self.monitor = pseudo_label_report(
+            pred_w, conf_w >= self.threshold, unlabelled["label"], self.num_classes
+        )
         self.pictures = {
             "weak, truth": (weak[0], unlabelled["label"][0, 0]),
             "weak, pseudo-label": (weak[0], pred_w[0]),
             "strong 1, its prediction": (strong[0][0], logits_s[0][0].detach().argmax(0)),
             "strong 2, its prediction": (strong[1][0], logits_s[1][0].detach().argmax(0)),
         }
-        return unimatch_terms(logits_l, label_l, logits_s, targets, logits_fp, (pred_w, conf_w), self.threshold)
+        return unimatch_terms(
+            logits_l, label_l, logits_s, targets, logits_fp, (pred_w, conf_w), self.threshold
+        )

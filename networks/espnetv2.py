@@ -1,9 +1,11 @@
-"""ESPNetV2 in 3D, the smallest student: pyramids of dilated depthwise convolutions, input reinforcement.
+"""ESPNetV2 in 3D, the smallest student: pyramids of dilated depthwise convolutions, input
+reinforcement.
 
-Source: the 3D ESPNetV2 (scale 1.0) among the ACF-BCKD students (284,214 parameters in use for one input channel and 14
-classes at the default width), after the 2D network (arXiv:1811.11431). State-dict names are those of released
-checkpoints. Unlike the released code, the image is pooled a fixed number of times per level instead of until its first
-side fits, so anisotropic inputs work and no loop can run forever.
+Source: the 3D ESPNetV2 (scale 1.0) among the ACF-BCKD students (284,214 parameters in use for one
+input channel and 14 classes at the default width), after the 2D network (arXiv:1811.11431).
+State-dict names are those of released checkpoints. Unlike the released code, the image is pooled a
+fixed number of times per level instead of until its first side fits, so anisotropic inputs work and
+no loop can run forever.
 """
 
 import math
@@ -32,10 +34,19 @@ def _unit(
     norm: bool = True,
     act: bool = True,
 ) -> nn.Sequential:
-    """Convolution without bias, then batch norm and PReLU (a slope per channel). State dict: `conv bn act`."""
+    """Convolution without bias, then batch norm and PReLU (a slope per channel). State dict: `conv
+    bn act`.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["conv"] = nn.Conv3d(
-        in_channels, out_channels, kernel, stride, dilation * (kernel // 2), dilation, groups, bias=False
+        in_channels,
+        out_channels,
+        kernel,
+        stride,
+        dilation * (kernel // 2),
+        dilation,
+        groups,
+        bias=False,
     )
     if norm:
         layers["bn"] = nn.BatchNorm3d(out_channels)
@@ -44,9 +55,13 @@ def _unit(
     return nn.Sequential(layers)
 
 
-def _decoder_unit(in_channels: int, out_channels: int, kernel: int, groups: int = 1) -> nn.Sequential:
+def _decoder_unit(
+    in_channels: int, out_channels: int, kernel: int, groups: int = 1
+) -> nn.Sequential:
     """The decoder's convolution, batch norm and PReLU. State dict: `cbr.0 cbr.1 cbr.2`."""
-    conv = nn.Conv3d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+    conv = nn.Conv3d(
+        in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False
+    )
     return nn.Sequential(OrderedDict(cbr=nn.Sequential(conv, *_norm_act(out_channels))))
 
 
@@ -61,34 +76,49 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _half(image: Tensor) -> Tensor:
-    """`(B, C, H, W, D)` -> `(B, C, H/2, W/2, D/2)`, averaging 3x3x3 voxels, zeros outside counted."""
+    """`(B, C, H, W, D)` -> `(B, C, H/2, W/2, D/2)`, averaging 3x3x3 voxels, zeros outside
+    counted.
+    """
     if min(image.shape[2:]) < 3:
-        # PyTorch refuses sides below the kernel even where the padding makes up for it (input sides of 16).
+        # PyTorch refuses sides below the kernel even where the padding makes up for it (input sides
+        # of 16).
         return F.avg_pool3d(F.pad(image, (1,) * 6), 3, stride=2)
     return F.avg_pool3d(image, 3, stride=2, padding=1)
 
 
 def dilations(receptive_field: int) -> tuple[int, ...]:
-    """Dilations of an EESP unit's four 3x3x3 branches: extents 3, 5, 7, 9, those above the cap replaced by 3."""
+    """Dilations of an EESP unit's four 3x3x3 branches: extents 3, 5, 7, 9, those above the cap
+    replaced by 3.
+    """
     extents = sorted(k if k <= receptive_field else 3 for k in (3, 5, 7, 9))
     return tuple((k - 1) // 2 for k in extents)
 
 
 class EESP(nn.Module):
-    """Extremely efficient spatial pyramid. Stride 1: `x + f(x)`, activated, widths equal; stride 2: `f(x)` as is."""
+    """Extremely efficient spatial pyramid. Stride 1: `x + f(x)`, activated, widths equal; stride 2:
+    `f(x)` as is.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, receptive_field: int, allocate_unused: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        receptive_field: int,
+        allocate_unused: bool = False,
     ) -> None:
         super().__init__()
         n = out_channels // BRANCHES
         self.add_input = stride == 1
         self.proj_1x1 = _unit(in_channels, n, 1, groups=BRANCHES)
         self.spp_dw = nn.ModuleList(
-            _unit(n, n, 3, stride, groups=n, dilation=d, norm=False, act=False) for d in dilations(receptive_field)
+            _unit(n, n, 3, stride, groups=n, dilation=d, norm=False, act=False)
+            for d in dilations(receptive_field)
         )
         self.conv_1x1_exp = _unit(out_channels, out_channels, 1, groups=BRANCHES, act=False)
-        self.br_after_cat = nn.Sequential(OrderedDict(bn=nn.BatchNorm3d(out_channels), act=nn.PReLU(out_channels)))
+        self.br_after_cat = nn.Sequential(
+            OrderedDict(bn=nn.BatchNorm3d(out_channels), act=nn.PReLU(out_channels))
+        )
         if self.add_input or allocate_unused:
             self.module_act = nn.PReLU(out_channels)
 
@@ -96,15 +126,17 @@ class EESP(nn.Module):
         reduced = self.proj_1x1(x)
         branches = [self.spp_dw[0](reduced)]
         for depthwise in self.spp_dw[1:]:
-            # Each branch adds the one of smaller extent: without that, large dilations leave a grid pattern.
+            # Each branch adds the one of smaller extent: without that, large dilations leave a grid
+            # pattern.
             branches.append(depthwise(reduced) + branches[-1])
         merged = self.conv_1x1_exp(self.br_after_cat(torch.cat(branches, dim=1)))
         return self.module_act(merged + x) if self.add_input else merged
 
 
 class DownSampler(nn.Module):
-    """`(B, in_channels, H, W, D)` -> `(B, out_channels, H/2, W/2, D/2)`: average pool beside a strided EESP unit, plus
-    the image (already pooled to that grid)."""
+    """`(B, in_channels, H, W, D)` -> `(B, out_channels, H/2, W/2, D/2)`: average pool beside a
+    strided EESP unit, plus the image (already pooled to that grid).
+    """
 
     def __init__(
         self,
@@ -115,9 +147,12 @@ class DownSampler(nn.Module):
         allocate_unused: bool = False,
     ) -> None:
         super().__init__()
-        self.eesp = EESP(in_channels, out_channels - in_channels, 2, receptive_field, allocate_unused)
+        self.eesp = EESP(
+            in_channels, out_channels - in_channels, 2, receptive_field, allocate_unused
+        )
         self.inp_reinf = nn.Sequential(
-            _unit(image_channels, image_channels, 3), _unit(image_channels, out_channels, 1, act=False)
+            _unit(image_channels, image_channels, 3),
+            _unit(image_channels, out_channels, 1, act=False),
         )
         self.act = nn.PReLU(out_channels)
 
@@ -129,7 +164,9 @@ class DownSampler(nn.Module):
 class Encoder(nn.Module):
     """Image -> maps at 1/2, 1/4, 1/8 and 1/16 of its grid with `channels`."""
 
-    def __init__(self, in_channels: int, channels: Sequence[int], allocate_unused: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, channels: Sequence[int], allocate_unused: bool = False
+    ) -> None:
         super().__init__()
         c1, c2, c3, c4 = channels
         self.level1 = _unit(in_channels, c1, 3, stride=2)
@@ -151,35 +188,46 @@ class Encoder(nn.Module):
 
 
 class GatedConv(nn.Module):
-    """Grouped 3x3x3 convolution of a skip map, each output channel scaled by a gate from the global average."""
+    """Grouped 3x3x3 convolution of a skip map, each output channel scaled by a gate from the global
+    average.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.wt_layer = nn.Sequential(
-            nn.AdaptiveAvgPool3d(1), nn.Conv3d(in_channels, out_channels, 1, bias=False), nn.Sigmoid()
+            nn.AdaptiveAvgPool3d(1),
+            nn.Conv3d(in_channels, out_channels, 1, bias=False),
+            nn.Sigmoid(),
         )
-        self.expansion_layer = _decoder_unit(in_channels, out_channels, 3, groups=math.gcd(in_channels, out_channels))
+        self.expansion_layer = _decoder_unit(
+            in_channels, out_channels, 3, groups=math.gcd(in_channels, out_channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.expansion_layer(x) * self.wt_layer(x)
 
 
 class PyramidPool(nn.Module):
-    """`(B, in_channels, ...)` -> `(B, out_channels, ...)`: depthwise convolutions of a narrow map at five scales.
+    """`(B, in_channels, ...)` -> `(B, out_channels, ...)`: depthwise convolutions of a narrow map
+    at five scales.
 
     `last` is the classifier: a bias, no norm or activation.
     """
 
-    def __init__(self, in_channels: int, projection: int, out_channels: int, last: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, projection: int, out_channels: int, last: bool = False
+    ) -> None:
         super().__init__()
         count = len(PYRAMID_SCALES)
         self.projection_layer = _decoder_unit(in_channels, projection, 1)
         self.stages = nn.ModuleList(
-            nn.Conv3d(projection, projection, 3, padding=1, groups=projection, bias=False) for _ in PYRAMID_SCALES
+            nn.Conv3d(projection, projection, 3, padding=1, groups=projection, bias=False)
+            for _ in PYRAMID_SCALES
         )
         self.merge_layer = nn.Sequential(
             nn.Sequential(OrderedDict(br=_norm_act(count * projection))),
-            nn.ChannelShuffle(count),  # brings the five scales of each channel together, one group each
+            # brings the five scales of each channel together, one group each
+            nn.ChannelShuffle(count),
             _decoder_unit(count * projection, projection, 3, groups=projection),
             nn.Conv3d(projection, out_channels, 1, bias=last),
         )
@@ -203,11 +251,13 @@ class PyramidPool(nn.Module):
 
 
 class ESPNetV2(nn.Module):
-    """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of 16.
+    """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of
+    16.
 
-    `channels` must be increasing multiples of 16. `projection` is the width inside the decoder's pyramids; None is the
-    released rule min(num_classes // 2, 16), which leaves a single channel for three classes. `allocate_unused` adds the
-    activations of strided units that released checkpoints hold and no forward pass uses.
+    `channels` must be increasing multiples of 16. `projection` is the width inside the decoder's
+    pyramids; None is the released rule min(num_classes // 2, 16), which leaves a single channel for
+    three classes. `allocate_unused` adds the activations of strided units that released checkpoints
+    hold and no forward pass uses.
     """
 
     dims = 3
@@ -227,16 +277,25 @@ class ESPNetV2(nn.Module):
         c1, c2, c3, c4 = check_widths("espnetv2", channels, 4)
         if not 0 < c1 < c2 < c3 < c4 or any(c % (BRANCHES * BRANCHES) for c in channels):
             raise ValueError(
-                f"espnetv2: channels must be four increasing multiples of {BRANCHES * BRANCHES}, got {tuple(channels)}"
+                f"espnetv2: channels must be four increasing multiples of {BRANCHES * BRANCHES}, "
+                f"got {tuple(channels)}"
             )
         p = max(1, min(num_classes // 2, 16)) if projection is None else projection
         check_widths("espnetv2", [p], 1)
         d1, d2, d3 = c2, (c1 + c2) // 2, c1
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {
-            "stage1": c1, "stage2": c2, "stage3": c3, "stage4": c4, "stage5": d3, "stage6": d3, "stage7": num_classes,
-            "penultimate": d3, "decoder": d3, "acf": d3,
-        }  # fmt: skip
+            "stage1": c1,
+            "stage2": c2,
+            "stage3": c3,
+            "stage4": c4,
+            "stage5": d3,
+            "stage6": d3,
+            "stage7": num_classes,
+            "penultimate": d3,
+            "decoder": d3,
+            "acf": d3,
+        }
         self.base_net = Encoder(in_channels, channels, allocate_unused)
         self.bu_dec_l1 = PyramidPool(c4, p, d1)
         self.bu_dec_l2 = PyramidPool(d1, p, d2)
@@ -256,11 +315,23 @@ class ESPNetV2(nn.Module):
         decode2 = self.bu_dec_l2(self.bu_br_l2(self.merge_enc_dec_l2(encode3) + _double(decode1)))
         decode3 = self.bu_dec_l3(self.bu_br_l3(self.merge_enc_dec_l3(encode2) + _double(decode2)))
         merged = self.bu_br_l4(self.merge_enc_dec_l4(encode1) + _double(decode3))
-        logits = F.interpolate(self.bu_dec_l4(merged), size=image.shape[2:], mode="trilinear", align_corners=True)
+        logits = F.interpolate(
+            self.bu_dec_l4(merged), size=image.shape[2:], mode="trilinear", align_corners=True
+        )
         if not return_features:
             return logits
-        return SegOutput(logits, {
-            "stage1": encode1, "stage2": encode2, "stage3": encode3, "stage4": encode4,
-            "stage5": decode3, "stage6": merged, "stage7": logits,
-            "penultimate": merged, "decoder": merged, "acf": merged,
-        })  # fmt: skip
+        return SegOutput(
+            logits,
+            {
+                "stage1": encode1,
+                "stage2": encode2,
+                "stage3": encode3,
+                "stage4": encode4,
+                "stage5": decode3,
+                "stage6": merged,
+                "stage7": logits,
+                "penultimate": merged,
+                "decoder": merged,
+                "acf": merged,
+            },
+        )

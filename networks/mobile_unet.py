@@ -1,7 +1,8 @@
 """Mobile U-Net, a student of inverted residual blocks (MobileNetV2) with additive skips.
 
-Source: the 3D Mobile U-Net among the ACF-BCKD students (13,652,924 parameters in use for one input channel and 14
-classes; four fifths of them in the first decoder block). State-dict names are those of released checkpoints.
+Source: the 3D Mobile U-Net among the ACF-BCKD students (13,652,924 parameters in use for one input
+channel and 14 classes; four fifths of them in the first decoder block). State-dict names are those
+of released checkpoints.
 """
 
 from torch import Tensor, nn
@@ -11,10 +12,12 @@ from networks.output import SegOutput
 
 
 class InvertedResidual(nn.Module):
-    """`(B, in_channels, ...)` -> `(B, out_channels, ...)`: widen 1x1x1, depthwise 3x3x3, project 1x1x1.
+    """`(B, in_channels, ...)` -> `(B, out_channels, ...)`: widen 1x1x1, depthwise 3x3x3, project
+    1x1x1.
 
-    Stride 1 adds the input, through a 1x1x1 convolution where the widths differ. Stride 2 halves the grid, or doubles
-    it if `transposed` (4x4x4 transposed depthwise convolution), and adds nothing.
+    Stride 1 adds the input, through a 1x1x1 convolution where the widths differ. Stride 2 halves
+    the grid, or doubles it if `transposed` (4x4x4 transposed depthwise convolution), and adds
+    nothing.
     """
 
     def __init__(
@@ -29,10 +32,15 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = in_channels * expansion
         if transposed:
-            depthwise = nn.ConvTranspose3d(hidden, hidden, 4, stride=stride, padding=1, groups=hidden, bias=False)
+            depthwise = nn.ConvTranspose3d(
+                hidden, hidden, 4, stride=stride, padding=1, groups=hidden, bias=False
+            )
         else:
-            depthwise = nn.Conv3d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False)
-        # ReLU6 in place acts on a norm's output, never on a tap, and saves one map of the widest grid.
+            depthwise = nn.Conv3d(
+                hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False
+            )
+        # ReLU6 in place acts on a norm's output, never on a tap, and saves one map of the widest
+        # grid.
         self.conv = nn.Sequential(
             nn.Conv3d(in_channels, hidden, 1, bias=False),
             nn.BatchNorm3d(hidden),
@@ -55,10 +63,11 @@ class InvertedResidual(nn.Module):
 
 
 class MobileUNet(nn.Module):
-    """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of 32.
+    """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of
+    32.
 
-    `width` scales every channel count, rounded to a multiple of 4, at least 4. `allocate_unused` adds the 18 shortcut
-    convolutions that released checkpoints hold and no forward pass uses.
+    `width` scales every channel count, rounded to a multiple of 4, at least 4. `allocate_unused`
+    adds the 18 shortcut convolutions that released checkpoints hold and no forward pass uses.
     """
 
     dims = 3
@@ -70,7 +79,9 @@ class MobileUNet(nn.Module):
     )
     alias_keys: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, in_channels: int, num_classes: int, width: float = 1.0, allocate_unused: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, width: float = 1.0, allocate_unused: bool = False
+    ) -> None:
         super().__init__()
         if width <= 0:
             raise ValueError(f"mobile_unet: width must be positive, got {width}")
@@ -79,21 +90,37 @@ class MobileUNet(nn.Module):
         )
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {
-            "stage1": c1, "stage2": c2, "stage3": c3, "stage4": c7, "stage5": c2, "stage6": c1, "stage7": c1,
-            "penultimate": c1, "decoder": c1, "acf": c1,
-        }  # fmt: skip
+            "stage1": c1,
+            "stage2": c2,
+            "stage3": c3,
+            "stage4": c7,
+            "stage5": c2,
+            "stage6": c1,
+            "stage7": c1,
+            "penultimate": c1,
+            "decoder": c1,
+            "acf": c1,
+        }
 
-        def stage(in_channels: int, out_channels: int, repeats: int, stride: int, expansion: int = 6) -> nn.Sequential:
-            first = InvertedResidual(in_channels, out_channels, stride, expansion, allocate_unused=allocate_unused)
+        def stage(
+            in_channels: int, out_channels: int, repeats: int, stride: int, expansion: int = 6
+        ) -> nn.Sequential:
+            first = InvertedResidual(
+                in_channels, out_channels, stride, expansion, allocate_unused=allocate_unused
+            )
             rest = (
-                InvertedResidual(out_channels, out_channels, 1, expansion, allocate_unused=allocate_unused)
+                InvertedResidual(
+                    out_channels, out_channels, 1, expansion, allocate_unused=allocate_unused
+                )
                 for _ in range(repeats - 1)
             )
             return nn.Sequential(first, *rest)
 
         def up_stage(in_channels: int, out_channels: int) -> nn.Sequential:
             return nn.Sequential(
-                InvertedResidual(in_channels, out_channels, 2, transposed=True, allocate_unused=allocate_unused)
+                InvertedResidual(
+                    in_channels, out_channels, 2, transposed=True, allocate_unused=allocate_unused
+                )
             )
 
         self.conv3x3 = nn.Sequential(
@@ -132,8 +159,18 @@ class MobileUNet(nn.Module):
         logits = self.conv1x1_decode(full)
         if not return_features:
             return logits
-        return SegOutput(logits, {
-            "stage1": encode1, "stage2": encode2, "stage3": encode3, "stage4": bottom,
-            "stage5": decode3, "stage6": decode4, "stage7": full,
-            "penultimate": full, "decoder": full, "acf": full,
-        })  # fmt: skip
+        return SegOutput(
+            logits,
+            {
+                "stage1": encode1,
+                "stage2": encode2,
+                "stage3": encode3,
+                "stage4": bottom,
+                "stage5": decode3,
+                "stage6": decode4,
+                "stage7": full,
+                "penultimate": full,
+                "decoder": full,
+                "acf": full,
+            },
+        )

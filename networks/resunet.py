@@ -1,7 +1,8 @@
-"""ResU-Net, the residual U-Net teacher (T1): three downsamplings, two residual units per encoder stage.
+"""ResU-Net, the residual U-Net teacher (T1): three downsamplings, two residual units per encoder
+stage.
 
-Source: the ACF-BCKD teacher (18,992,149 parameters for one input channel and 14 classes at the default width).
-State-dict names are those of released checkpoints.
+Source: the ACF-BCKD teacher (18,992,149 parameters for one input channel and 14 classes at the
+default width). State-dict names are those of released checkpoints.
 """
 
 from collections.abc import Sequence
@@ -14,19 +15,33 @@ from networks.output import SegOutput
 
 
 class ResUNet(nn.Module):
-    """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of 8."""
+    """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of
+    8.
+    """
 
     dims = 3
     stride = 8
 
-    def __init__(self, in_channels: int, num_classes: int, channels: Sequence[int] = (64, 128, 256, 512)) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, channels: Sequence[int] = (64, 128, 256, 512)
+    ) -> None:
         super().__init__()
         c1, c2, c3, c4 = check_widths("resunet", channels, 4)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {
-            "stage1": c1, "stage2": c2, "stage3": c3, "stage4": c4, "stage5": c2, "stage6": c1, "stage7": num_classes,
-            "penultimate": 2 * c1, "decoder": c1, "acf": c1, "residual": c1, "corrected": c1,
-        }  # fmt: skip
+            "stage1": c1,
+            "stage2": c2,
+            "stage3": c3,
+            "stage4": c4,
+            "stage5": c2,
+            "stage6": c1,
+            "stage7": num_classes,
+            "penultimate": 2 * c1,
+            "decoder": c1,
+            "acf": c1,
+            "residual": c1,
+            "corrected": c1,
+        }
         self.down_layer1 = residual_unit(in_channels, c1, stride=2)
         self.down_layer2 = residual_unit(c1, c2, stride=2)
         self.down_layer3 = residual_unit(c2, c3, stride=2)
@@ -34,7 +49,8 @@ class ResUNet(nn.Module):
         self.up_layer1 = nn.Sequential(up_unit(c4 + c3, c2), residual_unit(c2, c2, subunits=1))
         self.up_layer2 = nn.Sequential(up_unit(2 * c2, c1), residual_unit(c1, c1, subunits=1))
         self.up_layer3 = nn.Sequential(
-            up_unit(2 * c1, num_classes), residual_unit(num_classes, num_classes, subunits=1, last_conv_only=True)
+            up_unit(2 * c1, num_classes),
+            residual_unit(num_classes, num_classes, subunits=1, last_conv_only=True),
         )
 
     def forward(self, image: Tensor, return_features: bool = False) -> Tensor | SegOutput:
@@ -44,7 +60,8 @@ class ResUNet(nn.Module):
         down3 = self.down_layer3(down2)
         bottom = self.bottom_layer(down3)
         up1 = self.up_layer1(torch.cat([bottom, down3], dim=1))
-        # The last decoder block is unrolled: attention correction needs f(X) and f(X) + X as separate tensors.
+        # The last decoder block is unrolled: attention correction needs f(X) and f(X) + X as
+        # separate tensors.
         upsampled = self.up_layer2[0](torch.cat([up1, down2], dim=1))
         residual = self.up_layer2[1].conv(upsampled)
         corrected = residual + self.up_layer2[1].residual(upsampled)
@@ -52,9 +69,20 @@ class ResUNet(nn.Module):
         logits = self.up_layer3(penultimate)
         if not return_features:
             return logits
-        return SegOutput(logits, {
-            "stage1": down1, "stage2": down2, "stage3": down3, "stage4": bottom,
-            "stage5": up1, "stage6": corrected, "stage7": logits,
-            "penultimate": penultimate, "decoder": corrected, "acf": corrected,
-            "residual": residual, "corrected": corrected,
-        })  # fmt: skip
+        return SegOutput(
+            logits,
+            {
+                "stage1": down1,
+                "stage2": down2,
+                "stage3": down3,
+                "stage4": bottom,
+                "stage5": up1,
+                "stage6": corrected,
+                "stage7": logits,
+                "penultimate": penultimate,
+                "decoder": corrected,
+                "acf": corrected,
+                "residual": residual,
+                "corrected": corrected,
+            },
+        )

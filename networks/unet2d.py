@@ -1,9 +1,11 @@
-"""2D U-Net of the SSL4MIS lineage, the network of semi-supervised slices and images: four poolings, bilinear decoder.
+"""2D U-Net of the SSL4MIS lineage, the network of semi-supervised slices and images: four poolings,
+bilinear decoder.
 
-Source: the `UNet` of SSL4MIS and UniMatch and the `UNet_KD` of CRKD, which are one network: 1,813,764 parameters for
-one input channel and 4 classes. `UNet_KD` holds one more convolution, which no forward pass uses (`released_layout`).
-State-dict names are those of released checkpoints. Departures from the released forward passes: the dropout that
-perturbs the features is an argument of each call, and features are returned only when asked for.
+Source: the `UNet` of SSL4MIS and UniMatch and the `UNet_KD` of CRKD, which are one network:
+1,813,764 parameters for one input channel and 4 classes. `UNet_KD` holds one more convolution,
+which no forward pass uses (`released_layout`). State-dict names are those of released checkpoints.
+Departures from the released forward passes: the dropout that perturbs the features is an argument
+of each call, and features are returned only when asked for.
 """
 
 from collections.abc import Sequence
@@ -40,14 +42,18 @@ class Down(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
-        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), ConvBlock(in_channels, out_channels, dropout))
+        self.maxpool_conv = nn.Sequential(
+            nn.MaxPool2d(2), ConvBlock(in_channels, out_channels, dropout)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.maxpool_conv(x)
 
 
 class Up(nn.Module):
-    """Convolution 1x1 to the skip's width, bilinear upsampling by 2, ConvBlock on [skip, upsampled]; no dropout."""
+    """Convolution 1x1 to the skip's width, bilinear upsampling by 2, ConvBlock on [skip,
+    upsampled]; no dropout.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -78,7 +84,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's five maps -> logits and the four decoder maps on the grids of H/8, H/4, H/2 and H."""
+    """The encoder's five maps -> logits and the four decoder maps on the grids of H/8, H/4, H/2 and
+    H.
+    """
 
     def __init__(self, num_classes: int, channels: Sequence[int], released_layout: bool) -> None:
         super().__init__()
@@ -102,8 +110,9 @@ class Decoder(nn.Module):
 class UNet2D(nn.Module):
     """`(B, in_channels, H, W)` -> logits `(B, num_classes, H, W)`; sides must be multiples of 16.
 
-    channels, dropout: width and dropout probability of the five encoder blocks. `released_layout` adds the convolution
-    that released `UNet_KD` checkpoints hold and no forward pass uses; with it they load strictly.
+    channels, dropout: width and dropout probability of the five encoder blocks. `released_layout`
+    adds the convolution that released `UNet_KD` checkpoints hold and no forward pass uses; with it
+    they load strictly.
     """
 
     dims = 2
@@ -128,9 +137,17 @@ class UNet2D(nn.Module):
         c0, c1, c2, c3, c4 = check_widths("unet2d", channels, 5)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_channels = {
-            "stage1": c1, "stage2": c2, "stage3": c3, "stage4": c4, "stage5": c2, "stage6": c1, "stage7": c0,
-            "penultimate": c0, "decoder": c0, "acf": c0,
-        }  # fmt: skip
+            "stage1": c1,
+            "stage2": c2,
+            "stage3": c3,
+            "stage4": c4,
+            "stage5": c2,
+            "stage6": c1,
+            "stage7": c0,
+            "penultimate": c0,
+            "decoder": c0,
+            "acf": c0,
+        }
         self.encoder = Encoder(in_channels, channels, dropout)
         self.decoder = Decoder(num_classes, channels, released_layout)
 
@@ -142,17 +159,33 @@ class UNet2D(nn.Module):
         return self.encoder(image)
 
     def decode(self, features: Sequence[Tensor]) -> SegOutput:
-        """Five encoder maps, of any batch size (so of several perturbed copies at once) -> logits and all taps."""
+        """Five encoder maps, of any batch size (so of several perturbed copies at once) -> logits
+        and all taps.
+        """
         logits, (_, up2, up3, up4) = self.decoder(features)
-        return SegOutput(logits, {
-            "stage1": features[1], "stage2": features[2], "stage3": features[3], "stage4": features[4],
-            "stage5": up2, "stage6": up3, "stage7": up4,
-            "penultimate": up4, "decoder": up4, "acf": up4,
-        })  # fmt: skip
+        return SegOutput(
+            logits,
+            {
+                "stage1": features[1],
+                "stage2": features[2],
+                "stage3": features[3],
+                "stage4": features[4],
+                "stage5": up2,
+                "stage6": up3,
+                "stage7": up4,
+                "penultimate": up4,
+                "decoder": up4,
+                "acf": up4,
+            },
+        )
 
-    def forward(self, image: Tensor, return_features: bool = False, perturb: float = 0.0) -> Tensor | SegOutput:
-        """perturb: probability with which each channel of each encoder map is zeroed before the decoder, in training
-        and evaluation mode alike; the taps `stage1` .. `stage4` are then the perturbed maps."""
+    def forward(
+        self, image: Tensor, return_features: bool = False, perturb: float = 0.0
+    ) -> Tensor | SegOutput:
+        """perturb: probability with which each channel of each encoder map is zeroed before the
+        decoder, in training and evaluation mode alike; the taps `stage1` .. `stage4` are then the
+        perturbed maps.
+        """
         features = self.encode(image)
         output = self.decode(drop_channels(features, perturb) if perturb else features)
         return output if return_features else output.logits

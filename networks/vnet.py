@@ -1,12 +1,15 @@
-"""V-Net of the semi-supervised left-atrium literature: four strided convolutions down, additive skips.
+"""V-Net of the semi-supervised left-atrium literature: four strided convolutions down, additive
+skips.
 
-Source: the `VNet` of UA-MT, SSL4MIS, AC-MT and CrossMatch and the `VNet_CRKD` of CRKD, which are one network with two
-sets of names: 9,448,866 parameters for one input channel and two classes. State-dict names are those of `VNet_CRKD`;
-`alias_keys` turns the others into them. The three decoders are those of the multi-decoder networks of MC-Net's family.
+Source: the `VNet` of UA-MT, SSL4MIS, AC-MT and CrossMatch and the `VNet_CRKD` of CRKD, which are
+one network with two sets of names: 9,448,866 parameters for one input channel and two classes.
+State-dict names are those of `VNet_CRKD`; `alias_keys` turns the others into them. The three
+decoders are those of the multi-decoder networks of MC-Net's family.
 
-Departures from the released code: the `decoder` tap of `VNet_CRKD` is taken after the last dropout, so that two passes
-have different channels zeroed and their cosine is noise; here before it, or after it with `feature_after_dropout`. The
-dropout that perturbs the features is an argument of each call.
+Departures from the released code: the `decoder` tap of `VNet_CRKD` is taken after the last dropout,
+so that two passes have different channels zeroed and their cosine is noise; here before it, or
+after it with `feature_after_dropout`. The dropout that perturbs the features is an argument of each
+call.
 """
 
 from collections.abc import Sequence
@@ -44,7 +47,9 @@ class Down(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv3d(in_channels, out_channels, 2, stride=2), nn.BatchNorm3d(out_channels), nn.ReLU(inplace=True)
+            nn.Conv3d(in_channels, out_channels, 2, stride=2),
+            nn.BatchNorm3d(out_channels),
+            nn.ReLU(inplace=True),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +57,9 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double each axis, by a transposed convolution or by interpolation and a convolution; batch norm, ReLU."""
+    """Double each axis, by a transposed convolution or by interpolation and a convolution; batch
+    norm, ReLU.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, upsample: str) -> None:
         super().__init__()
@@ -71,7 +78,9 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`(B, in_channels, H, W, D)` -> five maps on the grids of H, H/2, .. H/16; channel dropout on the last."""
+    """`(B, in_channels, H, W, D)` -> five maps on the grids of H, H/2, .. H/16; channel dropout on
+    the last.
+    """
 
     def __init__(self, in_channels: int, n_filters: int, dropout: float) -> None:
         super().__init__()
@@ -97,7 +106,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's five maps -> the outputs of the four decoder blocks, on the grids of H/8, H/4, H/2 and H.
+    """The encoder's five maps -> the outputs of the four decoder blocks, on the grids of H/8, H/4,
+    H/2 and H.
 
     The classifier `out_conv` is applied by `classify`, after the last dropout.
     """
@@ -124,18 +134,22 @@ class Decoder(nn.Module):
         return [x6, x7, x8, self.block_nine(self.block_eight_up(x8) + x1)]
 
     def classify(self, x9: Tensor, last_dropout: bool = True) -> tuple[Tensor, Tensor]:
-        """Last decoder map -> logits, and the map after the dropout that they were computed from."""
+        """Last decoder map -> logits, and the map after the dropout that they were computed
+        from.
+        """
         dropped = F.dropout3d(x9, self.dropout, self.training and last_dropout)
         return self.out_conv(dropped), dropped
 
 
 class VNet(nn.Module):
-    """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of 16.
+    """`(B, in_channels, H, W, D)` -> logits `(B, num_classes, H, W, D)`; sides must be multiples of
+    16.
 
-    n_filters: channels at full resolution, doubled at each of the four halvings. dropout: probability with which the
-    channels of the deepest and of the last map are zeroed in training mode; 0 for none. upsample: 'transposed'
-    convolution, or 'trilinear' or 'nearest' interpolation and a 3x3x3 convolution. feature_after_dropout: take the tap
-    `decoder` (and `stage7`, `penultimate`, `acf`) after the last dropout, as released.
+    n_filters: channels at full resolution, doubled at each of the four halvings. dropout:
+    probability with which the channels of the deepest and of the last map are zeroed in training
+    mode; 0 for none. upsample: 'transposed' convolution, or 'trilinear' or 'nearest' interpolation
+    and a 3x3x3 convolution. feature_after_dropout: take the tap `decoder` (and `stage7`,
+    `penultimate`, `acf`) after the last dropout, as released.
     """
 
     dims = 3
@@ -157,15 +171,24 @@ class VNet(nn.Module):
     ) -> None:
         super().__init__()
         if upsample not in UPSAMPLINGS:
-            raise ValueError(f"vnet: upsample must be one of {', '.join(UPSAMPLINGS)}, got {upsample!r}")
+            raise ValueError(
+                f"vnet: upsample must be one of {', '.join(UPSAMPLINGS)}, got {upsample!r}"
+            )
         (n,) = check_widths("vnet", [n_filters], 1)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.feature_after_dropout = feature_after_dropout
         self.feature_channels = {
-            "stage1": 2 * n, "stage2": 4 * n, "stage3": 8 * n, "stage4": 16 * n,
-            "stage5": 4 * n, "stage6": 2 * n, "stage7": n,
-            "penultimate": n, "decoder": n, "acf": n,
-        }  # fmt: skip
+            "stage1": 2 * n,
+            "stage2": 4 * n,
+            "stage3": 8 * n,
+            "stage4": 16 * n,
+            "stage5": 4 * n,
+            "stage6": 2 * n,
+            "stage7": n,
+            "penultimate": n,
+            "decoder": n,
+            "acf": n,
+        }
         self.encoder = Encoder(in_channels, n, dropout)
         self.decoder = Decoder(num_classes, n, dropout, upsample)
 
@@ -177,22 +200,38 @@ class VNet(nn.Module):
         return self.encoder(image)
 
     def decode(self, features: Sequence[Tensor], last_dropout: bool = True) -> SegOutput:
-        """Five encoder maps, of any batch size (so of several perturbed copies at once) -> logits and all taps.
+        """Five encoder maps, of any batch size (so of several perturbed copies at once) -> logits
+        and all taps.
 
-        last_dropout: False leaves out the dropout before the classifier, as CrossMatch's perturbed passes do.
+        last_dropout: False leaves out the dropout before the classifier, as CrossMatch's perturbed
+        passes do.
         """
         _, x7, x8, x9 = self.decoder(features)
         logits, dropped = self.decoder.classify(x9, last_dropout)
         last = dropped if self.feature_after_dropout else x9
-        return SegOutput(logits, {
-            "stage1": features[1], "stage2": features[2], "stage3": features[3], "stage4": features[4],
-            "stage5": x7, "stage6": x8, "stage7": last,
-            "penultimate": last, "decoder": last, "acf": last,
-        })  # fmt: skip
+        return SegOutput(
+            logits,
+            {
+                "stage1": features[1],
+                "stage2": features[2],
+                "stage3": features[3],
+                "stage4": features[4],
+                "stage5": x7,
+                "stage6": x8,
+                "stage7": last,
+                "penultimate": last,
+                "decoder": last,
+                "acf": last,
+            },
+        )
 
-    def forward(self, image: Tensor, return_features: bool = False, perturb: float = 0.0) -> Tensor | SegOutput:
-        """perturb: probability with which each channel of each encoder map is zeroed before the decoder, in training
-        and evaluation mode alike; the taps `stage1` .. `stage4` are then the perturbed maps."""
+    def forward(
+        self, image: Tensor, return_features: bool = False, perturb: float = 0.0
+    ) -> Tensor | SegOutput:
+        """perturb: probability with which each channel of each encoder map is zeroed before the
+        decoder, in training and evaluation mode alike; the taps `stage1` .. `stage4` are then the
+        perturbed maps.
+        """
         features = self.encode(image)
         output = self.decode(drop_channels(features, perturb) if perturb else features)
         return output if return_features else output.logits

@@ -6,6 +6,7 @@ REQUIREMENTS=requirements-dev.txt
 . "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread in each of several test processes
 $python -m ruff check .
+$python -m ruff format --check .
 $python -m pytest -n auto -m "not slow" "$@"
 [ -n "$QUICK" ] || $python -m pytest -n auto -m slow "$@"
 if [ -z "$QUICK" ] && [ $# -eq 0 ] && $python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then

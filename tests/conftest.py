@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-# Runs that are compared bit for bit, processes that share no GPU, times: all but tests/test_cuda.py is about the CPU.
+# Runs that are compared bit for bit, processes that share no GPU, times: all but tests/test_cuda.py
+# is about the CPU.
 if not os.environ.get("ON_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

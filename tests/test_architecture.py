@@ -1,4 +1,6 @@
-"""The direction of imports, and calls that the source tree does without. Read with ast: nothing is imported."""
+"""The direction of imports, and calls that the source tree does without. Read with ast: nothing is
+imported.
+"""
 
 import ast
 from pathlib import Path
@@ -6,11 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Which of ours a library may import beside its own folder; scripts, tools, benchmarks and tests may import everything.
+# Which of ours a library may import beside its own folder; scripts, tools, benchmarks and tests may
+# import everything.
 ALLOWED = {
-    "losses": set(), "networks": set(), "dataloaders": set(), "metrics": set(), "inference": set(), "utils": set(),
-    "methods": {"losses", "utils"}, "reporting": {"metrics"},
-}  # fmt: skip
+    "losses": set(),
+    "networks": set(),
+    "dataloaders": set(),
+    "metrics": set(),
+    "inference": set(),
+    "utils": set(),
+    "methods": {"losses", "utils"},
+    "reporting": {"metrics"},
+}
 SCRIPT_FOLDERS = ("scripts", "tools", "benchmarks")
 
 
@@ -24,7 +33,10 @@ def library_files():
 
 def source_files():
     folders = [ROOT / name for name in (*ALLOWED, *SCRIPT_FOLDERS)]
-    return [*sorted(ROOT.glob("*.py")), *(file for folder in folders for file in sorted(folder.rglob("*.py")))]
+    return [
+        *sorted(ROOT.glob("*.py")),
+        *(file for folder in folders for file in sorted(folder.rglob("*.py"))),
+    ]
 
 
 def parsed(file):
@@ -45,7 +57,11 @@ def calls(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             function = node.func
-            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            name = (
+                function.attr
+                if isinstance(function, ast.Attribute)
+                else getattr(function, "id", "")
+            )
             yield node, name, {keyword.arg: keyword.value for keyword in node.keywords}
 
 
@@ -56,12 +72,17 @@ def ids(value):
 def test_the_checks_see_the_tree():
     names = {name for name, _ in library_files()}
     assert {"losses", "networks", "dataloaders", "metrics", "inference", "utils"} <= names
-    assert ROOT / "train_3d_distill.py" in source_files() and ROOT / "losses" / "acf_bckd.py" in source_files()
+    assert (
+        ROOT / "train_3d_distill.py" in source_files()
+        and ROOT / "losses" / "acf_bckd.py" in source_files()
+    )
 
 
 @pytest.mark.parametrize("library, file", list(library_files()), ids=ids)
 def test_libraries_import_nothing_else_of_ours(library, file):
-    ours = {path.stem for path in ROOT.glob("*.py")} | set(ALLOWED) | set(SCRIPT_FOLDERS) | {"tests"}
+    ours = (
+        {path.stem for path in ROOT.glob("*.py")} | set(ALLOWED) | set(SCRIPT_FOLDERS) | {"tests"}
+    )
     foreign = set(imported(parsed(file))) & ours - {library} - ALLOWED[library]
     assert not foreign, f"{file.relative_to(ROOT)} imports {foreign}"
 
@@ -75,22 +96,38 @@ def test_libraries_do_not_parse_arguments(library, file):
 def test_avoided_calls(file):
     tree = parsed(file)
     safe = {"SafeLoader", "CSafeLoader"} | {
-        node.name for node in ast.walk(tree)
+        node.name
+        for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
-        and any(getattr(base, "attr", getattr(base, "id", "")) in ("SafeLoader", "CSafeLoader") for base in node.bases)
-    }  # fmt: skip
+        and any(
+            getattr(base, "attr", getattr(base, "id", "")) in ("SafeLoader", "CSafeLoader")
+            for base in node.bases
+        )
+    }
     for node in ast.walk(tree):
-        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"line {node.lineno}: a bare except"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), (
+            f"line {node.lineno}: a bare except"
+        )
     for node, name, keywords in calls(tree):
         assert name != "cuda", f"line {node.lineno}: .cuda() instead of .to(device)"
-        off = {key for key, value in keywords.items() if isinstance(value, ast.Constant) and value.value is False}
+        off = {
+            key
+            for key, value in keywords.items()
+            if isinstance(value, ast.Constant) and value.value is False
+        }
         if name in ("load", "load_state_dict"):
-            assert not off & {"strict", "weights_only"}, f"line {node.lineno}: {name} with a check switched off"
+            assert not off & {"strict", "weights_only"}, (
+                f"line {node.lineno}: {name} with a check switched off"
+            )
         module = getattr(getattr(node.func, "value", None), "id", "")
         if (module, name) == ("torch", "load"):
-            assert "weights_only" in keywords, f"line {node.lineno}: torch.load without weights_only=True"
+            assert "weights_only" in keywords, (
+                f"line {node.lineno}: torch.load without weights_only=True"
+            )
         if module == "yaml":
             assert name not in ("unsafe_load", "full_load", "unsafe_load_all", "full_load_all")
             if name in ("load", "load_all"):
                 loader = keywords.get("Loader", node.args[1] if len(node.args) > 1 else None)
-                assert getattr(loader, "attr", getattr(loader, "id", "")) in safe, f"line {node.lineno}: unsafe yaml"
+                assert getattr(loader, "attr", getattr(loader, "id", "")) in safe, (
+                    f"line {node.lineno}: unsafe yaml"
+                )

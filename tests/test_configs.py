@@ -1,4 +1,6 @@
-"""Every configuration loads and fits: keys, networks, method arguments, schedules of the papers, disjoint lists."""
+"""Every configuration loads and fits: keys, networks, method arguments, schedules of the papers,
+disjoint lists.
+"""
 
 import functools
 import itertools
@@ -51,7 +53,11 @@ def test_the_expected_ones_are_there():
     real = {"btcv", "word", "brats21", "hippocampus", "spleen", "pancreas"}
     assert real | {"demo_btcv", "demo_word", "demo_brats21"} <= set(CONFIGS)
     real = {"acdc", "la", "isic2018", "kvasir"}
-    assert real | {f"demo_{name}" for name in real} | {"acdc_small", "la_small", "la_medium"} == set(SEMI)
+    assert real | {f"demo_{name}" for name in real} | {
+        "acdc_small",
+        "la_small",
+        "la_medium",
+    } == set(SEMI)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -60,7 +66,9 @@ def test_loads_and_describes_its_data_set(name, monkeypatch):
     assert cfg.dataset == name  # so that run folders are told apart
     dataset = build_dataset(**train_3d_distill.dataset_arguments(cfg))
     assert dataset.num_classes == len(cfg.class_names)
-    dataset.patch_function(cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob)
+    dataset.patch_function(
+        cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
+    )
     assert cfg.val_start <= cfg.max_steps
     assert cfg.val_interval <= cfg.max_steps
 
@@ -75,7 +83,9 @@ def test_networks_and_methods_take_their_arguments(name, monkeypatch):
     channels = {}
     for network in NETWORKS:
         arguments = cfg.network_args.get(network, {})
-        channels[network] = build_network(network, cfg.in_channels, classes, **arguments).feature_channels
+        channels[network] = build_network(
+            network, cfg.in_channels, classes, **arguments
+        ).feature_channels
     for key in cfg.method_args:
         method, _, pair = key.partition("@")
         teacher, _, student = pair.partition("-")
@@ -89,7 +99,14 @@ def test_networks_and_methods_take_their_arguments(name, monkeypatch):
         arguments = train_3d_distill.method_arguments(load(name, monkeypatch, *flags))
         if method == "cirkd":  # its default queues take seconds to fill
             arguments |= {"pixel_queue": 200, "region_queue": 100}
-        build_kd(method, channels[student], channels[teacher], classes, multilabel=multilabel, **arguments)
+        build_kd(
+            method,
+            channels[student],
+            channels[teacher],
+            classes,
+            multilabel=multilabel,
+            **arguments,
+        )
 
 
 def methods_of(name):
@@ -107,29 +124,45 @@ def test_semi_supervised_ones_build_their_data_set_and_every_method(name, monkey
         dataset = build_semi_dataset(**script.dataset_arguments(cfg))
         assert (dataset.num_classes, dataset.dims) == (len(cfg.class_names), len(cfg.patch_size))
         arguments = cfg.network_args.get(cfg.network, {})
-        make = functools.partial(build_network, cfg.network, dataset.in_channels, dataset.num_classes, **arguments)
-        built = build_method(method, make, max_steps=cfg.max_steps, **cfg.method_args.get(method, {}))
+        make = functools.partial(
+            build_network, cfg.network, dataset.in_channels, dataset.num_classes, **arguments
+        )
+        built = build_method(
+            method, make, max_steps=cfg.max_steps, **cfg.method_args.get(method, {})
+        )
         assert built.dims == len(cfg.patch_size)
 
 
 # Section 5.1 of the recipe; steps are epochs of the unlabelled images.
-@pytest.mark.parametrize("name, side, batch, steps, threshold", [
-    ("acdc", (256, 256), 12, 30000, 0.8), ("isic2018", (320, 320), 12, 24600, 0.95),
-    ("kvasir", (320, 320), 12, None, 0.95), ("la", (112, 112, 80), 2, 9000, 0.75),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, side, batch, steps, threshold",
+    [
+        ("acdc", (256, 256), 12, 30000, 0.8),
+        ("isic2018", (320, 320), 12, 24600, 0.95),
+        ("kvasir", (320, 320), 12, None, 0.95),
+        ("la", (112, 112, 80), 2, 9000, 0.75),
+    ],
+)
 def test_recipes_of_crkd(name, side, batch, steps, threshold, monkeypatch):
     cfg = load(name, monkeypatch)
     assert (cfg.method, cfg.patch_size) == ("crkd", side)
     assert cfg.labelled_batch == cfg.unlabelled_batch == batch
     assert steps is None or cfg.max_steps == steps
     assert cfg.method_args["crkd"]["threshold"] == threshold
-    assert (cfg.lr, cfg.momentum, cfg.weight_decay, cfg.optimizer, cfg.schedule) == (0.01, 0.9, 1e-4, "sgd", "poly")
+    assert (cfg.lr, cfg.momentum, cfg.weight_decay, cfg.optimizer, cfg.schedule) == (
+        0.01,
+        0.9,
+        1e-4,
+        "sgd",
+        "poly",
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_have_the_same_keys(family):
     first, second = map(read_yaml, family)
-    # WORD and the demonstrations use the lists in their JSON; a minimum rate, a recipe or a schedule may be stated.
+    # WORD and the demonstrations use the lists in their JSON; a minimum rate, a recipe or a
+    # schedule may be stated.
     optional = {"split_dir", "min_lr", "method_args", "recipe"}
     assert first.keys() - optional == second.keys() - optional
 
@@ -138,31 +171,52 @@ def test_families_have_the_same_keys(family):
 def test_demonstrations_have_the_classes_of_the_real_ones(real):
     demo = load_config(train_3d_distill.Config, ROOT / f"configs/demo_{real}.yaml")
     cfg = load_config(train_3d_distill.Config, ROOT / f"configs/{real}.yaml")
-    assert (demo.class_names, demo.format, demo.in_channels) == (cfg.class_names, cfg.format, cfg.in_channels)
+    assert (demo.class_names, demo.format, demo.in_channels) == (
+        cfg.class_names,
+        cfg.format,
+        cfg.in_channels,
+    )
     assert demo.max_steps <= 1000
     assert max(demo.patch_size) <= 48
 
 
-@pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "splits").iterdir() if path.is_dir()))
+@pytest.mark.parametrize(
+    "folder", sorted(path.name for path in (ROOT / "splits").iterdir() if path.is_dir())
+)
 def test_lists_are_disjoint(folder):
-    lists = {name: read_split(ROOT / "splits" / folder, name) or [] for name in ("train", "val", "test")}
+    lists = {
+        name: read_split(ROOT / "splits" / folder, name) or [] for name in ("train", "val", "test")
+    }
     names = [name for chosen in lists.values() for name in chosen]
     assert len(names) == len(set(names))
     if folder in SIZES:
         assert tuple(map(len, lists.values())) == SIZES[folder]
 
 
-# Total steps, lowest learning rate, first validation, interval: section 3 of the recipe, epochs times steps per epoch.
+# Total steps, lowest learning rate, first validation, interval: section 3 of the recipe, epochs
+# times steps per epoch.
 @pytest.mark.parametrize(
     "name, flags, expected",
     [
         ("btcv", (), (1000 * 24, 0.0, 200 * 24, 50 * 24)),
-        ("btcv", ("--method", "supervised", "--student", "resunet"), (1000 * 24, 0.0, 200 * 24, 50 * 24)),
+        (
+            "btcv",
+            ("--method", "supervised", "--student", "resunet"),
+            (1000 * 24, 0.0, 200 * 24, 50 * 24),
+        ),
         ("word", (), (300 * 100, 1e-6, 100 * 100, 25 * 100)),
         ("brats21", (), (50 * 251, 1e-4, 0, 5 * 251)),
         ("brats21", ("--method", "supervised", "--student", "unet"), (50 * 251, 1e-4, 0, 5 * 251)),
-        ("brats21", ("--method", "supervised", "--student", "resunet"), (100 * 251, 0.0, 0, 10 * 251)),
-        ("brats21", ("--method", "supervised", "--student", "segresnet"), (100 * 251, 0.0, 0, 10 * 251)),
+        (
+            "brats21",
+            ("--method", "supervised", "--student", "resunet"),
+            (100 * 251, 0.0, 0, 10 * 251),
+        ),
+        (
+            "brats21",
+            ("--method", "supervised", "--student", "segresnet"),
+            (100 * 251, 0.0, 0, 10 * 251),
+        ),
     ],
 )
 def test_recipes_of_the_paper(name, flags, expected, monkeypatch):
@@ -177,14 +231,22 @@ def test_recipes_of_the_paper(name, flags, expected, monkeypatch):
 @pytest.mark.parametrize(
     "name, teacher, student, floor, fall, epochs",
     [
-        *(("btcv", "resunet", student, 0.001, 0.001, 1000) for student in ("unet", "espnetv2", "lcovnet")),
-        *(("btcv", "segresnet", student, 0.5, 0.0005, 1000) for student in ("unet", "espnetv2", "mobile_unet")),
+        *(
+            ("btcv", "resunet", student, 0.001, 0.001, 1000)
+            for student in ("unet", "espnetv2", "lcovnet")
+        ),
+        *(
+            ("btcv", "segresnet", student, 0.5, 0.0005, 1000)
+            for student in ("unet", "espnetv2", "mobile_unet")
+        ),
         ("btcv", "segresnet", "lcovnet", 0.001, 0.001, 1000),
         *(("word", teacher, "unet", 0.5, 0.0015, 300) for teacher in ("resunet", "segresnet")),
         *(("brats21", teacher, "lcovnet", 0.5, 0.01, 50) for teacher in ("resunet", "segresnet")),
     ],
 )
 def test_boundary_schedules_of_the_paper(name, teacher, student, floor, fall, epochs, monkeypatch):
-    arguments = train_3d_distill.method_arguments(load(name, monkeypatch, "--teacher", teacher, "--student", student))
+    arguments = train_3d_distill.method_arguments(
+        load(name, monkeypatch, "--teacher", teacher, "--student", student)
+    )
     assert arguments["floor"] == floor
     assert arguments["decay"] == pytest.approx(fall * epochs)

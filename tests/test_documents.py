@@ -1,9 +1,11 @@
-"""The documents keep their word: their commands run, their links lead somewhere, their tables are those of the code.
+"""The documents keep their word: their commands run, their links lead somewhere, their tables are
+those of the code.
 
-The fenced `sh` blocks of every document are run by a shell in a workspace of phantoms. `python` is there a small script
-that hands its arguments to this process, so that no interpreter is started; what makes a command small enough is in the
-tables below, and nothing else is changed. What is not run is in NOT_RUN, with the reason. A `python` block that begins
-with `# name.py` is a file that the document asks its reader to save.
+The fenced `sh` blocks of every document are run by a shell in a workspace of phantoms. `python` is
+there a small script that hands its arguments to this process, so that no interpreter is started;
+what makes a command small enough is in the tables below, and nothing else is changed. What is not
+run is in NOT_RUN, with the reason. A `python` block that begins with `# name.py` is a file that the
+document asks its reader to save.
 """
 
 import ast
@@ -55,7 +57,11 @@ TESTING = ("test_3d.py", "test_2d.py")
 # KEY=VALUE settings that every training gets after its own.
 SETTINGS = ["max_steps=1", "val_interval=1", "log_interval=1", "workers=0"]
 # Sides of a patch, where a command asks for its own.
-PATCH = {"train_3d_distill.py": "[16,16,16]", "train_2d_crkd.py": "[32,32]", "train_3d_crkd.py": "[16,16,16]"}
+PATCH = {
+    "train_3d_distill.py": "[16,16,16]",
+    "train_2d_crkd.py": "[32,32]",
+    "train_3d_crkd.py": "[16,16,16]",
+}
 # Flags whose values are replaced, by script (and, for generated data, by data set).
 VALUES: dict[str, dict[str, list[str]]] = {
     "tools/make_splits.py": {"--counts": ["3", "1", "1"], "--val": ["3"]},
@@ -69,34 +75,66 @@ VALUES: dict[str, dict[str, list[str]]] = {
 }
 # Keys of the configurations, in the workspace's copies.
 WIDTHS = {
-    "resunet": {"channels": [4, 4, 8, 8]}, "segresnet": {"init_filters": 4}, "unet": {"channels": [2, 4, 4, 8]},
-    "espnetv2": {"channels": [16, 32, 48, 64]}, "mobile_unet": {"width": 0.25},
-    "lcovnet": {"channels": [4, 6, 8, 12, 16]}, "unet2d": {"channels": [4, 4, 8, 8, 8]}, "vnet": {"n_filters": 4},
-    "vnet_dual": {"n_filters": 4}, "vnet_lefed": {"n_filters": 4},
-}  # fmt: skip
+    "resunet": {"channels": [4, 4, 8, 8]},
+    "segresnet": {"init_filters": 4},
+    "unet": {"channels": [2, 4, 4, 8]},
+    "espnetv2": {"channels": [16, 32, 48, 64]},
+    "mobile_unet": {"width": 0.25},
+    "lcovnet": {"channels": [4, 6, 8, 12, 16]},
+    "unet2d": {"channels": [4, 4, 8, 8, 8]},
+    "vnet": {"n_filters": 4},
+    "vnet_dual": {"n_filters": 4},
+    "vnet_lefed": {"n_filters": 4},
+}
 NARROW = {"network_args": WIDTHS}
-NIFTI = {"patch_size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0], "crops_per_case": 2, "overlap": 0.0, **NARROW}
+NIFTI = {
+    "patch_size": [16, 16, 16],
+    "spacing": [2.0, 2.0, 2.0],
+    "crops_per_case": 2,
+    "overlap": 0.0,
+    **NARROW,
+}
 PHANTOM_CT = NIFTI | {"spacing": [12.0, 12.0, 14.0]}
 SLICES = {"patch_size": [32, 32], "labelled_batch": 2, "unlabelled_batch": 2, **NARROW}
 VOLUMES = {"patch_size": [16, 16, 16], "stride": [16, 16, 16], "val_stride": [16, 16, 16], **NARROW}
 OWN_LISTS = {"split_dir": ""}  # of the JSON
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "btcv": NIFTI, "hippocampus": NIFTI, "word": NIFTI, "spleen": NIFTI | OWN_LISTS, "pancreas": NIFTI | OWN_LISTS,
-    "brats21": {"patch_size": [16, 16, 16], **NARROW, **OWN_LISTS}, "demo_btcv": PHANTOM_CT, "demo_word": PHANTOM_CT,
-    "demo_brats21": {"patch_size": [16, 16, 16], **NARROW}, "acdc": SLICES | {"split_dir": "data/ACDC/splits"},
-    "demo_acdc": SLICES, "isic2018": SLICES, "demo_isic2018": SLICES, "demo_kvasir": SLICES,
-    "kvasir": SLICES | {"split_dir": "splits/kvasir_phantom"}, "la": VOLUMES | {"split_dir": "data/LA/splits"},
-    "demo_la": VOLUMES, "acdc_small": SLICES | {"split_dir": "data/ACDC/splits"},
+    "btcv": NIFTI,
+    "hippocampus": NIFTI,
+    "word": NIFTI,
+    "spleen": NIFTI | OWN_LISTS,
+    "pancreas": NIFTI | OWN_LISTS,
+    "brats21": {"patch_size": [16, 16, 16], **NARROW, **OWN_LISTS},
+    "demo_btcv": PHANTOM_CT,
+    "demo_word": PHANTOM_CT,
+    "demo_brats21": {"patch_size": [16, 16, 16], **NARROW},
+    "acdc": SLICES | {"split_dir": "data/ACDC/splits"},
+    "demo_acdc": SLICES,
+    "isic2018": SLICES,
+    "demo_isic2018": SLICES,
+    "demo_kvasir": SLICES,
+    "kvasir": SLICES | {"split_dir": "splits/kvasir_phantom"},
+    "la": VOLUMES | {"split_dir": "data/LA/splits"},
+    "demo_la": VOLUMES,
+    "acdc_small": SLICES | {"split_dir": "data/ACDC/splits"},
     "la_small": VOLUMES | {"split_dir": "data/LA/splits"},
     "la_medium": VOLUMES | {"split_dir": "data/LA/splits"},
-}  # fmt: skip
-# What a block gets in its environment, by document: RESULTS.md trains every cell and every trial of the ablation.
+}
+# What a block gets in its environment, by document: RESULTS.md trains every cell and every trial of
+# the ablation.
 ENVIRONMENT = {
-    "RESULTS.md": {"ONLY": "default|joint", "PARTS": "teachers methods", "METHODS": "kd", "SEEDS": "0",
-                   "TEACHERS": "resunet"},
-}  # fmt: skip
+    "RESULTS.md": {
+        "ONLY": "default|joint",
+        "PARTS": "teachers methods",
+        "METHODS": "kd",
+        "SEEDS": "0",
+        "TEACHERS": "resunet",
+    }
+}
 NOT_RUN = {
-    "tools/evidence.py collect": "refuses phantoms beside the real cases of results/; has a test of its own",
+    "tools/evidence.py collect": (
+        "refuses phantoms beside the real cases of results/; has a test of its own"
+    ),
     "scripts/test.sh": "runs the tests, this one too",
     "scripts/test_reliability.sh": "runs tests",
     "scripts/bench.sh": "takes half an hour; every benchmark has a test of its own",
@@ -151,8 +189,10 @@ def ids(document: Path) -> str:
 
 
 COMMANDS = {
-    f"{ids(document)}:{line}": text for document in DOCUMENTS for line, text in blocks(document, "sh")
-}  # fmt: skip
+    f"{ids(document)}:{line}": text
+    for document in DOCUMENTS
+    for line, text in blocks(document, "sh")
+}
 
 
 @functools.cache
@@ -178,7 +218,9 @@ def anchors(document: Path) -> set[str]:
 
 @functools.cache
 def flags_of(script: Path) -> frozenset[str]:
-    """The flags that a Python script's parser or a shell script's `case` knows, read off its source."""
+    """The flags that a Python script's parser or a shell script's `case` knows, read off its
+    source.
+    """
     text = script.read_text(encoding="utf-8")
     if script.suffix == ".sh":
         return frozenset(re.findall(r"^ *(--[a-z-]+)\)", text, re.M))
@@ -187,7 +229,10 @@ def flags_of(script: Path) -> frozenset[str]:
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             found |= {name for name in names if isinstance(name, str) and name.startswith("--")}
-            optional = any(k.arg == "action" and "BooleanOptional" in ast.unparse(k.value) for k in node.keywords)
+            optional = any(
+                k.arg == "action" and "BooleanOptional" in ast.unparse(k.value)
+                for k in node.keywords
+            )
             found |= {f"--no-{name[2:]}" for name in names if optional}
     if script.name == "make_splits.py":
         found |= flags_of(script.with_name("make_splits_2d.py"))
@@ -197,8 +242,19 @@ def flags_of(script: Path) -> frozenset[str]:
 
 
 def scripts() -> list[Path]:
-    folders = [ROOT, ROOT / "tools", ROOT / "scripts", ROOT / "benchmarks", ROOT / "docs" / "figures"]
-    return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".py", ".sh")]
+    folders = [
+        ROOT,
+        ROOT / "tools",
+        ROOT / "scripts",
+        ROOT / "benchmarks",
+        ROOT / "docs" / "figures",
+    ]
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".py", ".sh")
+    ]
 
 
 # --- quick checks ---
@@ -219,12 +275,20 @@ def test_links_lead_somewhere(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
 def test_files_of_the_tree_exist(document):
-    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
+    folders = "|".join(
+        path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."
+    )
     made = {"data", "runs", "cache"}  # by users
-    names = re.findall(rf"`((?:(?:{folders})/)?[\w./-]+\.(?:py|md|yaml|sh|cff|toml))[`:]", prose(document))
+    names = re.findall(
+        rf"`((?:(?:{folders})/)?[\w./-]+\.(?:py|md|yaml|sh|cff|toml))[`:]", prose(document)
+    )
     for name in names:
         known = any(file == name or file.endswith(f"/{name}") for file in tree())
-        mine = name.split("/")[0] in made or name.startswith("path/to/") or name in saved_files(document)
+        mine = (
+            name.split("/")[0] in made
+            or name.startswith("path/to/")
+            or name in saved_files(document)
+        )
         assert known or mine or name in WRITTEN, f"{name}: no such file"
 
 
@@ -241,22 +305,34 @@ def test_commands_are_shell_and_their_flags_those_of_the_script(place):
     subprocess.run(["sh", "-n"], input=text, text=True, check=True)
     joined = re.sub(r"\\\n", " ", re.sub(r"<<'(\w+)'\n.*?^\1$", "", text, flags=re.S | re.M))
     for line in joined.splitlines():
-        match = re.search(r"(?:python|torchrun|sh)[^#\n]*?\s((?:[\w.]+/)*[\w.]+\.(?:py|sh))\s?(.*)", line)
+        match = re.search(
+            r"(?:python|torchrun|sh)[^#\n]*?\s((?:[\w.]+/)*[\w.]+\.(?:py|sh))\s?(.*)", line
+        )
         if not match:
             continue
         script, rest = ROOT / match[1], match[2].split(" #")[0]
         assert script.is_file(), f"{place}: {match[1]}: no such script"
-        words = itertools.takewhile(lambda word: word not in ("--", "|", "||", "&&", ";"), shlex.split(rest))
+        words = itertools.takewhile(
+            lambda word: word not in ("--", "|", "||", "&&", ";"), shlex.split(rest)
+        )
         used = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert used <= flags_of(script), f"{place}: {match[1]} has no {', '.join(sorted(used - flags_of(script)))}"
+        assert used <= flags_of(script), (
+            f"{place}: {match[1]} has no {', '.join(sorted(used - flags_of(script)))}"
+        )
 
 
-@pytest.mark.parametrize("script, document", [
-    *((script, "docs/training.md") for script in TRAINING), ("test_2d.py", "docs/testing.md"),
-    ("test_3d.py", "docs/testing.md"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, document",
+    [
+        *((script, "docs/training.md") for script in TRAINING),
+        ("test_2d.py", "docs/testing.md"),
+        ("test_3d.py", "docs/testing.md"),
+    ],
+)
 def test_every_flag_is_described(script, document):
-    missing = flags_of(ROOT / script) - {"--help"} - set(re.findall(r"--[\w-]+", prose(ROOT / document)))
+    missing = (
+        flags_of(ROOT / script) - {"--help"} - set(re.findall(r"--[\w-]+", prose(ROOT / document)))
+    )
     assert not missing, f"{document} does not describe {', '.join(sorted(missing))} of {script}"
 
 
@@ -284,10 +360,14 @@ def test_arguments_and_defaults_of_methods():
     for name, cls in (KD_METHODS | SSL_METHODS).items():
         parameters = inspect.signature(cls.__init__).parameters.values()
         actual = {p.name: p.default for p in parameters if p.name not in given}
-        actual = {key: list(value) if isinstance(value, tuple) else value for key, value in actual.items()}
+        actual = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in actual.items()
+        }
         assert stated[name] == actual, name
     for name, cls in (KD_METHODS | SSL_METHODS | NETWORKS).items():
-        assert f"../{cls.__module__.replace('.', '/')}.py)" in text, f"{name}: its file is not linked"
+        assert f"../{cls.__module__.replace('.', '/')}.py)" in text, (
+            f"{name}: its file is not linked"
+        )
 
 
 def test_networks_are_described():
@@ -303,17 +383,34 @@ def test_networks_are_described():
 
 
 def test_documents_are_found_from_the_readme():
-    linked = set(re.findall(r"\]\((docs/[\w.]+\.md)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    linked = set(
+        re.findall(r"\]\((docs/[\w.]+\.md)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    )
     assert linked == {ids(document) for document in DOCUMENTS if document.parent == ROOT / "docs"}
 
 
 def test_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {"cff-version", "title", "message", "type", "license", "authors", "references"} <= citation.keys()
+    assert {
+        "cff-version",
+        "title",
+        "message",
+        "type",
+        "license",
+        "authors",
+        "references",
+    } <= citation.keys()
     assert citation["license"] == "Apache-2.0" and citation["type"] == "software"
     for entry in [citation, *citation["references"]]:
-        assert entry["title"] and all(author.get("name") or author.get("family-names") for author in entry["authors"])
-        assert entry is citation or entry["type"] in ("article", "conference-paper", "software", "dataset")
+        assert entry["title"] and all(
+            author.get("name") or author.get("family-names") for author in entry["authors"]
+        )
+        assert entry is citation or entry["type"] in (
+            "article",
+            "conference-paper",
+            "software",
+            "dataset",
+        )
 
 
 # --- running the commands ---
@@ -333,17 +430,25 @@ SLURM = {"scontrol": "#!/bin/sh\necho node0\n", "srun": '#!/bin/sh\nexec "$@"\n'
 
 
 class Workspace:
-    """A folder with small configurations and phantoms where the documents expect data, and a shell in it."""
+    """A folder with small configurations and phantoms where the documents expect data, and a shell
+    in it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.document = folder, ""
-        self.owner: dict[Path, tuple[str, tuple[str, ...]]] = {}  # run folder -> document and command that made it
+        # run folder -> document and command that made it
+        self.owner: dict[Path, tuple[str, tuple[str, ...]]] = {}
         self.server = folder / "server"
         for name in ("server", "bin", "configs", ".venv/bin"):
             (folder / name).mkdir(parents=True)
         for fifo in ("request", "reply"):
             os.mkfifo(self.server / fifo)
-        for name, text in {"python": PYTHON, "torchrun": PYTHON, "tensorboard": PYTHON, **SLURM}.items():
+        for name, text in {
+            "python": PYTHON,
+            "torchrun": PYTHON,
+            "tensorboard": PYTHON,
+            **SLURM,
+        }.items():
             _executable(folder / "bin" / name, text)
         _executable(folder / ".venv/bin/python", PYTHON)
         for path in ROOT.glob("requirements*.txt"):
@@ -357,10 +462,16 @@ class Workspace:
                 (folder / name).write_text("exit 0\n")
         for path in (ROOT / "configs").glob("*.yaml"):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            overlay = {key: value for key, value in CONFIGURATIONS[path.stem].items() if self._takes(content, key)}
+            overlay = {
+                key: value
+                for key, value in CONFIGURATIONS[path.stem].items()
+                if self._takes(content, key)
+            }
             first = int(content.get("format") != "brats")
             overlay["absent_classes"] = content["class_names"][first:]  # tiny data lack most organs
-            (folder / "configs" / path.name).write_text(_as_yaml(path.read_text(encoding="utf-8"), content | overlay))
+            (folder / "configs" / path.name).write_text(
+                _as_yaml(path.read_text(encoding="utf-8"), content | overlay)
+            )
         self._make_data()
 
     @staticmethod
@@ -368,27 +479,39 @@ class Workspace:
         return not (key == "spacing" and content.get("format") == "brats")
 
     def _make_data(self) -> None:
-        """Every data set at its place: balls and boxes in NIfTI, and what tools/make_demo_data.py generates."""
+        """Every data set at its place: balls and boxes in NIfTI, and what tools/make_demo_data.py
+        generates.
+        """
         data, tiny = self.folder / "data", make_workspace(self.folder / "tiny") / "data"
         for root, datalist in (
-            ("WORD", "dataset.json"), ("Task04_Hippocampus", "dataset.json"), ("Task09_Spleen", "dataset.json"),
-            ("Task07_Pancreas", "dataset.json"), ("mine", "dataset.json"),
-        ):  # fmt: skip
+            ("WORD", "dataset.json"),
+            ("Task04_Hippocampus", "dataset.json"),
+            ("Task09_Spleen", "dataset.json"),
+            ("Task07_Pancreas", "dataset.json"),
+            ("mine", "dataset.json"),
+        ):
             shutil.copytree(tiny, data / root)
             (data / root / "dataset_0.json").rename(data / root / datalist)
         mine = data / "mine/dataset.json"
-        described = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "2": "tumour"}}
+        described = {
+            "modality": {"0": "CT"},
+            "labels": {"0": "background", "1": "liver", "2": "tumour"},
+        }
         mine.write_text(json.dumps(described | json.loads(mine.read_text())))
         for path in (data / "Task09_Spleen/labelsTr").iterdir():  # of two classes
             label = nib.load(path)
-            nib.save(nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint8), label.affine), path)
+            nib.save(
+                nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint8), label.affine),
+                path,
+            )
         btcv = data / "synapse_raw"
         for part, name in (("imagesTr", "img"), ("labelsTr", "label")):
             (btcv / part).mkdir(parents=True)
             for number, path in enumerate(sorted((tiny / part).iterdir()), 1):
                 shutil.copy(path, btcv / part / f"{name}{number:04d}.nii.gz")
         entries = [
-            {"image": f"imagesTr/img{k:04d}.nii.gz", "label": f"labelsTr/label{k:04d}.nii.gz"} for k in range(1, 8)
+            {"image": f"imagesTr/img{k:04d}.nii.gz", "label": f"labelsTr/label{k:04d}.nii.gz"}
+            for k in range(1, 8)
         ]
         (btcv / "dataset_0.json").write_text(json.dumps({"training": entries}))
         lists = {"btcv": ("img{:04d}", "val"), "hippocampus": ("case{}", "test")}
@@ -396,14 +519,22 @@ class Workspace:
             folder = self.folder / "splits" / name
             folder.mkdir(parents=True)
             for split, numbers in {"train": (1, 2, 3, 4), "val": (5,), last: (6,)}.items():
-                (folder / f"{split}.txt").write_text("".join(pattern.format(k) + "\n" for k in numbers))
+                (folder / f"{split}.txt").write_text(
+                    "".join(pattern.format(k) + "\n" for k in numbers)
+                )
         for name, root in (
-            ("brats21", "brats21"), ("acdc", "ACDC"), ("la", "LA"), ("kvasir", "Kvasir-SEG"), ("isic2018", "ISIC2018"),
-        ):  # fmt: skip
+            ("brats21", "brats21"),
+            ("acdc", "ACDC"),
+            ("la", "LA"),
+            ("kvasir", "Kvasir-SEG"),
+            ("isic2018", "ISIC2018"),
+        ):
             words = ["tools/make_demo_data.py", "--dataset", name, "--out", f"data/{root}"]
             assert self.execute(["python", *words]).returncode == 0
         # The demonstrations, made with the same arguments
-        assert self.execute(["python", "tools/make_demo_data.py", "--dataset", "btcv"]).returncode == 0
+        assert (
+            self.execute(["python", "tools/make_demo_data.py", "--dataset", "btcv"]).returncode == 0
+        )
         for name, root in (("acdc", "ACDC"), ("la", "LA"), ("kvasir", "Kvasir-SEG")):
             shutil.copytree(data / root, data / f"{name}_phantom")
         # As downloaded: no train and val folders, and no lists
@@ -416,7 +547,14 @@ class Workspace:
             shutil.rmtree(path)
         for path in kvasir.glob("*.txt"):
             path.unlink()
-        words = ["tools/make_splits.py", "images", "--data-root", "data/Kvasir-SEG", "--out", "splits/kvasir_phantom"]
+        words = [
+            "tools/make_splits.py",
+            "images",
+            "--data-root",
+            "data/Kvasir-SEG",
+            "--out",
+            "splits/kvasir_phantom",
+        ]
         assert self.execute(["python", *words, "--val", "120"]).returncode == 0
         shutil.copytree(btcv / "imagesTr", self.folder / "scans")
         shutil.copytree(kvasir / "images", self.folder / "photos")
@@ -425,34 +563,54 @@ class Workspace:
             (nnunet / f"{part}Tr").mkdir(parents=True)
             for path in (tiny / f"{part}Tr").iterdir():
                 channel = "_0000" if part == "images" else ""
-                shutil.copy(path, nnunet / f"{part}Tr" / path.name.replace(".nii", f"{channel}.nii"))
-        (nnunet / "dataset.json").write_text(json.dumps({
-            "channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "tumour": 2},
-            "file_ending": ".nii.gz", "numTraining": 7,
-        }))  # fmt: skip
+                shutil.copy(
+                    path, nnunet / f"{part}Tr" / path.name.replace(".nii", f"{channel}.nii")
+                )
+        (nnunet / "dataset.json").write_text(
+            json.dumps(
+                {
+                    "channel_names": {"0": "CT"},
+                    "labels": {"background": 0, "liver": 1, "tumour": 2},
+                    "file_ending": ".nii.gz",
+                    "numTraining": 7,
+                }
+            )
+        )
         # The released checkpoint of docs/training.md
         network = build_network("resunet", 1, 14, **WIDTHS["resunet"])
-        weights = {f"segmentor.backbone.{key}": value for key, value in network.state_dict().items()}
+        weights = {
+            f"segmentor.backbone.{key}": value for key, value in network.state_dict().items()
+        }
         torch.save({"state_dict": weights}, self.folder / "best_Dice_81-69_epoch_800.pth")
 
     def shell(self, document: str, text: str) -> tuple[int, str]:
-        """Exit status and output of a block run by `sh -e`, whose Python commands this process runs."""
+        """Exit status and output of a block run by `sh -e`, whose Python commands this process
+        runs.
+        """
         self.document = document
         environment = ENVIRONMENT.get(document, {}) | {
             "JOBS": "1",  # one command at a time reaches this process
-            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SERVER": str(self.server), "SLURM_JOB_ID": "1",
-            "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node0",
-        }  # fmt: skip
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "SERVER": str(self.server),
+            "SLURM_JOB_ID": "1",
+            "SLURM_NNODES": "1",
+            "SLURM_JOB_NODELIST": "node0",
+        }
         script, log = self.server / "script.sh", self.server / "log"
         script.write_text(text, encoding="utf-8")
         # Open for reading and writing: neither side ever sees an end of file.
-        request, reply = (os.open(self.server / name, os.O_RDWR | os.O_NONBLOCK) for name in ("request", "reply"))
+        request, reply = (
+            os.open(self.server / name, os.O_RDWR | os.O_NONBLOCK) for name in ("request", "reply")
+        )
         try:
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    ["sh", "-e", str(script)], cwd=self.folder, env=os.environ | environment, stdout=output,
+                    ["sh", "-e", str(script)],
+                    cwd=self.folder,
+                    env=os.environ | environment,
+                    stdout=output,
                     stderr=subprocess.STDOUT,
-                )  # fmt: skip
+                )
                 received = b""
                 while process.poll() is None:
                     if select.select([request], [], [], 0.02)[0]:
@@ -471,8 +629,10 @@ class Workspace:
         return process.returncode, log.read_text(encoding="utf-8")
 
     def execute(self, words: list[str], directory: Path | None = None) -> Result:
-        """Run `python ...` or `torchrun ...` in this process; torchrun's script in one process, with its flags checked
-        (tests/scripts/test_distributed.py runs several). directory: where; by default the workspace."""
+        """Run `python ...` or `torchrun ...` in this process; torchrun's script in one process,
+        with its flags checked (tests/scripts/test_distributed.py runs several). directory: where;
+        by default the workspace.
+        """
         directory = directory or self.folder
         program, *words = words
         if program == "torchrun":
@@ -489,7 +649,9 @@ class Workspace:
         arguments = self._small(script, arguments)
         if "--show-run" not in arguments and self._provide(script, arguments):
             return Result(0, "", "")
-        path = next((folder / script for folder in (self.folder, ROOT) if (folder / script).is_file()), None)
+        path = next(
+            (folder / script for folder in (self.folder, ROOT) if (folder / script).is_file()), None
+        )
         if path is None:
             return Result(2, "", f"{script}: no such script\n")
         return run_script(str(path), *arguments, cwd=directory, ok=False)
@@ -516,9 +678,14 @@ class Workspace:
 
     def _small(self, script: str, arguments: list[str]) -> list[str]:
         """The arguments with the tables at the head of this file, and on the CPU."""
-        table = f"{script} {value_of(arguments, '--dataset')}" if script.endswith("make_demo_data.py") else script
+        table = (
+            f"{script} {value_of(arguments, '--dataset')}"
+            if script.endswith("make_demo_data.py")
+            else script
+        )
         replaced = VALUES.get(table, {})
-        if script.endswith("make_demo_data.py") and "--corrupt" not in arguments:  # which has one size
+        # which has one size
+        if script.endswith("make_demo_data.py") and "--corrupt" not in arguments:
             arguments = [*arguments, *(flag for flag in replaced if flag not in arguments)]
         grouped: list[list[str]] = [[]]
         for word in arguments:
@@ -536,16 +703,20 @@ class Workspace:
                 grouped.append(options := ["--opts"])
             options[:] = [word for word in options if not word.startswith("device=")] + SETTINGS
             config = self.folder / (value_of(arguments, "--config") or "")
-            if config.is_file() and "network_args" not in config.read_text(encoding="utf-8"):  # a document wrote it
+            # a document wrote it
+            if config.is_file() and "network_args" not in config.read_text(encoding="utf-8"):
                 options.append(f"network_args={json.dumps(WIDTHS)}")
-            options[:] = [f"patch_size={PATCH[script]}" if w.startswith("patch_size=") else w for w in options]
+            options[:] = [
+                f"patch_size={PATCH[script]}" if w.startswith("patch_size=") else w for w in options
+            ]
         return [word for group in grouped for word in group]
 
     def _provide(self, script: str, arguments: Sequence[str]) -> bool:
-        """Make what a command relies on; -> whether the command has been run for another document already.
+        """Make what a command relies on; -> whether the command has been run for another document
+        already.
 
-        Every document starts without the runs of the others, and follows on its own: what it trains twice in one
-        folder is as much of a mistake as it would be for a reader.
+        Every document starts without the runs of the others, and follows on its own: what it trains
+        twice in one folder is as much of a mistake as it would be for a reader.
         """
         training = script in TRAINING
         if training:
@@ -580,7 +751,11 @@ class Workspace:
             assert result.returncode == 0, result.stderr
             assert best.is_file(), f"{run}: {script} {' '.join(words)} makes another folder"
         if tested and not (self.folder / run / "summary.json").is_file():
-            script = "test_2d.py" if torch.load(best, weights_only=True)["kind"] == "2d-semi" else "test_3d.py"
+            script = (
+                "test_2d.py"
+                if torch.load(best, weights_only=True)["kind"] == "2d-semi"
+                else "test_3d.py"
+            )
             result = self.execute(["python", script, "--ckpt", f"{run}/best.pt"])
             assert result.returncode == 0, result.stderr
 
@@ -588,8 +763,17 @@ class Workspace:
         """Training script and arguments whose run folder this is."""
         _, dataset, method, networks, seed = run.parts
         script = "train_3d_distill.py"
-        config = yaml.safe_load((self.folder / f"configs/{dataset}.yaml").read_text(encoding="utf-8"))
-        words = ["--config", f"configs/{dataset}.yaml", "--method", method, "--seed", re.match(r"seed(\d+)", seed)[1]]
+        config = yaml.safe_load(
+            (self.folder / f"configs/{dataset}.yaml").read_text(encoding="utf-8")
+        )
+        words = [
+            "--config",
+            f"configs/{dataset}.yaml",
+            "--method",
+            method,
+            "--seed",
+            re.match(r"seed(\d+)", seed)[1],
+        ]
         if "labelled" in config:
             script = "train_3d_crkd.py" if len(config["patch_size"]) == 3 else "train_2d_crkd.py"
             words += ["--labelled", networks.rpartition("-")[2]]
@@ -630,7 +814,9 @@ def test_commands_run(document, workspace):
     for line, text in blocks(document, "sh"):
         code, output = workspace.shell(document.name, text)
         if code:
-            failed.append(f"{ids(document)}, line {line}, exit status {code}:\n{text}\n{output[-1500:]}")
+            failed.append(
+                f"{ids(document)}, line {line}, exit status {code}:\n{text}\n{output[-1500:]}"
+            )
     assert not failed, "\n\n".join(failed)
 
 

@@ -28,7 +28,9 @@ from networks import NETWORKS, build_network, init_weights
 
 
 class Net(nn.Module):
-    """Two output channels; not equivariant to flips, and every voxel's result depends on where the window lies."""
+    """Two output channels; not equivariant to flips, and every voxel's result depends on where the
+    window lies.
+    """
 
     def __init__(self):
         super().__init__()
@@ -86,7 +88,9 @@ def test_window_batch_changes_nothing(window_batch):
     network, image = Net().eval(), random_image((13, 12, 9))
     found = predict_logits(network, image, patch_size=(8, 8, 8), window_batch=window_batch)
     assert max(size[0] for size in network.sizes) <= window_batch
-    torch.testing.assert_close(found, predict_logits(network, image, patch_size=(8, 8, 8)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, predict_logits(network, image, patch_size=(8, 8, 8)), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (11, 7, 9)])
@@ -136,14 +140,24 @@ def test_amp_names():
 def test_to_labels():
     logits = torch.tensor([[0.1, -1.0, 0.0], [0.3, -2.0, 0.0], [0.2, 5.0, -1.0]]).view(3, 3, 1, 1)
     ids = to_labels(logits)
-    assert ids.dtype == torch.uint8 and ids.shape == (3, 1, 1) and ids.flatten().tolist() == [1, 2, 0]
-    hard = torch.tensor([[1.0, math.nan, 2.0, -math.inf], [1.0, 5.0, math.nan, -math.inf], [1.0, math.nan, 3.0, 0.0]])
+    assert (
+        ids.dtype == torch.uint8 and ids.shape == (3, 1, 1) and ids.flatten().tolist() == [1, 2, 0]
+    )
+    hard = torch.tensor(
+        [
+            [1.0, math.nan, 2.0, -math.inf],
+            [1.0, 5.0, math.nan, -math.inf],
+            [1.0, math.nan, 3.0, 0.0],
+        ]
+    )
     ties = torch.randint(0, 2, (5, 999), generator=torch.Generator().manual_seed(0)).float()
     for values in (hard, ties):
-        assert torch.equal(to_labels(values).long(), values.argmax(0))  # the first of equals, and NaN before numbers
+        # the first of equals, and NaN before numbers
+        assert torch.equal(to_labels(values).long(), values.argmax(0))
     regions = to_labels(logits, multilabel=True)
     assert regions.dtype == torch.uint8 and regions.shape == logits.shape
-    assert regions.flatten(1).tolist() == [[1, 0, 1], [1, 0, 1], [1, 1, 0]]  # sigmoid(0) = 0.5 counts
+    # sigmoid(0) = 0.5 counts
+    assert regions.flatten(1).tolist() == [[1, 0, 1], [1, 0, 1], [1, 1, 0]]
 
 
 # Windows by stride, averages of probabilities
@@ -155,7 +169,9 @@ def strided_starts(size, window, stride):
 
 
 def slow_probabilities(network, image, patch_size, stride):
-    """Softmax of every window added up and divided by the number of visits, without the zeros around small volumes."""
+    """Softmax of every window added up and divided by the number of visits, without the zeros
+    around small volumes.
+    """
     missing = [max(window - size, 0) for window, size in zip(patch_size, image.shape[1:])]
     before = [m // 2 for m in missing]
     volume = np.pad(image.numpy(), [(0, 0)] + [(b, m - b) for b, m in zip(before, missing)])
@@ -214,7 +230,9 @@ def test_every_stride_up_to_the_patch_steps_by_exactly_that(patch):
     image = torch.arange(size, dtype=torch.float32).view(1, size, 1, 1)
     for stride in range(1, patch + 1):
         network = Tag()
-        predict_logits(network, image, patch_size=(patch, 1, 1), stride=(stride, 1, 1), window_batch=64)
+        predict_logits(
+            network, image, patch_size=(patch, 1, 1), stride=(stride, 1, 1), window_batch=64
+        )
         assert network.seen == strided_starts(size, patch, stride)
 
 
@@ -230,7 +248,9 @@ def test_probabilities_add_up_to_one_and_differ_from_the_softmax_of_mean_logits(
     options = {"patch_size": (8, 8, 8), "stride": (3, 3, 3)}
     found = predict_logits(network, image, probabilities=True, **options)
     torch.testing.assert_close(found.sum(0), torch.ones(13, 12, 9), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(found, predict_logits(network, image, **options).softmax(0), atol=1e-4)
+    assert not torch.allclose(
+        found, predict_logits(network, image, **options).softmax(0), atol=1e-4
+    )
 
 
 def test_tta_of_probabilities_is_the_mean_over_flips():
@@ -238,13 +258,16 @@ def test_tta_of_probabilities_is_the_mean_over_flips():
     options = {"patch_size": (8, 8, 8), "stride": (3, 8, 5), "probabilities": True}
     plain = [
         predict_logits(network, image.flip(axes), **options).flip(axes)
-        for count in range(4) for axes in itertools.combinations((1, 2, 3), count)
-    ]  # fmt: skip
+        for count in range(4)
+        for axes in itertools.combinations((1, 2, 3), count)
+    ]
     found = predict_logits(network, image, tta=True, **options)
     torch.testing.assert_close(found, torch.stack(plain).mean(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("stride", [(0, 1, 1), (-1, 1, 1), (9, 1, 1), (1, 1, 5), (4, 4), (4, 4, 4, 4), ()])
+@pytest.mark.parametrize(
+    "stride", [(0, 1, 1), (-1, 1, 1), (9, 1, 1), (1, 1, 5), (4, 4), (4, 4, 4, 4), ()]
+)
 def test_a_stride_that_leaves_gaps_or_has_other_axes_is_refused(stride):
     with pytest.raises(ValueError, match=r"stride .* must lie in 1 \.\. patch_size"):
         predict_logits(Net(), random_image((8, 8, 8)), patch_size=(8, 6, 4), stride=stride)
@@ -257,7 +280,8 @@ LABELLED = [
     ((8, 8, 8), {}),
     ((16, 9, 11), {"overlap": 0.7}),
     ((9, 21, 4), {"overlap": 0.25, "window_batch": 3}),  # the slab moves along W
-    ((7, 6, 19), {"stride": (8, 6, 1), "window_batch": 5}),  # along D, by one voxel; H shorter than the window
+    # along D, by one voxel; H shorter than the window
+    ((7, 6, 19), {"stride": (8, 6, 1), "window_batch": 5}),
     ((19, 5, 11), {"stride": (3, 5, 2), "probabilities": True}),
     ((3, 5, 2), {"stride": (3, 6, 1), "probabilities": True, "tta": True}),
     ((17, 5, 9), {"tta": True, "window_batch": 7}),
@@ -276,7 +300,8 @@ def test_labels_are_those_of_the_logits(shape, options, memory_format):
     logits = predict_logits(network, image, patch_size=(8, 6, 4), **plain)
     found = predict_labels(network, image, patch_size=(8, 6, 4), **options)
     assert found.dtype == torch.uint8 and found.shape == ((2, *shape) if multilabel else shape)
-    certain = (logits if multilabel else logits[:1] - logits[1:]).abs() > 1e-5  # else rounding may decide
+    # else rounding may decide
+    certain = (logits if multilabel else logits[:1] - logits[1:]).abs() > 1e-5
     certain = certain if multilabel else certain[0]
     assert certain.float().mean() > 0.99
     assert torch.equal(found[certain], to_labels(logits, multilabel)[certain])
@@ -313,12 +338,16 @@ def test_labels_keep_one_slab_of_logits():
     with torch.no_grad():
         parts = [
             (begin, part.clone(), part.untyped_storage().nbytes())
-            for begin, part in _averages(network, image, windows, patch_size, (8, 9, 7), 0, 4, "off", False)
+            for begin, part in _averages(
+                network, image, windows, patch_size, (8, 9, 7), 0, 4, "off", False
+            )
         ]
     assert [begin for begin, _, _ in parts] == [0, 4, 8, 12, 16, 20, 22]
     assert {size for _, _, size in parts} == {4 * 2 * 8 * 9 * 7}
     whole = predict_logits(network, image, patch_size=patch_size)
-    torch.testing.assert_close(torch.cat([part for _, part, _ in parts], 1), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cat([part for _, part, _ in parts], 1), whole, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_the_mode_is_restored_and_wrong_choices_are_refused():
@@ -355,7 +384,9 @@ def test_advance_moves_planes(length, dim):
 def test_logits_equal_those_of_monai(shape, overlap):
     network, image = Net().eval(), random_image(shape)
     with torch.no_grad():
-        expected = sliding_window_inference(image[None], (8, 6, 4), 4, network, overlap=overlap, mode="constant")[0]
+        expected = sliding_window_inference(
+            image[None], (8, 6, 4), 4, network, overlap=overlap, mode="constant"
+        )[0]
     found = predict_logits(network, image, patch_size=(8, 6, 4), overlap=overlap)
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -380,7 +411,9 @@ def test_fast_copy_gives_the_logits_of_its_network(name):
     network.train()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert (rough - expected).abs().mean() < 0.03 * expected.abs().mean()
-    assert not exact.training and all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert not exact.training and all(
+        torch.equal(before[key], value) for key, value in network.state_dict().items()
+    )
     for layer in half.modules():
         for parameter in layer.parameters(recurse=False):
             wide = isinstance(layer, nn.BatchNorm3d)
@@ -390,7 +423,9 @@ def test_fast_copy_gives_the_logits_of_its_network(name):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_fast_copy_keeps_affine_instance_norms(dtype, tolerance):
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, eps=0.1, affine=True), nn.Conv3d(4, 2, 1)).eval()
+    network = nn.Sequential(
+        nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, eps=0.1, affine=True), nn.Conv3d(4, 2, 1)
+    ).eval()
     nn.init.normal_(network[1].weight)
     nn.init.normal_(network[1].bias)
     image = torch.randn(3, 1, 9, 8, 7)
@@ -410,14 +445,22 @@ def test_fast_copy_on_images_that_are_almost_constant(planes):
     image[:, :, :planes] = torch.rand(1, 1, planes, 32, 32)
     with torch.no_grad():
         assert fast_copy(network)(image).isfinite().all()
-        if planes:  # without any contrast instance norm divides rounding errors by their spread, in any layout
+        # without any contrast instance norm divides rounding errors by their spread, in any layout
+        if planes:
             found, expected = fast_copy(network, torch.float32)(image), network(image)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+            torch.testing.assert_close(
+                found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+            )
 
 
-@pytest.mark.parametrize("options", [{"overlap": 0.5}, {"stride": (8, 16, 8), "probabilities": True, "tta": True}])
+@pytest.mark.parametrize(
+    "options", [{"overlap": 0.5}, {"stride": (8, 16, 8), "probabilities": True, "tta": True}]
+)
 def test_a_fast_copy_predicts_like_its_network(options):
-    network, image = build_network("unet", 1, 3, channels=(4, 8, 8, 8)).eval(), random_image((21, 16, 13))
+    network, image = (
+        build_network("unet", 1, 3, channels=(4, 8, 8, 8)).eval(),
+        random_image((21, 16, 13)),
+    )
     options = {"patch_size": (16, 16, 8), **options}
     expected = predict_logits(network, image, **options)
     exact = predict_logits(fast_copy(network, torch.float32), image, **options)
@@ -438,7 +481,11 @@ class Net2d(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.norm, self.drop = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5)
+        self.conv, self.norm, self.drop = (
+            nn.Conv2d(2, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            nn.Dropout(0.5),
+        )
         self.sizes = []
 
     def forward(self, image):
@@ -470,7 +517,11 @@ def test_slices_are_predicted_in_eval_mode_and_the_mode_is_restored(training):
     before = network.norm.running_mean.clone()
     first, second = (predict_slices(network, slices, batch=2) for _ in range(2))
     assert torch.equal(first, second) and torch.equal(network.norm.running_mean, before)
-    assert (network.training, network.drop.training, network.norm.training) == (training, training, False)
+    assert (network.training, network.drop.training, network.norm.training) == (
+        training,
+        training,
+        False,
+    )
 
 
 def test_mode_is_restored_after_an_error_in_slices():
@@ -512,7 +563,9 @@ def slow_components(ids):
 @pytest.mark.parametrize("shape", [(9, 8, 7), (14, 12)])
 def test_the_largest_component_equals_a_slow_search(shape, seed):
     rng = np.random.default_rng(seed)
-    ids = (rng.integers(1, 4, shape) * (rng.random(shape) < (0.06 if len(shape) == 3 else 0.2))).astype(np.uint8)
+    ids = (
+        rng.integers(1, 4, shape) * (rng.random(shape) < (0.06 if len(shape) == 3 else 0.2))
+    ).astype(np.uint8)
     components = slow_components(ids)
     largest = max(map(len, components))
     found = largest_component(ids)
@@ -550,5 +603,7 @@ def test_fast_copies_are_in_what_the_processor_computes_in(bfloat16, tiles, monk
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    assert fast_dtype(torch.device("cpu")) == (torch.bfloat16 if bfloat16 or tiles else torch.float32)
+    assert fast_dtype(torch.device("cpu")) == (
+        torch.bfloat16 if bfloat16 or tiles else torch.float32
+    )
     assert fast_dtype(torch.device("cuda")) == torch.bfloat16

@@ -23,7 +23,12 @@ def blob(shape, *slices):
 
 def pairs():
     """(name, prediction, label, spacing) of binary masks that both have voxels."""
-    for shape, spacing in ((CUBE, (1.0, 1.0, 1.0)), (CUBE, (0.7, 1.5, 4.0)), (LINE, (1.0, 1.0)), (LINE, (2.5, 0.4))):
+    for shape, spacing in (
+        (CUBE, (1.0, 1.0, 1.0)),
+        (CUBE, (0.7, 1.5, 4.0)),
+        (LINE, (1.0, 1.0)),
+        (LINE, (2.5, 0.4)),
+    ):
         rng = np.random.default_rng(len(shape))
         for density in (0.02, 0.3, 0.9):
             noise = [(rng.random(shape) < density).astype(np.uint8) for _ in range(2)]
@@ -32,12 +37,27 @@ def pairs():
         everything, first = (slice(None),) * len(shape), (0,) * len(shape)
         last = tuple(size - 1 for size in shape)
         boxes = {
-            "inside": (inner,) * len(shape), "border": (edge,) * len(shape), "full": everything,
-            "corner": first, "opposite": last, "thin": (3, *everything[1:]),
-        }  # fmt: skip
-        for chosen in ("inside border", "full inside", "corner opposite", "corner corner", "thin border"):
+            "inside": (inner,) * len(shape),
+            "border": (edge,) * len(shape),
+            "full": everything,
+            "corner": first,
+            "opposite": last,
+            "thin": (3, *everything[1:]),
+        }
+        for chosen in (
+            "inside border",
+            "full inside",
+            "corner opposite",
+            "corner corner",
+            "thin border",
+        ):
             a, b = chosen.split()
-            yield f"{a}-{b} {shape} {spacing}", blob(shape, *boxes[a]), blob(shape, *boxes[b]), spacing
+            yield (
+                f"{a}-{b} {shape} {spacing}",
+                blob(shape, *boxes[a]),
+                blob(shape, *boxes[b]),
+                spacing,
+            )
 
 
 PAIRS = [pytest.param(*values, id=name) for name, *values in pairs()]
@@ -47,16 +67,27 @@ PAIRS = [pytest.param(*values, id=name) for name, *values in pairs()]
 def test_equals_medpy(prediction, label, spacing):
     (row,) = case_metrics(prediction, label, 2, spacing=spacing)
     expected = {
-        "dice": medpy.dc(prediction, label), "jaccard": medpy.jc(prediction, label),
-        "hd95": medpy.hd95(prediction, label, spacing), "asd": medpy.asd(prediction, label, spacing),
-        "assd": medpy.assd(prediction, label, spacing), "absent": 0, "missed": 0, "spurious": 0,
-    }  # fmt: skip
+        "dice": medpy.dc(prediction, label),
+        "jaccard": medpy.jc(prediction, label),
+        "hd95": medpy.hd95(prediction, label, spacing),
+        "asd": medpy.asd(prediction, label, spacing),
+        "assd": medpy.assd(prediction, label, spacing),
+        "absent": 0,
+        "missed": 0,
+        "spurious": 0,
+    }
     assert row == pytest.approx(expected, abs=1e-9)
     assert dice(prediction, label) == pytest.approx(expected["dice"])
     assert jaccard(prediction, label) == pytest.approx(expected["jaccard"])
-    assert hd95(prediction > 0, label > 0, spacing=spacing) == pytest.approx(expected["hd95"], abs=1e-9)
-    assert asd(prediction > 0, label > 0, spacing=spacing) == pytest.approx(expected["asd"], abs=1e-9)
-    assert asd(prediction, label, spacing=spacing, symmetric=True) == pytest.approx(expected["assd"], abs=1e-9)
+    assert hd95(prediction > 0, label > 0, spacing=spacing) == pytest.approx(
+        expected["hd95"], abs=1e-9
+    )
+    assert asd(prediction > 0, label > 0, spacing=spacing) == pytest.approx(
+        expected["asd"], abs=1e-9
+    )
+    assert asd(prediction, label, spacing=spacing, symmetric=True) == pytest.approx(
+        expected["assd"], abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("prediction, label, spacing", PAIRS)
@@ -82,7 +113,9 @@ def slow_surface(mask):
 
 
 def slow_metrics(prediction, label, spacing):
-    """METRICS with pooled HD95, then the directed HD95, of two binary masks from the distances of all pairs."""
+    """METRICS with pooled HD95, then the directed HD95, of two binary masks from the distances of
+    all pairs.
+    """
     both, either = np.sum(prediction & label), np.sum(prediction | label)
     apart = (slow_surface(prediction)[:, None] - slow_surface(label)[None]) * np.array(spacing)
     pairs = np.sqrt((apart**2).sum(-1))
@@ -94,16 +127,21 @@ def slow_metrics(prediction, label, spacing):
 
 
 def hard_maps(kind, shape):
-    """Prediction and label with ids 0..3, in which distances from 0 to the length of the volume occur."""
+    """Prediction and label with ids 0..3, in which distances from 0 to the length of the volume
+    occur.
+    """
     rng = np.random.default_rng(7)
     prediction, label = np.zeros((2, *shape), np.uint8)
     if kind == "scattered noise":
         for k, part in enumerate(np.array_split(np.arange(shape[0]), 3), start=1):
             label[part, 3:8] = k
-        prediction = np.where(rng.random(shape) < 0.05, rng.integers(0, 4, shape, np.uint8), np.roll(label, 2, 1))
+        prediction = np.where(
+            rng.random(shape) < 0.05, rng.integers(0, 4, shape, np.uint8), np.roll(label, 2, 1)
+        )
     elif kind == "noise alone":
         prediction, label = (
-            np.where(rng.random(shape) < 0.1, rng.integers(0, 4, shape, np.uint8), 0) for _ in range(2)
+            np.where(rng.random(shape) < 0.1, rng.integers(0, 4, shape, np.uint8), 0)
+            for _ in range(2)
         )
     elif kind == "single voxels":
         for k in (1, 2, 3):
@@ -119,20 +157,31 @@ def hard_maps(kind, shape):
 
 
 KINDS = (
-    "scattered noise", "noise alone", "single voxels", "far apart, at the border", "one id missed, one invented",
+    "scattered noise",
+    "noise alone",
+    "single voxels",
+    "far apart, at the border",
+    "one id missed, one invented",
     "all absent",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "shape, spacing",
-    [((19, 14, 11), (1.5, 1.5, 2.0)), ((19, 14, 11), (1.0, 1.0, 1.0)), ((12, 11, 4), (0.7, 0.7, 9.0)),
-     ((12, 11, 4), (8.0, 0.3, 1.1)), ((31, 27), (1.0, 1.0)), ((31, 27), (0.4, 2.5))],
-)  # fmt: skip
+    [
+        ((19, 14, 11), (1.5, 1.5, 2.0)),
+        ((19, 14, 11), (1.0, 1.0, 1.0)),
+        ((12, 11, 4), (0.7, 0.7, 9.0)),
+        ((12, 11, 4), (8.0, 0.3, 1.1)),
+        ((31, 27), (1.0, 1.0)),
+        ((31, 27), (0.4, 2.5)),
+    ],
+)
 def test_equals_all_pairs(kind, shape, spacing):
     prediction, label = hard_maps(kind, shape)
-    # The order of axes in memory (nibabel's is the reverse of NumPy's) and the integer type change nothing.
+    # The order of axes in memory (nibabel's is the reverse of NumPy's) and the integer type change
+    # nothing.
     for variant in (np.asarray, np.asfortranarray, lambda v: v[::-1].astype(np.int64)[::-1]):
         rows = {
             name: case_metrics(variant(prediction), variant(label), 5, spacing=spacing, hd95=name)
@@ -170,18 +219,25 @@ def test_points_far_away_find_the_nearest_of_all(kind, spacing, monkeypatch):
     targets = rng.integers(0, 90, (3000, axes))  # everywhere: more blocks than are searched at once
     if kind == "shell":
         direction = rng.normal(size=(3000, axes))
-        targets = np.rint(45 + 20 * direction / np.linalg.norm(direction, axis=1, keepdims=True)).astype(int)
+        targets = np.rint(
+            45 + 20 * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+        ).astype(int)
     elif kind == "one voxel":
         targets = targets[:1]
-    expected = np.sqrt((((points[:, None] - targets[None]) * np.array(spacing)) ** 2).sum(-1).min(1))
+    expected = np.sqrt(
+        (((points[:, None] - targets[None]) * np.array(spacing)) ** 2).sum(-1).min(1)
+    )
     for most in (1, 4, metrics.MOST_BLOCKS):
         monkeypatch.setattr(metrics, "MOST_BLOCKS", most)
-        np.testing.assert_allclose(metrics._far_distances(points, targets, spacing), expected, rtol=1e-12)
+        np.testing.assert_allclose(
+            metrics._far_distances(points, targets, spacing), expected, rtol=1e-12
+        )
 
 
 def test_more_than_256_ids():
     prediction, label = np.zeros((2, 9, 8), np.int64)
-    label[:4], label[4:], prediction[:4], prediction[5:] = 300, 44, 300, 44  # 300 and 44 are one in eight bits
+    # 300 and 44 are one in eight bits
+    label[:4], label[4:], prediction[:4], prediction[5:] = 300, 44, 300, 44
     rows = case_metrics(prediction, label, 301, spacing=(1.0, 1.0))
     assert rows[299]["dice"] == 1.0 and rows[43]["dice"] == pytest.approx(2 * 32 / (40 + 32))
     assert sum(row["absent"] for row in rows) == 298
@@ -205,7 +261,9 @@ def test_hand_values():
     back = [0, 0, 0, 0, 0, 2, 4, 6, 8]
     assert row["asd"] == 0.0 and row["assd"] == pytest.approx(np.mean([0] * 5 + back))
     assert row["hd95"] == pytest.approx(np.percentile([0] * 5 + back, 95))
-    assert hd95(prediction, label, spacing=(1.0, 2.0), definition="directed") == pytest.approx(np.percentile(back, 95))
+    assert hd95(prediction, label, spacing=(1.0, 2.0), definition="directed") == pytest.approx(
+        np.percentile(back, 95)
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
@@ -238,13 +296,19 @@ def test_touching_classes_have_their_own_surfaces(shape, spacing):
 @pytest.mark.parametrize("dtype", [bool, np.uint8])
 def test_multilabel_scores_overlapping_regions(dtype):
     rng = np.random.default_rng(5)
-    prediction, label = (np.stack([rng.random(CUBE) < d for d in (0.6, 0.3, 0.1)]).astype(dtype) for _ in range(2))
+    prediction, label = (
+        np.stack([rng.random(CUBE) < d for d in (0.6, 0.3, 0.1)]).astype(dtype) for _ in range(2)
+    )
     rows = case_metrics(prediction, label, 3, spacing=(1.0, 2.0, 3.0), multilabel=True)
     assert len(rows) == 3
     for region, row in enumerate(rows):
         assert row["dice"] == pytest.approx(medpy.dc(prediction[region], label[region]))
-        assert row["hd95"] == pytest.approx(medpy.hd95(prediction[region], label[region], (1.0, 2.0, 3.0)))
-    assert class_dice(prediction, label, 3, multilabel=True) == pytest.approx([row["dice"] for row in rows])
+        assert row["hd95"] == pytest.approx(
+            medpy.hd95(prediction[region], label[region], (1.0, 2.0, 3.0))
+        )
+    assert class_dice(prediction, label, 3, multilabel=True) == pytest.approx(
+        [row["dice"] for row in rows]
+    )
 
 
 # Empty masks
@@ -256,8 +320,13 @@ DIAGONAL = math.sqrt(9**2 + 16**2 + 21**2)  # CUBE in voxels of (1, 2, 3) mm
 @pytest.mark.parametrize("policy", ["nan", "diag", "agree"])
 @pytest.mark.parametrize("kind", ["absent", "missed", "spurious"])
 def test_empty_masks(kind, policy, multilabel):
-    full, nothing = blob(CUBE, slice(2, 5), slice(2, 5), slice(2, 5)), np.zeros(CUBE, dtype=np.uint8)
-    pair = {"absent": (nothing, nothing), "missed": (nothing, full), "spurious": (full, nothing)}[kind]
+    full, nothing = (
+        blob(CUBE, slice(2, 5), slice(2, 5), slice(2, 5)),
+        np.zeros(CUBE, dtype=np.uint8),
+    )
+    pair = {"absent": (nothing, nothing), "missed": (nothing, full), "spurious": (full, nothing)}[
+        kind
+    ]
     if multilabel:
         pair = [mask[None] for mask in pair]
     (row,) = case_metrics(
@@ -267,18 +336,33 @@ def test_empty_masks(kind, policy, multilabel):
     distance = DIAGONAL if policy == "diag" and kind != "absent" else math.nan
     if policy == "agree" and kind == "absent":
         overlap, distance = 1.0, 0.0
-    expected = {"dice": overlap, "jaccard": overlap, "hd95": distance, "asd": distance, "assd": distance}
-    assert row == pytest.approx(expected | {"absent": 0, "missed": 0, "spurious": 0, kind: 1}, nan_ok=True)
-    assert class_dice(*pair, len(pair[0]) if multilabel else 2, multilabel) == pytest.approx([defined], nan_ok=True)
+    expected = {
+        "dice": overlap,
+        "jaccard": overlap,
+        "hd95": distance,
+        "asd": distance,
+        "assd": distance,
+    }
+    assert row == pytest.approx(
+        expected | {"absent": 0, "missed": 0, "spurious": 0, kind: 1}, nan_ok=True
+    )
+    assert class_dice(*pair, len(pair[0]) if multilabel else 2, multilabel) == pytest.approx(
+        [defined], nan_ok=True
+    )
 
 
 def test_empty_masks_by_the_single_functions():
     full, nothing = np.ones((3, 3), bool), np.zeros((3, 3), bool)
     assert dice(full, nothing) == jaccard(nothing, full) == 0.0
-    assert all(math.isnan(value) for value in (
-        dice(nothing, nothing), jaccard(nothing, nothing), hd95(full, nothing, spacing=(1, 1)),
-        asd(nothing, nothing, spacing=(1, 1)),
-    ))  # fmt: skip
+    assert all(
+        math.isnan(value)
+        for value in (
+            dice(nothing, nothing),
+            jaccard(nothing, nothing),
+            hd95(full, nothing, spacing=(1, 1)),
+            asd(nothing, nothing, spacing=(1, 1)),
+        )
+    )
 
 
 @pytest.mark.parametrize("shape, spacing", [(CUBE, (0.7, 1.5, 4.0)), (LINE, (2.5, 0.4))])
@@ -293,14 +377,24 @@ def test_agreement_on_nothing_changes_no_other_class(shape, spacing, definition)
     assert agree[:3] == plain[:3]
     for row in agree[3:]:
         assert row == {"dice": 1.0, "jaccard": 1.0, "hd95": 0.0, "asd": 0.0, "assd": 0.0} | {
-            "absent": 1, "missed": 0, "spurious": 0
-        }  # fmt: skip
+            "absent": 1,
+            "missed": 0,
+            "spurious": 0,
+        }
 
 
 def test_agreement_on_nothing_enters_the_means():
-    full, nothing = blob(CUBE, slice(2, 5), slice(2, 5), slice(2, 5)), np.zeros(CUBE, dtype=np.uint8)
+    full, nothing = (
+        blob(CUBE, slice(2, 5), slice(2, 5), slice(2, 5)),
+        np.zeros(CUBE, dtype=np.uint8),
+    )
     rows = [
-        {"case": case, "class": "x", "diagonal": 1.0, **case_metrics(*pair, 2, spacing=(1, 1, 1), empty="agree")[0]}
+        {
+            "case": case,
+            "class": "x",
+            "diagonal": 1.0,
+            **case_metrics(*pair, 2, spacing=(1, 1, 1), empty="agree")[0],
+        }
         for case, pair in {"a": (nothing, nothing), "b": (nothing, full), "c": (full, full)}.items()
     ]
     result = summarise(rows)
@@ -313,17 +407,30 @@ def test_agreement_on_nothing_enters_the_means():
 
 def row(case, name, dice, hd95=1.0, **flags):
     values = dict.fromkeys(METRICS, math.nan) | {"dice": dice, "hd95": hd95}
-    return {"case": case, "class": name, "diagonal": 20.0, **values, "absent": 0, "missed": 0, "spurious": 0, **flags}
+    return {
+        "case": case,
+        "class": name,
+        "diagonal": 20.0,
+        **values,
+        "absent": 0,
+        "missed": 0,
+        "spurious": 0,
+        **flags,
+    }
 
 
 def test_summary_is_the_mean_of_case_means():
     nan = math.nan
     rows = [
-        row("a", "liver", 0.8, 2.0), row("a", "spleen", 0.4, 4.0),
-        row("b", "liver", 0.9, 6.0), row("b", "spleen", nan, nan, absent=1),
-        row("c", "liver", 0.0, nan, missed=1), row("c", "spleen", 0.0, nan, spurious=1),
-        row("d", "liver", nan, nan, absent=1), row("d", "spleen", nan, nan, absent=1),
-    ]  # fmt: skip
+        row("a", "liver", 0.8, 2.0),
+        row("a", "spleen", 0.4, 4.0),
+        row("b", "liver", 0.9, 6.0),
+        row("b", "spleen", nan, nan, absent=1),
+        row("c", "liver", 0.0, nan, missed=1),
+        row("c", "spleen", 0.0, nan, spurious=1),
+        row("d", "liver", nan, nan, absent=1),
+        row("d", "spleen", nan, nan, absent=1),
+    ]
     result = summarise(rows)
     assert result["cases"] == 4
     assert result["counts"] == {"pairs": 8, "absent": 3, "missed": 1, "spurious": 1}
@@ -337,7 +444,8 @@ def test_summary_is_the_mean_of_case_means():
     assert failed["mean"]["hd95"] == pytest.approx((3.0 + 6.0 + 20.0) / 3)
     assert failed["classes"]["liver"]["hd95"] == pytest.approx((2.0 + 6.0 + 20.0) / 3)
     assert failed["classes"]["spleen"]["hd95"] == pytest.approx((4.0 + 20.0) / 2)
-    # Never defined: None, not NaN, so that the summary is valid JSON; and no warning about empty means.
+    # Never defined: None, not NaN, so that the summary is valid JSON; and no warning about empty
+    # means.
     assert result["mean"]["asd"] is None and result["classes"]["liver"]["assd"] is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -350,7 +458,10 @@ def test_a_missed_or_invented_organ_never_improves_the_score(seed, policy):
     rng = np.random.default_rng(seed)
     labels = [rng.integers(0, 4, (6, 5, 4)) for _ in range(3)]
     labels[1][labels[1] == 3] = 0  # class 3 is absent from this case
-    predictions = [np.where(rng.random(label.shape) < 0.6, label, rng.integers(0, 4, label.shape)) for label in labels]
+    predictions = [
+        np.where(rng.random(label.shape) < 0.6, label, rng.integers(0, 4, label.shape))
+        for label in labels
+    ]
     predictions[1][predictions[1] == 3] = 0
 
     def mean(predictions):
@@ -366,7 +477,10 @@ def test_a_missed_or_invented_organ_never_improves_the_score(seed, policy):
         failed = [p.copy() for p in predictions]
         failed[case][failed[case] == k] = 0
         after = mean(failed)
-        assert after["mean"]["dice"] < before["mean"]["dice"] and after["mean"]["jaccard"] < before["mean"]["jaccard"]
+        assert (
+            after["mean"]["dice"] < before["mean"]["dice"]
+            and after["mean"]["jaccard"] < before["mean"]["jaccard"]
+        )
         assert after["counts"]["missed"] == before["counts"]["missed"] + 1
         if policy == "diag":
             assert after["mean"]["hd95"] > before["mean"]["hd95"]
@@ -387,7 +501,13 @@ def test_a_missed_or_invented_organ_never_improves_the_score(seed, policy):
     [
         ((3, 3), (3, 4), (1, 1), {}, r"prediction \(3, 3\) and label \(3, 4\)"),
         ((3, 3), (3, 3), (1, 1, 1), {}, "spacing has 3 values for a volume of 2 axes"),
-        ((2, 3, 3), (2, 3, 3), (1, 1, 1), {"multilabel": True}, "spacing has 3 values for a volume of 2 axes"),
+        (
+            (2, 3, 3),
+            (2, 3, 3),
+            (1, 1, 1),
+            {"multilabel": True},
+            "spacing has 3 values for a volume of 2 axes",
+        ),
         ((3, 3), (3, 3), (1, 1), {"hd95": "max"}, "hd95 must be one of .*got max"),
         ((3, 3), (3, 3), (1, 1), {"empty": "zero"}, "empty one of .*zero"),
     ],

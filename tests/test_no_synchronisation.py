@@ -1,8 +1,9 @@
-"""A training step on a GPU waits for nothing: counted on the meta device, from which no value can be read.
+"""A training step on a GPU waits for nothing: counted on the meta device, from which no value can
+be read.
 
-Tensors there have shapes and no content, and code takes the path that it takes on every device but the CPU. What would
-make the host wait for a GPU is counted: values that are read, shapes that depend on values, and copies from pageable
-memory.
+Tensors there have shapes and no content, and code takes the path that it takes on every device but
+the CPU. What would make the host wait for a GPU is counted: values that are read, shapes that
+depend on values, and copies from pageable memory.
 """
 
 import contextlib
@@ -27,13 +28,28 @@ from utils.schedules import build_optimizer
 META = torch.device("meta")
 # Operations whose result, or its shape, the host has to wait for
 READING = {
-    "_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "nonzero_numpy", "masked_select", "bincount",
-    "histc", "multinomial", "unique_dim", "unique_consecutive", "_unique", "_unique2", "repeat_interleave",
-}  # fmt: skip
+    "_local_scalar_dense",
+    "is_nonzero",
+    "item",
+    "equal",
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "bincount",
+    "histc",
+    "multinomial",
+    "unique_dim",
+    "unique_consecutive",
+    "_unique",
+    "_unique2",
+    "repeat_interleave",
+}
 
 
 class Waits(TorchDispatchMode):
-    """Lists the operations on the meta device for which the host would wait for a GPU; what is read is 0."""
+    """Lists the operations on the meta device for which the host would wait for a GPU; what is read
+    is 0.
+    """
 
     def __init__(self):
         super().__init__()
@@ -50,7 +66,9 @@ class Waits(TorchDispatchMode):
             target = kwargs.get("device", source.device) if name == "_to_copy" else args[0].device
             leaves = source.device == META and torch.device(target) != META
             enters = source.device != META and torch.device(target) == META
-            waits = not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+            waits = not kwargs.get(
+                "non_blocking", args[2] if name == "copy_" and len(args) > 2 else False
+            )
             if leaves or (enters and waits):
                 self.found.append(name)
             if leaves:
@@ -63,7 +81,11 @@ class Waits(TorchDispatchMode):
             if name in ("is_nonzero", "equal"):
                 return False
         elif there and name.startswith("index") and name != "index_select":
-            masks = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
+            masks = [
+                t
+                for t in tree_leaves(args[1])
+                if isinstance(t, torch.Tensor) and t.dtype == torch.bool
+            ]
             filled = name == "index_put_" and args[2].numel() == 1  # a masked_fill
             if here or (masks and not filled):
                 self.found.append(name)
@@ -78,7 +100,11 @@ def _no_autocast(monkeypatch):
     autocast = torch.autocast
 
     def or_nothing(device_type, *rest, **more):
-        return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *rest, **more)
+        return (
+            contextlib.nullcontext()
+            if device_type == "meta"
+            else autocast(device_type, *rest, **more)
+        )
 
     monkeypatch.setattr(torch, "autocast", or_nothing)
 
@@ -146,7 +172,9 @@ def has_released_form(method, multilabel):
 
 
 def distillation_step(student, teacher, forms, seg_loss, optimizer, image, label):
-    """One update with the terms of all forms of a method, as in the training script; -> the loss."""
+    """One update with the terms of all forms of a method, as in the training script; -> the
+    loss.
+    """
     student_out = student(image, return_features=True)
     loss = seg_loss(student_out.logits, label)
     with torch.no_grad():
@@ -155,7 +183,9 @@ def distillation_step(student, teacher, forms, seg_loss, optimizer, image, label
         loss = loss + sum(kd(student_out, teacher_out, label, progress=0.5).values())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], 1.0
+    )
     optimizer.step()
     return loss
 
@@ -171,11 +201,16 @@ def test_a_step_of_distillation_waits_for_nothing(method, multilabel):
         label = torch.zeros(2, classes if multilabel else 1, 16, 16, 16, dtype=torch.uint8)
         forms = [
             build_kd(
-                method, student.feature_channels, teacher.feature_channels, classes, multilabel=multilabel,
+                method,
+                student.feature_channels,
+                teacher.feature_channels,
+                classes,
+                multilabel=multilabel,
                 preset=preset,
             ).train()
-            for preset in PRESETS if preset == "clean" or has_released_form(method, multilabel)
-        ]  # fmt: skip
+            for preset in PRESETS
+            if preset == "clean" or has_released_form(method, multilabel)
+        ]
     trained = [p for module in (student, *forms) for p in module.parameters()]
     optimizer, seg_loss = update(trained), SegmentationLoss(multilabel)
     with Waits() as waits:
@@ -186,23 +221,32 @@ def test_a_step_of_distillation_waits_for_nothing(method, multilabel):
 
 VARIANTS = {
     "crkd": [
-        {}, {"pseudo_mode": "joint", "statistics": "clean"}, {"feature_space": "projected", "csd_pool": 2},
+        {},
+        {"pseudo_mode": "joint", "statistics": "clean"},
+        {"feature_space": "projected", "csd_pool": 2},
         {"ema_decay": 0.99, "ema_for": "both", "csd_threshold": 0.7, "lec_masked": True},
     ],
     "acmt": [{"strategy": strategy} for strategy in STRATEGIES],
-}  # fmt: skip
+}
 CELLS = [
     (method, dims, arguments, preset)
     for (method, cls), preset in itertools.product(SSL_METHODS.items(), PRESETS)
     for dims in cls.dimensions
-    for arguments in (VARIANTS.get(method, [{}]) if preset == "clean" else VARIANTS.get(method, [{}])[:2])
+    for arguments in (
+        VARIANTS.get(method, [{}]) if preset == "clean" else VARIANTS.get(method, [{}])[:2]
+    )
 ]
 
 
 def few_label_batches(trained, make):
-    """A labelled and an unlabelled batch with the views that a method wants. make: gives images (B, 1, *spatial)."""
+    """A labelled and an unlabelled batch with the views that a method wants. make: gives images (B,
+    1, *spatial).
+    """
     label = make().round().byte()
-    unlabelled = {f"strong{k}": make() for k in range(trained.strong_views)} | {"weak": make(), "label": label}
+    unlabelled = {f"strong{k}": make() for k in range(trained.strong_views)} | {
+        "weak": make(),
+        "label": label,
+    }
     if trained.mixes:
         unlabelled |= {f"mix_{key}": value for key, value in unlabelled.items()}
     return {"image": make(), "label": label}, unlabelled
@@ -215,7 +259,7 @@ def test_a_step_of_a_semi_supervised_method_waits_for_nothing(method, dims, argu
     with META:
         trained = build_method(
             method, lambda: build_network(network, 1, 2), max_steps=10, preset=preset, **arguments
-        ).train()  # fmt: skip
+        ).train()
         labelled, unlabelled = few_label_batches(trained, lambda: torch.zeros(2, 1, *sides))
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = update(parameters, "adamw" if method == "crossmatch" else "sgd")
@@ -238,7 +282,9 @@ class Enough(Exception):
 
 
 def waits_of_each_step(monkeypatch, start, steps=4):
-    """Run a script on the meta device; -> how often each of its first steps waits, from `set_lr` to `set_lr`."""
+    """Run a script on the meta device; -> how often each of its first steps waits, from `set_lr` to
+    `set_lr`.
+    """
     at, waits = [], Waits()
 
     def set_lr(optimizer, lr, original=schedules.set_lr):
@@ -260,14 +306,22 @@ OPTIONS = ("log_interval=2", "max_steps=100", "val_interval=100", "save_interval
 @pytest.mark.parametrize("method", ["acf_bckd", "cirkd"])
 def test_the_distillation_script_waits_when_it_logs(method, tmp_path, monkeypatch):
     folder = make_workspace(tmp_path)
-    options = (*OPTIONS, "grad_clip=1.0", "method_args={cirkd: {pixel_queue: 100, pixel_contrast: 9}}")
+    options = (
+        *OPTIONS,
+        "grad_clip=1.0",
+        "method_args={cirkd: {pixel_queue: 100, pixel_contrast: 9}}",
+    )
     train("--method", "supervised", "--student", "resunet", "--opts", "max_steps=1", cwd=folder)
-    counts = waits_of_each_step(monkeypatch, lambda: train("--method", method, "--opts", *options, cwd=folder))
+    counts = waits_of_each_step(
+        monkeypatch, lambda: train("--method", method, "--opts", *options, cwd=folder)
+    )
     assert [count > 0 for count in counts] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("kind, method", [("acdc", "unimatch"), ("la", "crkd")])
 def test_the_semi_supervised_scripts_wait_when_they_log(kind, method, tmp_path, monkeypatch):
     site = make_site(tmp_path, kind)
-    counts = waits_of_each_step(monkeypatch, lambda: site.train("--method", method, "--opts", *OPTIONS))
+    counts = waits_of_each_step(
+        monkeypatch, lambda: site.train("--method", method, "--opts", *OPTIONS)
+    )
     assert [count > 0 for count in counts] == [False, True, False, True]

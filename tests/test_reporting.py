@@ -1,4 +1,6 @@
-"""Protocols of semi-supervised scores against medpy and a slow version, empty masks, order of averaging, tables."""
+"""Protocols of semi-supervised scores against medpy and a slow version, empty masks, order of
+averaging, tables.
+"""
 
 import csv
 import itertools
@@ -48,13 +50,18 @@ def slow_surface(mask):
 def slow_distances(prediction, label):
     """d(P -> G), d(G -> P)."""
     p, g = slow_surface(prediction), slow_surface(label)
-    return [min(math.dist(a, b) for b in g) for a in p], [min(math.dist(a, b) for b in p) for a in g]
+    return [min(math.dist(a, b) for b in g) for a in p], [
+        min(math.dist(a, b) for b in p) for a in g
+    ]
 
 
 def slow_published(p, g):
     """The four published metrics of a class of which both masks have voxels."""
     forward, backward = slow_distances(p, g)
-    row = {"dice": 2 * (p & g).sum() / (p.sum() + g.sum()), "jaccard": (p & g).sum() / (p | g).sum()}
+    row = {
+        "dice": 2 * (p & g).sum() / (p.sum() + g.sum()),
+        "jaccard": (p & g).sum() / (p | g).sum(),
+    }
     if p.ndim == 3:
         return row | {"hd95": np.percentile(forward + backward, 95), "asd": np.mean(forward)}
     directed = max(np.percentile(forward, 95), np.percentile(backward, 95))
@@ -72,8 +79,13 @@ def boxes(shape):
     n = len(shape)
     low, high, middle = ((slice(0, 2),) * n, (slice(3, None),) * n, (slice(1, 4),) * n)
     first, last = (0,) * n, tuple(side - 1 for side in shape)
-    places = {"low high": (low, high), "low middle": (low, middle), "corners": (first, last), "same": (low, low),
-              "everything": ((slice(None),) * n, middle)}  # fmt: skip
+    places = {
+        "low high": (low, high),
+        "low middle": (low, middle),
+        "corners": (first, last),
+        "same": (low, low),
+        "everything": ((slice(None),) * n, middle),
+    }
     return {name: (block(shape, *a), block(shape, *b)) for name, (a, b) in places.items()}
 
 
@@ -106,13 +118,18 @@ def test_published_scores_equal_a_slow_version(prediction, label, num_classes):
 def test_published_scores_equal_medpy(prediction, label, num_classes):
     for k, row in enumerate(published_scores(prediction, label, num_classes), 1):
         p, g = prediction == k, label == k
-        assert row["dice"] == pytest.approx(medpy.dc(p, g)) and row["jaccard"] == pytest.approx(medpy.jc(p, g))
+        assert row["dice"] == pytest.approx(medpy.dc(p, g)) and row["jaccard"] == pytest.approx(
+            medpy.jc(p, g)
+        )
         if label.ndim == 3:
             assert row["hd95"] == pytest.approx(medpy.hd95(p, g), abs=1e-9)
             assert row["asd"] == pytest.approx(medpy.asd(p, g), abs=1e-9)
         else:
             assert row["asd"] == pytest.approx((medpy.asd(p, g) + medpy.asd(g, p)) / 2, abs=1e-9)
-            directed = [np.percentile(medpy.__dict__["__surface_distances"](*pair), 95) for pair in ((p, g), (g, p))]
+            directed = [
+                np.percentile(medpy.__dict__["__surface_distances"](*pair), 95)
+                for pair in ((p, g), (g, p))
+            ]
             assert row["hd95"] == pytest.approx(max(directed), abs=1e-9)
 
 
@@ -122,7 +139,11 @@ def test_distances_of_volumes_are_one_sided_and_pooled_and_those_of_images_are_n
     (volume,) = published_scores(*(mask[None] for mask in line), 2)
     (swapped,) = published_scores(*(mask[None] for mask in reversed(line)), 2)
     back = [0] * 5 + [1, 2, 3, 4]
-    assert volume["asd"] == 0 and swapped["asd"] == pytest.approx(10 / 9) and image["asd"] == pytest.approx(5 / 9)
+    assert (
+        volume["asd"] == 0
+        and swapped["asd"] == pytest.approx(10 / 9)
+        and image["asd"] == pytest.approx(5 / 9)
+    )
     assert volume["hd95"] == pytest.approx(np.percentile([0] * 5 + back, 95))
     assert image["hd95"] == pytest.approx(np.percentile(back, 95))
 
@@ -133,7 +154,9 @@ def test_the_clean_protocol_is_that_of_metrics_with_unit_spacing(shape, hd95):
     prediction, label = random_ids(shape, 1), random_ids(shape, 2)
     names = ("background", "a", "b", "c")
     rows = case_rows("x", prediction, label, names, protocol="clean", hd95=hd95, empty="agree")
-    scores = case_metrics(prediction, label, 4, spacing=[1.0] * len(shape), hd95=hd95, empty="agree")
+    scores = case_metrics(
+        prediction, label, 4, spacing=[1.0] * len(shape), hd95=hd95, empty="agree"
+    )
     accuracy = np.mean(prediction == label)
     shared = {"accuracy": accuracy, "diagonal": math.hypot(*shape)}
     expected = [{"case": "x", "class": name, **row, **shared} for name, row in zip("abc", scores)]
@@ -149,17 +172,24 @@ def test_options_of_the_clean_protocol_do_not_touch_published_scores(shape):
         for hd95, empty in itertools.product(("pooled", "directed"), ("nan", "diag", "agree"))
     ]
     for rows in found:
-        assert [row["class"] for row in rows] == list("abcd") and all("assd" not in row for row in rows)
+        assert [row["class"] for row in rows] == list("abcd") and all(
+            "assd" not in row for row in rows
+        )
         for row, first in zip(rows, found[0]):
             assert row == pytest.approx(first, nan_ok=True)
 
 
 EMPTY = {  # dice, jaccard, hd95, asd
-    ("clean", "absent"): (1, 1, 0, 0), ("clean", "missed"): (0, 0, NAN, NAN), ("clean", "spurious"): (0, 0, NAN, NAN),
-    ("volume", "absent"): (0, 0, 0, 0), ("volume", "missed"): (0, 0, 0, 0), ("volume", "spurious"): (0, 0, 0, 0),
-    ("image", "absent"): (1, 1, NAN, NAN), ("image", "missed"): (0, 0, NAN, NAN),
+    ("clean", "absent"): (1, 1, 0, 0),
+    ("clean", "missed"): (0, 0, NAN, NAN),
+    ("clean", "spurious"): (0, 0, NAN, NAN),
+    ("volume", "absent"): (0, 0, 0, 0),
+    ("volume", "missed"): (0, 0, 0, 0),
+    ("volume", "spurious"): (0, 0, 0, 0),
+    ("image", "absent"): (1, 1, NAN, NAN),
+    ("image", "missed"): (0, 0, NAN, NAN),
     ("image", "spurious"): (0, 0, NAN, NAN),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", [VOLUME, IMAGE])
@@ -167,8 +197,12 @@ EMPTY = {  # dice, jaccard, hd95, asd
 @pytest.mark.parametrize("kind", FLAGS)
 def test_empty_masks(kind, protocol, shape):
     full, nothing = block(shape, *(slice(1, 3),) * len(shape)), np.zeros(shape, np.uint8)
-    pair = {"absent": (nothing, nothing), "missed": (nothing, full), "spurious": (full, nothing)}[kind]
-    (row,) = case_rows("x", *pair, ("background", "a"), protocol=protocol, hd95="pooled", empty="agree")
+    pair = {"absent": (nothing, nothing), "missed": (nothing, full), "spurious": (full, nothing)}[
+        kind
+    ]
+    (row,) = case_rows(
+        "x", *pair, ("background", "a"), protocol=protocol, hd95="pooled", empty="agree"
+    )
     rule = protocol if protocol == "clean" else "volume" if len(shape) == 3 else "image"
     assert [row[key] for key in PUBLISHED] == pytest.approx(EMPTY[rule, kind], nan_ok=True)
     assert [row[flag] for flag in FLAGS] == [int(flag == kind) for flag in FLAGS]
@@ -188,17 +222,26 @@ def test_an_empty_class_leaves_the_others_alone(shape):
 
 
 def row(case, name, dice, hd95=1.0, **flags):
-    values = {"dice": dice, "jaccard": dice / 2, "hd95": hd95, "asd": hd95 / 2, "accuracy": ord(case) / 200}
+    values = {
+        "dice": dice,
+        "jaccard": dice / 2,
+        "hd95": hd95,
+        "asd": hd95 / 2,
+        "accuracy": ord(case) / 200,
+    }
     values["diagonal"] = 12.0
     return {"case": case, "class": name, **values, **dict.fromkeys(FLAGS, 0), **flags}
 
 
 def test_published_means_are_of_classes_over_the_cases_that_have_them():
     rows = [
-        row("a", "wall", 0.9, 1.0), row("a", "left", 0.5, 2.0),
-        row("b", "wall", 0.7, 3.0), row("b", "left", 0.0, NAN, missed=1),
-        row("c", "wall", 0.2, 8.0), row("c", "left", 0.3, NAN, absent=1),
-    ]  # fmt: skip
+        row("a", "wall", 0.9, 1.0),
+        row("a", "left", 0.5, 2.0),
+        row("b", "wall", 0.7, 3.0),
+        row("b", "left", 0.0, NAN, missed=1),
+        row("c", "wall", 0.2, 8.0),
+        row("c", "left", 0.3, NAN, absent=1),
+    ]
     result = summary_of(rows, "published")
     assert result["cases"] == 3
     assert result["counts"] == {"pairs": 6, "absent": 1, "missed": 1, "spurious": 0}
@@ -214,12 +257,20 @@ def test_published_means_are_of_classes_over_the_cases_that_have_them():
     assert failed["mean"] == pytest.approx({"hd95": 5.5, "asd": 4.25})
     clean = summary_of([entry | {"assd": NAN} for entry in rows], "clean")
     assert clean["penalised"]["mean"]["hd95"] == pytest.approx((1.5 + (3.0 + 12.0) / 2 + 8.0) / 3)
-    assert clean["mean"]["dice"] == pytest.approx(result["mean"]["dice"])  # complete: both orders agree
-    assert clean["mean"]["hd95"] == pytest.approx((1.5 + 3.0 + 8.0) / 3) != pytest.approx(result["mean"]["hd95"])
+    # complete: both orders agree
+    assert clean["mean"]["dice"] == pytest.approx(result["mean"]["dice"])
+    assert (
+        clean["mean"]["hd95"]
+        == pytest.approx((1.5 + 3.0 + 8.0) / 3)
+        != pytest.approx(result["mean"]["hd95"])
+    )
 
 
 def test_clean_means_are_those_of_metrics():
-    rows = [entry | {"assd": 0.5} for entry in (row("a", "x", 0.4), row("a", "y", NAN, NAN), row("b", "x", 0.8))]
+    rows = [
+        entry | {"assd": 0.5}
+        for entry in (row("a", "x", 0.4), row("a", "y", NAN, NAN), row("b", "x", 0.8))
+    ]
     found = summary_of(rows, "clean")
     assert {key: found[key] for key in summarise(rows)} == summarise(rows)
 
@@ -228,20 +279,29 @@ def test_clean_means_are_those_of_metrics():
 def test_accuracy_and_confidence_are_over_cases(protocol):
     """Student's t for n - 1 = 2 is 4.302653 at 97.5 %."""
     rows = [
-        row("a", "x", 0.9), row("a", "y", 0.5), row("b", "x", 0.7, NAN), row("b", "y", 0.3, NAN), row("c", "x", 0.2),
+        row("a", "x", 0.9),
+        row("a", "y", 0.5),
+        row("b", "x", 0.7, NAN),
+        row("b", "y", 0.3, NAN),
+        row("c", "x", 0.2),
         row("c", "y", 0.4),
-    ]  # fmt: skip
+    ]
     found = summary_of([entry | {"assd": 0.5} for entry in rows], protocol)
     assert found["accuracy"] == pytest.approx((97 + 98 + 99) / 3 / 200)
     means = np.array([0.7, 0.5, 0.3])
     half = 4.302653 * means.std(ddof=1) / np.sqrt(3)
     assert found["ci95"]["dice"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
-    assert found["ci95"]["hd95"] == pytest.approx([1.0, 1.0])  # of the two cases that have a distance
-    assert summary_of([entry | {"assd": 0.5} for entry in rows[:2]], protocol)["ci95"]["dice"] is None
+    # of the two cases that have a distance
+    assert found["ci95"]["hd95"] == pytest.approx([1.0, 1.0])
+    assert (
+        summary_of([entry | {"assd": 0.5} for entry in rows[:2]], protocol)["ci95"]["dice"] is None
+    )
 
 
 def test_what_is_never_defined_is_none_so_that_summaries_are_json(tmp_path):
-    result = summary_of([row("a", "x", 0.0, NAN, missed=1), row("b", "x", 0.0, NAN, missed=1)], "published")
+    result = summary_of(
+        [row("a", "x", 0.0, NAN, missed=1), row("b", "x", 0.0, NAN, missed=1)], "published"
+    )
     assert result["mean"]["hd95"] is result["std"]["hd95"] is result["classes"]["x"]["asd"] is None
     assert result["mean"]["dice"] == 0
     write_summary(tmp_path / "summary.json", result)
@@ -256,9 +316,12 @@ def test_published_means_of_volumes_count_a_missed_class_as_zero(seed):
     predictions[1][predictions[1] == 3] = 0
     names = ("background", "a", "b", "c")
     rows = [
-        entry for case, (p, g) in enumerate(zip(predictions, labels))
-        for entry in case_rows(f"case{case}", p, g, names, protocol="published", hd95="pooled", empty="agree")
-    ]  # fmt: skip
+        entry
+        for case, (p, g) in enumerate(zip(predictions, labels))
+        for entry in case_rows(
+            f"case{case}", p, g, names, protocol="published", hd95="pooled", empty="agree"
+        )
+    ]
     expected = np.zeros((3, 3, 4))  # class, case, metric
     for case, (p, g) in enumerate(zip(predictions, labels)):
         for k in (1, 2, 3):
@@ -276,18 +339,32 @@ def test_published_means_of_volumes_count_a_missed_class_as_zero(seed):
 
 HEADERS = {
     ("clean", "voxels", "pooled"): [
-        "dice_clean", "jaccard_clean", "hd95_pooled_voxels_clean", "asd_one_sided_voxels_clean", "assd_voxels_clean"
+        "dice_clean",
+        "jaccard_clean",
+        "hd95_pooled_voxels_clean",
+        "asd_one_sided_voxels_clean",
+        "assd_voxels_clean",
     ],
     ("clean", "pixels", "directed"): [
-        "dice_clean", "jaccard_clean", "hd95_directed_pixels_clean", "asd_one_sided_pixels_clean", "assd_pixels_clean"
+        "dice_clean",
+        "jaccard_clean",
+        "hd95_directed_pixels_clean",
+        "asd_one_sided_pixels_clean",
+        "assd_pixels_clean",
     ],
     ("published", "voxels", "pooled"): [
-        "dice_published", "jaccard_published", "hd95_pooled_voxels_published", "asd_one_sided_voxels_published"
+        "dice_published",
+        "jaccard_published",
+        "hd95_pooled_voxels_published",
+        "asd_one_sided_voxels_published",
     ],
     ("published", "pixels", "directed"): [
-        "dice_published", "jaccard_published", "hd95_directed_pixels_published", "asd_mean_of_both_pixels_published"
+        "dice_published",
+        "jaccard_published",
+        "hd95_directed_pixels_published",
+        "asd_mean_of_both_pixels_published",
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("protocol, unit, hd95", HEADERS)
@@ -300,13 +377,24 @@ def test_the_header_names_protocol_definition_and_unit(tmp_path, protocol, unit,
     write_csv(tmp_path / "metrics.csv", rows, protocol, hd95, unit)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
-    assert header == ["case", "class", *HEADERS[protocol, unit, hd95], *FLAGS, "accuracy", f"diagonal_{unit}"]
+    assert header == [
+        "case",
+        "class",
+        *HEADERS[protocol, unit, hd95],
+        *FLAGS,
+        "accuracy",
+        f"diagonal_{unit}",
+    ]
     assert len(lines) == len(rows) == 3
     keys = METRICS if protocol == "clean" else PUBLISHED
     for line, expected in zip(lines, rows):
         assert line[:2] == ["x", expected["class"]]
         for text, key in zip(line[2:], keys):
-            assert text == "" if math.isnan(expected[key]) else float(text) == pytest.approx(expected[key], rel=1e-5)
+            assert (
+                text == ""
+                if math.isnan(expected[key])
+                else float(text) == pytest.approx(expected[key], rel=1e-5)
+            )
         assert line[-5:-2] == [str(expected[flag]) for flag in FLAGS]
         assert float(line[-2]) == pytest.approx(expected["accuracy"], rel=1e-5)
         assert float(line[-1]) == pytest.approx(math.hypot(*shape), rel=1e-5)
@@ -315,42 +403,79 @@ def test_the_header_names_protocol_definition_and_unit(tmp_path, protocol, unit,
 
 def checkpoint(selected_on):
     config = {
-        "dataset": "acdc", "method": "crkd", "preset": "clean", "labelled": 3, "seed": 1, "tag": "", "max_steps": 9,
+        "dataset": "acdc",
+        "method": "crkd",
+        "preset": "clean",
+        "labelled": 3,
+        "seed": 1,
+        "tag": "",
+        "max_steps": 9,
         "patch_size": (32, 32),
-    }  # fmt: skip
-    return {"config": config, "network": {"name": "unet2d"}, "step": 7, "selected_on": selected_on, "code": "abc"}
+    }
+    return {
+        "config": config,
+        "network": {"name": "unet2d"},
+        "step": 7,
+        "selected_on": selected_on,
+        "code": "abc",
+    }
 
 
 @pytest.mark.parametrize(
     "name, selected_on, split, expected",
     [
-        ("best.pt", "val", "test", False), ("best.pt", "val", "val", True), ("best.pt", "val", "val+test", True),
-        ("best.pt", "test", "test", True), ("best.pt", "test", "val", False), ("last.pt", "val", "val", False),
+        ("best.pt", "val", "test", False),
+        ("best.pt", "val", "val", True),
+        ("best.pt", "val", "val+test", True),
+        ("best.pt", "test", "test", True),
+        ("best.pt", "test", "val", False),
+        ("last.pt", "val", "val", False),
         ("last.pt", "test", "test", False),
     ],
-)  # fmt: skip
-def test_a_best_checkpoint_scored_where_it_was_selected_is_marked(name, selected_on, split, expected):
+)
+def test_a_best_checkpoint_scored_where_it_was_selected_is_marked(
+    name, selected_on, split, expected
+):
     found = describe(checkpoint(selected_on), name, split)
     assert found["selected_on_reported"] is expected
-    assert (found["labelled"], found["student"], found["teacher"], found["step"]) == (3, "unet2d", None, 7)
+    assert (found["labelled"], found["student"], found["teacher"], found["step"]) == (
+        3,
+        "unet2d",
+        None,
+        7,
+    )
 
 
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_table_has_classes_mean_counts_and_a_note(capsys, protocol, marked):
-    rows = [entry | {"assd": 1.0} for entry in (row("a", "wall", 0.5, 4.0), row("a", "left", 0.0, NAN, missed=1))]
+    rows = [
+        entry | {"assd": 1.0}
+        for entry in (row("a", "wall", 0.5, 4.0), row("a", "left", 0.0, NAN, missed=1))
+    ]
     native = summary_of(rows, protocol)
     summary = describe(checkpoint("val"), "best.pt", "val" if marked else "test")
     report(summary | {"protocol": protocol, "unit": "voxels", "native": native})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"best.pt, step 7 of 9, {protocol} protocol, 1 {'val' if marked else 'test'} cases"
+    assert (
+        lines[0]
+        == f"best.pt, step 7 of 9, {protocol} protocol, 1 {'val' if marked else 'test'} cases"
+    )
     assert lines[1].split() == ["Dice", "Jaccard", "HD95", "ASD", "HD95*", "ASD*", "(voxels)"]
     assert lines[2].split() == ["wall", "0.5000", "0.2500", "4.00", "2.00", "4.00", "2.00"]
     assert lines[3].split() == ["left", "0.0000", "0.0000", "-", "-", "12.00", "12.00"]
     assert lines[4].split() == ["mean", "0.2500", "0.1250", "4.00", "2.00", "8.00", "7.00"]
     assert lines[5] == "voxels labelled right: 48.50 %"
     assert lines[6] == "of 2 structures: 1 missed, 0 predicted where there is none, 0 absent"
-    assert lines[7].startswith("* with missed and wrongly predicted structures as the diagonal of the volume")
+    assert lines[7].startswith(
+        "* with missed and wrongly predicted structures as the diagonal of the volume"
+    )
     assert lines[8] == "best.pt was selected on the val list"
-    assert lines[9:] == ["note: this checkpoint was selected on cases that are reported here; "
-                         "the scores of last.pt were not"] * marked  # fmt: skip
+    assert (
+        lines[9:]
+        == [
+            "note: this checkpoint was selected on cases that are reported here; "
+            "the scores of last.pt were not"
+        ]
+        * marked
+    )

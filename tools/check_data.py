@@ -1,13 +1,16 @@
-"""Examine a whole data set as training would, before training, and list everything that is wrong with it.
+r"""Examine a whole data set as training would, before training, and list everything that is wrong
+with it.
 
     python tools/check_data.py --config configs/btcv.yaml
-    python tools/check_data.py --config configs/hippocampus.yaml --opts data_root=/data/hippocampus --json faults.json
+    python tools/check_data.py --config configs/hippocampus.yaml \
+        --opts data_root=/data/hippocampus --json faults.json
     python tools/check_data.py --config configs/acdc.yaml --strict
 
-Works for every configuration of the three training scripts, and through the code that they check data with: what is
-an error here keeps a run from starting, with the same words. All files of all lists are read, whatever the cache
-remembers of them. Of 3D distillation data the preprocessed cases stay in cache_dir, so that the run that follows starts
-at once; --no-cache keeps nothing. Exit status: 0 without errors (warnings are allowed, or counted by --strict), else 1.
+Works for every configuration of the three training scripts, and through the code that they check
+data with: what is an error here keeps a run from starting, with the same words. All files of all
+lists are read, whatever the cache remembers of them. Of 3D distillation data the preprocessed cases
+stay in cache_dir, so that the run that follows starts at once; --no-cache keeps nothing. Exit
+status: 0 without errors (warnings are allowed, or counted by --strict), else 1.
 """
 
 import argparse
@@ -23,7 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
-from dataloaders import DATASETS, SEMI_DATASETS, DataError, Report, build_dataset, build_semi_dataset
+from dataloaders import (
+    DATASETS,
+    SEMI_DATASETS,
+    DataError,
+    Report,
+    build_dataset,
+    build_semi_dataset,
+)
 from dataloaders.faults import FAULTS, Finding, grouped
 from utils.config import ConfigError, read_yaml
 from utils.runs import no_selection
@@ -33,16 +43,26 @@ COLUMNS = ("level", "fault", "list", "file", "found", "expected", "fix")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="faults:\n" + "\n".join(f"  {fault:14} {meaning}" for fault, meaning in FAULTS.items()),
-    )  # fmt: skip
-    parser.add_argument("--config", required=True, help="YAML file of the data set, for example configs/btcv.yaml")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="faults:\n"
+        + "\n".join(f"  {fault:14} {meaning}" for fault, meaning in FAULTS.items()),
+    )
+    parser.add_argument(
+        "--config", required=True, help="YAML file of the data set, for example configs/btcv.yaml"
+    )
+    parser.add_argument(
+        "--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
+    )
     parser.add_argument("--strict", action="store_true", help="warnings count as errors")
-    parser.add_argument("--all", action="store_true", help="a row for every file, also of warnings that many share")
+    parser.add_argument(
+        "--all", action="store_true", help="a row for every file, also of warnings that many share"
+    )
     parser.add_argument("--json", type=Path, help="also write all findings there")
     parser.add_argument("--no-cache", action="store_true", help="keep no preprocessed case")
-    parser.add_argument("--allow-outside", action="store_true", help="lists may name files outside of the data root")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="lists may name files outside of the data root"
+    )
     return parser.parse_args(argv)
 
 
@@ -55,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
         print_table([row(finding) for finding in sorted(rows, key=lambda finding: finding.level)])
     errors, warnings = len(report.errors), len(report.warnings)
     counts = ", ".join(f"{number} {split}" for split, number in cases.items())
-    print(f"{errors} error(s), {warnings} warning(s) in {sum(cases.values())} files or cases ({counts})")
+    print(
+        f"{errors} error(s), {warnings} warning(s) in {sum(cases.values())} files or cases "
+        f"({counts})"
+    )
     if args.json:
         write_json(args, report, cases)
         print(f"findings in {args.json}")
@@ -63,14 +86,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def examine(args: argparse.Namespace, report: Report) -> dict[str, int]:
-    """Look at the whole data set of a configuration; -> the number of cases or files of each list."""
+    """Look at the whole data set of a configuration; -> the number of cases or files of each
+    list.
+    """
     script = script_for(args)
     semi = script is not train_3d_distill
-    with report.catching():  # a data folder that is not there is a finding; wrong arguments end the program
+    # a data folder that is not there is a finding; wrong arguments end the program
+    with report.catching():
         _, cfg = script.parse_args(["--config", args.config, "--opts", *args.opts])
         arguments = {**script.dataset_arguments(cfg), "allow_outside": args.allow_outside}
         if semi:
-            dataset = build_semi_dataset(**arguments | ({"memory_gb": 0.0} if "memory_gb" in arguments else {}))
+            dataset = build_semi_dataset(
+                **arguments | ({"memory_gb": 0.0} if "memory_gb" in arguments else {})
+            )
             splits = dataset.splits(cfg.labelled, report)
             dataset.prepare(splits, report)
         else:
@@ -87,7 +115,9 @@ def examine(args: argparse.Namespace, report: Report) -> dict[str, int]:
 
 def script_for(args: argparse.Namespace):
     """The training script that a configuration is for."""
-    values = read_yaml(args.config) | dict(option.split("=", 1) for option in args.opts if option.startswith("format="))
+    values = read_yaml(args.config) | dict(
+        option.split("=", 1) for option in args.opts if option.startswith("format=")
+    )
     name = values.get("format", "msd")
     if name in SEMI_DATASETS:
         dims = SEMI_DATASETS[name].dims
@@ -100,20 +130,32 @@ def script_for(args: argparse.Namespace):
 
 
 def shortened(report: Report) -> list[Finding]:
-    """Errors one by one; of warnings that more than three files share the first, with their number."""
+    """Errors one by one; of warnings that more than three files share the first, with their
+    number.
+    """
     rows = list(report.errors)
     for group in grouped(report.warnings):
         if len(group) > 3:
             first = group[0]
-            group = [dataclasses.replace(first, file=f"{first.file} and {len(group) - 1} more (--all lists them)")]
+            group = [
+                dataclasses.replace(
+                    first, file=f"{first.file} and {len(group) - 1} more (--all lists them)"
+                )
+            ]
         rows += group
     return rows
 
 
 def row(finding: Finding) -> tuple[str, ...]:
     return (
-        finding.level, finding.fault, finding.split, finding.file, finding.found, finding.expected, finding.fix
-    )  # fmt: skip
+        finding.level,
+        finding.fault,
+        finding.split,
+        finding.file,
+        finding.found,
+        finding.expected,
+        finding.fix,
+    )
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
@@ -128,16 +170,24 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     for cells in [COLUMNS, line, *rows]:
         wrapped = [textwrap.wrap(cell, w) or [""] for cell, w in zip(cells, widths)]
         for part in range(max(map(len, wrapped))):
-            shown = [(lines[part] if part < len(lines) else "").ljust(w) for lines, w in zip(wrapped, widths)]
+            shown = [
+                (lines[part] if part < len(lines) else "").ljust(w)
+                for lines, w in zip(wrapped, widths)
+            ]
             print(f"| {' | '.join(shown)} |")
 
 
 def write_json(args: argparse.Namespace, report: Report, cases: dict[str, int]) -> None:
     content = {
-        "config": args.config, "opts": args.opts, "cases": cases, "errors": len(report.errors),
+        "config": args.config,
+        "opts": args.opts,
+        "cases": cases,
+        "errors": len(report.errors),
         "warnings": len(report.warnings),
-        "findings": [{**dataclasses.asdict(finding), "message": str(finding)} for finding in report.findings],
-    }  # fmt: skip
+        "findings": [
+            {**dataclasses.asdict(finding), "message": str(finding)} for finding in report.findings
+        ],
+    }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,7 +1,9 @@
-"""Data sets with one fault each, for `make_demo_data.py --corrupt`: tiny, generated, a folder for every fault.
+"""Data sets with one fault each, for `make_demo_data.py --corrupt`: tiny, generated, a folder for
+every fault.
 
-OUT/<name>/ holds the data, lists and config.yaml of one fault, OUT/sound/ the same without any, and OUT/faults.json
-says of each folder which fault (dataloaders/faults.py) it shows, of which level, and which training script it is for:
+OUT/<name>/ holds the data, lists and config.yaml of one fault, OUT/sound/ the same without any, and
+OUT/faults.json says of each folder which fault (dataloaders/faults.py) it shows, of which level,
+and which training script it is for:
 
     python tools/make_demo_data.py --corrupt --dataset btcv --out data/corrupt_btcv
     python tools/check_data.py --config data/corrupt_btcv/truncated_image/config.yaml
@@ -37,7 +39,9 @@ def blocks(rng: np.random.Generator, shape: tuple[int, ...], num_classes: int) -
 
 
 class Site:
-    """One data set: `root` holds its files; `lists` and `config` are written by `finish`, after a fault was put in."""
+    """One data set: `root` holds its files; `lists` and `config` are written by `finish`, after a
+    fault was put in.
+    """
 
     script = "train_3d_distill.py"
 
@@ -78,11 +82,22 @@ class Decathlon(Site):
             for name in names:
                 self.add(section, f"case_{name}")
         self.config = {
-            "dataset": "corrupt", "data_root": str(root), "datalist": "dataset.json", "cache_dir": str(root / "cache"),
-            "class_names": ["background", "ball", "box"], "orientation": "RAS", "spacing": [2.0, 2.0, 2.0],
-            "intensity": "window", "window": [0.0, 100.0], "crop_foreground": True, "patch_size": [16, 16, 16],
-            "runs_dir": str(root / "runs"), "student": "unet", "network_args": NETWORKS_3D, **COMMON,
-        }  # fmt: skip
+            "dataset": "corrupt",
+            "data_root": str(root),
+            "datalist": "dataset.json",
+            "cache_dir": str(root / "cache"),
+            "class_names": ["background", "ball", "box"],
+            "orientation": "RAS",
+            "spacing": [2.0, 2.0, 2.0],
+            "intensity": "window",
+            "window": [0.0, 100.0],
+            "crop_foreground": True,
+            "patch_size": [16, 16, 16],
+            "runs_dir": str(root / "runs"),
+            "student": "unet",
+            "network_args": NETWORKS_3D,
+            **COMMON,
+        }
 
     def add(self, section: str, name: str) -> None:
         label = blocks(self.rng, SHAPE, 3)
@@ -105,7 +120,9 @@ class Decathlon(Site):
 
     def write_lists(self) -> None:
         if self.lists:
-            (self.root / self.config["datalist"]).write_text(json.dumps(self.lists, indent=1), encoding="utf-8")
+            (self.root / self.config["datalist"]).write_text(
+                json.dumps(self.lists, indent=1), encoding="utf-8"
+            )
 
 
 IMAGE, LABEL = "imagesTr/case_b.nii.gz", "labelsTr/case_b.nii.gz"
@@ -113,6 +130,7 @@ IMAGE, LABEL = "imagesTr/case_b.nii.gz", "labelsTr/case_b.nii.gz"
 
 def put(value: float) -> Callable:
     """A change that sets one voxel."""
+
     def change(voxels: np.ndarray) -> np.ndarray:
         voxels[3, 4, 5] = value
         return voxels
@@ -154,6 +172,7 @@ def identity(site: Decathlon) -> None:
 
 def both(change: Callable) -> Callable:
     """The same new affine for image and label of a case."""
+
     def spoil(site: Decathlon) -> None:
         for file in (IMAGE, LABEL):
             site.change(file, lambda voxels: voxels, change)
@@ -163,12 +182,15 @@ def both(change: Callable) -> Callable:
 
 def with_lists(**names: list[str]) -> Callable:
     """Lists of names instead of those of the JSON."""
+
     def spoil(site: Decathlon) -> None:
         site.config["split_dir"] = str(site.root / "splits")
         folder = site.root / "splits"
         folder.mkdir()
         for split, lines in {"train": ["case_a", "case_b"], "val": ["case_v"], **names}.items():
-            (folder / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            (folder / f"{split}.txt").write_text(
+                "".join(f"{line}\n" for line in lines), encoding="utf-8"
+            )
 
     return spoil
 
@@ -182,7 +204,11 @@ def outside_entry(site: Decathlon, absolute: bool = False) -> None:
     folder = site.outside()
     for entry in site.lists["training"][1:2]:
         shutil.copy(site.root / entry["image"], folder / "case_b.nii.gz")
-        entry["image"] = str(folder.resolve() / "case_b.nii.gz") if absolute else f"../{folder.name}/case_b.nii.gz"
+        entry["image"] = (
+            str(folder.resolve() / "case_b.nii.gz")
+            if absolute
+            else f"../{folder.name}/case_b.nii.gz"
+        )
 
 
 def same_patient(site: Decathlon) -> None:
@@ -202,7 +228,9 @@ def listed_in(section: str) -> Callable:
 
 def without_class(site: Decathlon, number: int = 2) -> None:
     for entry in site.lists["training"]:
-        site.change(entry["label"], lambda voxels: np.where(voxels == number, 0, voxels).astype(np.uint8))
+        site.change(
+            entry["label"], lambda voxels: np.where(voxels == number, 0, voxels).astype(np.uint8)
+        )
 
 
 def small(site: Decathlon) -> None:
@@ -216,12 +244,20 @@ def no_label(site: Decathlon) -> None:
 
 DECATHLON = {
     "malformed_list": ("list", "error", bad_json),
-    "malformed_entry": ("list", "error", lambda site: site.lists["training"].append({"picture": "x"})),
+    "malformed_entry": (
+        "list",
+        "error",
+        lambda site: site.lists["training"].append({"picture": "x"}),
+    ),
     "no_training_case": ("empty list", "error", lambda site: site.lists.update(training=[])),
     "no_validation_case": ("empty list", "error", lambda site: site.lists.update(validation=[])),
     "empty_split_list": ("empty list", "error", with_lists(val=[])),
     "case_twice_in_a_list": ("listed twice", "error", listed_in("training")),
-    "name_twice_in_a_split_list": ("listed twice", "error", with_lists(train=["case_a", "case_b", "case_a"])),
+    "name_twice_in_a_split_list": (
+        "listed twice",
+        "error",
+        with_lists(train=["case_a", "case_b", "case_a"]),
+    ),
     "unknown_case": ("unknown case", "error", with_lists(train=["case_a", "nobody"])),
     "path_outside": ("outside", "error", outside_entry),
     "absolute_path_outside": ("outside", "error", lambda site: outside_entry(site, absolute=True)),
@@ -231,29 +267,53 @@ DECATHLON = {
     "missing_image": ("missing file", "error", lambda site: (site.root / IMAGE).unlink()),
     "missing_label": ("missing file", "error", lambda site: (site.root / LABEL).unlink()),
     "truncated_image": ("unreadable", "error", lambda site: truncate(site.root / IMAGE)),
-    "text_for_label": ("unreadable", "error", lambda site: (site.root / LABEL).write_text("not a scan")),
+    "text_for_label": (
+        "unreadable",
+        "error",
+        lambda site: (site.root / LABEL).write_text("not a scan"),
+    ),
     "case_without_label": ("no label", "warning", no_label),
-    "complex_voxels": ("type", "error", lambda site: site.change(IMAGE, lambda v: v.astype(np.complex64))),
+    "complex_voxels": (
+        "type",
+        "error",
+        lambda site: site.change(IMAGE, lambda v: v.astype(np.complex64)),
+    ),
     "label_shape": ("shape", "error", lambda site: site.change(LABEL, lambda v: v[:-1])),
-    "two_channels": ("channels", "error", lambda site: site.change(IMAGE, lambda v: np.stack([v, v + 1], -1))),
+    "two_channels": (
+        "channels",
+        "error",
+        lambda site: site.change(IMAGE, lambda v: np.stack([v, v + 1], -1)),
+    ),
     "one_slice": ("channels", "error", lambda site: site.change(IMAGE, lambda v: v[..., 0])),
     "label_moved": ("affine", "error", lambda site: site.change(LABEL, lambda v: v, moved)),
     "label_spacing": ("spacing", "error", lambda site: site.change(LABEL, lambda v: v, coarser)),
     "implausible_spacing": ("spacing", "warning", both(lambda a: a @ np.diag([1, 1, 16.0, 1]))),
-    "label_mirrored": ("orientation", "error", lambda site: site.change(LABEL, lambda v: v, mirrored)),
+    "label_mirrored": (
+        "orientation",
+        "error",
+        lambda site: site.change(LABEL, lambda v: v, mirrored),
+    ),
     "stored_unlike_others": ("orientation", "warning", both(mirrored)),
     "identity_affine": ("header", "warning", identity),
     "no_affine": ("header", "warning", uncoded),
     "nan": ("not finite", "error", lambda site: site.change(IMAGE, put(np.nan))),
     "infinite": ("not finite", "error", lambda site: site.change(IMAGE, put(np.inf))),
     "constant": ("constant", "error", lambda site: site.change(IMAGE, lambda v: 0 * v + 7)),
-    "nothing_in_the_window": ("no foreground", "error", lambda site: site.change(IMAGE, lambda v: v - 900)),
+    "nothing_in_the_window": (
+        "no foreground",
+        "error",
+        lambda site: site.change(IMAGE, lambda v: v - 900),
+    ),
     "label_id": ("label ids", "error", lambda site: site.change(LABEL, put(7))),
-    "fractional_label": ("label ids", "error", lambda site: site.change(LABEL, lambda v: v.astype(np.float32) / 2)),
+    "fractional_label": (
+        "label ids",
+        "error",
+        lambda site: site.change(LABEL, lambda v: v.astype(np.float32) / 2),
+    ),
     "empty_label": ("empty label", "warning", lambda site: site.change(LABEL, lambda v: 0 * v)),
     "class_never_labelled": ("absent class", "error", without_class),
     "smaller_than_the_patch": ("small", "warning", small),
-}  # fmt: skip
+}
 
 
 class Brats(Decathlon):
@@ -264,22 +324,31 @@ class Brats(Decathlon):
         for key in ("orientation", "spacing", "intensity", "window", "crop_foreground"):
             del self.config[key]
         self.config |= {
-            "format": "brats", "class_names": ["tumour core", "whole tumour", "enhancing tumour"], "in_channels": 4,
+            "format": "brats",
+            "class_names": ["tumour core", "whole tumour", "enhancing tumour"],
+            "in_channels": 4,
             "crop": "uniform",
-        }  # fmt: skip
+        }
 
     def add(self, section: str, name: str) -> None:
         if name.startswith("case_"):
             name = f"BraTS-GLI-{10 + 'abcdvt'.index(name[-1]):05d}-000"
         label = blocks(self.rng, SHAPE, 4)
-        entry = {"image": [f"{name}/{name}-{m}.nii.gz" for m in MODALITIES], "label": f"{name}/{name}-seg.nii.gz"}
+        entry = {
+            "image": [f"{name}/{name}-{m}.nii.gz" for m in MODALITIES],
+            "label": f"{name}/{name}-seg.nii.gz",
+        }
         for k, file in enumerate(entry["image"]):
-            self.save(file, (100 + 50 * k + 20 * label + self.rng.integers(0, 30, SHAPE)).astype(np.int16))
+            self.save(
+                file, (100 + 50 * k + 20 * label + self.rng.integers(0, 30, SHAPE)).astype(np.int16)
+            )
         self.save(entry["label"], label)
         self.lists[section].append(entry)
 
 
-CHANNEL, SEGMENTATION = (f"BraTS-GLI-00011-000/BraTS-GLI-00011-000-{part}.nii.gz" for part in ("t2f", "seg"))
+CHANNEL, SEGMENTATION = (
+    f"BraTS-GLI-00011-000/BraTS-GLI-00011-000-{part}.nii.gz" for part in ("t2f", "seg")
+)
 
 
 def swapped(site: Brats) -> None:
@@ -315,7 +384,9 @@ def no_brain(site: Brats) -> None:
 
 def never_enhancing(site: Brats) -> None:
     for entry in site.lists["training"]:
-        site.change(entry["label"], lambda voxels: np.where(voxels == 3, 0, voxels).astype(np.uint8))
+        site.change(
+            entry["label"], lambda voxels: np.where(voxels == 3, 0, voxels).astype(np.uint8)
+        )
 
 
 BRATS = {
@@ -332,25 +403,41 @@ BRATS = {
     "channel_order": ("channels", "error", swapped),
     "three_channels": ("channels", "error", three_channels),
     "label_moved": ("affine", "error", lambda site: site.change(SEGMENTATION, lambda v: v, moved)),
-    "nan": ("not finite", "error", lambda site: site.change(CHANNEL, lambda v: put(np.nan)(v.astype(np.float32)))),
+    "nan": (
+        "not finite",
+        "error",
+        lambda site: site.change(CHANNEL, lambda v: put(np.nan)(v.astype(np.float32))),
+    ),
     "constant_channel": ("constant", "error", lambda site: site.change(CHANNEL, lambda v: 0 * v)),
     "no_brain": ("no foreground", "error", no_brain),
     "label_id": ("label ids", "error", lambda site: site.change(SEGMENTATION, put(5))),
-    "empty_label": ("empty label", "warning", lambda site: site.change(SEGMENTATION, lambda v: 0 * v)),
+    "empty_label": (
+        "empty label",
+        "warning",
+        lambda site: site.change(SEGMENTATION, lambda v: 0 * v),
+    ),
     "never_enhancing": ("absent class", "error", never_enhancing),
-    "smaller_than_the_patch": ("small", "warning", lambda site: site.config.update(patch_size=[32, 32, 32])),
-}  # fmt: skip
+    "smaller_than_the_patch": (
+        "small",
+        "warning",
+        lambda site: site.config.update(patch_size=[32, 32, 32]),
+    ),
+}
 
 
 def save_h5(path: Path, **arrays: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         for key, array in arrays.items():
-            file.create_dataset(key, data=array, compression=None if array.dtype.kind == "O" else "gzip")
+            file.create_dataset(
+                key, data=array, compression=None if array.dtype.kind == "O" else "gzip"
+            )
 
 
 class H5Site(Site):
-    """What faults of HDF5 files have in common. Lists are in splits/; two of four training units are labelled."""
+    """What faults of HDF5 files have in common. Lists are in splits/; two of four training units
+    are labelled.
+    """
 
     target: str  # a file that is read for training
 
@@ -375,18 +462,28 @@ class Atrium(H5Site):
             for name in names:
                 self.add(name)
         self.config = {
-            "dataset": "corrupt", "format": "la", "data_root": str(root), "split_dir": str(root / "splits"),
-            "class_names": ["background", "atrium"], "patch_size": [16, 16, 16], "labelled": 2,
-            "stride": [16, 16, 16], "val_stride": [16, 16, 16], "runs_dir": str(root / "runs"),
-            "network_args": {"vnet": {"n_filters": 2}}, **COMMON, "method": "unimatch",
-        }  # fmt: skip
+            "dataset": "corrupt",
+            "format": "la",
+            "data_root": str(root),
+            "split_dir": str(root / "splits"),
+            "class_names": ["background", "atrium"],
+            "patch_size": [16, 16, 16],
+            "labelled": 2,
+            "stride": [16, 16, 16],
+            "val_stride": [16, 16, 16],
+            "runs_dir": str(root / "runs"),
+            "network_args": {"vnet": {"n_filters": 2}},
+            **COMMON,
+            "method": "unimatch",
+        }
 
     def add(self, name: str) -> None:
         label = blocks(self.rng, SHAPE, 2)
         save_h5(
-            self.root / name / "mri_norm2.h5", image=(label + self.rng.normal(0, 0.4, SHAPE)).astype(np.float32),
+            self.root / name / "mri_norm2.h5",
+            image=(label + self.rng.normal(0, 0.4, SHAPE)).astype(np.float32),
             label=label,
-        )  # fmt: skip
+        )
 
     def copy(self, source: str, target: str) -> None:
         """The arrays of one unit as those of another, in a new file."""
@@ -413,28 +510,43 @@ class Heart(H5Site):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.lists = {
-            "train": [f"patient{k:03d}" for k in (1, 2, 3, 4)], "val": ["patient005"], "test": ["patient006"]
-        }  # fmt: skip
+            "train": [f"patient{k:03d}" for k in (1, 2, 3, 4)],
+            "val": ["patient005"],
+            "test": ["patient006"],
+        }
         for names in self.lists.values():
             for name in names:
                 self.add(name)
         self.config = {
-            "dataset": "corrupt", "format": "acdc", "data_root": str(root), "split_dir": str(root / "splits"),
-            "class_names": ["background", "right", "wall", "left"], "patch_size": [32, 32], "labelled": 2,
-            "runs_dir": str(root / "runs"), "network_args": {"unet2d": {"channels": [2, 4, 4, 8, 8]}}, **COMMON,
+            "dataset": "corrupt",
+            "format": "acdc",
+            "data_root": str(root),
+            "split_dir": str(root / "splits"),
+            "class_names": ["background", "right", "wall", "left"],
+            "patch_size": [32, 32],
+            "labelled": 2,
+            "runs_dir": str(root / "runs"),
+            "network_args": {"unet2d": {"channels": [2, 4, 4, 8, 8]}},
+            **COMMON,
             "method": "unimatch",
-        }  # fmt: skip
+        }
 
     def add(self, name: str) -> None:
         for frame in ("frame01", "frame02"):
             label = np.stack([blocks(self.rng, (34, 30), 4) for _ in range(3)])
-            image = np.clip(0.2 * label + self.rng.random(label.shape) * 0.3, 0, 1).astype(np.float32)
+            image = np.clip(0.2 * label + self.rng.random(label.shape) * 0.3, 0, 1).astype(
+                np.float32
+            )
             self.write(f"{name}_{frame}", image, label)
 
     def write(self, stem: str, image: np.ndarray, label: np.ndarray) -> None:
         save_h5(self.root / "data" / f"{stem}.h5", image=image, label=label)
         for z in range(len(image)):
-            save_h5(self.root / "data" / "slices" / f"{stem}_slice_{z + 1}.h5", image=image[z], label=label[z])
+            save_h5(
+                self.root / "data" / "slices" / f"{stem}_slice_{z + 1}.h5",
+                image=image[z],
+                label=label[z],
+            )
 
     def array(self, stem: str, key: str) -> np.ndarray:
         with h5py.File(self.root / "data" / f"{stem}.h5") as file:
@@ -448,11 +560,16 @@ class Heart(H5Site):
     def unlabel(self) -> None:
         """Class 3 is in no training slice."""
         for path in sorted((self.root / "data" / "slices").glob("patient00[1234]*.h5")):
-            self.change(str(path.relative_to(self.root)), label=lambda v: np.where(v == 3, 0, v).astype(np.uint8))
+            self.change(
+                str(path.relative_to(self.root)),
+                label=lambda v: np.where(v == 3, 0, v).astype(np.uint8),
+            )
 
     def empty_frame(self) -> None:
         for z in (1, 2, 3):
-            self.change(f"data/slices/patient002_frame01_slice_{z}.h5", label=lambda label: 0 * label)
+            self.change(
+                f"data/slices/patient002_frame01_slice_{z}.h5", label=lambda label: 0 * label
+            )
 
     def lose(self) -> None:
         for path in (self.root / "data" / "slices").glob("patient003_*.h5"):
@@ -461,6 +578,7 @@ class Heart(H5Site):
 
 def h5_faults(train: list[str], val: str, test: str) -> dict:
     """What the two formats of HDF5 files have in common; names of their units."""
+
     def patients(site: H5Site) -> None:
         for name, split in (("sub-01_ses-1", "train"), ("sub-01_ses-2", "val")):
             site.add(name)
@@ -472,42 +590,85 @@ def h5_faults(train: list[str], val: str, test: str) -> dict:
     return {
         "no_training_list": ("list", "error", lambda site: site.lists.pop("train")),
         "empty_list": ("empty list", "error", lambda site: site.lists.update(val=[])),
-        "name_twice_in_a_list": ("listed twice", "error", lambda site: site.lists["train"].append(train[0])),
-        "name_outside": ("outside", "error", lambda site: site.lists["train"].append("../elsewhere")),
-        "name_in_two_lists": ("two lists", "error", lambda site: site.lists["val"].append(train[0])),
+        "name_twice_in_a_list": (
+            "listed twice",
+            "error",
+            lambda site: site.lists["train"].append(train[0]),
+        ),
+        "name_outside": (
+            "outside",
+            "error",
+            lambda site: site.lists["train"].append("../elsewhere"),
+        ),
+        "name_in_two_lists": (
+            "two lists",
+            "error",
+            lambda site: site.lists["val"].append(train[0]),
+        ),
         "patient_in_two_lists": ("same patient", "error", patients),
         "copy_in_two_lists": ("duplicate", "error", lambda site: site.copy(train[1], val)),
         "copy_of_a_test_case": ("duplicate", "error", lambda site: site.copy(test, train[1])),
         "missing_files": ("missing file", "error", lambda site: site.lose()),
         "truncated": ("unreadable", "error", lambda site: truncate(site.root / site.target)),
-        "no_h5": ("unreadable", "error", lambda site: (site.root / site.target).write_text("not a scan")),
+        "no_h5": (
+            "unreadable",
+            "error",
+            lambda site: (site.root / site.target).write_text("not a scan"),
+        ),
         "other_keys": (
-            "keys", "error", lambda site: save_h5(site.root / site.target, data=np.ones((4, 4)), mask=np.ones((4, 4)))
+            "keys",
+            "error",
+            lambda site: save_h5(
+                site.root / site.target, data=np.ones((4, 4)), mask=np.ones((4, 4))
+            ),
         ),
         "text_for_image": ("type", "error", on(image=lambda v: np.full(v.shape, "a", object))),
         "real_label": ("type", "warning", on(label=lambda v: v.astype(np.float32))),
         "label_shape": ("shape", "error", on(label=lambda v: v[1:])),
-        "more_axes": ("shape", "error", on(image=lambda v: v[..., None], label=lambda v: v[..., None])),
+        "more_axes": (
+            "shape",
+            "error",
+            on(image=lambda v: v[..., None], label=lambda v: v[..., None]),
+        ),
         "nan": ("not finite", "error", on(image=lambda v: np.where(v == v.max(), np.nan, v))),
         "constant": ("constant", "error", on(image=lambda v: 0 * v)),
-        "label_id": ("label ids", "error", on(label=lambda v: np.where(v > 0, 9, 0).astype(np.uint8))),
+        "label_id": (
+            "label ids",
+            "error",
+            on(label=lambda v: np.where(v > 0, 9, 0).astype(np.uint8)),
+        ),
         "class_never_labelled": ("absent class", "error", lambda site: site.unlabel()),
-    }  # fmt: skip
+    }
 
 
 ATRIUM = h5_faults(["S1", "S2"], "V1", "T1") | {
-    "empty_label": ("empty label", "warning", lambda site: site.change(site.target, label=lambda v: 0 * v)),
-    "whole_numbers": ("type", "warning", lambda site: site.change(site.target, image=lambda v: (50 * v).astype(int))),
-    "smaller_than_the_patch": (
-        "small", "warning",
-        lambda site: site.change(site.target, image=lambda v: v[:12], label=lambda v: np.roll(v, 5, 0)[:12]),
+    "empty_label": (
+        "empty label",
+        "warning",
+        lambda site: site.change(site.target, label=lambda v: 0 * v),
     ),
-}  # fmt: skip
+    "whole_numbers": (
+        "type",
+        "warning",
+        lambda site: site.change(site.target, image=lambda v: (50 * v).astype(int)),
+    ),
+    "smaller_than_the_patch": (
+        "small",
+        "warning",
+        lambda site: site.change(
+            site.target, image=lambda v: v[:12], label=lambda v: np.roll(v, 5, 0)[:12]
+        ),
+    ),
+}
 HEART = h5_faults(["patient001", "patient002"], "patient005", "patient006") | {
     "missing_slice": ("missing file", "error", lambda site: (site.root / site.target).unlink()),
-    "intensities_not_in_0_to_1": ("range", "error", lambda site: site.change(site.target, image=lambda v: 255 * v)),
+    "intensities_not_in_0_to_1": (
+        "range",
+        "error",
+        lambda site: site.change(site.target, image=lambda v: 255 * v),
+    ),
     "empty_label": ("empty label", "warning", lambda site: site.empty_frame()),
-}  # fmt: skip
+}
 
 
 class Photographs(Site):
@@ -522,10 +683,17 @@ class Photographs(Site):
             for name in names:
                 self.add(split, name)
         self.config = {
-            "dataset": "corrupt", "format": "images2d", "data_root": str(root), "class_names": ["background", "lesion"],
-            "patch_size": [32, 32], "labelled": 3, "runs_dir": str(root / "runs"),
-            "network_args": {"unet2d": {"channels": [2, 4, 4, 8, 8]}}, **COMMON, "method": "unimatch",
-        }  # fmt: skip
+            "dataset": "corrupt",
+            "format": "images2d",
+            "data_root": str(root),
+            "class_names": ["background", "lesion"],
+            "patch_size": [32, 32],
+            "labelled": 3,
+            "runs_dir": str(root / "runs"),
+            "network_args": {"unet2d": {"channels": [2, 4, 4, 8, 8]}},
+            **COMMON,
+            "method": "unimatch",
+        }
 
     def add(self, split: str, name: str) -> None:
         mask = blocks(self.rng, (40, 36), 2)
@@ -543,7 +711,9 @@ class Photographs(Site):
 
     def write_lists(self) -> None:
         for split, lines in self.lists.items():
-            (self.root / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            (self.root / f"{split}.txt").write_text(
+                "".join(f"{line}\n" for line in lines), encoding="utf-8"
+            )
 
 
 PHOTO, MASK = "train/images/photo1.png", "train/masks/photo1.png"
@@ -586,26 +756,42 @@ def empty_masks(site: Photographs) -> None:
 PHOTOGRAPHS = {
     "no_images": ("list", "error", no_folder),
     "empty_list": ("empty list", "error", lambda site: site.lists.update(val=[])),
-    "name_twice_in_a_list": ("listed twice", "error", lambda site: site.lists["train"].append("photo0")),
+    "name_twice_in_a_list": (
+        "listed twice",
+        "error",
+        lambda site: site.lists["train"].append("photo0"),
+    ),
     "unknown_image": ("unknown case", "error", lambda site: site.lists["train"].append("nothing")),
     "path_outside": ("outside", "error", outside_photo),
     "image_in_two_lists": ("two lists", "error", lambda site: site.lists["val"].append("photo0")),
     "patient_in_two_lists": ("same patient", "error", patients_of_photos),
     "copy_in_two_lists": (
-        "duplicate", "error", lambda site: shutil.copy(site.root / PHOTO, site.root / "val/images/seen1.png")
+        "duplicate",
+        "error",
+        lambda site: shutil.copy(site.root / PHOTO, site.root / "val/images/seen1.png"),
     ),
     "copy_in_one_list": (
-        "duplicate", "warning", lambda site: shutil.copy(site.root / PHOTO, site.root / "train/images/photo4.png")
+        "duplicate",
+        "warning",
+        lambda site: shutil.copy(site.root / PHOTO, site.root / "train/images/photo4.png"),
     ),
     "missing_image": (
-        "missing file", "error", lambda site: site.lists["train"].append("train/images/gone.png train/masks/gone.png")
+        "missing file",
+        "error",
+        lambda site: site.lists["train"].append("train/images/gone.png train/masks/gone.png"),
     ),
     "truncated": ("unreadable", "error", lambda site: truncate(site.root / PHOTO)),
     "no_mask": ("no label", "error", lambda site: (site.root / MASK).unlink()),
     "mask_without_image": (
-        "stray file", "warning", lambda site: shutil.copy(site.root / MASK, site.root / "train/masks/lost.png")
+        "stray file",
+        "warning",
+        lambda site: shutil.copy(site.root / MASK, site.root / "train/masks/lost.png"),
     ),
-    "deep_pixels": ("type", "error", lambda site: site.change(PHOTO, lambda v: v[..., 0].astype(np.uint16) * 200)),
+    "deep_pixels": (
+        "type",
+        "error",
+        lambda site: site.change(PHOTO, lambda v: v[..., 0].astype(np.uint16) * 200),
+    ),
     "mask_size": ("shape", "error", lambda site: site.change(MASK, lambda v: v[:-3])),
     "constant": ("constant", "error", lambda site: site.change(PHOTO, lambda v: 0 * v)),
     "mask_of_ids": ("mask values", "error", lambda site: site.change(MASK, lambda v: v // 255)),
@@ -613,12 +799,17 @@ PHOTOGRAPHS = {
     "blurred_mask": ("mask values", "warning", lambda site: site.change(MASK, blurred)),
     "empty_mask": ("empty label", "warning", lambda site: site.change(MASK, lambda v: 0 * v)),
     "nothing_labelled": ("absent class", "error", empty_masks),
-}  # fmt: skip
+}
 
 SITES = {
-    "btcv": (Decathlon, DECATHLON), "word": (Decathlon, DECATHLON), "brats21": (Brats, BRATS), "la": (Atrium, ATRIUM),
-    "acdc": (Heart, HEART), "isic2018": (Photographs, PHOTOGRAPHS), "kvasir": (Photographs, PHOTOGRAPHS),
-}  # fmt: skip
+    "btcv": (Decathlon, DECATHLON),
+    "word": (Decathlon, DECATHLON),
+    "brats21": (Brats, BRATS),
+    "la": (Atrium, ATRIUM),
+    "acdc": (Heart, HEART),
+    "isic2018": (Photographs, PHOTOGRAPHS),
+    "kvasir": (Photographs, PHOTOGRAPHS),
+}
 
 
 def write_site(dataset: str, name: str, root: Path) -> Site:
@@ -639,4 +830,7 @@ def write_corrupt(dataset: str, out: Path) -> str:
         site = write_site(dataset, name, out / name)
         written[name] = {"fault": fault, "level": level, "script": site.script}
     (out / "faults.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    return f"{len(faults)} faults, a folder with a config.yaml for each, and a sound data set; list: {out}/faults.json"
+    return (
+        f"{len(faults)} faults, a folder with a config.yaml for each, and a sound data set; list: "
+        f"{out}/faults.json"
+    )

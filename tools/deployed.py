@@ -1,4 +1,5 @@
-"""What tools/export.py and benchmarks/deployment.py share: the network of a checkpoint, cases for it, predictions.
+"""What tools/export.py and benchmarks/deployment.py share: the network of a checkpoint, cases for
+it, predictions.
 
 A `sample` is a case as the network takes it. `model` is a network or an exported one in its place.
 """
@@ -29,14 +30,28 @@ from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 
 KINDS = ("3d", "3d-semi", "2d-semi")
-# What prediction needs. Neither tensors nor the lists of cases: names of patients are nobody's business who deploys.
-DESCRIBED = ("kind", "network", "class_names", "config", "dataset", "code", "step", "selected_on", "imported")
-HDF5_GRID = np.diag([-LA_SPACING, -LA_SPACING, LA_SPACING, 1.0])  # axes L, P, S: what the left-atrium files are on
+# What prediction needs. Neither tensors nor the lists of cases: names of patients are nobody's
+# business who deploys.
+DESCRIBED = (
+    "kind",
+    "network",
+    "class_names",
+    "config",
+    "dataset",
+    "code",
+    "step",
+    "selected_on",
+    "imported",
+)
+# axes L, P, S: what the left-atrium files are on
+HDF5_GRID = np.diag([-LA_SPACING, -LA_SPACING, LA_SPACING, 1.0])
 BODY = (358, 269, 224)  # mm that the generated abdomen is made for
 
 
 class Sample(NamedTuple):
-    """A case: image (C, H, W, D), of 2D networks slices (N, C, h, w); label as it is scored; what the data set read."""
+    """A case: image (C, H, W, D), of 2D networks slices (N, C, h, w); label as it is scored; what
+    the data set read.
+    """
 
     name: str
     image: Tensor
@@ -47,23 +62,33 @@ class Sample(NamedTuple):
 def load_network(
     path: Path, references: Sequence[str] = (), allow_changed: bool = False
 ) -> tuple[dict[str, Any], nn.Module]:
-    """A run's checkpoint and its network in evaluation mode: the student, or the network that few labels trained.
+    """A run's checkpoint and its network in evaluation mode: the student, or the network that few
+    labels trained.
 
     references, allow_changed: the values of --plugin and --allow-changed-plugin.
     """
     checkpoint = load_checkpoint(path)
-    if checkpoint.get("kind") not in KINDS or not {"weights", "dataset", "network"} <= checkpoint.keys():
-        raise CheckpointError(f"{path}: not a checkpoint of the training scripts or of tools/import_checkpoint.py")
+    if (
+        checkpoint.get("kind") not in KINDS
+        or not {"weights", "dataset", "network"} <= checkpoint.keys()
+    ):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of the training scripts or of tools/import_checkpoint.py"
+        )
     formats = (DATASETS, MSDDataset) if checkpoint["kind"] == "3d" else (SEMI_DATASETS, SemiDataset)
     contracts = (plugins.network(NETWORKS), plugins.data_format(*formats))
     plugins.plug_in_for(checkpoint, path, references, contracts, allow_changed)
     network = checkpoint["network"]
-    built = build_network(network["name"], network["in_channels"], network["num_classes"], **network["arguments"])
+    built = build_network(
+        network["name"], network["in_channels"], network["num_classes"], **network["arguments"]
+    )
     load_network_weights(built, checkpoint["weights"], str(path))
     return checkpoint, built.eval().requires_grad_(False)
 
 
-def network_of(path: Path, references: Sequence[str] = (), allow_changed: bool = False) -> nn.Module:
+def network_of(
+    path: Path, references: Sequence[str] = (), allow_changed: bool = False
+) -> nn.Module:
     """The network alone."""
     return load_network(path, references, allow_changed)[1]
 
@@ -71,11 +96,19 @@ def network_of(path: Path, references: Sequence[str] = (), allow_changed: bool =
 def description(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The part of a checkpoint that goes beside an exported model."""
     # Of classes of the user's own, the network is in the model now; a data format is still needed.
-    formats = {name: one for name, one in checkpoint.get("plugins", {}).items() if "format" in one["roles"]}
-    return {key: checkpoint[key] for key in DESCRIBED if key in checkpoint} | ({"plugins": formats} if formats else {})
+    formats = {
+        name: one for name, one in checkpoint.get("plugins", {}).items() if "format" in one["roles"]
+    }
+    return {key: checkpoint[key] for key in DESCRIBED if key in checkpoint} | (
+        {"plugins": formats} if formats else {}
+    )
 
 
-def open_dataset(described: dict[str, Any], data_root: str | Path | None = None, cache_dir: str | Path | None = None):
+def open_dataset(
+    described: dict[str, Any],
+    data_root: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+):
     """The data set of a checkpoint or description; the arguments win over what the run had."""
     arguments = dict(described["dataset"])
     arguments |= {"root": str(data_root)} if data_root else {}
@@ -100,15 +133,21 @@ def read(dataset, kind: str, case: Case) -> Sample:
         return Sample(case.name, torch.from_numpy(np.array(sample["image"])), label, sample)
     volume = dataset.read_volume(case)
     image = volume["image"] if kind == "3d-semi" else dataset.network_slices(volume)
-    return Sample(case.name, torch.from_numpy(np.array(image, np.float32)), volume["label"][0], volume)
+    return Sample(
+        case.name, torch.from_numpy(np.array(image, np.float32)), volume["label"][0], volume
+    )
 
 
 def read_files(described: dict[str, Any], files: Sequence[Path]) -> Sample:
-    """One case from image files without a label, preprocessed as predict_3d.py and predict_2d.py do."""
+    """One case from image files without a label, preprocessed as predict_3d.py and predict_2d.py
+    do.
+    """
     dataset, case = open_dataset(described), Case(stem(files[0]), tuple(files))
     volume = dataset.read_unlabelled(case)
     image = dataset.network_slices(volume) if described["kind"] == "2d-semi" else volume["image"]
-    return Sample(case.name, torch.from_numpy(np.ascontiguousarray(image, np.float32)), None, volume)
+    return Sample(
+        case.name, torch.from_numpy(np.ascontiguousarray(image, np.float32)), None, volume
+    )
 
 
 def image_files(kind: str, case: Case, sample: Sample, folder: Path) -> list[Path]:
@@ -121,7 +160,9 @@ def image_files(kind: str, case: Case, sample: Sample, folder: Path) -> list[Pat
 
 
 def phantom_files(described: dict[str, Any], folder: Path, seed: int = 0) -> list[Path]:
-    """Write a generated case of about one and a half windows a side, in the checkpoint's kind of image."""
+    """Write a generated case of about one and a half windows a side, in the checkpoint's kind of
+    image.
+    """
     patch, form = described["config"]["patch_size"], described["dataset"]["format"]
     shape = tuple(math.ceil(1.5 * side) for side in patch)
     if form == "images2d":
@@ -162,23 +203,32 @@ def _windows(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict_scores(model: nn.Module, image: Tensor, described: dict[str, Any]) -> Tensor:
-    """What labels are taken from: averaged logits (K, H, W, D), with few labels averaged probabilities; of slices,
-    logits (N, K, h, w)."""
+    """What labels are taken from: averaged logits (K, H, W, D), with few labels averaged
+    probabilities; of slices, logits (N, K, h, w).
+    """
     if described["kind"] != "2d-semi":
         return predict_logits(model, image, **_windows(described))
     with torch.inference_mode():
         return torch.cat([model(part) for part in image.split(described["config"]["eval_batch"])])
 
 
-def predict(model: nn.Module, image: Tensor, described: dict[str, Any], multilabel: bool = False) -> np.ndarray:
-    """Labels of a sample's image, as the test scripts make them: ids, or regions if `multilabel`."""
+def predict(
+    model: nn.Module, image: Tensor, described: dict[str, Any], multilabel: bool = False
+) -> np.ndarray:
+    """Labels of a sample's image, as the test scripts make them: ids, or regions if
+    `multilabel`.
+    """
     if described["kind"] == "2d-semi":
         return predict_slices(model, image, batch=described["config"]["eval_batch"]).numpy()
     return predict_labels(model, image, multilabel=multilabel, **_windows(described)).numpy()
 
 
-def mean_dice_of(model: nn.Module, dataset, described: dict[str, Any], cases: Iterable[Case]) -> float:
-    """Mean Dice over cases, on the grid where the network predicts; of slices, on that of the files."""
+def mean_dice_of(
+    model: nn.Module, dataset, described: dict[str, Any], cases: Iterable[Case]
+) -> float:
+    """Mean Dice over cases, on the grid where the network predicts; of slices, on that of the
+    files.
+    """
     names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
     scores = []
     for case in cases:
@@ -191,7 +241,9 @@ def mean_dice_of(model: nn.Module, dataset, described: dict[str, Any], cases: It
 
 
 def real_windows(sample: Sample, described: dict[str, Any], count: int, seed: int = 0) -> Tensor:
-    """`count` windows (count, C, *patch_size) of a sample: in 3D the middle and random places, in 2D slices."""
+    """`count` windows (count, C, *patch_size) of a sample: in 3D the middle and random places, in
+    2D slices.
+    """
     if described["kind"] == "2d-semi":
         order = itertools.islice(itertools.cycle(range(len(sample.image))), count)
         return sample.image[list(order)]

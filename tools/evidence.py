@@ -1,17 +1,20 @@
-"""What was measured, as lines of results/*.jsonl, and the tables and figures of RESULTS.md made of them.
+"""What was measured, as lines of results/*.jsonl, and the tables and figures of RESULTS.md made of
+them.
 
-    python tools/evidence.py collect results/hippocampus.jsonl runs/hippocampus     # add tested runs to a file
+    # add tested runs to a file
+    python tools/evidence.py collect results/hippocampus.jsonl runs/hippocampus
     python tools/evidence.py tables                       # write every table of RESULTS.md anew
-    python tools/evidence.py tables --check               # status 1 if one is not what the files give
+    python tools/evidence.py tables --check  # status 1 if one is not what the files give
     python tools/evidence.py figures --out docs/figures
 
-A file begins with the names of its cases. Each further line is a run: the command that trained it, its settings and
-commit, the mean scores of test_3d.py or test_2d.py, those of every case (means over the classes, in the order of the
-names; null: undefined) and the validation Dice in the course of training. Dice and Jaccard in %, distances in mm or,
-for few-label data, voxels. A table stands in RESULTS.md below a line `<!-- evidence: FILE TABLE ARGUMENTS -->`.
+A file begins with the names of its cases. Each further line is a run: the command that trained it,
+its settings and commit, the mean scores of test_3d.py or test_2d.py, those of every case (means
+over the classes, in the order of the names; null: undefined) and the validation Dice in the course
+of training. Dice and Jaccard in %, distances in mm or, for few-label data, voxels. A table stands
+in RESULTS.md below a line `<!-- evidence: FILE TABLE ARGUMENTS -->`.
 
-Means and population standard deviations are over seeds. Paired tests (utils/statistics.py) take the cases as the
-sample, the seeds averaged case by case; p values are Holm's over the rows of a table.
+Means and population standard deviations are over seeds. Paired tests (utils/statistics.py) take the
+cases as the sample, the seeds averaged case by case; p values are Holm's over the rows of a table.
 """
 
 import argparse
@@ -42,7 +45,15 @@ import train_3d_crkd
 import train_3d_distill
 from dataloaders.cases import patient_function
 from tools.report_charts import COLOURS, colour, dash
-from tools.results_table import METHODS, METRICS, PUBLISHED, PUBLISHED_SSL, RIVALS, STUDENTS, TEACHERS
+from tools.results_table import (
+    METHODS,
+    METRICS,
+    PUBLISHED,
+    PUBLISHED_SSL,
+    RIVALS,
+    STUDENTS,
+    TEACHERS,
+)
 from utils.config import ConfigError
 from utils.files import write_text
 from utils.runlog import read_log
@@ -50,12 +61,23 @@ from utils.runs import plain
 from utils.statistics import average_seeds, holm, paired_comparison
 
 # How runs are scored: what test_3d.py and test_2d.py do without flags
-SCORING = {"hd95_definition": "pooled", "empty_policy": "nan", "tta": False, "amp": "off", "protocol": "clean"}
+SCORING = {
+    "hd95_definition": "pooled",
+    "empty_policy": "nan",
+    "tta": False,
+    "amp": "off",
+    "protocol": "clean",
+}
 EMPTY_AGREES = "agree"  # empty_policy of few-label runs
 NAMES = {
-    "supervised": "labels alone", "acf_bckd": "ACF-BCKD", "unimatch": "UniMatch", "crossmatch": "CrossMatch",
-    "lefed": "LeFeD", "acmt": "AC-MT", "acf_bckd sum": "ACF-BCKD, weaker",
-}  # fmt: skip
+    "supervised": "labels alone",
+    "acf_bckd": "ACF-BCKD",
+    "unimatch": "UniMatch",
+    "crossmatch": "CrossMatch",
+    "lefed": "LeFeD",
+    "acmt": "AC-MT",
+    "acf_bckd sum": "ACF-BCKD, weaker",
+}
 # Trials of scripts/table_small.sh
 TRIALS = {
     "": "CRKD, the defaults",
@@ -71,20 +93,29 @@ TRIALS = {
     "projected": "CKD on projected features (`feature_space: projected`)",
     "joint": "pseudo-labels of the joint training-mode pass (`pseudo_mode: joint`)",
 }
-WEAKER = "sum"  # variant of ACF-BCKD: AFD and CFD as strong as the paper's weights are on its grid of 48x48x48
+# variant of ACF-BCKD: AFD and CFD as strong as the paper's weights are on its grid of 48x48x48
+WEAKER = "sum"
 Rows = Sequence[dict]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("collect", help="add tested runs to a file")
-    adding.add_argument("file", type=Path, help="results/NAME.jsonl; lines of the same runs are replaced")
+    adding.add_argument(
+        "file", type=Path, help="results/NAME.jsonl; lines of the same runs are replaced"
+    )
     adding.add_argument("folders", type=Path, nargs="+", help="every summary.json below them")
     writing = commands.add_parser("tables", help="write the tables of a document anew")
     writing.add_argument("--document", type=Path, default=Path("RESULTS.md"))
-    writing.add_argument("--results", type=Path, default=Path("results"), help="folder of the files")
-    writing.add_argument("--check", action="store_true", help="write nothing; status 1 if a table differs")
+    writing.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder of the files"
+    )
+    writing.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 if a table differs"
+    )
     drawing = commands.add_parser("figures", help="gap closed by each method, learning curves")
     drawing.add_argument("--results", type=Path, default=Path("results"))
     drawing.add_argument("--out", type=Path, default=Path("docs/figures"))
@@ -107,12 +138,17 @@ def collect(file: Path, folders: Iterable[Path]) -> int:
     found = {row["run"]: row for row in rows}
     summaries = sorted({path for folder in folders for path in folder.rglob("summary.json")})
     if not summaries:
-        raise ValueError(f"{', '.join(map(str, folders))}: no summary.json; test runs with test_3d.py or test_2d.py")
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: no summary.json; test runs with test_3d.py or "
+            "test_2d.py"
+        )
     for path in summaries:
         scored, row = compact(path.parent)
         cases = cases or scored
         if scored != cases:
-            raise ValueError(f"{path}: scored on other cases than the runs of {file}; take another file")
+            raise ValueError(
+                f"{path}: scored on other cases than the runs of {file}; take another file"
+            )
         found[row["run"]] = row
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [{"cases": cases}, *(found[run] for run in sorted(found))]
@@ -137,12 +173,26 @@ def compact(run: Path) -> tuple[list[str], dict]:
     """Names of the cases, and the line of a run folder that was tested."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    missing = {"native", "split", "selected_on_reported", "hd95_definition", "empty_policy"} - summary.keys()
+    missing = {
+        "native",
+        "split",
+        "selected_on_reported",
+        "hd95_definition",
+        "empty_policy",
+    } - summary.keys()
     if missing:
-        raise ValueError(f"{run}: summary.json lacks {', '.join(sorted(missing))}; test the run again")
+        raise ValueError(
+            f"{run}: summary.json lacks {', '.join(sorted(missing))}; test the run again"
+        )
     for key, usual in SCORING.items():
-        if summary.get(key, usual) not in (usual, *((EMPTY_AGREES,) if key == "empty_policy" else ())):
-            raise ValueError(f"{run}: scored with {key} {summary[key]!r}, not {usual!r}; test it without flags again")
+        if summary.get(key, usual) not in (
+            usual,
+            *((EMPTY_AGREES,) if key == "empty_policy" else ()),
+        ):
+            raise ValueError(
+                f"{run}: scored with {key} {summary[key]!r}, not {usual!r}; test it without flags "
+                "again"
+            )
     scores = summary.get("resampled", summary["native"])
     cases = case_scores(run / "metrics.csv")
     counts = scores["counts"]
@@ -150,24 +200,47 @@ def compact(run: Path) -> tuple[list[str], dict]:
     seconds, date = time_of(run)
     curve = [
         [entry["step"] + 1, round(100 * entry["dice"], 2)]
-        for entry in read_log(run / "log.jsonl") if entry["kind"] == "val" and entry["dice"] is not None
-    ]  # fmt: skip
+        for entry in read_log(run / "log.jsonl")
+        if entry["kind"] == "val" and entry["dice"] is not None
+    ]
     row = {
-        "run": "/".join(run.resolve().parts[-4:]), "command": command_of(config),
+        "run": "/".join(run.resolve().parts[-4:]),
+        "command": command_of(config),
         **{key: summary[key] for key in ("dataset", "method", "preset", "teacher", "student")},
         **({"labelled": summary["labelled"]} if "labelled" in summary else {}),
-        **{key: summary[key] for key in ("seed", "tag", "step", "max_steps", "split", "selected_on_reported")},
+        **{
+            key: summary[key]
+            for key in ("seed", "tag", "step", "max_steps", "split", "selected_on_reported")
+        },
         "lr": config["lr"],
-        "parameters": summary["parameters"], "gmacs": round(summary["gmacs"], 4),
-        "hd95": summary["hd95_definition"], "missed": counts["missed"], "spurious": counts["spurious"],
+        "parameters": summary["parameters"],
+        "gmacs": round(summary["gmacs"], 4),
+        "hd95": summary["hd95_definition"],
+        "missed": counts["missed"],
+        "spurious": counts["spurious"],
         "pairs": counts["pairs"],
         "mean": {key: rounded(scores["mean"][key], key) for key in METRICS},
-        **({"penalised": {key: rounded(value, key) for key, value in scores["penalised"]["mean"].items()
-                          if key in METRICS}} if failed else {}),
-        "cases": {key: [rounded(of_case[key], key) for of_case in cases.values()] for key in METRICS},
-        "curve": curve, "device": summary["device"], "threads": summary["threads"], "seconds": seconds,
-        "code": summary["code"], "date": date,
-    }  # fmt: skip
+        **(
+            {
+                "penalised": {
+                    key: rounded(value, key)
+                    for key, value in scores["penalised"]["mean"].items()
+                    if key in METRICS
+                }
+            }
+            if failed
+            else {}
+        ),
+        "cases": {
+            key: [rounded(of_case[key], key) for of_case in cases.values()] for key in METRICS
+        },
+        "curve": curve,
+        "device": summary["device"],
+        "threads": summary["threads"],
+        "seconds": seconds,
+        "code": summary["code"],
+        "date": date,
+    }
     return list(cases), row
 
 
@@ -181,7 +254,9 @@ def case_scores(path: Path) -> dict[str, dict[str, float | None]]:
         rows = [row for row in csv.DictReader(file) if row.get("space", "resampled") == "resampled"]
     if not rows:
         raise ValueError(f"{path}: no rows")
-    columns = {metric: next(name for name in rows[0] if name.startswith(metric)) for metric in METRICS}
+    columns = {
+        metric: next(name for name in rows[0] if name.startswith(metric)) for metric in METRICS
+    }
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         of_case = found.setdefault(row["case"], {metric: [] for metric in METRICS})
@@ -189,16 +264,20 @@ def case_scores(path: Path) -> dict[str, dict[str, float | None]]:
             if row[column] not in ("", "nan"):
                 of_case[metric].append(float(row[column]))
     return {
-        case: {metric: statistics.fmean(values) if values else None for metric, values in of_case.items()}
+        case: {
+            metric: statistics.fmean(values) if values else None
+            for metric, values in of_case.items()
+        }
         for case, of_case in found.items()
     }
 
 
 def time_of(run: Path) -> tuple[int, str]:
-    """Seconds of the training, validation included, and its last day, by its TensorBoard files: one for each start.
+    """Seconds of the training, validation included, and its last day, by its TensorBoard files: one
+    for each start.
 
-    Of a copy without such files, which must have been started once only (--resume writes both files anew): from the
-    writing of its configuration to the last line of its log.
+    Of a copy without such files, which must have been started once only (--resume writes both files
+    anew): from the writing of its configuration to the last line of its log.
     """
     starts = []
     for path in run.glob("events.out.tfevents.*"):
@@ -208,12 +287,15 @@ def time_of(run: Path) -> tuple[int, str]:
         begin, end = ((run / name).stat().st_mtime for name in ("config.yaml", "log.jsonl"))
         if end <= begin:
             raise ValueError(
-                f"{run}: no TensorBoard file says when it was trained, and log.jsonl is no younger than config.yaml; "
+                f"{run}: no TensorBoard file says when it was trained, and log.jsonl is no younger "
+                "than config.yaml; "
                 f"copy run folders with their times (cp -p, tar, rsync -t)"
             )
         starts.append((begin, end))
     last = max(end for _, end in starts)
-    return round(sum(end - begin for begin, end in starts)), datetime.date.fromtimestamp(last).isoformat()
+    return round(sum(end - begin for begin, end in starts)), datetime.date.fromtimestamp(
+        last
+    ).isoformat()
 
 
 def command_of(config: Mapping) -> str:
@@ -240,7 +322,9 @@ def command_of(config: Mapping) -> str:
 
 def flow(value) -> str:
     """A value as YAML in one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+    )
 
 
 # --- tables ---
@@ -249,15 +333,27 @@ def flow(value) -> str:
 def tables(document: Path, results: Path, check: bool) -> int:
     text = document.read_text(encoding="utf-8")
     marker = re.compile(
-        r"(<!-- evidence: (\w+) (\w+)((?: \w+)*) -->\n)((?:(?!<!-- evidence:).)*?)(?=<!-- end -->)", re.S
+        r"(<!-- evidence: (\w+) (\w+)((?: \w+)*) -->\n)((?:(?!<!-- evidence:).)*?)(?=<!-- end -->)",
+        re.S,
     )
     if text.count("<!-- evidence:") != len(marker.findall(text)):
-        raise ValueError(f"{document}: a line '<!-- evidence: FILE TABLE ARGUMENTS -->' is misspelt or has no end")
-    written = marker.sub(lambda m: m[1] + make_table(results / f"{m[2]}.jsonl", m[3], m[4].split()), text)
+        raise ValueError(
+            f"{document}: a line '<!-- evidence: FILE TABLE ARGUMENTS -->' is misspelt or has no "
+            "end"
+        )
+    written = marker.sub(
+        lambda m: m[1] + make_table(results / f"{m[2]}.jsonl", m[3], m[4].split()), text
+    )
     if check:
-        differs = [m[0].split("\n")[0] for m, n in zip(marker.finditer(text), marker.finditer(written)) if m[0] != n[0]]
+        differs = [
+            m[0].split("\n")[0]
+            for m, n in zip(marker.finditer(text), marker.finditer(written))
+            if m[0] != n[0]
+        ]
         for line in differs:
-            print(f"{document}: {line}: not what results/ gives; run: python tools/evidence.py tables")
+            print(
+                f"{document}: {line}: not what results/ gives; run: python tools/evidence.py tables"
+            )
         return 1 if differs else 0
     document.write_text(written, encoding="utf-8")
     print(f"{len(marker.findall(text))} tables in {document}")
@@ -275,7 +371,9 @@ def make_table(file: Path, name: str, arguments: Sequence[str]) -> str:
 
 
 def footer(rows: Rows, cases: int | None) -> list[str]:
-    """Of what and when the rows of a table are. cases: on how many it scores; None for scores in training."""
+    """Of what and when the rows of a table are. cases: on how many it scores; None for scores in
+    training.
+    """
     rows = list({row["run"]: row for row in rows}.values())
     if not rows:
         return ["No run yet."]
@@ -286,20 +384,30 @@ def footer(rows: Rows, cases: int | None) -> list[str]:
     text = (
         f"{len(rows)} training{'s' * (len(rows) > 1)} of {minutes:.0f} minutes together, "
         + (f"{of}tested on {' and '.join(sorted(set(gpus)))}, " if gpus else "")
-        + (f"{cases} {'/'.join(sorted({row['split'] for row in rows}))} cases; " if cases is not None else "")
-        + f"{' to '.join(dates[:1] + dates[1:][-1:])}; commit {', '.join(sorted({row['code'] for row in rows}))}."
+        + (
+            f"{cases} {'/'.join(sorted({row['split'] for row in rows}))} cases; "
+            if cases is not None
+            else ""
+        )
+        + f"{' to '.join(dates[:1] + dates[1:][-1:])}; "
+        f"commit {', '.join(sorted({row['code'] for row in rows}))}."
     )
     if cases is None:
         return [text]
     if any(row["selected_on_reported"] for row in rows):
         text += " best.pt was selected on these same cases."
     if any("penalised" in row for row in rows):
-        text += " *: distances with a missed or wrongly predicted structure as the diagonal; compare runs by these."
+        text += (
+            " *: distances with a missed or wrongly predicted structure as the diagonal; compare "
+            "runs by these."
+        )
     return [text]
 
 
 class Results:
-    """The runs of a file by cell. Of runs that differ in the learning rate only, a cell has the best on validation."""
+    """The runs of a file by cell. Of runs that differ in the learning rate only, a cell has the
+    best on validation.
+    """
 
     def __init__(self, cases: Sequence[str], rows: Rows) -> None:
         self.cases, self.rows, self.patient = cases, rows, patient_function("")
@@ -307,28 +415,36 @@ class Results:
         for row in rows:
             same = self.rates.setdefault(identity(row), {})
             if row["lr"] in same:
-                raise ValueError(f"{row['run']}, {same[row['lr']]['run']}: the same training twice; keep one of them")
+                raise ValueError(
+                    f"{row['run']}, {same[row['lr']]['run']}: the same training twice; keep one of "
+                    "them"
+                )
             same[row["lr"]] = row
 
     def rate(self, row: Mapping) -> float:
-        """The learning rate of the runs like this one that did best on validation in the course of training.
+        """The learning rate of the runs like this one that did best on validation in the course of
+        training.
 
-        Only seed 0 is run with several; all else of a method (seeds, teachers, students, parts) is run with its best.
+        Only seed 0 is run with several; all else of a method (seeds, teachers, students, parts) is
+        run with its best.
         """
         return max(self.rates[identity(row)].values(), key=best_validation)["lr"]
 
     def cell(self, *, variant: str = "", **values) -> list[dict]:
         """Runs with these values, of all seeds. variant: what the tag says beside the recipe."""
         found = [
-            row for row in self.rows
-            if variant_of(row) == variant and all(row.get(key) == value for key, value in values.items())
+            row
+            for row in self.rows
+            if variant_of(row) == variant
+            and all(row.get(key) == value for key, value in values.items())
             and row["lr"] == self.rate(row)
-        ]  # fmt: skip
+        ]
         recipes = {(row["max_steps"], row["lr"], recipe_of(row)) for row in found}
         if len(recipes) > 1 or len({row["seed"] for row in found}) < len(found):
             runs = ", ".join(row["run"] for row in found)
             raise ValueError(
-                f"{runs}: one cell, but of different lengths, rates or recipes, or with one seed twice; keep one of "
+                f"{runs}: one cell, but of different lengths, rates or recipes, or with one seed "
+                "twice; keep one of "
                 f"each, others in a file of their own"
             )
         return found
@@ -337,42 +453,57 @@ class Results:
         return self.cell(method="supervised", student=network)
 
     def by_patient(self, rows: Rows, metric: str) -> dict[str, float | None]:
-        """Score of every patient: the mean over the seeds and over the patient's cases, which are no sample of two."""
+        """Score of every patient: the mean over the seeds and over the patient's cases, which are
+        no sample of two.
+        """
         of_case = average_seeds([dict(zip(self.cases, row["cases"][metric])) for row in rows])
         patients: dict[str, list[float | None]] = {}
         for case, value in of_case.items():
             patients.setdefault(self.patient(case), []).append(value)
         return {
-            patient: None if None in values else statistics.fmean(values) for patient, values in patients.items()
+            patient: None if None in values else statistics.fmean(values)
+            for patient, values in patients.items()
         }
 
     def compared(self, reference: Rows, others: Mapping[str, Rows]) -> dict[str, dict]:
-        """Paired comparison of the Dice of each with a reference, over the seeds that both have; Holm over all."""
+        """Paired comparison of the Dice of each with a reference, over the seeds that both have;
+        Holm over all.
+        """
         pairs = {}
         for name, rows in others.items():
             seeds = {row["seed"] for row in rows} & {row["seed"] for row in reference}
             if seeds:
-                sides = ([row for row in side if row["seed"] in seeds] for side in (reference, rows))
-                scores = dict(zip(("reference", name), (self.by_patient(side, "dice") for side in sides)))
+                sides = (
+                    [row for row in side if row["seed"] in seeds] for side in (reference, rows)
+                )
+                scores = dict(
+                    zip(("reference", name), (self.by_patient(side, "dice") for side in sides))
+                )
                 pairs[name] = paired_comparison(scores, "reference")[0]
         for row, corrected in zip(pairs.values(), holm([row["p"] for row in pairs.values()])):
-            # Where so few patients cannot reach 0.05 whatever they say, a p value would only look like an answer.
+            # Where so few patients cannot reach 0.05 whatever they say, a p value would only look
+            # like an answer.
             possible = (row["least_p"] or 1.0) * len(pairs) <= 0.05
             row["p_holm"] = corrected if possible else None
         return pairs
 
 
-# What a tag says of the recipe of its table: steps, first width, learning rate, own rate of a method, clipping, warm-up
+# What a tag says of the recipe of its table: steps, first width, learning rate, own rate of a
+# method, clipping, warm-up
 RECIPE = r"s\d+|w\d+|lr[\d.]+|own|clip|warmup"
 
 
 def variant_of(row: Mapping) -> str:
-    """What a tag says beside the recipe: '' of s600-w4-lr0.05-own-warmup, afd of s600-lr0.05-afd."""
+    """What a tag says beside the recipe: '' of s600-w4-lr0.05-own-warmup, afd of
+    s600-lr0.05-afd.
+    """
     return "-".join(word for word in row["tag"].split("-") if not re.fullmatch(RECIPE, word))
 
 
 def recipe_of(row: Mapping) -> tuple[str, ...]:
-    """Width, own rate and warm-up, by the tag. Clipping is what keeps a method from diverging, and no other recipe."""
+    """Width, own rate and warm-up, by the tag. Clipping is what keeps a method from diverging, and
+    no other recipe.
+    """
     return tuple(word for word in row["tag"].split("-") if re.fullmatch(r"w\d+|own|warmup", word))
 
 
@@ -392,7 +523,9 @@ def mean(rows: Rows, metric: str) -> float | None:
 
 
 def shown(rows: Rows, metric: str) -> str:
-    """83.61 ± 0.12, 83.61 of one run, 1.73 (2.10*) with the penalised mean, '-' if undefined, or 'not run'."""
+    """83.61 ± 0.12, 83.61 of one run, 1.73 (2.10*) with the penalised mean, '-' if undefined, or
+    'not run'.
+    """
     if not rows:
         return "not run"
     average = mean(rows, metric)
@@ -400,7 +533,9 @@ def shown(rows: Rows, metric: str) -> str:
     if len(rows) > 1 and average is not None:
         text += f" ± {statistics.pstdev(row['mean'][metric] for row in rows):.2f}"
     if metric in ("hd95", "asd") and any("penalised" in row for row in rows):
-        text += f" ({statistics.fmean(row.get('penalised', row['mean'])[metric] for row in rows):.2f}*)"
+        text += (
+            f" ({statistics.fmean(row.get('penalised', row['mean'])[metric] for row in rows):.2f}*)"
+        )
     return text
 
 
@@ -445,48 +580,83 @@ def alone_table(results: Results) -> tuple[list[str], list[list[str]], list[dict
         size = [f"{rows[0]['parameters']:,}", f"{rows[0]['gmacs']:.2f}"] if rows else ["-", "-"]
         published = [f"{figures_[data]['alone'][network][0]:.2f}" for data in ("btcv", "word")]
         scores = [shown(rows, metric) for metric in ("dice", "hd95", "asd")]
-        body.append([name, *size, str(rows[0]["max_steps"]) if rows else "-", str(len(rows)), *scores, *published])
+        body.append(
+            [
+                name,
+                *size,
+                str(rows[0]["max_steps"]) if rows else "-",
+                str(len(rows)),
+                *scores,
+                *published,
+            ]
+        )
     header = ["network", "parameters", "GMACs", "steps", "runs", "Dice", "HD95", "ASD"]
     return [*header, "published Dice: BTCV", "WORD"], body, used
 
 
-def methods_table(results: Results, teacher: str, which: str = "") -> tuple[list[str], list[list[str]], list[dict]]:
-    """The U-Net under every method and one teacher. which: 'run' leaves out the methods that were not."""
+def methods_table(
+    results: Results, teacher: str, which: str = ""
+) -> tuple[list[str], list[list[str]], list[dict]]:
+    """The U-Net under every method and one teacher. which: 'run' leaves out the methods that were
+    not.
+    """
     if which not in ("", "run"):
         raise ValueError(f"methods: {which!r} is neither 'run' nor left out")
     found = {
         method: results.cell(method=method, student="unet", teacher=teacher, preset="clean")
         for method in (*RIVALS, "acf_bckd")
-    }  # fmt: skip
-    weaker = results.cell(method="acf_bckd", student="unet", teacher=teacher, preset="clean", variant=WEAKER)
+    }
+    weaker = results.cell(
+        method="acf_bckd", student="unet", teacher=teacher, preset="clean", variant=WEAKER
+    )
     if weaker:
         found["acf_bckd " + WEAKER] = weaker
     alone, above = results.alone("unet"), results.alone(teacher)
     run = {method: rows for method, rows in found.items() if rows}
     tested = results.compared(alone, run)
-    # Ranked by what a method adds to the student alone with the same seeds: means of other seeds do not compare.
+    # Ranked by what a method adds to the student alone with the same seeds: means of other seeds do
+    # not compare.
     if all(method in tested for method in run):
         order = sorted(run, key=lambda method: -tested[method]["difference"])
     else:
         order = sorted(run, key=lambda method: -mean(run[method], "dice"))
-    rivals = results.compared(found["acf_bckd"], {method: rows for method, rows in run.items() if method != "acf_bckd"})
+    rivals = results.compared(
+        found["acf_bckd"], {method: rows for method, rows in run.items() if method != "acf_bckd"}
+    )
     own = [shown(alone, metric) for metric in ("dice", "hd95", "asd")]
     body = [["none", str(len(alone)), *own, *["-"] * 8]]
     for method, rows in (run if which == "run" else found).items():
         row = tested.get(method)
         same = same_seeds(alone, rows)
         figures_ = [published_gap(data, method, teacher) for data in ("btcv", "word", "brats21")]
-        body.append([
-            title(method), str(len(rows)), *(shown(rows, metric) for metric in ("dice", "hd95", "asd")),
-            str(order.index(method) + 1) if rows else "-",
-            percent(gap_closed(mean(rows, "dice"), mean(same, "dice"), mean(above, "dice"))), change(row),
-            shown_p(row and row["p_holm"]), shown_p(rivals.get(method) and rivals[method]["p_holm"]),
-            *map(percent, figures_),
-        ])  # fmt: skip
+        body.append(
+            [
+                title(method),
+                str(len(rows)),
+                *(shown(rows, metric) for metric in ("dice", "hd95", "asd")),
+                str(order.index(method) + 1) if rows else "-",
+                percent(gap_closed(mean(rows, "dice"), mean(same, "dice"), mean(above, "dice"))),
+                change(row),
+                shown_p(row and row["p_holm"]),
+                shown_p(rivals.get(method) and rivals[method]["p_holm"]),
+                *map(percent, figures_),
+            ]
+        )
     header = [
-        "method", "runs", "Dice", "HD95", "ASD", "rank", "gap closed", "Dice above the student alone", "p",
-        "p against ACF-BCKD", "published gap closed: BTCV", "WORD", "BraTS",
-    ]  # fmt: skip
+        "method",
+        "runs",
+        "Dice",
+        "HD95",
+        "ASD",
+        "rank",
+        "gap closed",
+        "Dice above the student alone",
+        "p",
+        "p against ACF-BCKD",
+        "published gap closed: BTCV",
+        "WORD",
+        "BraTS",
+    ]
     return header, body, [*above, *alone, *(row for rows in found.values() for row in rows)]
 
 
@@ -496,7 +666,9 @@ def same_seeds(alone: Rows, rows: Rows) -> Rows:
 
 
 def change(row: Mapping | None, sign: int = 1) -> str:
-    """+1.20 [+0.80, +1.60]: a difference of means with its interval, which fewer than six patients do not give."""
+    """+1.20 [+0.80, +1.60]: a difference of means with its interval, which fewer than six patients
+    do not give.
+    """
     if row is None or row["difference"] is None:
         return "-"
     text = f"{sign * row['difference']:+.2f}"
@@ -515,22 +687,33 @@ def published_gap(dataset: str, method: str, teacher: str, student: str = "unet"
 
 
 def rates_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
-    """Best validation Dice of every method at each learning rate that was tried with seed 0, the best in bold."""
+    """Best validation Dice of every method at each learning rate that was tried with seed 0, the
+    best in bold.
+    """
     tried = [list(rows.values()) for rows in results.rates.values() if len(rows) > 1]
     rates = sorted({row["lr"] for rows in tried for row in rows})
     body = []
     for rows in tried:
         if rows[0]["seed"] or variant_of(rows[0]):
-            raise ValueError(f"{rows[0]['run']}: several rates of a cell that is none of seed 0 and the whole method")
+            raise ValueError(
+                f"{rows[0]['run']}: several rates of a cell that is none of seed 0 and the whole "
+                "method"
+            )
         at, chosen = {row["lr"]: best_validation(row) for row in rows}, results.rate(rows[0])
         cells = [f"{at[rate]:.2f}" if rate in at else "-" for rate in rates]
         marked = [f"**{cell}**" if rate == chosen else cell for rate, cell in zip(rates, cells)]
         body.append([title(rows[0]["method"]), *marked])
-    return ["method", *(f"rate {rate:g}" for rate in rates)], body, [row for rows in tried for row in rows]
+    return (
+        ["method", *(f"rate {rate:g}" for rate in rates)],
+        body,
+        [row for rows in tried for row in rows],
+    )
 
 
 def students_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
-    """The other students: alone, under ACF-BCKD, KD and the two rivals that do best with U-Net and ResU-Net."""
+    """The other students: alone, under ACF-BCKD, KD and the two rivals that do best with U-Net and
+    ResU-Net.
+    """
     body, used = [], []
     for student in list(STUDENTS)[1:]:
         alone = results.alone(student)
@@ -548,11 +731,20 @@ def students_table(results: Results) -> tuple[list[str], list[list[str]], list[d
                 cells += [together(rows, ("dice", "hd95", "asd")), percent(gap)]
             published = published_gap("btcv", method, "resunet", student)
             body.append([STUDENTS[student], size, title(method), *cells, percent(published)])
-    header = ["student", "parameters", "method", "T1: Dice / HD95 / ASD", "gap closed", "T2: Dice / HD95 / ASD"]
+    header = [
+        "student",
+        "parameters",
+        "method",
+        "T1: Dice / HD95 / ASD",
+        "gap closed",
+        "T2: Dice / HD95 / ASD",
+    ]
     return [*header, "gap closed", "published on BTCV, T1"], body, used
 
 
-def parts_table(results: Results, teacher: str, student: str = "unet") -> tuple[list[str], list[list[str]], list[dict]]:
+def parts_table(
+    results: Results, teacher: str, student: str = "unet"
+) -> tuple[list[str], list[list[str]], list[dict]]:
     """ACF-BCKD with parts of its terms, of the seeds that all parts were run with.
 
     With another student than the U-Net: single terms, all but SBD, a tenth of SBD.
@@ -564,24 +756,46 @@ def parts_table(results: Results, teacher: str, student: str = "unet") -> tuple[
     weaker = {WEAKER: terms[:2]} | ({} if student == "unet" else {"sbd0.1": terms[3:]})
     cells = {"": results.alone(student)} | {
         variant: results.cell(
-            method="acf_bckd", student=student, teacher=teacher, preset="clean",
+            method="acf_bckd",
+            student=student,
+            teacher=teacher,
+            preset="clean",
             variant="" if variant == "all" else variant,
-        ) for variant in (*list(kept)[1:], *weaker, "all")
-    }  # fmt: skip
+        )
+        for variant in (*list(kept)[1:], *weaker, "all")
+    }
     run = [{row["seed"] for row in rows} for rows in cells.values() if rows]
     seeds = set.intersection(*run) if run else set()
     if run and not seeds:
-        raise ValueError(f"parts of ACF-BCKD with {student} under {teacher}: no seed that all were run with")
-    cells = {variant: [row for row in rows if row["seed"] in seeds] for variant, rows in cells.items()}
+        raise ValueError(
+            f"parts of ACF-BCKD with {student} under {teacher}: no seed that all were run with"
+        )
+    cells = {
+        variant: [row for row in rows if row["seed"] in seeds] for variant, rows in cells.items()
+    }
     alone = cells[""]
     body, used = [], []
     for variant, rows in cells.items():
         used += rows
-        change = f"{mean(rows, 'dice') - mean(alone, 'dice'):+.2f}" if rows and alone and variant else "-"
-        marks = ["weaker" if term in weaker.get(variant, ()) else "x" if term in kept.get(variant, terms) else ""
-                 for term in terms]  # fmt: skip
+        change = (
+            f"{mean(rows, 'dice') - mean(alone, 'dice'):+.2f}"
+            if rows and alone and variant
+            else "-"
+        )
+        marks = [
+            "weaker"
+            if term in weaker.get(variant, ())
+            else "x"
+            if term in kept.get(variant, terms)
+            else ""
+            for term in terms
+        ]
         body.append([*marks, *(shown(rows, metric) for metric in ("dice", "hd95", "asd")), change])
-    return ["AFD", "CFD", "HBD", "SBD", "Dice", "HD95", "ASD", "above the student alone"], body, used
+    return (
+        ["AFD", "CFD", "HBD", "SBD", "Dice", "HD95", "ASD", "above the student alone"],
+        body,
+        used,
+    )
 
 
 def presets_table(results: Results) -> tuple[list[str], list[list[str]], list[dict]]:
@@ -600,8 +814,13 @@ def presets_table(results: Results) -> tuple[list[str], list[list[str]], list[di
         released = results.cell(preset="as_released", **values)
         of = TEACHERS[values["teacher"]] if values["teacher"] else f"{values['labelled']} labelled"
         variants = {""}
-        if not values["teacher"] and values["method"] != "crkd":  # the variants of these have tables of their own
-            alike = (row for row in results.rows if row["preset"] == "clean" and values.items() <= row.items())
+        # the variants of these have tables of their own
+        if not values["teacher"] and values["method"] != "crkd":
+            alike = (
+                row
+                for row in results.rows
+                if row["preset"] == "clean" and values.items() <= row.items()
+            )
             variants |= {variant_of(row) for row in alike}
         for variant in sorted(variants):
             clean = results.cell(preset="clean", variant=variant, **values)
@@ -609,29 +828,60 @@ def presets_table(results: Results) -> tuple[list[str], list[list[str]], list[di
             used += clean if variant else [*clean, *released]
             pairs = [together(rows, ("dice", "hd95")) for rows in (clean, released)]
             name = title(values["method"])
-            body.append([f"{name}, {variant}", of, pairs[0], "-"] if variant else [name, of, *pairs])
-    return ["method", "teacher or labels", "clean: Dice / HD95", "as_released: Dice / HD95"], body, used
+            body.append(
+                [f"{name}, {variant}", of, pairs[0], "-"] if variant else [name, of, *pairs]
+            )
+    return (
+        ["method", "teacher or labels", "clean: Dice / HD95", "as_released: Dice / HD95"],
+        body,
+        used,
+    )
 
 
-def few_labels_table(results: Results, published: str, labelled: str) -> tuple[list[str], list[list[str]], list[dict]]:
+def few_labels_table(
+    results: Results, published: str, labelled: str
+) -> tuple[list[str], list[list[str]], list[dict]]:
     """Every few-label method. published: the data set of the published figures."""
     count = int(labelled)
-    methods = [name for name in METHODS if published == "la" or name not in ("lefed", "mlrpl")]  # 3D only
+    # 3D only
+    methods = [name for name in METHODS if published == "la" or name not in ("lefed", "mlrpl")]
     found = {name: results.cell(method=name, preset="clean", labelled=count) for name in methods}
     run = {name: rows for name, rows in found.items() if rows}
-    tested = results.compared(found["crkd"], {name: rows for name, rows in run.items() if name != "crkd"})
+    tested = results.compared(
+        found["crkd"], {name: rows for name, rows in run.items() if name != "crkd"}
+    )
     order = sorted(run, key=lambda name: -mean(run[name], "dice"))
     figures_ = yaml.safe_load(PUBLISHED_SSL.read_text(encoding="utf-8"))[published][count]
     body = []
     for name, rows in found.items():
         row = tested.get(name)
-        body.append([
-            title(name), str(len(rows)), *(shown(rows, metric) for metric in METRICS),
-            str(order.index(name) + 1) if rows else "-", change(row, -1), shown_p(row and row["p_holm"]),
-            " / ".join(f"{value:.2f}" for value in figures_[name]) if name in figures_ else "-",
-        ])  # fmt: skip
-    header = ["method", "runs", "Dice", "Jaccard", "HD95", "ASD", "rank", "Dice of CRKD above it", "p"]
-    return [*header, "published: Dice / Jaccard / HD95 / ASD"], body, [row for rows in found.values() for row in rows]
+        body.append(
+            [
+                title(name),
+                str(len(rows)),
+                *(shown(rows, metric) for metric in METRICS),
+                str(order.index(name) + 1) if rows else "-",
+                change(row, -1),
+                shown_p(row and row["p_holm"]),
+                " / ".join(f"{value:.2f}" for value in figures_[name]) if name in figures_ else "-",
+            ]
+        )
+    header = [
+        "method",
+        "runs",
+        "Dice",
+        "Jaccard",
+        "HD95",
+        "ASD",
+        "rank",
+        "Dice of CRKD above it",
+        "p",
+    ]
+    return (
+        [*header, "published: Dice / Jaccard / HD95 / ASD"],
+        body,
+        [row for rows in found.values() for row in rows],
+    )
 
 
 def trials_table(results: Results, labelled: str) -> tuple[list[str], list[list[str]], list[dict]]:
@@ -641,20 +891,32 @@ def trials_table(results: Results, labelled: str) -> tuple[list[str], list[list[
     trials = {"labels alone": alone} | {
         name: results.cell(method="crkd", preset="clean", labelled=count, seed=0, variant=tag)
         for tag, name in TRIALS.items()
-    }  # fmt: skip
+    }
     body = []
     for name, rows in trials.items():
         curve = " / ".join(f"{dice:.1f}" for _, dice in rows[0]["curve"]) if rows else "-"
         body.append([name, *(shown(rows, metric) for metric in ("dice", "hd95", "asd")), curve])
     steps = next((rows[0]["curve"] for rows in trials.values() if rows), [])
-    header = ["trial", "Dice", "HD95", "ASD", f"Dice after {' / '.join(str(step) for step, _ in steps)} steps"]
+    header = [
+        "trial",
+        "Dice",
+        "HD95",
+        "ASD",
+        f"Dice after {' / '.join(str(step) for step, _ in steps)} steps",
+    ]
     return header, body, [row for rows in trials.values() for row in rows]
 
 
 TABLES = {
-    "alone": alone_table, "methods": methods_table, "students": students_table, "parts": parts_table,
-    "presets": presets_table, "rates": rates_table, "few_labels": few_labels_table, "trials": trials_table,
-}  # fmt: skip
+    "alone": alone_table,
+    "methods": methods_table,
+    "students": students_table,
+    "parts": parts_table,
+    "presets": presets_table,
+    "rates": rates_table,
+    "few_labels": few_labels_table,
+    "trials": trials_table,
+}
 
 
 # --- figures ---
@@ -673,16 +935,21 @@ def figures(results: Path, out: Path) -> int:
 
 
 def panels(results: Results, height: float) -> tuple[Figure, list[tuple]]:
-    """A figure, and (axes, teacher, its name) for each teacher under which a method was run; one at least."""
+    """A figure, and (axes, teacher, its name) for each teacher under which a method was run; one at
+    least.
+    """
     taught = {row["teacher"] for row in results.rows}
-    shown_ = {key: name for key, name in TEACHERS.items() if key in taught} or dict([next(iter(TEACHERS.items()))])
+    shown_ = {key: name for key, name in TEACHERS.items() if key in taught} or dict(
+        [next(iter(TEACHERS.items()))]
+    )
     figure = Figure(figsize=(1.5 + 4 * len(shown_), height), layout="constrained")
     axes = figure.subplots(1, len(shown_), sharey=True, squeeze=False)[0]
     return figure, [(each, *teacher) for each, teacher in zip(axes, shown_.items())]
 
 
 def gap_figure(results: Results) -> Figure:
-    """Share of the gap between student and teacher that each method closes, ours beside the published.
+    """Share of the gap between student and teacher that each method closes, ours beside the
+    published.
 
     A mark is a seed, compared with the student alone of the same seed.
     """
@@ -693,22 +960,42 @@ def gap_figure(results: Results) -> Figure:
         cells = {
             method: results.cell(method=method, student="unet", teacher=teacher, preset="clean")
             for method in (*RIVALS, "acf_bckd")
-        }  # fmt: skip
-        weaker = results.cell(method="acf_bckd", student="unet", teacher=teacher, preset="clean", variant=WEAKER)
+        }
+        weaker = results.cell(
+            method="acf_bckd", student="unet", teacher=teacher, preset="clean", variant=WEAKER
+        )
         methods = {**cells, **({"acf_bckd " + WEAKER: weaker} if weaker else {})}
         for place, (method, rows) in enumerate(methods.items()):
             gap = gap_closed(mean(rows, "dice"), mean(same_seeds(alone, rows), "dice"), above)
             if gap is not None:
                 axes.barh(place + 0.2, gap, 0.36, color=COLOURS[0])
-                of_seeds = [gap_closed(mean([r], "dice"), mean(same_seeds(alone, [r]), "dice"), above) for r in rows]
+                of_seeds = [
+                    gap_closed(mean([r], "dice"), mean(same_seeds(alone, [r]), "dice"), above)
+                    for r in rows
+                ]
                 axes.plot(of_seeds, [place + 0.2] * len(rows), "|", color="black", markersize=7)
                 if gap < low:
-                    axes.text(low + 2, place + 0.2, percent(gap), color="white", va="center", size=7)
+                    axes.text(
+                        low + 2, place + 0.2, percent(gap), color="white", va="center", size=7
+                    )
             if (published := published_gap("btcv", method, teacher)) is not None:
-                axes.barh(place - 0.2, published, 0.36, color=COLOURS[4], hatch="///", edgecolor="white", linewidth=0)
+                axes.barh(
+                    place - 0.2,
+                    published,
+                    0.36,
+                    color=COLOURS[4],
+                    hatch="///",
+                    edgecolor="white",
+                    linewidth=0,
+                )
         axes.barh(0, 0, color=COLOURS[0], label="hippocampus MRI, here")
         axes.barh(0, 0, color=COLOURS[4], hatch="///", edgecolor="white", label="BTCV, published")
-        axes.set(title=f"teacher {name}", xlabel="gap closed (%)", xlim=(low, high), ylim=(-0.6, len(methods) - 0.4))
+        axes.set(
+            title=f"teacher {name}",
+            xlabel="gap closed (%)",
+            xlim=(low, high),
+            ylim=(-0.6, len(methods) - 0.4),
+        )
         axes.set_yticks(range(len(methods)), [title(method) for method in methods])
         axes.axvline(0, color="black", linewidth=0.8)
         axes.axvline(100, color="black", linewidth=0.8, linestyle=":")
@@ -717,7 +1004,8 @@ def gap_figure(results: Results) -> Figure:
 
 
 def curves_figure(results: Results) -> Figure:
-    """Validation Dice in the course of training: every method with each teacher, means over the seeds.
+    """Validation Dice in the course of training: every method with each teacher, means over the
+    seeds.
 
     The student alone has the seeds that any method of the panel has.
     """
@@ -725,7 +1013,9 @@ def curves_figure(results: Results) -> Figure:
     ends = []
     for axes, teacher, name in found:
         cells = {
-            title(method): results.cell(method=method, student="unet", teacher=teacher, preset="clean")
+            title(method): results.cell(
+                method=method, student="unet", teacher=teacher, preset="clean"
+            )
             for method in (*RIVALS, "acf_bckd")
         }
         alone = same_seeds(results.alone("unet"), [row for rows in cells.values() for row in rows])
@@ -737,8 +1027,16 @@ def curves_figure(results: Results) -> Figure:
             values = [statistics.fmean(at[step]) for step in sorted(at)]
             if values:
                 ends.append(values[-1])
-                axes.plot(sorted(at), values, color="black" if not index else colour(index - 1), linestyle=dash(index),
-                          marker="o", markersize=3, linewidth=1.5, label=label)  # fmt: skip
+                axes.plot(
+                    sorted(at),
+                    values,
+                    color="black" if not index else colour(index - 1),
+                    linestyle=dash(index),
+                    marker="o",
+                    markersize=3,
+                    linewidth=1.5,
+                    label=label,
+                )
         axes.set(title=f"teacher {name}", xlabel="step", ylabel="validation Dice (%)")
         axes.grid(linewidth=0.4)
         axes.legend(fontsize=7, ncols=2, loc="lower right")

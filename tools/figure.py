@@ -1,7 +1,10 @@
-"""A picture of tested runs: image, ground truth and each run's prediction side by side, on one slice of one case.
+r"""A picture of tested runs: image, ground truth and each run's prediction side by side, on one
+slice of one case.
 
-    python tools/figure.py runs/btcv/supervised/unet/seed0 runs/btcv/acf_bckd/resunet-unet/seed0 --out comparison.png
-    python tools/figure.py runs/acdc/supervised/unet2d-3/seed0 runs/acdc/crkd/unet2d-3/seed0 --out few_labels.png
+    python tools/figure.py runs/btcv/supervised/unet/seed0 runs/btcv/acf_bckd/resunet-unet/seed0 \
+        --out comparison.png
+    python tools/figure.py runs/acdc/supervised/unet2d-3/seed0 runs/acdc/crkd/unet2d-3/seed0 \
+        --out few_labels.png
 
 Reads the predictions that test_3d.py or test_2d.py wrote, on the grid of the original files.
 """
@@ -30,20 +33,33 @@ from utils.checkpoint import CheckpointError, load_checkpoint
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders tested with best.pt")
     parser.add_argument("--case", help="name of the case; default: the first one")
     parser.add_argument(
-        "--slice", type=int, help="index along the last axis, NIfTI from below; default: the one with the most classes"
-    )  # fmt: skip
+        "--slice",
+        type=int,
+        help="index along the last axis, NIfTI from below; default: the one with the most classes",
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in args.runs]
+    summaries = [
+        json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in args.runs
+    ]
     checkpoint = load_checkpoint(args.runs[0] / "best.pt")
     case = args.case or checkpoint["cases"][summaries[0]["split"].split("+")[0]][0]
     views = views_of(checkpoint, [run / "predictions" for run in args.runs], case, args.slice)
     scores = [f"{title(s)}\nDice {100 * d:.1f} %" for s, d in zip(summaries, views.dice)]
-    save(views.pictures, ["image", "ground truth", *scores], views.aspect, views.present, views.names, args.out)
+    save(
+        views.pictures,
+        ["image", "ground truth", *scores],
+        views.aspect,
+        views.present,
+        views.names,
+        args.out,
+    )
     print(f"picture of {case}{views.place}: {args.out}")
     return 0
 
@@ -60,8 +76,9 @@ class Views(NamedTuple):
 
 
 def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None = None) -> Views:
-    """The case `name` as the folders of predictions have it, on the grid of the original files; z: None for the slice
-    with the most classes. DataError or OSError for what is not there."""
+    """The case `name` as the folders of predictions have it, on the grid of the original files; z:
+    None for the slice with the most classes. DataError or OSError for what is not there.
+    """
     if checkpoint["kind"].endswith("-semi"):
         return _few_labels(checkpoint, folders, name, z)
     dataset = build_dataset(**checkpoint["dataset"])
@@ -73,19 +90,26 @@ def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None
     for folder in folders:
         stored, _ = read_volume(folder / f"{name}.nii.gz")
         volumes.append(dataset.encode_label(stored[None]) if dataset.multilabel else stored)
-    scores = [class_dice(volume, label, dataset.num_classes, dataset.multilabel) for volume in volumes[1:]]
+    scores = [
+        class_dice(volume, label, dataset.num_classes, dataset.multilabel) for volume in volumes[1:]
+    ]
     shown = [figures.regions_to_ids(v) if v.ndim == 4 else v for v in volumes]
     grey, *shown = (_to_ras(volume, affine) for volume in (image[0], *shown))
     z = figures.fullest_slice(shown[0]) if z is None else z
     if dataset.intensity == "window":
         grey = np.clip(grey, *dataset.window)
     ids = [volume[..., z] for volume in shown]
-    pictures = [figures.overlay(grey[..., z], label, len(names) + 1) for label in (np.zeros_like(ids[0]), *ids)]
+    pictures = [
+        figures.overlay(grey[..., z], label, len(names) + 1)
+        for label in (np.zeros_like(ids[0]), *ids)
+    ]
     return Views(pictures, _means(scores), _aspect(affine), _present(ids), names, f", slice {z}")
 
 
 def _few_labels(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None) -> Views:
-    """The same for runs of train_2d_crkd.py and train_3d_crkd.py: volumes without geometry, or photographs."""
+    """The same for runs of train_2d_crkd.py and train_3d_crkd.py: volumes without geometry, or
+    photographs.
+    """
     dataset = build_semi_dataset(**checkpoint["dataset"])
     volume = dataset.read_volume(dataset.find([name])[0])
     image, label, classes = volume["image"], volume["label"][0], dataset.num_classes
@@ -114,12 +138,20 @@ def _present(ids: list[np.ndarray]) -> list[int]:
 
 
 def save(
-    pictures: list[np.ndarray], titles: list[str], aspect: float, present: list[int], names: list[str], out: Path
+    pictures: list[np.ndarray],
+    titles: list[str],
+    aspect: float,
+    present: list[int],
+    names: list[str],
+    out: Path,
 ) -> None:
-    """Write pictures (H, W, 3) in a row under their titles, with a legend of the classes `present`."""
+    """Write pictures (H, W, 3) in a row under their titles, with a legend of the classes
+    `present`.
+    """
     plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
     count = len(pictures)
-    height = 3.2 * aspect * pictures[0].shape[0] / pictures[0].shape[1] + 1.1  # inches; the rest is titles and legend
+    # inches; the rest is titles and legend
+    height = 3.2 * aspect * pictures[0].shape[0] / pictures[0].shape[1] + 1.1
     fig, axes = plt.subplots(1, count, figsize=(3.2 * count, height), layout="constrained")
     for ax, picture, text in zip(np.atleast_1d(axes), pictures, titles):
         ax.imshow(picture, aspect=aspect)
@@ -128,21 +160,27 @@ def save(
     colours = figures.palette(len(names) + 1)
     handles = [matplotlib.patches.Patch(color=colours[k], label=names[k - 1]) for k in present]
     columns = max(1, min(len(handles), 7))
-    fig.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(out, dpi=130)
     plt.close(fig)
 
 
 def _to_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    return nib.as_closest_canonical(nib.Nifti1Image(volume.astype(np.float32), affine)).get_fdata().astype(
-        volume.dtype
+    return (
+        nib.as_closest_canonical(nib.Nifti1Image(volume.astype(np.float32), affine))
+        .get_fdata()
+        .astype(volume.dtype)
     )
 
 
 def _aspect(affine: np.ndarray) -> float:
     """Height over width of a voxel of an axial RAS slice."""
-    canonical = nib.as_closest_canonical(nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine)).affine
+    canonical = nib.as_closest_canonical(
+        nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine)
+    ).affine
     sizes = np.linalg.norm(canonical[:3, :3], axis=0)
     return float(sizes[1] / sizes[0])
 

@@ -1,19 +1,27 @@
-r"""Turn a released checkpoint of ACF-BCKD or CRKD into one of ours: for the test scripts, or as a distillation teacher.
+r"""Turn a released checkpoint of ACF-BCKD or CRKD into one of ours: for the test scripts, or as a
+distillation teacher.
 
-    python tools/import_checkpoint.py --ckpt best_Dice_81-69_epoch_800.pth --config configs/btcv.yaml --network resunet
-    python tools/import_checkpoint.py --ckpt distilled.pth --role student --config configs/btcv.yaml --network unet \
+    python tools/import_checkpoint.py --ckpt best_Dice_81-69_epoch_800.pth \
+        --config configs/btcv.yaml --network resunet
+    python tools/import_checkpoint.py --ckpt distilled.pth --role student \
+        --config configs/btcv.yaml --network unet \
         --teacher resunet --method acf_bckd --opts preset=as_released
-    python tools/import_checkpoint.py --ckpt distilled.pth --role teacher --config configs/btcv.yaml --network resunet
-    python tools/import_checkpoint.py --ckpt best.pth --config configs/acdc.yaml --network unet2d --method crkd
-    python tools/import_checkpoint.py --ckpt iter_9000.pth --config configs/la.yaml --network vnet --method crkd \
+    python tools/import_checkpoint.py --ckpt distilled.pth --role teacher \
+        --config configs/btcv.yaml --network resunet
+    python tools/import_checkpoint.py --ckpt best.pth --config configs/acdc.yaml \
+        --network unet2d --method crkd
+    python tools/import_checkpoint.py --ckpt iter_9000.pth --config configs/la.yaml \
+        --network vnet --method crkd \
         --labelled 8
 
-They write best.pt to the run folder that the training script would use; --out names another file. Without --method the
-network counts as trained alone, which is where a teacher is looked for. The configuration's data format tells which
-script that is. Both layouts of CRKD's checkpoints are read ('model', 'model_state_dict'), and V-Nets of either naming.
+They write best.pt to the run folder that the training script would use; --out names another file.
+Without --method the network counts as trained alone, which is where a teacher is looked for. The
+configuration's data format tells which script that is. Both layouts of CRKD's checkpoints are read
+('model', 'model_state_dict'), and V-Nets of either naming.
 
-Nothing in the file is executed: it is read with PyTorch's restricted unpickler, and what such files hold beside tensors
-and plain values (NumPy scalars, MMEngine's log buffers) is replaced by empty placeholders.
+Nothing in the file is executed: it is read with PyTorch's restricted unpickler, and what such files
+hold beside tensors and plain values (NumPy scalars, MMEngine's log buffers) is replaced by empty
+placeholders.
 """
 
 import argparse
@@ -59,30 +67,63 @@ class Placeholder:
         pass
 
 
-# What released checkpoints name beside tensors; `getattr` is how their log buffers store references to methods.
+# What released checkpoints name beside tensors; `getattr` is how their log buffers store references
+# to methods.
 _IGNORED = (
-    "builtins.getattr", "__builtin__.getattr", "_codecs.encode", "numpy.dtype", "numpy.ndarray",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"numpy.dtypes.{kind}DType" for kind in ("Float16", "Float32", "Float64", "Int32", "Int64", "UInt8", "Bool")),
-    "mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.ConfigDict",
-)  # fmt: skip
+    "builtins.getattr",
+    "__builtin__.getattr",
+    "_codecs.encode",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
+    *(
+        f"numpy.dtypes.{kind}DType"
+        for kind in ("Float16", "Float32", "Float64", "Int32", "Int64", "UInt8", "Bool")
+    ),
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmengine.config.config.ConfigDict",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ckpt", required=True, type=Path, help="the released file")
-    parser.add_argument("--config", required=True, help="YAML file of the data set that it was trained on")
-    parser.add_argument("--network", required=True, help=f"one of {', '.join(NETWORKS)}")
-    parser.add_argument("--role", choices=tuple(PREFIXES), help="which network of the file; needed if it holds several")
     parser.add_argument(
-        "--method", default="supervised",
-        help=f"that trained it: {', '.join(dict.fromkeys(['supervised', *KD_METHODS, *SSL_METHODS]))}",
-    )  # fmt: skip
+        "--config", required=True, help="YAML file of the data set that it was trained on"
+    )
+    parser.add_argument("--network", required=True, help=f"one of {', '.join(NETWORKS)}")
+    parser.add_argument(
+        "--role",
+        choices=tuple(PREFIXES),
+        help="which network of the file; needed if it holds several",
+    )
+    parser.add_argument(
+        "--method",
+        default="supervised",
+        help=(
+            "that trained it: "
+            f"{', '.join(dict.fromkeys(['supervised', *KD_METHODS, *SSL_METHODS]))}"
+        ),
+    )
     parser.add_argument("--teacher", help="for a distilled student: the network that taught it")
-    parser.add_argument("--labelled", type=parse_labelled, help="how many labels, or which share; default: the YAML's")
+    parser.add_argument(
+        "--labelled",
+        type=parse_labelled,
+        help="how many labels, or which share; default: the YAML's",
+    )
     parser.add_argument("--seed", type=int, default=0, help="number of the run folder")
-    parser.add_argument("--out", type=Path, help="file to write; default: best.pt in the run folder")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file")
+    parser.add_argument(
+        "--out", type=Path, help="file to write; default: best.pt in the run folder"
+    )
+    parser.add_argument(
+        "--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
+    )
     return parser.parse_args(argv)
 
 
@@ -92,7 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     name, folder, in_channels, described = semi_run(args) if semi else distillation_run(args)
     out = args.out or folder / "best.pt"
     if out.exists():
-        raise CheckpointError(f"{out}: exists already; remove it, or choose --out, another --seed or --opts tag=NAME")
+        raise CheckpointError(
+            f"{out}: exists already; remove it, or choose --out, another --seed or --opts tag=NAME"
+        )
 
     content = read_foreign(args.ckpt)
     role, state = choose_role(network_state(content, args.ckpt), args.role, args.ckpt)
@@ -106,56 +149,97 @@ def main(argv: list[str] | None = None) -> int:
         load_network_weights(network, weights, str(args.ckpt))
     except CheckpointError as problem:
         raise CheckpointError(f"{problem}; {diagnosis(weights, name)}") from None
-    atomic_save({
-        **described,
-        "network": {
-            "name": name, "in_channels": in_channels, "num_classes": network.num_classes, "arguments": arguments
+    atomic_save(
+        {
+            **described,
+            "network": {
+                "name": name,
+                "in_channels": in_channels,
+                "num_classes": network.num_classes,
+                "arguments": arguments,
+            },
+            "code": code_version(),
+            "weights": network.state_dict(),
+            "step": step_of(content),
+            "imported": {"file": args.ckpt.name, "role": role},
         },
-        "code": code_version(), "weights": network.state_dict(), "step": step_of(content),
-        "imported": {"file": args.ckpt.name, "role": role},
-    }, out)  # fmt: skip
+        out,
+    )
     print(
-        f"{len(weights)} tensors of {name} (role {role}) written to {out}; left out: {dropped} that no forward "
+        f"{len(weights)} tensors of {name} (role {role}) written to {out}; left out: {dropped} "
+        "that no forward "
         f"pass uses, {len(state) - len(weights) - dropped} under a second name"
     )
     return 0
 
 
 def distillation_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
-    """Network, run folder, input channels and description, as train_3d_distill.py would make them."""
-    flags = {"student": args.network, "method": args.method, "teacher": args.teacher, "seed": args.seed}
-    cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, args.config, args.opts, flags))
+    """Network, run folder, input channels and description, as train_3d_distill.py would make
+    them.
+    """
+    flags = {
+        "student": args.network,
+        "method": args.method,
+        "teacher": args.teacher,
+        "seed": args.seed,
+    }
+    cfg = train_3d_distill.complete(
+        load_config(train_3d_distill.Config, args.config, args.opts, flags)
+    )
     train_3d_distill.validate(cfg)
     networks = cfg.student if cfg.method == "supervised" else f"{cfg.teacher}-{cfg.student}"
-    folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    folder = run_folder(
+        cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag
+    )
     arguments = train_3d_distill.dataset_arguments(cfg)
     dataset = build_dataset(**arguments)
-    return cfg.student, folder, cfg.in_channels, describe("3d", cfg, dataset, arguments, dataset.splits())
+    return (
+        cfg.student,
+        folder,
+        cfg.in_channels,
+        describe("3d", cfg, dataset, arguments, dataset.splits()),
+    )
 
 
 def semi_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
     """The same as train_2d_crkd.py or train_3d_crkd.py would make them."""
     dims = SEMI_DATASETS[read_yaml(args.config)["format"]].dims
     script = train_2d_crkd if dims == 2 else train_3d_crkd
-    flags = {"network": args.network, "method": args.method, "labelled": args.labelled, "seed": args.seed}
+    flags = {
+        "network": args.network,
+        "method": args.method,
+        "labelled": args.labelled,
+        "seed": args.seed,
+    }
     cfg = load_config(script.Config, args.config, args.opts, flags)
     script.validate(cfg)
     networks = f"{cfg.network}-{labelled_name(cfg.labelled)}"
-    folder = run_folder(cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag)
+    folder = run_folder(
+        cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag
+    )
     arguments = script.dataset_arguments(cfg)
     dataset = build_semi_dataset(**arguments)
     splits = dataset.splits(cfg.labelled)
     described = describe(f"{dims}d-semi", cfg, dataset, arguments, splits)
-    # Released code chooses its best checkpoint on what it reports: see ssl tables of ACDC, LA, ISIC and Kvasir.
-    return cfg.network, folder, dataset.in_channels, described | {"selected_on": "test" if splits["test"] else "val"}
+    # Released code chooses its best checkpoint on what it reports: see ssl tables of ACDC, LA, ISIC
+    # and Kvasir.
+    return (
+        cfg.network,
+        folder,
+        dataset.in_channels,
+        described | {"selected_on": "test" if splits["test"] else "val"},
+    )
 
 
 def describe(kind: str, cfg: Any, dataset: Any, arguments: dict, splits: dict) -> dict[str, Any]:
     return {
-        "kind": kind, "num_classes": dataset.num_classes, "class_names": list(cfg.class_names),
-        "config": dataclasses.asdict(cfg), "dataset": arguments,
+        "kind": kind,
+        "num_classes": dataset.num_classes,
+        "class_names": list(cfg.class_names),
+        "config": dataclasses.asdict(cfg),
+        "dataset": arguments,
         "cases": {split: [case.name for case in cases] for split, cases in splits.items()},
-    }  # fmt: skip
+    }
 
 
 def step_of(content: dict[str, Any]) -> int:
@@ -166,7 +250,9 @@ def step_of(content: dict[str, Any]) -> int:
 
 
 def read_foreign(path: Path) -> dict[str, Any]:
-    """The content of a released checkpoint; CheckpointError if it is damaged or asks for code to be run."""
+    """The content of a released checkpoint; CheckpointError if it is damaged or asks for code to be
+    run.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -175,16 +261,20 @@ def read_foreign(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path}: refused, reading it would run or build {found[1] if found else 'an unknown object'}, which a "
+            f"{path}: refused, reading it would run or build "
+            f"{found[1] if found else 'an unknown object'}, which a "
             f"checkpoint does not need; nothing was executed. Get the file from its authors again"
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0] if str(error) else error!r}); "
+            f"{path}: damaged or not a checkpoint "
+            f"({str(error).splitlines()[0] if str(error) else error!r}); "
             f"download it again"
         ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a dictionary with 'state_dict', got {type(content).__name__}")
+        raise CheckpointError(
+            f"{path}: expected a dictionary with 'state_dict', got {type(content).__name__}"
+        )
     return content
 
 
@@ -193,28 +283,44 @@ def network_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     key = next((key for key in ("state_dict", "model", "model_state_dict") if key in content), None)
     state = content if key is None else content[key]
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: '{key}' is {type(state).__name__}, expected a dictionary of tensors")
-    tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        raise CheckpointError(
+            f"{path}: '{key}' is {type(state).__name__}, expected a dictionary of tensors"
+        )
+    tensors = {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         raise CheckpointError(
-            f"{path}: no tensors under 'state_dict', 'model', 'model_state_dict' or at the top; keys: "
+            f"{path}: no tensors under 'state_dict', 'model', 'model_state_dict' or at the top; "
+            "keys: "
             f"{list(content)[:8]}"
         )
     return tensors
 
 
-def choose_role(state: dict[str, Tensor], role: str | None, path: Path) -> tuple[str, dict[str, Tensor]]:
+def choose_role(
+    state: dict[str, Tensor], role: str | None, path: Path
+) -> tuple[str, dict[str, Tensor]]:
     """The role, given or the only one there is, and its tensors by their names in the network."""
     found = {
-        name: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        for name, prefix in PREFIXES.items() if prefix
-    }  # fmt: skip
+        name: {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        for name, prefix in PREFIXES.items()
+        if prefix
+    }
     found = {name: tensors for name, tensors in found.items() if tensors} or {"plain": state}
     there = ", ".join(f"{name} ({len(tensors)} tensors)" for name, tensors in found.items())
     if role is None and len(found) > 1:
         raise CheckpointError(f"{path}: holds several networks: {there}; choose one with --role")
     if role is not None and role not in found:
-        raise CheckpointError(f"{path}: holds no {role}; there is: {there}; keys look like {list(state)[:2]}")
+        raise CheckpointError(
+            f"{path}: holds no {role}; there is: {there}; keys look like {list(state)[:2]}"
+        )
     role = role or next(iter(found))
     return role, found[role]
 
@@ -222,7 +328,9 @@ def choose_role(state: dict[str, Tensor], role: str | None, path: Path) -> tuple
 def without_aliases(
     state: dict[str, Tensor], aliases: tuple[tuple[str, str], ...], path: Path
 ) -> dict[str, Tensor]:
-    """`state` with every tensor under its registered name only; CheckpointError if its two copies differ."""
+    """`state` with every tensor under its registered name only; CheckpointError if its two copies
+    differ.
+    """
     result = {}
     for key, value in state.items():
         name = key
@@ -231,14 +339,22 @@ def without_aliases(
         if name in result or (name != key and name in state):
             other = state[name] if name in state else result[name]
             if other.shape != value.shape or not torch.equal(other, value):
-                raise CheckpointError(f"{path}: {key} and {name} should be one tensor under two names, but differ")
+                raise CheckpointError(
+                    f"{path}: {key} and {name} should be one tensor under two names, but differ"
+                )
         result.setdefault(name, value)
     return result
 
 
-def without_unused(state: dict[str, Tensor], unused: tuple[str, ...]) -> tuple[dict[str, Tensor], int]:
+def without_unused(
+    state: dict[str, Tensor], unused: tuple[str, ...]
+) -> tuple[dict[str, Tensor], int]:
     """`state` without the tensors that no forward pass uses, and how many those were."""
-    kept = {key: value for key, value in state.items() if not any(re.search(pattern, key) for pattern in unused)}
+    kept = {
+        key: value
+        for key, value in state.items()
+        if not any(re.search(pattern, key) for pattern in unused)
+    }
     return kept, len(state) - len(kept)
 
 
@@ -249,7 +365,8 @@ def diagnosis(weights: dict[str, Tensor], wanted: str) -> str:
         if own == weights.keys():
             if name == wanted:
                 return (
-                    f"the names are those of {name}, the sizes are not: check class_names, in_channels and "
+                    f"the names are those of {name}, the sizes are not: check class_names, "
+                    "in_channels and "
                     f"network_args of the configuration"
                 )
             return f"these are weights of {name}: use --network {name}"

@@ -1,20 +1,25 @@
-"""Write a demo data set of generated scans in the layout of a real one; the same arguments give the same bytes.
+r"""Write a demo data set of generated scans in the layout of a real one; the same arguments give
+the
+same bytes.
 
     python tools/make_demo_data.py --dataset btcv --out data/btcv_phantom --cases 16 --seed 0
     python tools/make_demo_data.py --dataset word --out data/word_phantom --cases 8
-    python tools/make_demo_data.py --dataset brats21 --out data/brats21_phantom --cases 8 --shape 96 112 88
+    python tools/make_demo_data.py --dataset brats21 --out data/brats21_phantom --cases 8 \
+        --shape 96 112 88
     python tools/make_demo_data.py --dataset acdc --out data/acdc_phantom --cases 20
     python tools/make_demo_data.py --dataset kvasir --cases 100 --shape 128 150
     python tools/make_demo_data.py --dataset btcv --layout nnunet --cases 8 --shape 48 48 32
     python tools/make_demo_data.py --dataset acdc --corrupt --out data/acdc_corrupt
 
-btcv, word, brats21: NIfTI with a decathlon JSON. Voxel sizes vary between the CT cases, and three training cases are
-awkward in ways that real ones are: an oblique affine, an axis order other than RAS, and a missing gallbladder. One
-BraTS training case has no enhancing tumour. With --layout nnunet the same scans as an nnU-Net v2 raw data set with one
-fold in splits_final.json; the labels of brats21 are then region-based.
-acdc: HDF5 volumes of two frames per patient in data/, their slices in data/slices/, lists of patients in splits/.
-la: <ID>/mri_norm2.h5, lists in splits/. isic2018, kvasir: train/ and val/ with images/ (JPEG) and masks/ (PNG), and
-lists per share of labelled images.
+btcv, word, brats21: NIfTI with a decathlon JSON. Voxel sizes vary between the CT cases, and three
+training cases are awkward in ways that real ones are: an oblique affine, an axis order other than
+RAS, and a missing gallbladder. One BraTS training case has no enhancing tumour. With --layout
+nnunet the same scans as an nnU-Net v2 raw data set with one fold in splits_final.json; the labels
+of brats21 are then region-based.
+acdc: HDF5 volumes of two frames per patient in data/, their slices in data/slices/, lists of
+patients in splits/.
+la: <ID>/mri_norm2.h5, lists in splits/. isic2018, kvasir: train/ and val/ with images/ (JPEG) and
+masks/ (PNG), and lists per share of labelled images.
 """
 
 import argparse
@@ -54,9 +59,14 @@ PHOTOGRAPHS = {"isic2018": isic_phantom, "kvasir": kvasir_phantom}
 LABELS = {"btcv": BTCV_LABELS, "word": WORD_LABELS, "brats21": BRATS_LABELS}
 JSON_NAMES = {"btcv": "dataset_0.json", "word": "dataset.json", "brats21": "dataset_0.json"}
 SHAPES = {
-    "btcv": (128, 96, 56), "word": (128, 96, 96), "brats21": (96, 112, 88), "acdc": (144, 120), "la": (96, 80, 56),
-    "isic2018": (240, 320), "kvasir": (256, 300),
-}  # fmt: skip
+    "btcv": (128, 96, 56),
+    "word": (128, 96, 96),
+    "brats21": (96, 112, 88),
+    "acdc": (144, 120),
+    "la": (96, 80, 56),
+    "isic2018": (240, 320),
+    "kvasir": (256, 300),
+}
 CASES = {"acdc": 20, "la": 16, "isic2018": 100, "kvasir": 100}
 FIELD_OF_VIEW = {"btcv": (358, 269, 224), "word": (358, 269, 432)}  # mm
 ODD_CASES = ("oblique", "reordered", "no gallbladder")  # the second to fourth training case
@@ -64,35 +74,59 @@ ODD_CASES = ("oblique", "reordered", "no gallbladder")  # the second to fourth t
 
 def parse_args(argv=None):
     """Command line -> namespace."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", required=True, choices=sorted(SHAPES))
-    parser.add_argument("--out", type=Path, help="folder to write (default: data/<dataset>[_nnunet]_phantom)")
     parser.add_argument(
-        "--layout", choices=("decathlon", "nnunet"), default="decathlon", help="of btcv, word and brats21"
-    )  # fmt: skip
-    parser.add_argument("--cases", type=int, help="scans, patients (acdc) or images (default: 16; 20 acdc, 100 images)")
+        "--out", type=Path, help="folder to write (default: data/<dataset>[_nnunet]_phantom)"
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("decathlon", "nnunet"),
+        default="decathlon",
+        help="of btcv, word and brats21",
+    )
+    parser.add_argument(
+        "--cases",
+        type=int,
+        help="scans, patients (acdc) or images (default: 16; 20 acdc, 100 images)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--corrupt", action="store_true",
-        help="write a tiny data set for every fault that tools/check_data.py knows of the format, see "
+        "--corrupt",
+        action="store_true",
+        help="write a tiny data set for every fault that tools/check_data.py knows of the "
+        "format, see "
         "tools/corrupt_data.py; --cases, --seed and --shape do not apply",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--shape", type=int, nargs="+", metavar="N",
-        help="three numbers, voxels in RAS order, or two, rows and columns (acdc, images); the field of view stays",
-    )  # fmt: skip
+        "--shape",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=(
+            "three numbers, voxels in RAS order, or two, rows and columns (acdc, images); the "
+            "field of view stays"
+        ),
+    )
     args = parser.parse_args(argv)
     if args.corrupt and (args.cases is not None or args.shape is not None):
         parser.error("--corrupt takes neither --cases nor --shape")
     nnunet = args.layout == "nnunet"
     if nnunet and (args.corrupt or args.dataset not in GENERATORS):
-        parser.error(f"--layout nnunet: for {', '.join(GENERATORS)} without --corrupt, not for {args.dataset}")
+        parser.error(
+            f"--layout nnunet: for {', '.join(GENERATORS)} without --corrupt, not for "
+            f"{args.dataset}"
+        )
     kind = "corrupt" if args.corrupt else "phantom"
     args.out = args.out or Path("data") / f"{args.dataset}{'_nnunet' * nnunet}_{kind}"
     args.shape = tuple(args.shape or SHAPES[args.dataset])
     args.cases = CASES.get(args.dataset, 16) if args.cases is None else args.cases
     if len(args.shape) != len(SHAPES[args.dataset]):
-        parser.error(f"--shape is {args.shape}; {args.dataset} takes {len(SHAPES[args.dataset])} numbers")
+        parser.error(
+            f"--shape is {args.shape}; {args.dataset} takes {len(SHAPES[args.dataset])} numbers"
+        )
     if args.cases < 1:
         parser.error(f"--cases is {args.cases}; expected at least 1")
     if args.seed < 0:
@@ -103,7 +137,9 @@ def parse_args(argv=None):
 
 
 def split_cases(count):
-    """Case numbers 1..count -> {section: numbers}: the last quarter tests, the eighth before it validates."""
+    """Case numbers 1..count -> {section: numbers}: the last quarter tests, the eighth before it
+    validates.
+    """
     test = max(count // 4, int(count >= 3))
     validation = max(count // 8, int(count >= 3))
     numbers = list(range(1, count + 1))
@@ -116,7 +152,9 @@ def split_cases(count):
 
 
 def save_nifti(path, array, affine, dtype, order="RAS"):
-    """Write an array given in RAS order, stored in axis order `order`; bytes depend on the content only."""
+    """Write an array given in RAS order, stored in axis order `order`; bytes depend on the content
+    only.
+    """
     image = nib.Nifti1Image(array.astype(dtype), affine)
     image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(order)))
     image.set_sform(image.affine, code=1)
@@ -124,12 +162,17 @@ def save_nifti(path, array, affine, dtype, order="RAS"):
     image.header.set_xyzt_units("mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     # gzip would store the time of writing and the file's name.
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
+    with (
+        open(path, "wb") as raw,
+        gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file,
+    ):
         file.write(image.to_bytes())
 
 
 def tilt(image, label, affine, degrees):
-    """Scan the same patient on a grid turned by `degrees` about x, y, z: resampled arrays and the oblique affine."""
+    """Scan the same patient on a grid turned by `degrees` about x, y, z: resampled arrays and the
+    oblique affine.
+    """
     centre = np.append((np.array(image.shape) - 1) / 2, 1)
     turned = affine.copy()
     turned[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() @ affine[:3, :3]
@@ -154,7 +197,10 @@ def write_ct(args, number, section, oddity):
         image, label, affine = tilt(image, label, affine, (6.0, -3.0, 5.0))
     order = "PIR" if oddity == "reordered" else "RAS"
     if args.dataset == "btcv":
-        entry = {"image": f"imagesTr/img{number:04d}.nii.gz", "label": f"labelsTr/label{number:04d}.nii.gz"}
+        entry = {
+            "image": f"imagesTr/img{number:04d}.nii.gz",
+            "label": f"labelsTr/label{number:04d}.nii.gz",
+        }
     else:
         suffix = {"training": "Tr", "validation": "Val", "test": "Ts"}[section]
         entry = {kind: f"{kind}s{suffix}/word_{number:04d}.nii.gz" for kind in ("image", "label")}
@@ -169,9 +215,18 @@ def write_brats(args, number, no_enhancing):
     name = f"BraTS-GLI-{number:05d}-000"
     stem = f"TrainingData/{name}/{name}"
     for modality in BRATS_MODALITIES:  # the release stores its volumes in LPS order
-        save_nifti(args.out / f"{stem}-{modality}.nii.gz", np.rint(images[modality]), np.eye(4), np.int16, "LPS")
+        save_nifti(
+            args.out / f"{stem}-{modality}.nii.gz",
+            np.rint(images[modality]),
+            np.eye(4),
+            np.int16,
+            "LPS",
+        )
     save_nifti(args.out / f"{stem}-seg.nii.gz", label, np.eye(4), np.uint8, "LPS")
-    return {"image": [f"{stem}-{m}.nii.gz" for m in BRATS_MODALITIES], "label": f"{stem}-seg.nii.gz"}
+    return {
+        "image": [f"{stem}-{m}.nii.gz" for m in BRATS_MODALITIES],
+        "label": f"{stem}-seg.nii.gz",
+    }
 
 
 def write_decathlon(args):
@@ -226,13 +281,22 @@ def write_nnunet(args):
     labels = {name: int(k) for k, name in content["labels"].items()}
     regions = {}
     if args.dataset == "brats21":
-        labels = {"background": 0, "whole tumour": [1, 2, 3], "tumour core": [1, 3], "enhancing tumour": [3]}
+        labels = {
+            "background": 0,
+            "whole tumour": [1, 2, 3],
+            "tumour core": [1, 3],
+            "enhancing tumour": [3],
+        }
         regions = {"regions_class_order": [2, 1, 3]}
     described = {
-        "channel_names": content["modality"], "labels": labels, **regions, "file_ending": ".nii.gz",
-        "numTraining": len(names["training"]) + len(names["validation"]), "name": content["name"],
+        "channel_names": content["modality"],
+        "labels": labels,
+        **regions,
+        "file_ending": ".nii.gz",
+        "numTraining": len(names["training"]) + len(names["validation"]),
+        "name": content["name"],
         "description": content["description"],
-    }  # fmt: skip
+    }
     (args.out / "dataset.json").write_text(json.dumps(described, indent=2) + "\n")
     folds = [{"train": names["training"], "val": names["validation"]}]
     (args.out / "splits_final.json").write_text(json.dumps(folds, indent=2) + "\n")
@@ -255,11 +319,16 @@ def write_list(path, lines):
 
 
 def write_case_lists(args, name):
-    """splits/{train,val,test}.txt of the cases that `name` formats -> their number and place, in words."""
+    """splits/{train,val,test}.txt of the cases that `name` formats -> their number and place, in
+    words.
+    """
     sections = split_cases(args.cases)
     for split, section in (("train", "training"), ("val", "validation"), ("test", "test")):
         if sections[section]:
-            write_list(args.out / "splits" / f"{split}.txt", [name.format(number) for number in sections[section]])
+            write_list(
+                args.out / "splits" / f"{split}.txt",
+                [name.format(number) for number in sections[section]],
+            )
     counts = ", ".join(f"{len(numbers)} {section}" for section, numbers in sections.items())
     return f"{counts} cases; lists: {args.out / 'splits'}"
 
@@ -274,7 +343,9 @@ def write_acdc(args):
             stem = f"patient{number:03d}_{frame}"
             save_h5(args.out / "data" / f"{stem}.h5", image, label)
             for z in range(len(image)):
-                save_h5(args.out / "data" / "slices" / f"{stem}_slice_{z + 1}.h5", image[z], label[z])
+                save_h5(
+                    args.out / "data" / "slices" / f"{stem}_slice_{z + 1}.h5", image[z], label[z]
+                )
     return write_case_lists(args, "patient{:03d}")
 
 
@@ -283,14 +354,17 @@ def write_la(args):
     name = "PHANTOM{:04d}"
     for number in tqdm(range(1, args.cases + 1), desc=args.dataset, unit="scan"):
         shape = np.array(args.shape)
-        shape[:2] += np.random.default_rng([args.seed, number, 1]).integers(-4, 9, 2)  # the third is the same for all
+        # the third is the same for all
+        shape[:2] += np.random.default_rng([args.seed, number, 1]).integers(-4, 9, 2)
         image, label = la_phantom([args.seed, number], tuple(shape.tolist()))
         save_h5(args.out / name.format(number) / "mri_norm2.h5", image, label)
     return write_case_lists(args, name)
 
 
 def write_photographs(args):
-    """Write images, masks and the lists of 5, 10 and 20 % labelled images -> what was written, in words."""
+    """Write images, masks and the lists of 5, 10 and 20 % labelled images -> what was written, in
+    words.
+    """
     stem = {"isic2018": "ISIC_{:07d}", "kvasir": "polyp{:04d}"}[args.dataset]
     held_out = max(args.cases // 5, int(args.cases >= 2))
     lines = {"train": [], "val": []}
@@ -299,7 +373,10 @@ def write_photographs(args):
         scale = np.random.default_rng([args.seed, number, 1]).uniform(0.85, 1.15, 2)
         shape = tuple(int(n * factor) for n, factor in zip(args.shape, scale))
         image, mask = PHOTOGRAPHS[args.dataset]([args.seed, number], shape)
-        files = [f"{split}/images/{stem.format(number)}.jpg", f"{split}/masks/{stem.format(number)}.png"]
+        files = [
+            f"{split}/images/{stem.format(number)}.jpg",
+            f"{split}/masks/{stem.format(number)}.png",
+        ]
         for file, pixels in zip(files, (image, 255 * mask)):
             path = args.out / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,21 +387,38 @@ def write_photographs(args):
     for percent in (5, 10, 20):
         if percent * len(lines["train"]) < 100:
             continue
-        labelled = set(draw(lines["train"], labelled_count(percent / 100, len(lines["train"]), "train.txt", "image")))
+        labelled = set(
+            draw(
+                lines["train"],
+                labelled_count(percent / 100, len(lines["train"]), "train.txt", "image"),
+            )
+        )
         folder = args.out / f"ratio_{percent}%"
         write_list(folder / "labeled.txt", [line for line in lines["train"] if line in labelled])
-        write_list(folder / "unlabeled.txt", [line for line in lines["train"] if line not in labelled])
+        write_list(
+            folder / "unlabeled.txt", [line for line in lines["train"] if line not in labelled]
+        )
         write_list(folder / "val.txt", lines["val"])
     return f"{len(lines['train'])} train, {len(lines['val'])} val images; lists: {args.out}"
 
 
-WRITERS = {"acdc": write_acdc, "la": write_la, "isic2018": write_photographs, "kvasir": write_photographs}
+WRITERS = {
+    "acdc": write_acdc,
+    "la": write_la,
+    "isic2018": write_photographs,
+    "kvasir": write_photographs,
+}
 
 
 def main(argv=None):
     """Write the data set unless an identical one is there already."""
     args = parse_args(argv)
-    arguments = {"dataset": args.dataset, "cases": args.cases, "seed": args.seed, "shape": list(args.shape)}
+    arguments = {
+        "dataset": args.dataset,
+        "cases": args.cases,
+        "seed": args.seed,
+        "shape": list(args.shape),
+    }
     if args.layout != "decathlon":
         arguments["layout"] = args.layout
     if args.corrupt:
@@ -335,7 +429,11 @@ def main(argv=None):
         if found == arguments:
             print(f"already there: {args.out}")
             return
-        reason = f"was made with {found}, not {arguments}" if found else "is not empty and holds no finished demo data"
+        reason = (
+            f"was made with {found}, not {arguments}"
+            if found
+            else "is not empty and holds no finished demo data"
+        )
         sys.exit(f"{args.out} {reason}; remove it or choose another --out")
 
     if args.corrupt:
@@ -343,7 +441,8 @@ def main(argv=None):
     else:
         usual = write_nnunet if args.layout == "nnunet" else write_decathlon
         summary = WRITERS.get(args.dataset, usual)(args)
-    record.write_text(json.dumps(arguments) + "\n")  # last: an interrupted run is not taken for a finished one
+    # last: an interrupted run is not taken for a finished one
+    record.write_text(json.dumps(arguments) + "\n")
     print(f"wrote {summary}")
 
 

@@ -1,11 +1,14 @@
-r"""Write train, val and labelled lists of RGB images with masks (ISIC-2018, Kvasir-SEG, own data), drawn with a seed.
+r"""Write train, val and labelled lists of RGB images with masks (ISIC-2018, Kvasir-SEG, own data),
+drawn with a seed.
 
     python tools/make_splits_2d.py --data-root data/kvasir --out splits/kvasir --val 120
-    python tools/make_splits_2d.py --data-root data/isic2018 --out splits/isic2018 --val 519 --ratios 5 10 20
+    python tools/make_splits_2d.py --data-root data/isic2018 --out splits/isic2018 --val 519 \
+        --ratios 5 10 20
 
-Where the data have train/images and val/images the folders make those two lists and --val is not given; otherwise val
-is drawn from all images. Each labelled list is a draw of its own from train, as in the released ones, so they are not
-nested. Read with split_dir: <out>; unlabelled images are train less labelled and have no list.
+Where the data have train/images and val/images the folders make those two lists and --val is not
+given; otherwise val is drawn from all images. Each labelled list is a draw of its own from train,
+as in the released ones, so they are not nested. Read with split_dir: <out>; unlabelled images are
+train less labelled and have no list.
 """
 
 import argparse
@@ -20,11 +23,30 @@ from dataloaders.semi import labelled_count
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-root", required=True, type=Path)
-    parser.add_argument("--out", required=True, type=Path, help="folder for train.txt, val.txt, labelled_5%%.txt, ...")
-    parser.add_argument("--val", type=int, metavar="N", help="validation images to draw, for data without a val folder")
-    parser.add_argument("--ratios", nargs="+", type=int, default=(5, 10, 20), metavar="PERCENT", help="labelled share")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="folder for train.txt, val.txt, labelled_5%%.txt, ...",
+    )
+    parser.add_argument(
+        "--val",
+        type=int,
+        metavar="N",
+        help="validation images to draw, for data without a val folder",
+    )
+    parser.add_argument(
+        "--ratios",
+        nargs="+",
+        type=int,
+        default=(5, 10, 20),
+        metavar="PERCENT",
+        help="labelled share",
+    )
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
     lists = train_val(args.data_root, args.val, args.seed)
@@ -40,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, chosen in lists.items():
         header = f"# {len(chosen)} images, tools/make_splits_2d.py --seed {args.seed}"
         (args.out / f"{name}.txt").write_text("\n".join([header, *chosen]) + "\n", encoding="utf-8")
-    print(", ".join(f"{name} {len(chosen)}" for name, chosen in lists.items()), f"images in {args.out}")
+    print(
+        ", ".join(f"{name} {len(chosen)}" for name, chosen in lists.items()),
+        f"images in {args.out}",
+    )
     return 0
 
 
@@ -49,14 +74,19 @@ def train_val(root: Path, val: int | None, seed: int) -> dict[str, list[str]]:
     folders = Images2DDataset(str(root)).scan()
     unmasked = [case for cases in folders.values() for case in cases if case.label is None]
     if unmasked:
-        raise DataError(f"{unmasked[0].images[0]}: has no mask of the same name; expected one beside the image folder")
+        raise DataError(
+            f"{unmasked[0].images[0]}: has no mask of the same name; expected one beside the image "
+            "folder"
+        )
     if folders.keys() >= {"train", "val"}:
         if val is not None:
             raise DataError(f"--val is {val}, but {root} has train and val folders; leave it out")
         return {split: [case.name for case in folders[split]] for split in ("train", "val")}
     names = sorted({case.name for cases in folders.values() for case in cases})
     if val is None or not 1 <= val < len(names):
-        raise DataError(f"--val is {val}; expected 1..{len(names) - 1}, {root} has {len(names)} images")
+        raise DataError(
+            f"--val is {val}; expected 1..{len(names) - 1}, {root} has {len(names)} images"
+        )
     chosen = sorted(draw(names, val, seed))
     return {"train": sorted(set(names) - set(chosen)), "val": chosen}
 

@@ -1,7 +1,8 @@
-"""The model card that tools/export.py writes: what a model is, what it was trained on, how good it is, what it is not.
+"""The model card that tools/export.py writes: what a model is, what it was trained on, how good it
+is, what it is not.
 
-Figures come from the checkpoint, from the summary.json of the run and from the checks of the export; what nobody wrote
-down is said to be unknown.
+Figures come from the checkpoint, from the summary.json of the run and from the checks of the
+export; what nobody wrote down is said to be unknown.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from utils.complexity import count_macs, count_parameters
 from utils.exported import FORMATS
 
 UNKNOWN_LICENCE = (
-    "Not stated. The code that trained the model is under Apache-2.0; whether weights may be passed on, and used for "
+    "Not stated. The code that trained the model is under Apache-2.0; whether weights may be "
+    "passed on, and used for "
     "what, is for the licence of the training data to say (`--licence` fills this in)"
 )
 INTENDED = (
-    "Research on segmentation. Not a medical device: not for diagnosis or treatment without the validation and the "
+    "Research on segmentation. Not a medical device: not for diagnosis or treatment without the "
+    "validation and the "
     "approval that the law asks for"
 )
 RUNNING = "python predict_{dims}d.py --model {name} --input FILE_OR_FOLDER --output FOLDER"
@@ -44,46 +47,74 @@ def neighbours(folder: Path, checkpoint: dict[str, Any]) -> dict[str, dict]:
 
 
 def text(
-    args: argparse.Namespace, checkpoint: dict[str, Any], network: nn.Module, multilabel: bool, path: Path,
+    args: argparse.Namespace,
+    checkpoint: dict[str, Any],
+    network: nn.Module,
+    multilabel: bool,
+    path: Path,
     exported: dict[str, Any],
-) -> str:  # fmt: skip
-    """The card, in Markdown. path, exported: the model at hand; others of the same weights in `args.out` are listed."""
+) -> str:
+    """The card, in Markdown. path, exported: the model at hand; others of the same weights in
+    `args.out` are listed.
+    """
     config, described = checkpoint["config"], checkpoint["network"]
     models = neighbours(args.out, checkpoint) | {path.name: exported}
     shape = (1, described["in_channels"], *config["patch_size"])
     dims = len(config["patch_size"])
-    taught = "" if not config.get("teacher") or config["method"] == "supervised" else f" by {config['teacher']}"
+    taught = (
+        ""
+        if not config.get("teacher") or config["method"] == "supervised"
+        else f" by {config['teacher']}"
+    )
     parts = [
         f"# {described['name']} for {config['dataset']}",
         "## Model",
-        bullets({
-            "network": f"{described['name']} {described['arguments'] or ''}".strip(),
-            "trained by": f"{config['method']}{taught} ({config['preset']}), seed {config['seed']}, step "
-                          f"{checkpoint['step']} of {config['max_steps']}",
-            "parameters": f"{count_parameters(network):,}",
-            "multiply-adds": f"{count_macs(network, shape) / 1e9:.3f} G for one window",
-            "input": f"{described['in_channels']} channel(s), window {sides(config['patch_size'])}, any batch size, "
-                     f"float32",
-            "output": f"logits of {described['num_classes']} {'regions' if multilabel else 'classes'} on the "
-                      f"same grid",
-            "code": checkpoint["code"],
-        }),
+        bullets(
+            {
+                "network": f"{described['name']} {described['arguments'] or ''}".strip(),
+                "trained by": f"{config['method']}{taught} ({config['preset']}), "
+                f"seed {config['seed']}, step "
+                f"{checkpoint['step']} of {config['max_steps']}",
+                "parameters": f"{count_parameters(network):,}",
+                "multiply-adds": f"{count_macs(network, shape) / 1e9:.3f} G for one window",
+                "input": f"{described['in_channels']} channel(s), "
+                f"window {sides(config['patch_size'])}, any batch size, "
+                f"float32",
+                "output": f"logits of {described['num_classes']} "
+                f"{'regions' if multilabel else 'classes'} on the "
+                f"same grid",
+                "code": checkpoint["code"],
+            }
+        ),
         "## Files",
         files(models),
         "Run it: " + "`" + RUNNING.format(dims=dims, name=path.name) + "`",
         "## Data",
-        bullets({
-            "data set": config["dataset"],
-            "format": checkpoint["dataset"]["format"],
-            "cases": ", ".join(f"{len(names)} {split}" for split, names in checkpoint.get("cases", {}).items() if names)
-            or "unknown",
-        }),
+        bullets(
+            {
+                "data set": config["dataset"],
+                "format": checkpoint["dataset"]["format"],
+                "cases": ", ".join(
+                    f"{len(names)} {split}"
+                    for split, names in checkpoint.get("cases", {}).items()
+                    if names
+                )
+                or "unknown",
+            }
+        ),
         "## Classes",
         "\n".join(f"{index}. {name}" for index, name in enumerate(checkpoint["class_names"])),
         "The numbers are channels of the logits"
-        + ("; the regions may overlap." if multilabel else " and ids in label files; 0 is the background."),
+        + (
+            "; the regions may overlap."
+            if multilabel
+            else " and ids in label files; 0 is the background."
+        ),
         "## Preprocessing",
-        "\n".join(f"{number}. {step}" for number, step in enumerate(preprocessing(checkpoint, multilabel), 1)),
+        "\n".join(
+            f"{number}. {step}"
+            for number, step in enumerate(preprocessing(checkpoint, multilabel), 1)
+        ),
         "## Scores of the checkpoint",
         scores(args.ckpt),
         "## Export",
@@ -95,7 +126,8 @@ def text(
         "## Limits",
         bullets(limits(checkpoint)),
         "## Versions",
-        f"{', '.join(f'{name} {number}' for name, number in exported['versions'].items())}; {exported['date']}",
+        f"{', '.join(f'{name} {number}' for name, number in exported['versions'].items())}; "
+        f"{exported['date']}",
         f"```sh\n{exported['command']}\n```",
     ]
     return "\n\n".join(wrapped(part) for part in parts) + "\n"
@@ -106,7 +138,9 @@ def sides(size: Sequence[int]) -> str:
 
 
 def bullets(items: dict[str, str] | Sequence[str]) -> str:
-    lines = [f"{key}: {value}" for key, value in items.items()] if isinstance(items, dict) else items
+    lines = (
+        [f"{key}: {value}" for key, value in items.items()] if isinstance(items, dict) else items
+    )
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -118,35 +152,52 @@ def wrapped(part: str) -> str:
     for line in part.splitlines():
         plain = line and line[0] not in "|#"
         indent = "  " if line.startswith("- ") else "   " if line[:1].isdigit() else ""
-        lines += textwrap.wrap(line, 120, subsequent_indent=indent, break_on_hyphens=False) if plain else [line]
+        lines += (
+            textwrap.wrap(line, 120, subsequent_indent=indent, break_on_hyphens=False)
+            if plain
+            else [line]
+        )
     return "\n".join(lines)
 
 
 def files(models: dict[str, dict]) -> str:
     lines = ["| file | format | precision | MB |", "|---|---|---|---:|"]
     for name, exported in models.items():
-        cells = (f"`{name}`", exported["format"], exported["precision"], f"{exported['bytes'] / 1e6:.2f}")
+        cells = (
+            f"`{name}`",
+            exported["format"],
+            exported["precision"],
+            f"{exported['bytes'] / 1e6:.2f}",
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def checks(models: dict[str, dict]) -> str:
     """What the export measured against PyTorch, and what int8 costs."""
-    lines = ["| file | compared with PyTorch on | largest difference | largest value | labels alike |",
-             "|---|---|---:|---:|---:|"]  # fmt: skip
+    lines = [
+        "| file | compared with PyTorch on | largest difference | largest value | labels alike |",
+        "|---|---|---:|---:|---:|",
+    ]
     costs = []
     for name, exported in models.items():
-        for key, where in (("windows", "windows of real size"), ("case", exported["checks"]["case"]["source"])):
+        for key, where in (
+            ("windows", "windows of real size"),
+            ("case", exported["checks"]["case"]["source"]),
+        ):
             found = exported["checks"][key]
             lines.append(
-                f"| `{name}` | {where} | {found['max_abs_difference']:.2e} | {found['largest']:.3g} | "
+                f"| `{name}` | {where} | {found['max_abs_difference']:.2e} | "
+                f"{found['largest']:.3g} | "
                 f"{100 * found['label_agreement']:.4f} % |"
             )
         if "dice" in exported["checks"]:
             dice = exported["checks"]["dice"]
             costs.append(
-                f"`{name}`: mean Dice {100 * dice['int8']:.2f} % over {dice['cases']} {dice['split']} cases, "
-                f"{100 * dice['float']:.2f} % before quantisation: int8 costs {100 * dice['cost']:.2f} points."
+                f"`{name}`: mean Dice {100 * dice['int8']:.2f} % over {dice['cases']} "
+                f"{dice['split']} cases, "
+                f"{100 * dice['float']:.2f} % before quantisation: int8 costs "
+                f"{100 * dice['cost']:.2f} points."
             )
     return "\n".join(lines) + "".join(f"\n\n{cost}" for cost in costs)
 
@@ -160,7 +211,10 @@ def preprocessing(checkpoint: dict[str, Any], multilabel: bool) -> list[str]:
     if data.get("spacing"):
         steps.append(f"resampled to {sides(data['spacing'])} mm, linear")
     if form == "brats":
-        steps.append("each channel (t1c, t1n, t2f, t2w): (x - mean) / standard deviation over its non-zero voxels")
+        steps.append(
+            "each channel (t1c, t1n, t2f, t2w): (x - mean) / standard deviation over its non-zero "
+            "voxels"
+        )
     elif form == "la":
         steps.append("axes turned to LPS, resampled to 0.625 mm, linear")
         steps.append("(x - mean) / standard deviation over the scan, cropped around the atrium")
@@ -176,14 +230,20 @@ def preprocessing(checkpoint: dict[str, Any], multilabel: bool) -> list[str]:
     if data.get("crop_foreground"):
         steps.append("cropped to the box of voxels above 0")
     if checkpoint["kind"] == "3d":
-        steps.append(f"windows of {sides(config['patch_size'])} that overlap by {config['overlap']:g}, logits averaged")
+        steps.append(
+            f"windows of {sides(config['patch_size'])} that overlap by {config['overlap']:g}, "
+            "logits averaged"
+        )
     elif checkpoint["kind"] == "3d-semi":
         steps.append(
-            f"windows of {sides(config['patch_size'])} every {sides(config['stride'])} voxels, softmax averaged"
+            f"windows of {sides(config['patch_size'])} every {sides(config['stride'])} voxels, "
+            "softmax averaged"
         )
     else:
         steps.append(f"each slice or image resized to {sides(config['patch_size'])}")
-    last = "regions where the logit is at least 0" if multilabel else "the class of the largest value"
+    last = (
+        "regions where the logit is at least 0" if multilabel else "the class of the largest value"
+    )
     return [*steps, f"{last}, brought back to the image's own grid by nearest neighbour"]
 
 
@@ -196,15 +256,23 @@ def scores(ckpt: Path) -> str:
         native = summary["native"]
         rows = [*native["classes"].items(), ("mean of cases", native["mean"])]
         unit = summary.get("unit", "mm")
-        lines = [f"| class | Dice | Jaccard | HD95 {unit} | ASD {unit} |", "|---|---:|---:|---:|---:|"]
+        lines = [
+            f"| class | Dice | Jaccard | HD95 {unit} | ASD {unit} |",
+            "|---|---:|---:|---:|---:|",
+        ]
         for label, row in rows:
             values = [row.get(key) for key in ("dice", "jaccard", "hd95", "asd")]
-            shown = ["-" if v is None else f"{100 * v:.2f}" if k < 2 else f"{v:.2f}" for k, v in enumerate(values)]
+            shown = [
+                "-" if v is None else f"{100 * v:.2f}" if k < 2 else f"{v:.2f}"
+                for k, v in enumerate(values)
+            ]
             lines.append(f"| {label} | {' | '.join(shown)} |")
         counts = native["counts"]
         note = (
-            f"Dice and Jaccard in %, {native['cases']} {summary['split']} cases on their own grid (PyTorch, float32); "
-            f"of {counts['pairs']} structures {counts['missed']} were missed and {counts['spurious']} found where "
+            f"Dice and Jaccard in %, {native['cases']} {summary['split']} cases on their own grid "
+            "(PyTorch, float32); "
+            f"of {counts['pairs']} structures {counts['missed']} were missed and "
+            f"{counts['spurious']} found where "
             f"there is none, which the distances leave out."
         )
         if summary.get("selected_on_reported"):
@@ -213,19 +281,27 @@ def scores(ckpt: Path) -> str:
     except FileNotFoundError:
         return f"Not measured: there is no {name} beside the checkpoint; the test script writes it."
     except (ValueError, KeyError, TypeError) as error:
-        return f"Not known: {name} beside the checkpoint is not a summary of the test scripts ({error!r})."
+        return (
+            f"Not known: {name} beside the checkpoint is not a summary of the test scripts "
+            f"({error!r})."
+        )
 
 
 def limits(checkpoint: dict[str, Any]) -> list[str]:
     """What a user must not expect."""
     cases = checkpoint.get("cases", {})
     trained = len(cases.get("train") or []) + len(cases.get("labelled") or [])
-    known = f"{trained} labelled training units" if trained else "an unknown number of training cases"
+    known = (
+        f"{trained} labelled training units" if trained else "an unknown number of training cases"
+    )
     found = [
-        f"Trained on {known} of one data set: other scanners, protocols, populations, ages and diseases were not "
+        f"Trained on {known} of one data set: other scanners, protocols, populations, ages and "
+        "diseases were not "
         f"tested, and scores there may be much lower.",
-        "Every image gets a prediction: nothing tells that an image is of another body part or modality.",
-        f"The window is fixed at {sides(checkpoint['config']['patch_size'])}; other sizes need another export.",
+        "Every image gets a prediction: nothing tells that an image is of another body part or "
+        "modality.",
+        f"The window is fixed at {sides(checkpoint['config']['patch_size'])}; other sizes need "
+        "another export.",
         "Softmax values are not calibrated probabilities.",
     ]
     if checkpoint["dataset"]["format"] == "la":

@@ -1,4 +1,6 @@
-"""Pieces of tools/report.py's page: numbers as text, and HTML elements from plain values. All text is escaped here."""
+"""Pieces of tools/report.py's page: numbers as text, and HTML elements from plain values. All text
+is escaped here.
+"""
 
 import base64
 import dataclasses
@@ -49,11 +51,17 @@ def paragraph(text: str) -> str:
 
 def warning(heading: str, lines: Sequence[str]) -> str:
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="findings" role="note"><strong>{escape(heading)}</strong><ul>{items}</ul></div>'
+    return (
+        '<div class="findings" '
+        f'role="note"><strong>{escape(heading)}</strong><ul>{items}</ul></div>'
+    )
 
 
 def grid(drawn: Sequence[str]) -> str:
-    return f'<div class="grid">{"".join(f"<figure class=chart>{each}</figure>" for each in drawn)}</div>'
+    return (
+        "<div "
+        f'class="grid">{"".join(f"<figure class=chart>{each}</figure>" for each in drawn)}</div>'
+    )
 
 
 def inline(image: Image.Image) -> str:
@@ -66,7 +74,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
     """A plain table; the first column names the rows."""
     head = "".join(f"<th scope=col>{escape(text)}</th>" for text in header)
     body = "".join(
-        f"<tr><th scope=row>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+        "<tr><th "
+        f"scope=row>{escape(row[0])}</th>"
+        f"{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
         for row in rows
     )
     caption = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -76,7 +86,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
 
 @dataclasses.dataclass
 class Cell:
-    """What a sortable table shows, and what it sorts by: a number, text, or None for undefined, which comes last."""
+    """What a sortable table shows, and what it sorts by: a number, text, or None for undefined,
+    which comes last.
+    """
 
     text: str
     value: float | str | None
@@ -86,15 +98,21 @@ class Cell:
 
 def score_cell(value: float | None, metric: str, note: str = "") -> Cell:
     known = value is not None and not math.isnan(value)
-    return Cell(number(value, metric), value if known else None, "bar" if known and metric in PERCENT else "", note)
+    return Cell(
+        number(value, metric),
+        value if known else None,
+        "bar" if known and metric in PERCENT else "",
+        note,
+    )
 
 
 def sortable(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> str:
     """A table that a script in the page sorts; the first column names the rows and is text."""
     head = "".join(
-        f'<th scope=col aria-sort=none data-kind={"text" if k == 0 else "number"}>'
-        f'<button type="button">{escape(text)}</button></th>' for k, text in enumerate(header)
-    )  # fmt: skip
+        f"<th scope=col aria-sort=none data-kind={'text' if k == 0 else 'number'}>"
+        f'<button type="button">{escape(text)}</button></th>'
+        for k, text in enumerate(header)
+    )
     body = []
     for row in rows:
         cells = []
@@ -109,6 +127,7 @@ def sortable(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str
             cells.append(f"<{tag}{attributes}>{escape(cell.text)}</{tag.split()[0]}>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<div class="scroll tall" tabindex="0"><table class="sortable"><caption>{escape(caption)}</caption>'
+        '<div class="scroll tall" tabindex="0"><table '
+        f'class="sortable"><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )

@@ -1,13 +1,14 @@
-"""Tables of tested runs: accuracy beside size and speed.
+r"""Tables of tested runs: accuracy beside size and speed.
 
-    python tools/results_table.py runs/btcv/supervised/resunet/seed0 runs/btcv/acf_bckd/resunet-unet/seed0
+    python tools/results_table.py runs/btcv/supervised/resunet/seed0 \
+        runs/btcv/acf_bckd/resunet-unet/seed0
     python tools/results_table.py runs/btcv/*/*/seed0 --space native --csv table.csv
     python tools/results_table.py --layout kd --runs-dir runs --dataset btcv --csv btcv.csv
 
---layout kd gathers every summary.json of best.pt under --runs-dir, averages over the seeds and prints the tables of the
-ACF-BCKD paper in Markdown, each cell beside the published figure (tools/published_kd.yaml). --layout ssl does the same
-for summary_published.json of few-label runs and the tables of CRKD (tools/published_ssl.yaml); --protocol clean takes
-summary.json instead.
+--layout kd gathers every summary.json of best.pt under --runs-dir, averages over the seeds and
+prints the tables of the ACF-BCKD paper in Markdown, each cell beside the published figure
+(tools/published_kd.yaml). --layout ssl does the same for summary_published.json of few-label runs
+and the tables of CRKD (tools/published_ssl.yaml); --protocol clean takes summary.json instead.
 """
 
 import argparse
@@ -24,14 +25,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.runs import labelled_name
 
-COLUMNS = ("run", "Dice", "Jaccard", "HD95 {}", "ASD {}", "missed", "parameters", "GMACs", "ms/volume")
+COLUMNS = (
+    "run",
+    "Dice",
+    "Jaccard",
+    "HD95 {}",
+    "ASD {}",
+    "missed",
+    "parameters",
+    "GMACs",
+    "ms/volume",
+)
 TEACHERS = {"resunet": "T1 ResU-Net", "segresnet": "T2 SegResNet"}
-STUDENTS = {"unet": "U-Net", "espnetv2": "ESPNetV2", "mobile_unet": "Mobile U-Net", "lcovnet": "LCOV-Net"}
+STUDENTS = {
+    "unet": "U-Net",
+    "espnetv2": "ESPNetV2",
+    "mobile_unet": "Mobile U-Net",
+    "lcovnet": "LCOV-Net",
+}
 METHODS = ("supervised", "unimatch", "crossmatch", "lefed", "acmt", "mlrpl", "crkd")
 METRICS = {"dice": 100.0, "jaccard": 100.0, "hd95": 1.0, "asd": 1.0}  # factors to the tables' units
 RIVALS = ("kd", "at", "nkd", "skd", "ifvd", "cwd", "dist", "dkd", "cirkd")
 PENALISED = (
-    "* with missed and wrongly predicted organs as the diagonal of the volume: compare runs by these (nan: not known, "
+    "* with missed and wrongly predicted organs as the diagonal of the volume: compare runs by "
+    "these (nan: not known, "
     "test the run again)."
 )
 PUBLISHED = Path(__file__).with_name("published_kd.yaml")
@@ -39,14 +56,29 @@ PUBLISHED_SSL = Path(__file__).with_name("published_ssl.yaml")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders with a summary.json, or summary files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help="run folders with a summary.json, or summary files"
+    )
     parser.add_argument("--space", choices=("resampled", "native"), default="resampled")
     parser.add_argument("--csv", type=Path, help="also write the table there")
-    parser.add_argument("--layout", choices=("runs", "kd", "ssl"), default="runs", help="kd, ssl: the published tables")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="for --layout kd and ssl")
-    parser.add_argument("--dataset", help="for --layout kd and ssl; default: every data set with published figures")
-    parser.add_argument("--protocol", choices=("published", "clean"), default="published", help="for --layout ssl")
+    parser.add_argument(
+        "--layout",
+        choices=("runs", "kd", "ssl"),
+        default="runs",
+        help="kd, ssl: the published tables",
+    )
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), help="for --layout kd and ssl"
+    )
+    parser.add_argument(
+        "--dataset", help="for --layout kd and ssl; default: every data set with published figures"
+    )
+    parser.add_argument(
+        "--protocol", choices=("published", "clean"), default="published", help="for --layout ssl"
+    )
     args = parser.parse_args()
     if args.layout == "kd":
         return published_layout(args)
@@ -59,14 +91,19 @@ def main() -> int:
         path = run if run.suffix == ".json" else run / "summary.json"
         if not path.is_file():
             best = path.parent / "best.pt"
-            sys.exit(f"error: {path}: no such summary; make it with: python test_3d.py --ckpt {best}")
+            sys.exit(
+                f"error: {path}: no such summary; make it with: python test_3d.py --ckpt {best}"
+            )
         summaries.append(json.loads(path.read_text(encoding="utf-8")))
     units = {summary.get("unit", "mm") for summary in summaries}
     columns = tuple(column.format("/".join(sorted(units))) for column in COLUMNS)
     rows = [cells(summary, args.space) for summary in summaries]
     widths = [max(len(row[k]) for row in [columns, *rows]) for k in range(len(columns))]
     for row in [columns, tuple("-" * width for width in widths), *rows]:
-        aligned = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        aligned = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
+        ]
         print(f"| {' | '.join(aligned)} |")
     for note in notes(summaries, args.space):
         print(note)
@@ -80,8 +117,15 @@ def main() -> int:
 def title(summary: dict) -> str:
     """Which network, taught how."""
     if "labelled" in summary:
-        preset = "" if summary["preset"] == "clean" or summary["method"] == "supervised" else f", {summary['preset']}"
-        return f"{summary['student']}, {labelled_name(summary['labelled'])} labelled, {summary['method']}{preset}"
+        preset = (
+            ""
+            if summary["preset"] == "clean" or summary["method"] == "supervised"
+            else f", {summary['preset']}"
+        )
+        return (
+            f"{summary['student']}, {labelled_name(summary['labelled'])} labelled, "
+            f"{summary['method']}{preset}"
+        )
     if summary["teacher"] is None:
         return f"{summary['student']}, supervised"
     preset = "" if summary["preset"] == "clean" else f", {summary['preset']}"
@@ -89,7 +133,9 @@ def title(summary: dict) -> str:
 
 
 def selections(summaries: list[dict]) -> str:
-    """Which lists chose the checkpoints of a table; runs that were selected on test cases are named."""
+    """Which lists chose the checkpoints of a table; runs that were selected on test cases are
+    named.
+    """
     chosen = [summary for summary in summaries if summary.get("checkpoint", "best.pt") == "best.pt"]
     lists = sorted({summary.get("selected_on", "val") for summary in chosen}) or ["none"]
     on_test = [f"{title(s)}, seed {s['seed']}" for s in chosen if s.get("selected_on") == "test"]
@@ -103,9 +149,11 @@ def scores(summary: dict, space: str) -> dict:
 
 
 def penalised(summary: dict, space: str, metric: str) -> float | None:
-    """The mean distance with missed and spurious organs as the diagonal; None where no organ failed.
+    """The mean distance with missed and spurious organs as the diagonal; None where no organ
+    failed.
 
-    NaN for a summary that says how many failed but not at what distance: written before there was this figure.
+    NaN for a summary that says how many failed but not at what distance: written before there was
+    this figure.
     """
     counts = scores(summary, space)["counts"]
     if not counts["missed"] + counts.get("spurious", 0):
@@ -126,10 +174,15 @@ def cells(summary: dict, space: str) -> tuple[str, ...]:
 
     return (
         title(summary) + (f" [{summary['tag']}]" if summary["tag"] else ""),
-        number(mean["dice"], 2, 100), number(mean["jaccard"], 2, 100), distance("hd95"), distance("asd"),
-        f"{counts['missed']}/{counts['pairs']}", f"{summary['parameters']:,}", number(summary["gmacs"], 2),
+        number(mean["dice"], 2, 100),
+        number(mean["jaccard"], 2, 100),
+        distance("hd95"),
+        distance("asd"),
+        f"{counts['missed']}/{counts['pairs']}",
+        f"{summary['parameters']:,}",
+        number(summary["gmacs"], 2),
         number(summary["ms_per_volume"], 0),
-    )  # fmt: skip
+    )
 
 
 def notes(summaries: list[dict], space: str) -> list[str]:
@@ -137,24 +190,30 @@ def notes(summaries: list[dict], space: str) -> list[str]:
     first = summaries[0]
     cases = {summary["native"]["cases"] for summary in summaries}
     steps = ", ".join(f"{title(s)} {s['step']} of {s['max_steps']}" for s in summaries)
-    counted = f"Dice and Jaccard in %, means over {'/'.join(map(str, sorted(cases)))} {first['split']} cases"
+    counted = (
+        f"Dice and Jaccard in %, means over {'/'.join(map(str, sorted(cases)))} {first['split']} "
+        "cases"
+    )
     if any(summary.get("protocol") == "published" for summary in summaries):
         counted += "; distances as published tables of the data set have them (reporting.py)."
     else:
         counted += (
-            f"; HD95 {first['hd95_definition']}, ASD one-sided; 'missed': organs not found at all, of all organs "
+            f"; HD95 {first['hd95_definition']}, ASD one-sided; 'missed': organs not found at all, "
+            "of all organs "
             f"(their distances are undefined and left out)."
         )
     lines = [
         counted,
-        f"GMACs of one patch {'x'.join(map(str, first['patch_size']))}; milliseconds on {first['device']}"
+        f"GMACs of one patch {'x'.join(map(str, first['patch_size']))}; milliseconds on "
+        f"{first['device']}"
         + (f" with {first['threads']} thread(s)." if first["device"] == "CPU" else "."),
         f"Checkpoint steps: {steps}.",
         selections(summaries),
     ]
     if any(summary["selected_on_reported"] for summary in summaries):
         lines.append(
-            "This data set has no third list: best.pt was selected on the cases reported here; see last.pt too."
+            "This data set has no third list: best.pt was selected on the cases reported here; see "
+            "last.pt too."
         )
     if any("*" in cell for summary in summaries for cell in cells(summary, space)):
         lines.append(PENALISED)
@@ -185,28 +244,46 @@ def published_layout(args: argparse.Namespace) -> int:
 
 
 def gather(runs_dir: Path) -> tuple[dict[tuple, list[dict]], int]:
-    """(dataset, method, teacher or None, student, preset) -> summaries of its seeds; and how many tagged runs were
-    left out: their settings are not those of the cell. A network trained alone has no preset."""
+    """(dataset, method, teacher or None, student, preset) -> summaries of its seeds; and how many
+    tagged runs were left out: their settings are not those of the cell. A network trained alone has
+    no preset.
+    """
     cells_found: dict[tuple, dict[int, dict]] = {}
     tagged = 0
     for path in sorted(runs_dir.rglob("summary.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary.get("checkpoint") != "best.pt" or "student" not in summary or "labelled" in summary:
+        if (
+            summary.get("checkpoint") != "best.pt"
+            or "student" not in summary
+            or "labelled" in summary
+        ):
             continue
         if summary["tag"]:
             tagged += 1
             continue
         preset = "-" if summary["teacher"] is None else summary["preset"]
-        key = (summary["dataset"], summary["method"], summary["teacher"], summary["student"], preset)
+        key = (
+            summary["dataset"],
+            summary["method"],
+            summary["teacher"],
+            summary["student"],
+            preset,
+        )
         seeds = cells_found.setdefault(key, {})
         if summary["seed"] in seeds:
             name = "/".join(map(str, key))
-            sys.exit(f"error: {path}: a second run of {name} with seed {summary['seed']}; remove one")
+            sys.exit(
+                f"error: {path}: a second run of {name} with seed {summary['seed']}; remove one"
+            )
         seeds[summary["seed"]] = summary
-    return {key: [seeds[seed] for seed in sorted(seeds)] for key, seeds in cells_found.items()}, tagged
+    return {
+        key: [seeds[seed] for seed in sorted(seeds)] for key, seeds in cells_found.items()
+    }, tagged
 
 
-def dataset_tables(dataset: str, runs: dict[tuple, list[dict]], published: dict, space: str) -> list[dict]:
+def dataset_tables(
+    dataset: str, runs: dict[tuple, list[dict]], published: dict, space: str
+) -> list[dict]:
     """Print the three tables of one data set; -> the cells as CSV rows, with their `summaries`.
 
     runs: (method, teacher or None, student, preset) -> summaries.
@@ -218,11 +295,23 @@ def dataset_tables(dataset: str, runs: dict[tuple, list[dict]], published: dict,
         alone = published.get("alone", {}).get(student)
         taught = published.get("distilled", {}).get(method, {}).get(student, {}).get(teacher)
         figure = alone if teacher is None else taught
-        written.append({
-            "dataset": dataset, "method": method, "teacher": teacher or "", "student": student, "preset": preset,
-            **statistics_of(summaries, space), **published_fields(figure), "summaries": summaries,
-        })  # fmt: skip
-        return [shown(written[-1]), str(len(summaries)) if summaries else "-", shown_published(figure)]
+        written.append(
+            {
+                "dataset": dataset,
+                "method": method,
+                "teacher": teacher or "",
+                "student": student,
+                "preset": preset,
+                **statistics_of(summaries, space),
+                **published_fields(figure),
+                "summaries": summaries,
+            }
+        )
+        return [
+            shown(written[-1]),
+            str(len(summaries)) if summaries else "-",
+            shown_published(figure),
+        ]
 
     def size(*keys: tuple) -> list[str]:
         summary = next((runs[key][0] for key in keys if key in runs), None)
@@ -245,17 +334,26 @@ def dataset_tables(dataset: str, runs: dict[tuple, list[dict]], published: dict,
     print_markdown(f"{dataset}: trained alone", ["network", "parameters", "GMACs", *results], rows)
     rows = [
         [title_, *pair("acf_bckd", student, preset)]
-        for student, title_ in STUDENTS.items() for preset in presets("acf_bckd", student)
-    ]  # fmt: skip
-    print_markdown(f"{dataset}: ACF-BCKD", ["student", "parameters", "GMACs", "preset", *both], rows)
+        for student, title_ in STUDENTS.items()
+        for preset in presets("acf_bckd", student)
+    ]
+    print_markdown(
+        f"{dataset}: ACF-BCKD", ["student", "parameters", "GMACs", "preset", *both], rows
+    )
     # Data sets without published figures show the rivals that were run.
     known = published.get("distilled") or {key[0]: None for key in runs}
     rows = [
         [method.upper(), *pair(method, "unet", preset)]
-        for method in RIVALS if method in known for preset in presets(method, "unet")
-    ]  # fmt: skip
+        for method in RIVALS
+        if method in known
+        for preset in presets(method, "unet")
+    ]
     if rows:
-        print_markdown(f"{dataset}: methods, student U-Net", ["method", "parameters", "GMACs", "preset", *both], rows)
+        print_markdown(
+            f"{dataset}: methods, student U-Net",
+            ["method", "parameters", "GMACs", "preset", *both],
+            rows,
+        )
     return written
 
 
@@ -276,7 +374,10 @@ def few_label_layout(args: argparse.Namespace) -> int:
         key = (summary["dataset"], labelled_name(summary["labelled"]), summary["method"], preset)
         seeds = runs.setdefault(key, {})
         if summary["seed"] in seeds:
-            sys.exit(f"error: {path}: a second run of {'/'.join(key)} with seed {summary['seed']}; remove one")
+            sys.exit(
+                f"error: {path}: a second run of {'/'.join(key)} with seed {summary['seed']}; "
+                "remove one"
+            )
         seeds[summary["seed"]] = summary
     written = []
     found = list(dict.fromkeys([*published, *(key[0] for key in runs)]))
@@ -288,24 +389,51 @@ def few_label_layout(args: argparse.Namespace) -> int:
             known = {str(k): v for k, v in figures.items()}.get(labelled, {})
             rows = []
             for method in METHODS:
-                presets = sorted({preset for m, preset in own if m == method}) or ["-"] * (method in known)
+                presets = sorted({preset for m, preset in own if m == method}) or ["-"] * (
+                    method in known
+                )
                 for preset in presets:
                     fields = few_label_fields(list(own.get((method, preset), {}).values()))
                     figure = known.get(method)
-                    written.append({
-                        "dataset": dataset, "labelled": labelled, "method": method, "preset": preset, **fields,
-                        **{f"published_{metric}": v for metric, v in zip(METRICS, figure or [""] * 4)},
-                    })  # fmt: skip
+                    written.append(
+                        {
+                            "dataset": dataset,
+                            "labelled": labelled,
+                            "method": method,
+                            "preset": preset,
+                            **fields,
+                            **{
+                                f"published_{metric}": v
+                                for metric, v in zip(METRICS, figure or [""] * 4)
+                            },
+                        }
+                    )
                     cells_ = [with_spread(fields, metric) for metric in METRICS]
                     shown_ = " / ".join(f"{value:.2f}" for value in figure) if figure else "-"
-                    counted = [f"{fields['missed']}/{fields['pairs']}", str(fields["runs"])] if fields["runs"] else "--"
+                    counted = (
+                        [f"{fields['missed']}/{fields['pairs']}", str(fields["runs"])]
+                        if fields["runs"]
+                        else "--"
+                    )
                     rows.append([method, preset, *cells_, *counted, shown_])
-            header = ["method", "preset", "Dice %", "Jaccard %", "HD95", "ASD", "missed", "runs", "published"]
+            header = [
+                "method",
+                "preset",
+                "Dice %",
+                "Jaccard %",
+                "HD95",
+                "ASD",
+                "missed",
+                "runs",
+                "published",
+            ]
             if rows:
                 print_markdown(f"{dataset}, {labelled} labelled", header, rows)
     print(
-        f"Ours: {args.protocol} protocol (reporting.py), mean ± population standard deviation over the runs (seeds) of "
-        f"best.pt; distances in voxels or pixels. Published: Dice / Jaccard / HD95 / ASD of the best checkpoint on the "
+        f"Ours: {args.protocol} protocol (reporting.py), mean ± population standard deviation over "
+        "the runs (seeds) of "
+        "best.pt; distances in voxels or pixels. Published: Dice / Jaccard / HD95 / ASD of the "
+        "best checkpoint on the "
         f"reported cases."
     )
     print(PENALISED)
@@ -323,13 +451,20 @@ def few_label_layout(args: argparse.Namespace) -> int:
 
 
 def few_label_fields(summaries: list[dict]) -> dict:
-    """Mean and population standard deviation over seeds of the four metrics; empty where there are no runs."""
-    fields = {"runs": len(summaries), "seeds": " ".join(str(summary["seed"]) for summary in summaries)}
+    """Mean and population standard deviation over seeds of the four metrics; empty where there are
+    no runs.
+    """
+    fields = {
+        "runs": len(summaries),
+        "seeds": " ".join(str(summary["seed"]) for summary in summaries),
+    }
     for metric, factor in METRICS.items():
         values = [summary["native"]["mean"][metric] for summary in summaries]
         complete = values and all(value is not None for value in values)
         fields[metric] = f"{factor * statistics.fmean(values):.2f}" if complete else ""
-        fields[f"{metric}_std"] = f"{factor * statistics.pstdev(values):.2f}" if complete and len(values) > 1 else ""
+        fields[f"{metric}_std"] = (
+            f"{factor * statistics.pstdev(values):.2f}" if complete and len(values) > 1 else ""
+        )
     return fields | failed_fields(summaries, "native", {"hd95": "hd95", "asd": "asd"})
 
 
@@ -338,34 +473,58 @@ def with_spread(fields: dict, metric: str) -> str:
     if not fields["runs"]:
         return "not run"
     spread, also = fields[f"{metric}_std"], fields.get(f"{metric}_penalised")
-    return (fields[metric] or "-") + (f" ± {spread}" if spread else "") + (f" / {also}*" if also else "")
+    return (
+        (fields[metric] or "-")
+        + (f" ± {spread}" if spread else "")
+        + (f" / {also}*" if also else "")
+    )
 
 
 def statistics_of(summaries: list[dict], space: str) -> dict:
-    """Mean and population standard deviation over seeds, as the paper's; Dice in %, HD95 in mm and, where test_3d.py
-    ran with --published, in voxels. Empty where there are no runs."""
-    fields = {"runs": len(summaries), "seeds": " ".join(str(summary["seed"]) for summary in summaries)}
+    """Mean and population standard deviation over seeds, as the paper's; Dice in %, HD95 in mm and,
+    where test_3d.py ran with --published, in voxels. Empty where there are no runs.
+    """
+    fields = {
+        "runs": len(summaries),
+        "seeds": " ".join(str(summary["seed"]) for summary in summaries),
+    }
     values = {
         "dice": [100 * summary[space]["mean"]["dice"] for summary in summaries],
         "hd95_mm": [summary[space]["mean"]["hd95"] for summary in summaries],
-        "hd95_voxels": [summary.get("published_protocol", {}).get("hd95_voxels") for summary in summaries],
+        "hd95_voxels": [
+            summary.get("published_protocol", {}).get("hd95_voxels") for summary in summaries
+        ],
     }
     for name, entries in values.items():
-        complete = entries and all(value is not None and value == value for value in entries)  # neither None nor NaN
+        # neither None nor NaN
+        complete = entries and all(value is not None and value == value for value in entries)
         fields[name] = f"{statistics.fmean(entries):.2f}" if complete else ""
-        fields[f"{name}_std"] = f"{statistics.pstdev(entries):.2f}" if complete and len(entries) > 1 else ""
+        fields[f"{name}_std"] = (
+            f"{statistics.pstdev(entries):.2f}" if complete and len(entries) > 1 else ""
+        )
     fields |= {name: summaries[0][name] if summaries else "" for name in ("parameters", "gmacs")}
-    voxels = [summary.get("published_protocol", {}).get("hd95_voxels_penalised") for summary in summaries]
-    return fields | failed_fields(summaries, space, {"hd95_mm": "hd95"}) | {
-        "hd95_voxels_penalised": f"{statistics.fmean(voxels):.2f}" if voxels and None not in voxels else ""
-    }
+    voxels = [
+        summary.get("published_protocol", {}).get("hd95_voxels_penalised") for summary in summaries
+    ]
+    return (
+        fields
+        | failed_fields(summaries, space, {"hd95_mm": "hd95"})
+        | {
+            "hd95_voxels_penalised": f"{statistics.fmean(voxels):.2f}"
+            if voxels and None not in voxels
+            else ""
+        }
+    )
 
 
 def failed_fields(summaries: list[dict], space: str, names: dict[str, str]) -> dict:
-    """Organs missed, of all, over the runs; and the penalised mean of each field (-> its metric), 'unknown' where a
-    summary lacks it, empty where nothing failed."""
+    """Organs missed, of all, over the runs; and the penalised mean of each field (-> its metric),
+    'unknown' where a summary lacks it, empty where nothing failed.
+    """
     counts = [scores(summary, space)["counts"] for summary in summaries]
-    fields = {key: sum(count[key] for count in counts) if counts else "" for key in ("missed", "pairs")}
+    fields = {
+        key: sum(count[key] for count in counts) if counts else "" for key in ("missed", "pairs")
+    }
     for name, metric in names.items():
         found = [penalised(summary, space, metric) for summary in summaries]
         own = [scores(summary, space)["mean"][metric] for summary in summaries]
@@ -373,7 +532,9 @@ def failed_fields(summaries: list[dict], space: str, names: dict[str, str]) -> d
         values = [mean if value is None else value for value, mean in zip(found, own)]
         known = all(value is not None and value == value for value in values)
         failed = any(value is not None for value in found)
-        fields[f"{name}_penalised"] = "" if not failed else f"{statistics.fmean(values):.2f}" if known else "unknown"
+        fields[f"{name}_penalised"] = (
+            "" if not failed else f"{statistics.fmean(values):.2f}" if known else "unknown"
+        )
     return fields
 
 
@@ -384,7 +545,9 @@ def published_fields(figure: list[float] | None) -> dict:
 
 
 def shown(fields: dict) -> str:
-    """76.21 ± 0.30 / 12.40 ± 1.10 / 30.20* (10.80 / 21.70* vox), missed 3/78, or 'not run'; *: penalised."""
+    """76.21 ± 0.30 / 12.40 ± 1.10 / 30.20* (10.80 / 21.70* vox), missed 3/78, or 'not run'; *:
+    penalised.
+    """
     if not fields["runs"]:
         return "not run"
 
@@ -392,8 +555,10 @@ def shown(fields: dict) -> str:
         std = fields[f"{name}_std"]
         return (fields[name] or "-") + (f" ± {std}" if std else "")
 
-    marked = {name: f" / {fields[key]}*" if fields["hd95_mm_penalised"] and fields[key] else ""
-              for name, key in (("mm", "hd95_mm_penalised"), ("vox", "hd95_voxels_penalised"))}  # fmt: skip
+    marked = {
+        name: f" / {fields[key]}*" if fields["hd95_mm_penalised"] and fields[key] else ""
+        for name, key in (("mm", "hd95_mm_penalised"), ("vox", "hd95_voxels_penalised"))
+    }
     voxels = f" ({fields['hd95_voxels']}{marked['vox']} vox)" if fields["hd95_voxels"] else ""
     missed = f", missed {fields['missed']}/{fields['pairs']}"
     return f"{with_std('dice')} / {with_std('hd95_mm')}{marked['mm']}{voxels}{missed}"
@@ -403,7 +568,11 @@ def shown_published(figure: list[float] | None) -> str:
     if not figure:
         return "-"
     dice, std, hd95 = [*figure, None, None][:3]
-    return f"{dice:.2f}" + (f" ± {std:.2f}" if std is not None else "") + (f" / {hd95:.2f} vox" if hd95 else "")
+    return (
+        f"{dice:.2f}"
+        + (f" ± {std:.2f}" if std is not None else "")
+        + (f" / {hd95:.2f} vox" if hd95 else "")
+    )
 
 
 def print_markdown(title_: str, header: list[str], rows: list[list[str]]) -> None:
@@ -417,9 +586,12 @@ def print_markdown(title_: str, header: list[str], rows: list[list[str]]) -> Non
 def layout_notes(summaries: list[dict], tagged: int, space: str) -> list[str]:
     """What a reader must know to compare our figures with the published ones."""
     lines = [
-        f"Ours: Dice in % and HD95 in mm on the {space} grid, mean ± population standard deviation over the runs "
-        f"(seeds) of best.pt; 'vox': HD95 in voxels by the published protocol, where test_3d.py ran with --published.",
-        "Published: HD95 is in voxels of the resampled grid (CT: 1.5 x 1.5 x 2.0 mm; BraTS: 1 mm), and organs that "
+        f"Ours: Dice in % and HD95 in mm on the {space} grid, mean ± population standard deviation "
+        "over the runs "
+        "(seeds) of best.pt; 'vox': HD95 in voxels by the published protocol, where test_3d.py "
+        "ran with --published.",
+        "Published: HD95 is in voxels of the resampled grid (CT: 1.5 x 1.5 x 2.0 mm; BraTS: 1 mm), "
+        "and organs that "
         "were not found at all are left out of it; mean of three runs.",
         "Parameters are those that a forward pass uses; GMACs of one patch.",
         PENALISED,
@@ -430,7 +602,10 @@ def layout_notes(summaries: list[dict], tagged: int, space: str) -> list[str]:
         lines.append(f"HD95 definition: {definitions}; scored on: {splits}.")
         lines.append(selections(summaries))
     if any(summary["selected_on_reported"] for summary in summaries):
-        lines.append("Where there is no third list, best.pt was selected on the reported cases, as in the paper.")
+        lines.append(
+            "Where there is no third list, best.pt was selected on the reported cases, as in the "
+            "paper."
+        )
     if tagged:
         lines.append(f"{tagged} tagged run(s) left out.")
     return lines

@@ -3,16 +3,19 @@
     python tools/soft_boundary.py --teacher runs/btcv/supervised/resunet/seed0/best.pt \\
         runs/btcv/supervised/unet/seed0/last.pt runs/btcv/acf_bckd/resunet-unet/seed0/last.pt
 
-SBD weighs an error by its squared distances from two boundaries: of the teacher's region, and of where the student is
-above a half. Inside a thin structure these are small, far from it large, and a class that is above a half nowhere has
-no boundary of its own. So a class that is left out can cost less than one in the wrong place. One that was given up has
-a highest probability below a half and a Dice of 0.
+SBD weighs an error by its squared distances from two boundaries: of the teacher's region, and of
+where the student is above a half. Inside a thin structure these are small, far from it large, and a
+class that is above a half nowhere has no boundary of its own. So a class that is left out can cost
+less than one in the wrong place. One that was given up has a highest probability below a half and a
+Dice of 0.
 
-Means over the cases, whole volumes on the preprocessed grid of the first student (training has augmented patches).
-Dice: with the ground truth, in percent. AUC: the share of pairs, a voxel of the class and one of another structure in
-the teacher's prediction, in which the former has the higher probability of the class; 0.5 is chance. inside, outside:
-the parts of H from the voxels in the teacher's region of the class and from all others. SBD: of every case log(1 + H),
-H the mean of the two parts' sum over classes.
+Means over the cases, whole volumes on the preprocessed grid of the first student (training has
+augmented patches).
+Dice: with the ground truth, in percent. AUC: the share of pairs, a voxel of the class and one of
+another structure in the teacher's prediction, in which the former has the higher probability of the
+class; 0.5 is chance. inside, outside: the parts of H from the voxels in the teacher's region of the
+class and from all others. SBD: of every case log(1 + H), H the mean of the two parts' sum over
+classes.
 """
 
 import argparse
@@ -42,8 +45,9 @@ from utils.runs import resolve_device
 
 
 class Seen(NamedTuple):
-    """Of one class in one case. dice: NaN where it is neither there nor predicted. auc: NaN where the teacher sees the
-    class, or any other structure, nowhere."""
+    """Of one class in one case. dice: NaN where it is neither there nor predicted. auc: NaN where
+    the teacher sees the class, or any other structure, nowhere.
+    """
 
     dice: float
     highest: float
@@ -53,16 +57,26 @@ class Seen(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("students", nargs="+", type=Path, help="best.pt or last.pt of runs of train_3d_distill.py")
-    parser.add_argument("--teacher", required=True, type=Path, help="checkpoint whose prediction SBD compares with")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "students", nargs="+", type=Path, help="best.pt or last.pt of runs of train_3d_distill.py"
+    )
+    parser.add_argument(
+        "--teacher", required=True, type=Path, help="checkpoint whose prediction SBD compares with"
+    )
     parser.add_argument("--split", choices=("train", "val", "test"), default="val")
     parser.add_argument("--cases", type=int, help="the first so many of the split; default: all")
-    parser.add_argument("--data-root", help="folder of the data set, if it is not where the students found it")
+    parser.add_argument(
+        "--data-root", help="folder of the data set, if it is not where the students found it"
+    )
     parser.add_argument("--cache-dir", help="folder of preprocessed cases")
     parser.add_argument(
-        "--allow-outside", action="store_true", help="read and cache where the checkpoint says, wherever that is"
-    )  # fmt: skip
+        "--allow-outside",
+        action="store_true",
+        help="read and cache where the checkpoint says, wherever that is",
+    )
     parser.add_argument("--device", default="auto")
     plugins.add_plugin_flags(parser)
     args = parser.parse_args()
@@ -77,7 +91,9 @@ def main() -> int:
         check_alike(path, checkpoint, args.students[0], first, args.split)
     check_teacher(args.teacher, of_teacher, args.students[0], first)
     dataset = build_dataset(
-        **dataset_arguments(first, args.students[0], args.data_root, args.cache_dir, args.allow_outside)
+        **dataset_arguments(
+            first, args.students[0], args.data_root, args.cache_dir, args.allow_outside
+        )
     )
     names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
     cases = listed(first, dataset, [args.split])[1][: args.cases]
@@ -102,7 +118,9 @@ def check_plugins(references: Sequence[str], paths: Sequence[Path]) -> None:
     used = {name for path in paths for name in load_checkpoint(path).get("plugins", {})}
     for reference in references:
         if reference.rpartition(":")[2] not in used:
-            raise ConfigError(f"--plugin {reference}: nothing that these checkpoints need; leave it out")
+            raise ConfigError(
+                f"--plugin {reference}: nothing that these checkpoints need; leave it out"
+            )
 
 
 def load(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[dict, nn.Module]:
@@ -110,7 +128,9 @@ def load(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[di
     references = [reference for reference in args.plugin if reference.rpartition(":")[2] in own]
     checkpoint, network = load_network(path, references, args.allow_changed_plugin)
     if checkpoint["kind"] != "3d":
-        raise CheckpointError(f"{path}: a run of few labels; expected one of train_3d_distill.py, which has SBD")
+        raise CheckpointError(
+            f"{path}: a run of few labels; expected one of train_3d_distill.py, which has SBD"
+        )
     return checkpoint, network.to(device)
 
 
@@ -118,14 +138,16 @@ def check_alike(path: Path, checkpoint: dict, first_path: Path, first: dict, spl
     """CheckpointError unless two students have the same cases, classes and preprocessing."""
     own, places = checkpoint["dataset"], ("root", "cache_dir", "split_dir")
     wrong = [
-        f"{key} {own.get(key)} instead of {value}" for key, value in first["dataset"].items()
+        f"{key} {own.get(key)} instead of {value}"
+        for key, value in first["dataset"].items()
         if key not in places and own.get(key) != value
-    ]  # fmt: skip
+    ]
     if checkpoint.get("cases", {}).get(split) != first.get("cases", {}).get(split):
         wrong.append(f"another {split} list")
     if wrong:
         raise CheckpointError(
-            f"{path}: not comparable with {first_path} ({'; '.join(wrong)}); give the two to a run of this tool each"
+            f"{path}: not comparable with {first_path} ({'; '.join(wrong)}); give the two to a run "
+            "of this tool each"
         )
 
 
@@ -135,22 +157,30 @@ def check_teacher(path: Path, teacher: dict, of_student: Path, student: dict) ->
     channels = [checkpoint["network"]["in_channels"] for checkpoint in (teacher, student)]
     wrong = [
         f"{what} {mine} instead of {theirs}"
-        for what, (mine, theirs) in (("classes", classes), ("in_channels", channels)) if mine != theirs
-    ]  # fmt: skip
+        for what, (mine, theirs) in (("classes", classes), ("in_channels", channels))
+        if mine != theirs
+    ]
     if wrong:
-        raise CheckpointError(f"{path}: this teacher does not fit {of_student} ({'; '.join(wrong)})")
+        raise CheckpointError(
+            f"{path}: this teacher does not fit {of_student} ({'; '.join(wrong)})"
+        )
 
 
 def logits_of(network: nn.Module, image: Tensor, config: dict) -> Tensor:
     return predict_logits(
-        network, image, patch_size=config["patch_size"], overlap=config["overlap"], window_batch=config["window_batch"]
+        network,
+        image,
+        patch_size=config["patch_size"],
+        overlap=config["overlap"],
+        window_batch=config["window_batch"],
     ).cpu()
 
 
 def seen(logits: Tensor, target: Tensor, label: np.ndarray, multilabel: bool) -> list[Seen]:
     """What SBD sees of every class (without background) or region of one case.
 
-    logits, target: (K, H, W, D), of student and teacher. label: (H, W, D) ids, or (K, H, W, D) of regions.
+    logits, target: (K, H, W, D), of student and teacher. label: (H, W, D) ids, or (K, H, W, D) of
+    regions.
     """
     if multilabel:
         chances, regions = logits.sigmoid(), target >= 0
@@ -159,7 +189,9 @@ def seen(logits: Tensor, target: Tensor, label: np.ndarray, multilabel: bool) ->
         chances, predicted = logits.softmax(0)[1:], logits.argmax(0).numpy()
         regions = torch.stack([target.argmax(0) == c for c in range(1, len(target))])
     dice = class_dice(predicted, label, len(logits), multilabel)
-    weighted = (chances - regions.float()).square() * boundary_distance_squared(chances > 0.5, regions)
+    weighted = (chances - regions.float()).square() * boundary_distance_squared(
+        chances > 0.5, regions
+    )
     structures = regions.any(0)
     rows = []
     for c, region in enumerate(regions):
@@ -178,8 +210,12 @@ def soft_boundary(rows: Sequence[Seen]) -> float:
     return float(np.log1p(statistics.fmean(row.inside + row.outside for row in rows)))
 
 
-def table(students: Sequence[Path], names: Sequence[str], found: Sequence[Sequence[Sequence[Seen]]]) -> list[str]:
-    """Lines of Markdown: a row per student and class, means over the cases in which a value is defined."""
+def table(
+    students: Sequence[Path], names: Sequence[str], found: Sequence[Sequence[Sequence[Seen]]]
+) -> list[str]:
+    """Lines of Markdown: a row per student and class, means over the cases in which a value is
+    defined.
+    """
     header = ["student", "SBD", "class", "Dice", "highest probability", "AUC", "inside", "outside"]
     lines = [header, ["---"] * len(header)]
     for path, cases in zip(students, found):
@@ -187,7 +223,8 @@ def table(students: Sequence[Path], names: Sequence[str], found: Sequence[Sequen
         for c, name in enumerate(names):
             columns = np.array([rows[c] for rows in cases]).T
             dice, highest, auc, inside, outside = (
-                float(column[~np.isnan(column)].mean()) if not np.isnan(column).all() else None for column in columns
+                float(column[~np.isnan(column)].mean()) if not np.isnan(column).all() else None
+                for column in columns
             )
             shown = ["-" if value is None else f"{value:.3f}" for value in (auc, inside, outside)]
             share = "-" if dice is None else f"{100 * dice:.1f}"

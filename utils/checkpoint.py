@@ -1,8 +1,9 @@
 """Checkpoints that survive a crash and hold tensors and plain Python values only.
 
-A checkpoint is written to a temporary file, flushed to disk and moved into place, so a reader sees the old one or the
-new one, never half of one. `save_last` also keeps the one before. A checkpoint is a zip file, whose CRC-32 of every
-record is checked on loading (torch.load itself does not look at them).
+A checkpoint is written to a temporary file, flushed to disk and moved into place, so a reader sees
+the old one or the new one, never half of one. `save_last` also keeps the one before. A checkpoint
+is a zip file, whose CRC-32 of every record is checked on loading (torch.load itself does not look
+at them).
 """
 
 import contextlib
@@ -23,7 +24,9 @@ DAMAGED = "last.damaged.pt"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, unsafe or does not fit; the message names the file and the fix."""
+    """A checkpoint that is missing, damaged, unsafe or does not fit; the message names the file and
+    the fix.
+    """
 
 
 def atomic_save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
@@ -43,8 +46,12 @@ def _check_plain(value: Any, where: str) -> None:
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
-    elif not (isinstance(value, torch.Tensor) or type(value) in (int, float, str, bool, bytes, type(None))):
-        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+    elif not (
+        isinstance(value, torch.Tensor) or type(value) in (int, float, str, bool, bytes, type(None))
+    ):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only"
+        )
 
 
 def save_last(content: dict[str, Any], folder: Path) -> None:
@@ -53,11 +60,15 @@ def save_last(content: dict[str, Any], folder: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint without running any code that it might carry; CheckpointError if that is impossible."""
+    """Read a checkpoint without running any code that it might carry; CheckpointError if that is
+    impossible.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    damaged = f"{path}: damaged or not a checkpoint (%s); restore it, or resume from the previous one"
+    damaged = (
+        f"{path}: damaged or not a checkpoint (%s); restore it, or resume from the previous one"
+    )
     try:
         if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("not in torch.save's format")
@@ -68,11 +79,22 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values, so loading it could run code; "
+            f"{path}: refused, it holds more than tensors and plain values, so loading it could "
+            "run code; "
             f"checkpoints of other programs are converted by tools/import_checkpoint.py"
         ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(damaged % (" ".join(str(error).split())[:200] or type(error).__name__)) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        zipfile.BadZipFile,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:
+        raise CheckpointError(
+            damaged % (" ".join(str(error).split())[:200] or type(error).__name__)
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
     if isinstance(content.get("dataset"), dict):
@@ -81,14 +103,19 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 
 
 def dataset_arguments(
-    checkpoint: dict[str, Any], source: str | Path, root: str | None = None, cache_dir: str | None = None,
+    checkpoint: dict[str, Any],
+    source: str | Path,
+    root: str | None = None,
+    cache_dir: str | None = None,
     allow_outside: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """How the data set of a run is built again: what the checkpoint holds, with `root` and `cache_dir` where given.
+) -> dict[str, Any]:
+    """How the data set of a run is built again: what the checkpoint holds, with `root` and
+    `cache_dir` where given.
 
-    The checkpoint may come from others. Its data root is read, nothing outside of it, and nothing is written to an
-    absolute folder or above the working directory, unless the user says so: CheckpointError. A folder of lists that
-    lies there is left out; the checkpoint names its cases itself.
+    The checkpoint may come from others. Its data root is read, nothing outside of it, and nothing
+    is written to an absolute folder or above the working directory, unless the user says so:
+    CheckpointError. A folder of lists that lies there is left out; the checkpoint names its cases
+    itself.
     """
     given = {"root": root, "cache_dir": cache_dir}
     arguments = checkpoint["dataset"] | {key: value for key, value in given.items() if value}
@@ -97,7 +124,8 @@ def dataset_arguments(
         return arguments
     if not cache_dir and not _below(arguments.get("cache_dir", "")):
         raise CheckpointError(
-            f"{source}: would have preprocessed cases written to {arguments['cache_dir']}; name a folder with "
+            f"{source}: would have preprocessed cases written to {arguments['cache_dir']}; name a "
+            "folder with "
             f"--cache-dir, or allow this one with --allow-outside"
         )
     lists = arguments.get("split_dir", "")
@@ -112,11 +140,13 @@ def _below(path: str) -> bool:
     return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir
 
 
-def load_last(folder: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], str | None]:
+def load_last(
+    folder: Path, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Any], str | None]:
     """The newest readable checkpoint of a run, and a warning if that was not `last.pt`.
 
-    An unreadable `last.pt` is set aside as `last.damaged.pt`: the next save would otherwise make it the previous one,
-    in place of the readable one.
+    An unreadable `last.pt` is set aside as `last.damaged.pt`: the next save would otherwise make it
+    the previous one, in place of the readable one.
     """
     problems = []
     for name in ("last.pt", PREVIOUS):
@@ -127,26 +157,34 @@ def load_last(folder: Path, device: str | torch.device = "cpu") -> tuple[dict[st
             continue
         if not problems:
             return content, None
-        with contextlib.suppress(FileNotFoundError):  # there was none, or another process of the run was faster
+        # there was none, or another process of the run was faster
+        with contextlib.suppress(FileNotFoundError):
             os.replace(folder / "last.pt", folder / DAMAGED)
         kept = f", the damaged one is now {DAMAGED}" if (folder / DAMAGED).exists() else ""
-        return content, f"{problems[0]}; going on from {folder / name}, step {content.get('step')}{kept}"
+        return (
+            content,
+            f"{problems[0]}; going on from {folder / name}, step {content.get('step')}{kept}",
+        )
     raise CheckpointError(f"cannot resume: {'; '.join(problems)}; start without --resume")
 
 
-def load_network_weights(network: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+def load_network_weights(
+    network: torch.nn.Module, state: dict[str, torch.Tensor], source: str
+) -> None:
     """Load `state` strictly; CheckpointError that lists what does not fit."""
     own = network.state_dict()
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     shapes = [
         f"{key}: {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape
-    ]  # fmt: skip
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
     if missing or unexpected or shapes:
         raise CheckpointError(
             f"{source}: the weights do not fit the network ({len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of other shape {shapes[:3]})"
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of other shape "
+            f"{shapes[:3]})"
         )
     network.load_state_dict(state)
 
@@ -156,18 +194,24 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     result = hashlib.sha256()
     for key in sorted(state):
         result.update(key.encode())
-        result.update(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        result.update(
+            state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return result.hexdigest()
 
 
 def code_version() -> str:
-    """The commit this code stands at, with '+' if files differ from it; 'unknown' outside a git checkout."""
+    """The commit this code stands at, with '+' if files differ from it; 'unknown' outside a git
+    checkout.
+    """
     root = Path(__file__).resolve().parent.parent
     try:
         run = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"],
-            capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return run.stdout.strip() if run.returncode == 0 and run.stdout.strip() else "unknown"

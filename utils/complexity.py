@@ -19,27 +19,34 @@ def count_parameters(net: nn.Module, trainable_only: bool = False) -> int:
 
 
 def count_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
-    """Multiply-adds of all (transposed) convolutions in one evaluation pass on an input of `input_shape` (B, C, ...).
+    """Multiply-adds of all (transposed) convolutions in one evaluation pass on an input of
+    `input_shape` (B, C, ...).
 
-    Convention of the ACF-BCKD tables: a convolution costs numel(output) * C_in / groups * kernel volume, a transposed
-    one numel(input) * C_out / groups * kernel volume; biases, norms, activations and resizing cost nothing. Shapes
-    alone are computed (meta device), so the size does not matter for the time.
+    Convention of the ACF-BCKD tables: a convolution costs numel(output) * C_in / groups * kernel
+    volume, a transposed one numel(input) * C_out / groups * kernel volume; biases, norms,
+    activations and resizing cost nothing. Shapes alone are computed (meta device), so the size does
+    not matter for the time.
     """
     shapes_only = copy.deepcopy(net).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         shapes_only(torch.empty(tuple(input_shape), device="meta"))
-    # The counter reports floating-point operations, two per multiply-add. Other operations it knows (matrix products)
-    # are left out, as the convention says.
+    # The counter reports floating-point operations, two per multiply-add. Other operations it knows
+    # (matrix products) are left out, as the convention says.
     convolutions = {torch.ops.aten.convolution, torch.ops.aten._convolution}
-    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in convolutions) // 2
+    return (
+        sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in convolutions) // 2
+    )
 
 
-def measure_latency(net: nn.Module, input_shape: Sequence[int], repeats: int = 5, threads: int | None = None) -> float:
-    """Median time in ms of one evaluation pass on random input of `input_shape`, on the device that holds `net`.
+def measure_latency(
+    net: nn.Module, input_shape: Sequence[int], repeats: int = 5, threads: int | None = None
+) -> float:
+    """Median time in ms of one evaluation pass on random input of `input_shape`, on the device that
+    holds `net`.
 
-    One pass before the timed ones pays for lazy initialisation. `threads` applies to the CPU and is restored after, as
-    is the training mode of every module.
+    One pass before the timed ones pays for lazy initialisation. `threads` applies to the CPU and is
+    restored after, as is the training mode of every module.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -66,34 +73,50 @@ def measure_latency(net: nn.Module, input_shape: Sequence[int], repeats: int = 5
 
 
 def peak_memory(
-    make_network: Callable[[], nn.Module], input_shape: Sequence[int], threads: int | None = None, whole: bool = False
+    make_network: Callable[[], nn.Module],
+    input_shape: Sequence[int],
+    threads: int | None = None,
+    whole: bool = False,
 ) -> float:
-    """MiB by which one evaluation pass raises the peak resident memory of a fresh process above input and weights.
-    whole: above input and an idle process, so that weights count, and whatever `make_network` loads to run them.
+    """MiB by which one evaluation pass raises the peak resident memory of a fresh process above
+    input and weights.
+    whole: above input and an idle process, so that weights count, and whatever `make_network` loads
+    to run them.
 
-    `make_network` builds the network there, so it must be picklable, say `functools.partial(UNet, 1, 14)`. The figure
-    is what the operating system saw: it includes the convolution library's scratch space and its one-off set-up (tens
-    of MiB), so it varies by computer. Linux only; on a GPU use `torch.cuda.max_memory_allocated`.
+    `make_network` builds the network there, so it must be picklable, say `functools.partial(UNet,
+    1, 14)`. The figure is what the operating system saw: it includes the convolution library's
+    scratch space and its one-off set-up (tens of MiB), so it varies by computer. Linux only; on a
+    GPU use `torch.cuda.max_memory_allocated`.
     """
     if not Path("/proc/self/status").exists():
-        raise RuntimeError("peak_memory reads /proc/self/status, which this system lacks; it works on Linux only")
-    context = multiprocessing.get_context("spawn")  # a forked process could inherit a lock held by an OpenMP thread
+        raise RuntimeError(
+            "peak_memory reads /proc/self/status, which this system lacks; it works on Linux only"
+        )
+    # a forked process could inherit a lock held by an OpenMP thread
+    context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_forward_once, args=(make_network, tuple(input_shape), threads, whole, sender))
+    process = context.Process(
+        target=_forward_once, args=(make_network, tuple(input_shape), threads, whole, sender)
+    )
     process.start()
     sender.close()
     try:
         return receiver.recv()
     except EOFError as error:
-        raise RuntimeError("the process that measures memory ended without an answer; its message is above") from error
+        raise RuntimeError(
+            "the process that measures memory ended without an answer; its message is above"
+        ) from error
     finally:
         process.join()
 
 
 def _forward_once(
-    make_network: Callable[[], nn.Module], input_shape: tuple[int, ...], threads: int | None, whole: bool,
+    make_network: Callable[[], nn.Module],
+    input_shape: tuple[int, ...],
+    threads: int | None,
+    whole: bool,
     sender: Connection,
-) -> None:  # fmt: skip
+) -> None:
     if threads:
         torch.set_num_threads(threads)
     image = torch.randn(input_shape)
@@ -115,14 +138,16 @@ def _resident_mib(field: str) -> float:
 
 
 def saved_bytes(net: nn.Module, input_shape: Sequence[int]) -> int:
-    """Bytes that a forward pass in training keeps for the backward one, without the parameters; float32.
+    """Bytes that a forward pass in training keeps for the backward one, without the parameters;
+    float32.
 
-    Counted on the meta device from what autograd saves, each memory once, so no memory and hardly any time is needed.
-    Losses, gradients, optimiser states and scratch space come on top.
+    Counted on the meta device from what autograd saves, each memory once, so no memory and hardly
+    any time is needed. Losses, gradients, optimiser states and scratch space come on top.
     """
     shapes_only = copy.deepcopy(net).to("meta").train().requires_grad_(True)
     parameters = {p.untyped_storage()._cdata for p in shapes_only.parameters()}
-    kept = {}  # holds the storages, so that none is counted under the address of another that is gone
+    # holds the storages, so that none is counted under the address of another that is gone
+    kept = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

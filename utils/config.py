@@ -1,4 +1,6 @@
-"""Flat, typed YAML configurations: `load_config` turns a file plus overrides into a dataclass or a clear error."""
+"""Flat, typed YAML configurations: `load_config` turns a file plus overrides into a dataclass or a
+clear error.
+"""
 
 import collections.abc
 import contextlib
@@ -19,14 +21,18 @@ import yaml
 T = TypeVar("T")
 Given = dict[str, tuple[Any, str]]  # key -> value, and the file or flag that it comes from
 
-LARGEST_INT = 2**31  # beyond it the number is a slip, and PyTorch's sizes and seeds fail somewhere deep
-LARGEST_VALUE = 100_000  # scalars of a file, aliases expanded: a few lines of aliases can stand for billions
+# beyond it the number is a slip, and PyTorch's sizes and seeds fail somewhere deep
+LARGEST_INT = 2**31
+# scalars of a file, aliases expanded: a few lines of aliases can stand for billions
+LARGEST_VALUE = 100_000
 DEEPEST_VALUE = 40
 LONGEST_NAME = 255  # bytes of a file's or folder's name
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file or flag, the key and the fix."""
+    """A configuration that cannot be used; the message names the file or flag, the key and the
+    fix.
+    """
 
 
 def load_config(
@@ -48,17 +54,22 @@ def gather(
 ) -> Given:
     """What the YAML file `path` and the command line say: key -> (value, where it came from).
 
-    opts: 'key=value' strings, which win over the file. overrides: values that win over everything (command-line flags;
-    None means not given). recipe: values that win over the file alone.
+    opts: 'key=value' strings, which win over the file. overrides: values that win over everything
+    (command-line flags; None means not given). recipe: values that win over the file alone.
     """
     values = {key: (value, str(path)) for key, value in read_yaml(path).items()}
     if recipe is not None and not isinstance(recipe, Mapping):
-        raise ConfigError(f"{path}: an entry of 'recipe' must be a mapping of keys to values, got {_short(recipe)}")
+        raise ConfigError(
+            f"{path}: an entry of 'recipe' must be a mapping of keys to values, got "
+            f"{_short(recipe)}"
+        )
     values |= {key: (value, f"{path}, recipe") for key, value in (recipe or {}).items()}
     for option in opts:
         key, separator, text = option.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(f"--opts {_short(option)}: expected key=value, for example --opts max_steps=1000")
+            raise ConfigError(
+                f"--opts {_short(option)}: expected key=value, for example --opts max_steps=1000"
+            )
         try:
             values[key.strip()] = (parse_yaml(text), f"--opts {_short_text(option)}")
         except ConfigError as error:
@@ -71,7 +82,9 @@ def gather(
 
 @contextlib.contextmanager
 def located(given: Given, path: str | Path) -> Iterator[None]:
-    """Around checks of a configuration: in front of a ConfigError 'key: ...', the file or flag that gave the key."""
+    """Around checks of a configuration: in front of a ConfigError 'key: ...', the file or flag that
+    gave the key.
+    """
     try:
         yield
     except ConfigError as error:
@@ -84,7 +97,9 @@ def check_names(key: str, names: Iterable[Any], known: Iterable[str]) -> None:
     """ConfigError for a name under `key` that is none of `known`: it would be ignored."""
     for name in names:
         if name not in known:
-            raise ConfigError(f"{key}: unknown name '{_short_text(name)}'; {_nearest(name, list(known))}")
+            raise ConfigError(
+                f"{key}: unknown name '{_short_text(name)}'; {_nearest(name, list(known))}"
+            )
 
 
 def check_choices(cfg: Any, choices: Mapping[str, Iterable[str]]) -> None:
@@ -92,11 +107,15 @@ def check_choices(cfg: Any, choices: Mapping[str, Iterable[str]]) -> None:
     for key, allowed in choices.items():
         value = getattr(cfg, key)
         if value not in allowed:
-            raise ConfigError(f"{key}: unknown value '{_short_text(value)}'; choose from {', '.join(allowed)}")
+            raise ConfigError(
+                f"{key}: unknown value '{_short_text(value)}'; choose from {', '.join(allowed)}"
+            )
 
 
 def check_intervals(cfg: Any, intervals: Mapping[str, Iterable[str]]) -> None:
-    """ConfigError for a key of `cfg` outside its interval. intervals: '[0, 1)' -> keys; lists hold it for each item."""
+    """ConfigError for a key of `cfg` outside its interval. intervals: '[0, 1)' -> keys; lists hold
+    it for each item.
+    """
     for interval, keys in intervals.items():
         low, high = map(float, interval[1:-1].split(","))
         for key in keys:
@@ -109,77 +128,113 @@ def check_intervals(cfg: Any, intervals: Mapping[str, Iterable[str]]) -> None:
 
 
 def check_run_names(cfg: Any) -> None:
-    """ConfigError unless `dataset` and `tag` can name folders, and `class_names` the rows and columns of results."""
+    """ConfigError unless `dataset` and `tag` can name folders, and `class_names` the rows and
+    columns of results.
+    """
     for key, optional in (("dataset", False), ("tag", True)):
         name = getattr(cfg, key)
-        plain = name.strip(" .") == name and not any(mark in name for mark in "/\\:") and len(name.encode()) <= 100
+        plain = (
+            name.strip(" .") == name
+            and not any(mark in name for mark in "/\\:")
+            and len(name.encode()) <= 100
+        )
         if not plain or not (name or optional):
             raise ConfigError(
-                f"{key}: {_short(name)} cannot name a folder; expected up to 100 bytes without / \\ : and without dots "
+                f"{key}: {_short(name)} cannot name a folder; expected up to 100 bytes without / "
+                "\\ : and without dots "
                 f"or spaces at the ends"
             )
     names = cfg.class_names
     fewest = 1 if getattr(cfg, "regions", None) else 2  # regions come without a background
     if not fewest <= len(names) <= 256 or len(set(names)) != len(names):
-        raise ConfigError(f"class_names: 2 to 256 different names, background first; got {_short(list(names))}")
+        raise ConfigError(
+            f"class_names: 2 to 256 different names, background first; got {_short(list(names))}"
+        )
     for name in names:
         if not name or name != name.strip() or name in ("dice", "mean"):
             raise ConfigError(
-                f"class_names: {_short(name)} cannot name a class: empty, with spaces around it, or the name of a mean"
+                f"class_names: {_short(name)} cannot name a class: empty, with spaces around it, "
+                "or the name of a mean"
             )
 
 
 def check_unused(cfg: Any, keys: Iterable[str], reason: str) -> None:
-    """ConfigError for one of `keys` of `cfg` that departs from its default although nothing would read it."""
+    """ConfigError for one of `keys` of `cfg` that departs from its default although nothing would
+    read it.
+    """
     fields = dataclasses.fields(cfg)
     defaults = {f.name: f.default for f in fields}
-    defaults |= {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    defaults |= {
+        f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING
+    }
     for key in keys:
         if getattr(cfg, key) != defaults[key]:
             raise ConfigError(f"{key}: {reason} does not use this key; remove it")
 
 
-def check_recipes(schema: type, recipes: Mapping[str, Any], known: Iterable[str], fixed: Iterable[str]) -> None:
-    """ConfigError for an entry of `recipe` that is not a mapping of keys of `schema` to values of their types.
+def check_recipes(
+    schema: type, recipes: Mapping[str, Any], known: Iterable[str], fixed: Iterable[str]
+) -> None:
+    """ConfigError for an entry of `recipe` that is not a mapping of keys of `schema` to values of
+    their types.
 
-    known: the names that have a recipe. fixed: keys that a recipe cannot set, since they say which recipe it is.
+    known: the names that have a recipe. fixed: keys that a recipe cannot set, since they say which
+    recipe it is.
     """
     check_names("recipe", recipes, known)
     hints = typing.get_type_hints(schema)
     for name, recipe in recipes.items():
         if not isinstance(recipe, Mapping):
-            raise ConfigError(f"recipe: {name}: must be a mapping of keys to values, got {_short(recipe)}")
+            raise ConfigError(
+                f"recipe: {name}: must be a mapping of keys to values, got {_short(recipe)}"
+            )
         for key, value in recipe.items():
             if key in ("recipe", *fixed):
-                raise ConfigError(f"recipe: {name}: '{key}' cannot be set by a recipe; set it outside")
+                raise ConfigError(
+                    f"recipe: {name}: '{key}' cannot be set by a recipe; set it outside"
+                )
             if key not in hints:
-                raise ConfigError(f"recipe: {name}: unknown key '{_short_text(key)}'; {_nearest(key, list(hints))}")
+                raise ConfigError(
+                    f"recipe: {name}: unknown key '{_short_text(key)}'; "
+                    f"{_nearest(key, list(hints))}"
+                )
             _convert(value, hints[key], key, f"recipe: {name}")
 
 
 def check_arguments(
     source: str, function: Callable, arguments: Any, reserved: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """`arguments` for `function` (a class: its constructor), each converted to the type that its signature states.
+    """`arguments` for `function` (a class: its constructor), each converted to the type that its
+    signature states.
 
-    ConfigError, beginning with `source`, unless they are a mapping of its parameters' names, other than `reserved`
-    (those that the caller gives), to values of their types. None is an empty mapping.
+    ConfigError, beginning with `source`, unless they are a mapping of its parameters' names, other
+    than `reserved` (those that the caller gives), to values of their types. None is an empty
+    mapping.
     """
     if arguments is None:
         return {}
     if not isinstance(arguments, Mapping):
-        raise ConfigError(f"{source}: must be a mapping of arguments to values, got {_short(arguments)}")
+        raise ConfigError(
+            f"{source}: must be a mapping of arguments to values, got {_short(arguments)}"
+        )
     parameters = inspect.signature(function).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    known = [name for name, parameter in parameters.items() if parameter.kind in kinds and name not in reserved]
+    known = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind in kinds and name not in reserved
+    ]
     try:
         hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except (NameError, TypeError):  # annotations of a user's own class may name what only a type checker imports
+    # annotations of a user's own class may name what only a type checker imports
+    except (NameError, TypeError):
         hints = {}
     converted = {}
     for name, value in arguments.items():
-        if name not in known and not (open_ended and isinstance(name, str) and name not in reserved):
+        if name not in known and not (
+            open_ended and isinstance(name, str) and name not in reserved
+        ):
             choose = _nearest(name, known) if known else "it takes none"
             raise ConfigError(f"{source}: unknown argument '{_short_text(name)}'; {choose}")
         converted[name] = _convert(value, hints.get(name, Any), name, source)
@@ -187,12 +242,17 @@ def check_arguments(
 
 
 def check_nested(
-    key: str, values: Mapping[str, Any], registry: Mapping[str, type], reserved: Iterable[str],
+    key: str,
+    values: Mapping[str, Any],
+    registry: Mapping[str, type],
+    reserved: Iterable[str],
     pairs: Iterable[str] | None = None,
-) -> dict[str, dict]:  # fmt: skip
-    """`network_args` or `method_args`: the arguments of each entry, checked and converted by `check_arguments`.
+) -> dict[str, dict]:
+    """`network_args` or `method_args`: the arguments of each entry, checked and converted by
+    `check_arguments`.
 
-    reserved: arguments that the scripts give. pairs: names that may follow the entry's as in name@first-second.
+    reserved: arguments that the scripts give. pairs: names that may follow the entry's as in
+    name@first-second.
     """
     checked = {}
     for name, arguments in values.items():
@@ -205,7 +265,9 @@ def check_nested(
 
 
 def note_unused(given: Given, keys: Iterable[str], reason: str) -> None:
-    """Print which of `keys` the command line gives although `reason` has no use for them; a file serves other runs."""
+    """Print which of `keys` the command line gives although `reason` has no use for them; a file
+    serves other runs.
+    """
     idle = [key for key in keys if key in given and given[key][1].startswith("--")]
     if idle:
         print(f"note: {reason} does not use {', '.join(idle)}", file=sys.stderr)
@@ -213,7 +275,9 @@ def note_unused(given: Given, keys: Iterable[str], reason: str) -> None:
 
 @contextlib.contextmanager
 def constructing(source: str) -> Iterator[None]:
-    """Around constructors that take arguments from the configuration: what they refuse becomes a ConfigError."""
+    """Around constructors that take arguments from the configuration: what they refuse becomes a
+    ConfigError.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -222,44 +286,70 @@ def constructing(source: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def trying(source: str) -> Iterator[None]:
-    """Around a trial of something that the configuration describes: whatever fails becomes a short ConfigError."""
+    """Around a trial of something that the configuration describes: whatever fails becomes a short
+    ConfigError.
+    """
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # a constructor may raise anything, and a traceback would hide the key that is wrong
+    # a constructor may raise anything, and a traceback would hide the key that is wrong
+    except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ConfigError(f"{source}: {kind}{_one_line(error)[:500]}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ConfigError if it is missing, malformed, empty or has a key twice."""
+    """The mapping in a YAML file; ConfigError if it is missing, malformed, empty or has a key
+    twice.
+    """
     path = Path(path)
-    if max(len(part.encode(errors="replace")) for part in (*path.parts, "")) > LONGEST_NAME or "\0" in str(path):
-        raise ConfigError(f"{_short_text(path)}: no such configuration file, the name is not one of a file")
+    if max(
+        len(part.encode(errors="replace")) for part in (*path.parts, "")
+    ) > LONGEST_NAME or "\0" in str(path):
+        raise ConfigError(
+            f"{_short_text(path)}: no such configuration file, the name is not one of a file"
+        )
     if not path.is_file():
         nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         if path.is_dir():
             nearby = sorted(str(p) for p in path.glob("*.yaml"))
-        shown = ", ".join(nearby[:20]) + (f" and {len(nearby) - 20} more" if len(nearby) > 20 else "")
-        kind = "a folder, not a configuration file" if path.is_dir() else "no such configuration file"
+        shown = ", ".join(nearby[:20]) + (
+            f" and {len(nearby) - 20} more" if len(nearby) > 20 else ""
+        )
+        kind = (
+            "a folder, not a configuration file" if path.is_dir() else "no such configuration file"
+        )
         raise ConfigError(f"{path}: {kind}{f'; found {shown}' if nearby else ''}")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (ConfigError, UnicodeDecodeError, OSError) as error:
-        reason = str(error) if isinstance(error, ConfigError) else f"not valid YAML ({_one_line(error)})"
+        reason = (
+            str(error) if isinstance(error, ConfigError) else f"not valid YAML ({_one_line(error)})"
+        )
         raise ConfigError(f"{path}: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, got {_short_type(values)}")
+        raise ConfigError(
+            f"{path}: expected a mapping of keys to values, got {_short_type(values)}"
+        )
     return values
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of YAML `text`: plain values only, no key twice, no value that holds itself; ConfigError else."""
+    """The value of YAML `text`: plain values only, no key twice, no value that holds itself;
+    ConfigError else.
+    """
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
         _check_size(value)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+    ) as error:
         # PyYAML's constructors of dates, numbers and tagged values raise what they come across.
         raise ConfigError(f"not valid YAML ({_one_line(error)[:300]})") from error
     except RecursionError:
@@ -267,8 +357,12 @@ def parse_yaml(text: str) -> Any:
     return value
 
 
-def _check_size(value: Any, depth: int = 0, sizes: dict[int, int] | None = None, inside: tuple = ()) -> int:
-    """Scalars in `value`, each alias counted as often as it is used; ValueError if there are too many, or a cycle."""
+def _check_size(
+    value: Any, depth: int = 0, sizes: dict[int, int] | None = None, inside: tuple = ()
+) -> int:
+    """Scalars in `value`, each alias counted as often as it is used; ValueError if there are too
+    many, or a cycle.
+    """
     sizes = {} if sizes is None else sizes
     if not isinstance(value, (dict, list, tuple, set)):
         return 1
@@ -278,37 +372,52 @@ def _check_size(value: Any, depth: int = 0, sizes: dict[int, int] | None = None,
         raise ValueError("nested too deeply")
     if id(value) not in sizes:
         items = [*value, *value.values()] if isinstance(value, dict) else value
-        sizes[id(value)] = 1 + sum(_check_size(item, depth + 1, sizes, (*inside, id(value))) for item in items)
+        sizes[id(value)] = 1 + sum(
+            _check_size(item, depth + 1, sizes, (*inside, id(value))) for item in items
+        )
     if sizes[id(value)] > LARGEST_VALUE:
         raise ValueError(f"more than {LARGEST_VALUE} values")
     return sizes[id(value)]
 
 
 def build(schema: type[T], values: Given) -> T:
-    """`schema(**values)` with every value converted to its field's type. values: key -> (value, where it came from)."""
+    """`schema(**values)` with every value converted to its field's type. values: key -> (value,
+    where it came from).
+    """
     fields = {field.name: field for field in dataclasses.fields(schema)}
     hints = typing.get_type_hints(schema)
     arguments = {}
     for key, (value, source) in values.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(sorted(fields))}"
+            hint = (
+                f"; did you mean '{near[0]}'?"
+                if near
+                else f"; known keys: {', '.join(sorted(fields))}"
+            )
             raise ConfigError(f"{source}: unknown key '{_short_text(key)}'{hint}")
         arguments[key] = _convert(value, hints[key], key, source)
     missing = [
-        name for name, field in fields.items()
+        name
+        for name, field in fields.items()
         if name not in arguments and field.default is field.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
+    ]
     if missing:
         sources = sorted({source for _, source in values.values()}) or ["configuration"]
-        raise ConfigError(f"{sources[0]}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        raise ConfigError(
+            f"{sources[0]}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        )
     return schema(**arguments)
 
 
 def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
-    """`value` as the type `hint`; integers widen to float, sequences become tuples, nothing else is coerced."""
+    """`value` as the type `hint`; integers widen to float, sequences become tuples, nothing else is
+    coerced.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ConfigError(f"{source}: '{key}' must be {_describe(hint)}, got {_short(value)} ({_short_type(value)})")
+    wrong = ConfigError(
+        f"{source}: '{key}' must be {_describe(hint)}, got {_short(value)} ({_short_type(value)})"
+    )
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
@@ -344,7 +453,9 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         if number != number or abs(number) == float("inf"):
             raise wrong
         return number
-    if hint is int and (isinstance(value, bool) or not isinstance(value, int) or abs(value) >= LARGEST_INT):
+    if hint is int and (
+        isinstance(value, bool) or not isinstance(value, int) or abs(value) >= LARGEST_INT
+    ):
         raise wrong
     if hint is str:
         if type(value) is int and abs(value) < LARGEST_INT:  # a tag or a folder may be a number
@@ -354,9 +465,16 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         if isinstance(value, bool):
             raise ConfigError(f"{wrong} (YAML reads off, no, on and yes so: put it in quotes)")
         if isinstance(value, str) and not _printable(value):
-            raise ConfigError(f"{source}: '{key}' has characters that cannot be printed: {_short(value)}")
-        if isinstance(value, str) and max(len(part.encode()) for part in re.split(r"[/\\]", value)) > LONGEST_NAME:
-            raise ConfigError(f"{source}: '{key}' has a part of more than {LONGEST_NAME} bytes: {_short(value)}")
+            raise ConfigError(
+                f"{source}: '{key}' has characters that cannot be printed: {_short(value)}"
+            )
+        if (
+            isinstance(value, str)
+            and max(len(part.encode()) for part in re.split(r"[/\\]", value)) > LONGEST_NAME
+        ):
+            raise ConfigError(
+                f"{source}: '{key}' has a part of more than {LONGEST_NAME} bytes: {_short(value)}"
+            )
         if not isinstance(value, str):
             raise wrong
         return value
@@ -382,7 +500,13 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(a) for a in args)
     if origin in (collections.abc.Sequence, collections.abc.Iterable):
         return f"a list of {_describe(args[0])}" if args else "a list"
-    names = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", dict: "a mapping"}
+    names = {
+        int: "an integer",
+        float: "a finite number",
+        str: "text",
+        bool: "true or false",
+        dict: "a mapping",
+    }
     return "empty (null)" if hint is type(None) else names.get(origin or hint, str(hint))
 
 
@@ -421,10 +545,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            merge = key_node.tag == "tag:yaml.org,2002:merge"  # `<<: *base`, which keys beside it override
+            # `<<: *base`, which keys beside it override
+            merge = key_node.tag == "tag:yaml.org,2002:merge"
             key = "<<" if merge else self.construct_object(key_node, deep=True)
             if isinstance(key, collections.abc.Hashable):
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key '{key}' given twice", key_node.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key '{key}' given twice", key_node.start_mark
+                    )
                 seen.add(key)
         return super().construct_mapping(node, deep)

@@ -1,8 +1,10 @@
-"""Why a training signal helps or not: what each term of the loss asks of the network, and what to conclude from it.
+"""Why a training signal helps or not: what each term of the loss asks of the network, and what to
+conclude from it.
 
-A term's share of the loss says little: a large value may have hardly any gradient. So at some steps the gradient of
-each term with respect to the trained network's parameters is measured, by itself, before the step's own backward pass.
-It changes nothing of the training, and costs one backward pass for each term at those steps.
+A term's share of the loss says little: a large value may have hardly any gradient. So at some steps
+the gradient of each term with respect to the trained network's parameters is measured, by itself,
+before the step's own backward pass. It changes nothing of the training, and costs one backward pass
+for each term at those steps.
 """
 
 import math
@@ -15,33 +17,42 @@ from torch import Tensor
 from utils.distributed import World
 
 NEGLIGIBLE = 0.01  # share of the gradient norm below which a term does nothing
-VANISHED = 0.001  # median share below which a term that never acted has no gradient, rather than a small weight
+# median share below which a term that never acted has no gradient, rather than a small weight
+VANISHED = 0.001
 DOMINANT = 0.8  # median share above which a term leaves the others without effect
 OPPOSED = -0.2  # median cosine with the first term's gradient below which a term works against it
 
 
 class Diagnosis:
-    """Measures the terms every `interval` steps and writes what it finds to the log, under the kind 'diagnosis'.
+    """Measures the terms every `interval` steps and writes what it finds to the log, under the kind
+    'diagnosis'.
 
-    interval: steps; 0 measures never. parameters: of the network that is trained and deployed, not those of a method's
-    adapters. A loss of one term has nothing to compare and is not measured.
+    interval: steps; 0 measures never. parameters: of the network that is trained and deployed, not
+    those of a method's adapters. A loss of one term has nothing to compare and is not measured.
     """
 
-    def __init__(self, interval: int, parameters: Iterable[Tensor], world: World, log, compiled: bool = False) -> None:
+    def __init__(
+        self, interval: int, parameters: Iterable[Tensor], world: World, log, compiled: bool = False
+    ) -> None:
         self.interval, self.world, self.log = interval, world, log
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.last = -1
         if interval and compiled:
-            # A compiled backward pass may overwrite what the forward pass kept for it; here it runs more than once.
+            # A compiled backward pass may overwrite what the forward pass kept for it; here it runs
+            # more than once.
             torch._functorch.config.donated_buffer = False
 
     def measure(self, step: int, terms: Mapping[str, Tensor], scaler: torch.amp.GradScaler) -> None:
-        """Call with the terms of each step (0-based) before its backward pass; a step counts once. In all processes."""
+        """Call with the terms of each step (0-based) before its backward pass; a step counts once.
+        In all processes.
+        """
         due = self.interval and (step + 1) % self.interval == 0 and step != self.last
         if not due or len(terms) < 2:
             return
         self.last = step
-        self.log.scalars(step, "diagnosis", term_shares(terms, self.parameters, self.world, scaler.get_scale()))
+        self.log.scalars(
+            step, "diagnosis", term_shares(terms, self.parameters, self.world, scaler.get_scale())
+        )
 
 
 def term_shares(
@@ -49,11 +60,12 @@ def term_shares(
 ) -> dict[str, float]:
     """What each of the scalar `terms` contributes, with the graph kept and no `.grad` touched.
 
-    Keys for each term: `loss_share/NAME`, |value| / sum of |values|; `grad_norm/NAME`, L2 norm of its gradient with
-    respect to `parameters`, averaged over the processes as a step's is; `grad_share/NAME`, norm / sum of norms;
-    and but for the first term `cosine/NAME`, of its gradient with that of the first (NaN if either is zero).
-    scale: factor of the backward pass that keeps half-precision gradients from underflow; smaller ones are tried where
-    it overflows.
+    Keys for each term: `loss_share/NAME`, |value| / sum of |values|; `grad_norm/NAME`, L2 norm of
+    its gradient with respect to `parameters`, averaged over the processes as a step's is;
+    `grad_share/NAME`, norm / sum of norms; and but for the first term `cosine/NAME`, of its
+    gradient with that of the first (NaN if either is zero).
+    scale: factor of the backward pass that keeps half-precision gradients from underflow; smaller
+    ones are tried where it overflows.
     """
     values = world.means({name: abs(term.item()) for name, term in terms.items()})
     norms, cosines, first = {}, {}, None
@@ -81,10 +93,14 @@ def _gradient(term: Tensor, parameters: Sequence[Tensor], scale: float) -> Tenso
         return parameters[0].new_zeros(sizes, dtype=torch.float32)
     while True:
         found = torch.autograd.grad(term * scale, parameters, retain_graph=True, allow_unused=True)
-        flat = torch.cat([
-            torch.zeros_like(parameter, dtype=torch.float32).flatten() if part is None else part.float().flatten()
-            for part, parameter in zip(found, parameters)
-        ]).div_(scale)  # fmt: skip
+        flat = torch.cat(
+            [
+                torch.zeros_like(parameter, dtype=torch.float32).flatten()
+                if part is None
+                else part.float().flatten()
+                for part, parameter in zip(found, parameters)
+            ]
+        ).div_(scale)
         if scale <= 1 or torch.isfinite(flat).all():
             return flat
         scale = max(1.0, scale / 16)
@@ -96,7 +112,9 @@ def _shares(sizes: Mapping[str, float]) -> dict[str, float]:
 
 
 def term_history(entries: Iterable[Mapping], figure: str) -> dict[str, list[tuple[int, float]]]:
-    """Lines of a log -> for each term the (step, value) of a figure such as 'grad_share'; undefined values left out."""
+    """Lines of a log -> for each term the (step, value) of a figure such as 'grad_share'; undefined
+    values left out.
+    """
     history: dict[str, list[tuple[int, float]]] = {}
     for entry in entries:
         if entry["kind"] != "diagnosis":
@@ -115,9 +133,10 @@ def _logged(entries: Iterable[Mapping], name: str) -> list[float]:
 
 
 def _stuck_since(measured: Sequence[tuple[int, float]], values: Sequence[float]) -> int | None:
-    """Step from which a term has had no gradient to the end, over half of the measurements, although it has hardly
-    fallen. A term whose weight has been taken away falls too; one whose weight is small has little gradient, not none.
-    (One whose weight is tiny has none worth the name either: ask only of terms that count in the loss.)
+    """Step from which a term has had no gradient to the end, over half of the measurements,
+    although it has hardly fallen. A term whose weight has been taken away falls too; one whose
+    weight is small has little gradient, not none. (One whose weight is tiny has none worth the name
+    either: ask only of terms that count in the loss.)
     """
     since, last = None, []
     for step, share in reversed(measured):
@@ -130,20 +149,28 @@ def _stuck_since(measured: Sequence[tuple[int, float]], values: Sequence[float])
     acted = len(last) < len(measured)
     if not acted and statistics.median(last) > VANISHED:
         return None
-    return since if statistics.fmean(values[-max(1, len(values) // 4) :]) > 0.5 * max(values) else None
+    return (
+        since if statistics.fmean(values[-max(1, len(values) // 4) :]) > 0.5 * max(values) else None
+    )
 
 
 def findings(entries: Sequence[Mapping]) -> list[str]:
-    """What a reader of a run's log should know: a teacher that is no better, terms without effect, or against it.
+    """What a reader of a run's log should know: a teacher that is no better, terms without effect,
+    or against it.
 
     entries: the lines of log.jsonl. Of what was not measured nothing is said.
     """
     texts = []
     teacher = next((entry["dice"] for entry in entries if entry["kind"] == "teacher"), None)
-    validated = [entry["dice"] for entry in entries if entry["kind"] == "val" and entry.get("dice") is not None]
+    validated = [
+        entry["dice"]
+        for entry in entries
+        if entry["kind"] == "val" and entry.get("dice") is not None
+    ]
     if teacher is not None and validated and teacher <= max(validated):
         texts.append(
-            f"the teacher is not better than the student on the validation cases: Dice {teacher:.4f} against "
+            "the teacher is not better than the student on the validation cases: Dice "
+            f"{teacher:.4f} against "
             f"{max(validated):.4f}; a longer or larger teacher has more to teach"
         )
     shares, cosines = term_history(entries, "grad_share"), term_history(entries, "cosine")
@@ -154,26 +181,35 @@ def findings(entries: Sequence[Mapping]) -> list[str]:
         counts = logged and (not loss or logged[-1] >= NEGLIGIBLE * loss[-1])
         if counts and (since := _stuck_since(measured, logged)) is not None:
             texts.append(
-                f"the term '{name}' is stuck: since step {since + 1} it has under {100 * NEGLIGIBLE:.0f} % of the "
-                f"gradient norm, while its value stays at {logged[-1]:.3g}; what it goes through may be saturated, "
+                f"the term '{name}' is stuck: since step {since + 1} it has under "
+                f"{100 * NEGLIGIBLE:.0f} % of the "
+                f"gradient norm, while its value stays at {logged[-1]:.3g}; what it goes through "
+                "may be saturated, "
                 f"then a lower learning rate helps"
             )
         elif max(values) < NEGLIGIBLE:
             texts.append(
-                f"the term '{name}' is negligible: at most {100 * max(values):.2g} % of the gradient norm in {times}; "
+                f"the term '{name}' is negligible: at most {100 * max(values):.2g} % of the "
+                f"gradient norm in {times}; "
                 f"raise its weight, or leave it out and save its time"
             )
         elif len(shares) > 1 and statistics.median(values) > DOMINANT:
             texts.append(
-                f"the term '{name}' dominates: {100 * statistics.median(values):.0f} % of the gradient norm at the "
-                f"median of {times}; the others hardly act beside it, lower its weight or raise theirs"
+                f"the term '{name}' dominates: {100 * statistics.median(values):.0f} % of the "
+                "gradient norm at the "
+                f"median of {times}; the others hardly act beside it, lower its weight or raise "
+                "theirs"
             )
     first = next(iter(shares), "")
     for name, measured in cosines.items():
         median = statistics.median(value for _, value in measured)
-        if median < OPPOSED and max((value for _, value in shares.get(name, [])), default=0) >= NEGLIGIBLE:
+        if (
+            median < OPPOSED
+            and max((value for _, value in shares.get(name, [])), default=0) >= NEGLIGIBLE
+        ):
             texts.append(
-                f"the term '{name}' works against '{first}': cosine of their gradients {median:.2f} at the median of "
+                f"the term '{name}' works against '{first}': cosine of their gradients "
+                f"{median:.2f} at the median of "
                 f"{len(measured)} measurement{'s' * (len(measured) > 1)}"
             )
     return texts

@@ -1,11 +1,13 @@
-"""Several processes train one network: each takes its share of every batch, and gradients are averaged.
+"""Several processes train one network: each takes its share of every batch, and gradients are
+averaged.
 
-Started by torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process and every function here
-does nothing. Batch sizes of a configuration are those of all processes together, so that the number of processes
-changes neither the data order nor the meaning of a run.
+Started by torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process and
+every function here does nothing. Batch sizes of a configuration are those of all processes
+together, so that the number of processes changes neither the data order nor the meaning of a run.
 
-Gradients are averaged after the backward pass, in few large pieces, rather than by DistributedDataParallel: a step may
-run the network several times and in parts, and adapters of a loss train along with it.
+Gradients are averaged after the backward pass, in few large pieces, rather than by
+DistributedDataParallel: a step may run the network several times and in parts, and adapters of a
+loss train along with it.
 """
 
 import contextlib
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 
 from utils.config import ConfigError
 
-# Its functions have the process group of the moment of their import as a default argument. PyTorch imports it late, in
-# the middle of a run, and would keep a group alive beyond its destruction: its threads then meet the interpreter's end,
-# which now and then aborts the process after all its work is done. Imported here, before any group, it keeps none.
+# Its functions have the process group of the moment of their import as a default argument. PyTorch
+# imports it late, in the middle of a run, and would keep a group alive beyond its destruction: its
+# threads then meet the interpreter's end, which now and then aborts the process after all its work
+# is done. Imported here, before any group, it keeps none.
 if dist.is_available():
     import torch.distributed.nn.functional
 
@@ -31,7 +34,9 @@ BUCKET = 32 * 2**20  # bytes of gradients that are averaged at once
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them: `rank` of `size`, `local_rank` on its machine."""
+    """The processes of a run, seen from one of them: `rank` of `size`, `local_rank` on its
+    machine.
+    """
 
     rank: int = 0
     size: int = 1
@@ -48,13 +53,17 @@ class World:
         return ["python"] if self.size == 1 else ["torchrun", f"--nproc_per_node={self.size}"]
 
     def part(self, items: Sequence) -> list:
-        """Every size-th item, from this process's own place on; `merged` puts what comes of them in order again."""
+        """Every size-th item, from this process's own place on; `merged` puts what comes of them in
+        order again.
+        """
         return list(items[self.rank :: self.size])
 
     def share(self, count: int, name: str) -> int:
         """A batch size of all processes -> that of each; ConfigError if it cannot be shared."""
         if count % self.size:
-            raise ConfigError(f"{name}: {count} cannot be shared by {self.size} processes; make it a multiple")
+            raise ConfigError(
+                f"{name}: {count} cannot be shared by {self.size} processes; make it a multiple"
+            )
         return count // self.size
 
     def gathered(self, value: Any) -> list:
@@ -68,15 +77,23 @@ class World:
     def merged(self, results: Sequence) -> list:
         """Lists that came of `part`, of all processes, in the order of the whole."""
         lists = self.gathered(list(results))
-        return [values[k] for k in range(max(map(len, lists))) for values in lists if k < len(values)]
+        return [
+            values[k] for k in range(max(map(len, lists))) for values in lists if k < len(values)
+        ]
 
     def means(self, values: dict[str, float]) -> dict[str, float]:
         """Mean of each number over the processes in which it is not NaN."""
         if self.size == 1:
             return values
         every = self.gathered(values)
-        known = {name: [v[name] for v in every if v.get(name) == v.get(name) and name in v] for name in values}
-        return {name: sum(found) / len(found) if found else float("nan") for name, found in known.items()}
+        known = {
+            name: [v[name] for v in every if v.get(name) == v.get(name) and name in v]
+            for name in values
+        }
+        return {
+            name: sum(found) / len(found) if found else float("nan")
+            for name, found in known.items()
+        }
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process. Nothing waits for a GPU."""
@@ -100,7 +117,9 @@ class World:
             self.wait()
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by its mean over the processes; a parameter without one counts as zero."""
+        """Replace each gradient by its mean over the processes; a parameter without one counts as
+        zero.
+        """
         if self.size == 1:
             return
         bucket: list[Tensor] = []
@@ -114,7 +133,9 @@ class World:
         self.average(bucket)
 
     def average_statistics(self, module: nn.Module) -> None:
-        """Average the running means and variances of batch norms, so that all processes evaluate one network."""
+        """Average the running means and variances of batch norms, so that all processes evaluate
+        one network.
+        """
         if self.size == 1:
             return
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -131,7 +152,9 @@ class World:
             tensor.copy_(part.view(tensor.shape))
 
     def synchronised(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """On GPUs, batch norms that take their statistics over the batch of all processes. CPUs have none."""
+        """On GPUs, batch norms that take their statistics over the batch of all processes. CPUs
+        have none.
+        """
         if self.size == 1 or device.type != "cuda":
             return module
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -144,9 +167,11 @@ class World:
 
 
 def join_world(device: str) -> tuple[World, str]:
-    """Join the processes that torchrun started, if it did; -> the world, and the device of this process.
+    """Join the processes that torchrun started, if it did; -> the world, and the device of this
+    process.
 
-    device: as given by the user; 'auto' and 'cuda' mean the GPU of this process's local rank where there are GPUs.
+    device: as given by the user; 'auto' and 'cuda' mean the GPU of this process's local rank where
+    there are GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

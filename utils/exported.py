@@ -1,8 +1,9 @@
-"""Run exported networks: files of tools/export.py in the place of the network that they were made from.
+"""Run exported networks: files of tools/export.py in the place of the network that they were made
+from.
 
-Beside each model lies `<model>.json`: the checkpoint's description (network, class names, configuration, arguments of
-the data set) and, under `exported`, what this file is. Runtimes are imported when a model asks for them; PyTorch alone
-runs TorchScript and torch.export files.
+Beside each model lies `<model>.json`: the checkpoint's description (network, class names,
+configuration, arguments of the data set) and, under `exported`, what this file is. Runtimes are
+imported when a model asks for them; PyTorch alone runs TorchScript and torch.export files.
 """
 
 import functools
@@ -38,11 +39,13 @@ def optional(name: str, purpose: str) -> ModuleType:
 
 
 def openvino_core(purpose: str) -> Any:
-    """OpenVINO's Core, the same for all of the process; ConfigError that says what needs it if it is not installed.
+    """OpenVINO's Core, the same for all of the process; ConfigError that says what needs it if it
+    is not installed.
 
-    Each Core that runs models on the CPU gives its thread a stack for signals and puts back the one before when it
-    goes. If two of them go in another order than the reverse, the thread keeps a stack that is freed, and its next
-    signal (the end of a loader process is enough) kills the process. So there is one, and it stays.
+    Each Core that runs models on the CPU gives its thread a stack for signals and puts back the one
+    before when it goes. If two of them go in another order than the reverse, the thread keeps a
+    stack that is freed, and its next signal (the end of a loader process is enough) kills the
+    process. So there is one, and it stays.
     """
     return _core(optional("openvino", purpose))
 
@@ -69,26 +72,35 @@ def file_digest(path: Path) -> str:
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """The description of an exported model, once model and description are known to be whole and to belong together."""
+    """The description of an exported model, once model and description are known to be whole and to
+    belong together.
+    """
     path = Path(path)
     if path.suffix not in FORMATS.values():
         raise CheckpointError(
-            f"{path}: not an exported model; expected a file that ends in {', '.join(FORMATS.values())} "
+            f"{path}: not an exported model; expected a file that ends in "
+            f"{', '.join(FORMATS.values())} "
             f"(tools/export.py makes them of checkpoints)"
         )
     for file in model_files(path):
         if not file.is_file():
-            raise CheckpointError(f"{file}: no such model file; copy it from where it was exported, or export again")
+            raise CheckpointError(
+                f"{file}: no such model file; copy it from where it was exported, or export again"
+            )
     described = sidecar(path)
     again = "copy it from where the model was exported, or export again with tools/export.py"
     if not described.is_file():
-        raise CheckpointError(f"{described}: no such file; prediction needs this description of {path.name}: {again}")
+        raise CheckpointError(
+            f"{described}: no such file; prediction needs this description of {path.name}: {again}"
+        )
     try:
         content = json.loads(described.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{described}: not valid JSON ({error}); {again}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{described}: expected an object, got {type(content).__name__}; {again}")
+        raise CheckpointError(
+            f"{described}: expected an object, got {type(content).__name__}; {again}"
+        )
     missing = [key for key in NEEDED if key not in content]
     exported = content.get("exported")
     if not missing and not (isinstance(exported, dict) and isinstance(exported.get("files"), dict)):
@@ -99,18 +111,21 @@ def read_description(path: str | Path) -> dict[str, Any]:
         found, expected = file_digest(file), content["exported"]["files"].get(file.name)
         if found != expected:
             raise CheckpointError(
-                f"{file}: damaged, or not the file that {described.name} describes (SHA-256 {found[:12]}..., "
+                f"{file}: damaged, or not the file that {described.name} describes (SHA-256 "
+                f"{found[:12]}..., "
                 f"expected {str(expected)[:12]}...); copy both again, or export again"
             )
     return content
 
 
 class ExportedModel(nn.Module):
-    """An exported network on the CPU: windows `(B, in_channels, *patch_size)` float32 -> logits `(B, K, *patch_size)`.
+    """An exported network on the CPU: windows `(B, in_channels, *patch_size)` float32 -> logits
+    `(B, K, *patch_size)`.
 
-    path: .onnx, .xml (OpenVINO), .ts (TorchScript) or .pt2 (torch.export) with its description beside it. threads: of
-    the runtime; 0 takes PyTorch's number, which TorchScript and torch.export files follow in any case. It stands in for
-    the network wherever windows are predicted; `description` has the keys of the checkpoint.
+    path: .onnx, .xml (OpenVINO), .ts (TorchScript) or .pt2 (torch.export) with its description
+    beside it. threads: of the runtime; 0 takes PyTorch's number, which TorchScript and torch.export
+    files follow in any case. It stands in for the network wherever windows are predicted;
+    `description` has the keys of the checkpoint.
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
@@ -129,7 +144,8 @@ class ExportedModel(nn.Module):
         expected = (self.in_channels, *self.patch_size)
         if tuple(image.shape[1:]) != expected:
             raise ValueError(
-                f"{self.path.name}: expected an input (B, {', '.join(map(str, expected))}), got {tuple(image.shape)}; "
+                f"{self.path.name}: expected an input (B, {', '.join(map(str, expected))}), got "
+                f"{tuple(image.shape)}; "
                 f"predict with windows of this patch_size, or export the checkpoint for another"
             )
         return self._run(image.to("cpu", torch.float32).contiguous()).to(image.device)
@@ -140,7 +156,9 @@ def _onnx(path: Path, threads: int):
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors: what it warns of concerns its own optimisation
-    session = _loaded(path, lambda: runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+    session = _loaded(
+        path, lambda: runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    )
     name = session.get_inputs()[0].name
     return lambda image: torch.from_numpy(session.run(None, {name: image.numpy()})[0])
 
@@ -148,7 +166,11 @@ def _onnx(path: Path, threads: int):
 def _openvino(path: Path, threads: int):
     core = openvino_core(f"running {path.name}")
     # Without the hint, processors with bfloat16 instructions would compute in bfloat16.
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     compiled = _loaded(path, lambda: core.compile_model(path, "CPU", options))
     return lambda image: torch.from_numpy(np.array(compiled(image.numpy())[0]))
 
@@ -171,7 +193,8 @@ def _loaded(path: Path, load):
         return load()
     except Exception as error:  # each runtime has its own classes
         raise CheckpointError(
-            f"{path}: its runtime cannot load it ({' '.join(str(error).split())[:200] or type(error).__name__}); "
+            f"{path}: its runtime cannot load it "
+            f"({' '.join(str(error).split())[:200] or type(error).__name__}); "
             f"export it again with the versions of {REQUIREMENTS}"
         ) from error
 

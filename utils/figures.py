@@ -9,7 +9,9 @@ matplotlib.use("Agg")  # no display on servers
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """RGB in [0, 1] for ids 0..num_classes-1, (num_classes, 3); 0 is black. Colour-blind safe for few classes."""
+    """RGB in [0, 1] for ids 0..num_classes-1, (num_classes, 3); 0 is black. Colour-blind safe for
+    few classes.
+    """
     # Okabe and Ito's eight colours first, then the paler half of tab20.
     okabe = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
     colours = [matplotlib.colors.to_rgb(c) for c in okabe]
@@ -19,18 +21,22 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def regions_to_ids(regions: np.ndarray) -> np.ndarray:
-    """Overlapping regions (K, *spatial) -> one id per voxel for display; smaller regions are painted over larger."""
+    """Overlapping regions (K, *spatial) -> one id per voxel for display; smaller regions are
+    painted over larger.
+    """
     ids = np.zeros(regions.shape[1:], np.uint8)
     for k in np.argsort([-np.count_nonzero(region) for region in regions]):
         ids[regions[k] > 0] = k + 1
     return ids
 
 
-def overlay(image: np.ndarray, label: np.ndarray, num_classes: int, alpha: float = 0.45) -> np.ndarray:
+def overlay(
+    image: np.ndarray, label: np.ndarray, num_classes: int, alpha: float = 0.45
+) -> np.ndarray:
     """Grey axial RAS slice (H, W) of any range with label (H, W) in colour -> (W, H, 3) uint8.
 
-    Shown as radiologists do: the patient's right on the left, front up. The class borders are drawn opaque, so that
-    thin structures stay visible.
+    Shown as radiologists do: the patient's right on the left, front up. The class borders are drawn
+    opaque, so that thin structures stay visible.
     """
     low, high = np.percentile(image, [0.5, 99.5])
     grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None].repeat(3, -1)
@@ -44,7 +50,9 @@ def overlay(image: np.ndarray, label: np.ndarray, num_classes: int, alpha: float
 
 
 def fullest_slice(label: np.ndarray, axis: int = 2) -> int:
-    """Index along `axis` of the slice with the most classes, and among those the most labelled voxels."""
+    """Index along `axis` of the slice with the most classes, and among those the most labelled
+    voxels.
+    """
     moved = np.moveaxis(label, axis, 0)
     score = [(len(np.unique(s)), np.count_nonzero(s)) for s in moved]
     return max(range(len(score)), key=score.__getitem__)
@@ -57,8 +65,12 @@ def side_by_side(pictures: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
     return np.concatenate(row[:-1], axis=1)
 
 
-def panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
-    """Image (H, W, D), label and prediction (ids, or regions (K, H, W, D)) side by side at the fullest slice, uint8."""
+def panel(
+    image: np.ndarray, label: np.ndarray, prediction: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """Image (H, W, D), label and prediction (ids, or regions (K, H, W, D)) side by side at the
+    fullest slice, uint8.
+    """
     label, prediction = (regions_to_ids(v) if v.ndim == 4 else v for v in (label, prediction))
     z = fullest_slice(label)
     slices = (np.zeros_like(label[..., z]), label[..., z], prediction[..., z])
@@ -67,14 +79,19 @@ def panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, num_clas
 
 def as_arrays(image, ids) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Two tensors, or None in place of one, as arrays for `views`."""
-    return tuple(None if value is None else value.detach().float().cpu().numpy() for value in (image, ids))
+    return tuple(
+        None if value is None else value.detach().float().cpu().numpy() for value in (image, ids)
+    )
 
 
-def views(pairs: Sequence[tuple[np.ndarray | None, np.ndarray | None]], num_classes: int) -> np.ndarray:
-    """Pictures of (image (C, H, W) or (C, H, W, D), ids (H, W) or (H, W, D) or None) in a row, uint8 (h, w, 3).
+def views(
+    pairs: Sequence[tuple[np.ndarray | None, np.ndarray | None]], num_classes: int
+) -> np.ndarray:
+    """Pictures of (image (C, H, W) or (C, H, W, D), ids (H, W) or (H, W, D) or None) in a row,
+    uint8 (h, w, 3).
 
-    One channel is shown grey, three as colours; classes by their borders and a tint. All volumes show one slice, the
-    fullest of the first ids. Without an image the ids lie on black.
+    One channel is shown grey, three as colours; classes by their borders and a tint. All volumes
+    show one slice, the fullest of the first ids. Without an image the ids lie on black.
     """
     labels = [ids for _, ids in pairs if ids is not None]
     z = fullest_slice(labels[0].astype(int)) if labels and labels[0].ndim == 3 else None

@@ -22,9 +22,11 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Batch norms inside the block normalise by the batch, as in training, and leave their running statistics alone.
+    """Batch norms inside the block normalise by the batch, as in training, and leave their running
+    statistics alone.
 
-    For perturbed views: their statistics are not those of the clean images that the network will be used on.
+    For perturbed views: their statistics are not those of the clean images that the network will be
+    used on.
     """
     norms = running_norms(network)
     for norm in norms:
@@ -38,22 +40,28 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def statistics_estimated(
-    network: nn.Module, see_images: Callable[[], None], average: Callable[[list[Tensor]], None] = lambda _: None
+    network: nn.Module,
+    see_images: Callable[[], None],
+    average: Callable[[list[Tensor]], None] = lambda _: None,
 ) -> Iterator[None]:
-    """Inside the block the running statistics of batch norms are those of clean images under the present weights;
-    afterwards they are what they were.
+    """Inside the block the running statistics of batch norms are those of clean images under the
+    present weights; afterwards they are what they were.
 
-    Running statistics are a moving average over the weights of many steps and lag behind the present ones (Wu and
-    Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). Each layer gets the mean over the batches of the
-    batch's mean and unbiased variance, with everything else of the network in evaluation mode. Layers that see no
-    image keep theirs. see_images: calls the network on each batch; not called where there is no batch norm. average:
-    replaces the tensors of a list by their means over all processes, each of which sees images of its own.
+    Running statistics are a moving average over the weights of many steps and lag behind the
+    present ones (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). Each layer
+    gets the mean over the batches of the batch's mean and unbiased variance, with everything else
+    of the network in evaluation mode. Layers that see no image keep theirs. see_images: calls the
+    network on each batch; not called where there is no batch norm. average: replaces the tensors of
+    a list by their means over all processes, each of which sees images of its own.
     """
     norms = running_norms(network)
     if not norms:
         yield
         return
-    before = [(norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()) for norm in norms]
+    before = [
+        (norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone())
+        for norm in norms
+    ]
     momenta = [norm.momentum for norm in norms]
     try:
         with evaluating(network), torch.no_grad():
@@ -66,7 +74,9 @@ def statistics_estimated(
             if not norm.num_batches_tracked:
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(variance)
-        average([statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)])
+        average(
+            [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+        )
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
         yield
@@ -80,11 +90,17 @@ def statistics_estimated(
 
 def running_norms(network: nn.Module) -> list[nn.Module]:
     """The batch norms of a network that keep running statistics."""
-    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    return [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves normal_ out: on the meta device it would load half of torch's compiler, for nothing."""
+    """Leaves normal_ out: on the meta device it would load half of torch's compiler, for
+    nothing.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func is torch.Tensor.normal_ else func(*args, **kwargs or {})
@@ -92,6 +108,8 @@ class _Uninitialised(TorchFunctionMode):
 
 @contextlib.contextmanager
 def weightless() -> Iterator[None]:
-    """Modules that are made inside have shapes but no values: a trial of their arguments costs next to nothing."""
+    """Modules that are made inside have shapes but no values: a trial of their arguments costs next
+    to nothing.
+    """
     with torch.device("meta"), _Uninitialised():
         yield

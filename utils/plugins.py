@@ -1,11 +1,12 @@
-"""Classes of the user's own: `path/to/file.py:ClassName` wherever the command line names a network, method or format.
+"""Classes of the user's own: `path/to/file.py:ClassName` wherever the command line names a network,
+method or format.
 
-`plug_in` loads the class and puts it into its registry under its own name, so that everything after it sees a name like
-any other: run folders, `network_args`, `method_args`. The file is run when the command line names it, and only then: a
-configuration from elsewhere cannot make it run, nor can a checkpoint, which keeps the file's name and the SHA-256 of
-its source, never the code. To resume, the source must be the same; to test, the user names the class again with
---plugin (`plug_in_for`). Only the named file is covered by the digest, not what it imports. Walk-throughs:
-docs/extending.md.
+`plug_in` loads the class and puts it into its registry under its own name, so that everything after
+it sees a name like any other: run folders, `network_args`, `method_args`. The file is run when the
+command line names it, and only then: a configuration from elsewhere cannot make it run, nor can a
+checkpoint, which keeps the file's name and the SHA-256 of its source, never the code. To resume,
+the source must be the same; to test, the user names the class again with --plugin (`plug_in_for`).
+Only the named file is covered by the digest, not what it imports. Walk-throughs: docs/extending.md.
 """
 
 import dataclasses
@@ -26,12 +27,15 @@ from utils.config import ConfigError, Given
 
 PREFIX = "plugged_in_"  # of module names, by which a class of the user's own is known
 KEYED_BY_NAME = ("network_args", "method_args", "recipe")
-TESTED = ("student", "network", "format")  # roles that a test needs; the teacher and the method have done their work
+# roles that a test needs; the teacher and the method have done their work
+TESTED = ("student", "network", "format")
 
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-    """What a class must be to join a registry: its base, the keywords of its constructor, its class attributes."""
+    """What a class must be to join a registry: its base, the keywords of its constructor, its class
+    attributes.
+    """
 
     registry: dict[str, type]
     base: type
@@ -41,7 +45,9 @@ class Contract:
 
 
 def network(registry: dict[str, type]) -> Contract:
-    return Contract(registry, nn.Module, ("in_channels", "num_classes"), {"stride": int}, "networks/unet.py")
+    return Contract(
+        registry, nn.Module, ("in_channels", "num_classes"), {"stride": int}, "networks/unet.py"
+    )
 
 
 def distillation(registry: dict[str, type]) -> Contract:
@@ -55,7 +61,9 @@ def semi_supervised(registry: dict[str, type], base: type) -> Contract:
 
 
 def data_format(registry: dict[str, type], base: type) -> Contract:
-    return Contract(registry, base, ("root", "split_dir", "class_names"), example="dataloaders/msd.py")
+    return Contract(
+        registry, base, ("root", "split_dir", "class_names"), example="dataloaders/msd.py"
+    )
 
 
 def is_reference(name: Any) -> bool:
@@ -69,8 +77,9 @@ def is_plugged_in(cls: type) -> bool:
 
 
 def trial(cls: type, patch_size: Sequence[int], batch: int) -> dict:
-    """On what `networks.check_network` tries a network: the user's own on a small image; ours only where a patch is so
-    small that one voxel may be left of it, which norms refuse."""
+    """On what `networks.check_network` tries a network: the user's own on a small image; ours only
+    where a patch is so small that one voxel may be left of it, which norms refuse.
+    """
     if is_plugged_in(cls):
         small = 2 * cls.stride * max(1, 4 // cls.stride)
         return {"size": tuple(min(side, small) for side in patch_size), "batch": min(batch, 2)}
@@ -78,10 +87,12 @@ def trial(cls: type, patch_size: Sequence[int], batch: int) -> dict:
 
 
 def plug_in(given: Given, contracts: Mapping[str, Contract]) -> dict[str, dict]:
-    """Load what the keys of `contracts` refer to and, in place, put the class's name where the reference was.
+    """Load what the keys of `contracts` refer to and, in place, put the class's name where the
+    reference was.
 
-    The references that also head `network_args`, `method_args` or `recipe` become names; those of classes that this run
-    has no use for go. Returns, for a checkpoint: class name -> file, sha256 of the source, roles.
+    The references that also head `network_args`, `method_args` or `recipe` become names; those of
+    classes that this run has no use for go. Returns, for a checkpoint: class name -> file, sha256
+    of the source, roles.
     """
     used: dict[str, dict] = {}
     names: dict[str, str] = {}
@@ -91,7 +102,8 @@ def plug_in(given: Given, contracts: Mapping[str, Contract]) -> dict[str, dict]:
             continue
         if not source.startswith("--"):
             raise ConfigError(
-                f"{source}: {key}: '{reference}' is a file to run, which only the command line can name: "
+                f"{source}: {key}: '{reference}' is a file to run, which only the command line can "
+                "name: "
                 f"--opts {key}={reference}"
             )
         cls, record = load_class(reference, contract, f"{source}: {key}")
@@ -108,12 +120,16 @@ def plug_in(given: Given, contracts: Mapping[str, Contract]) -> dict[str, dict]:
         value, source = given.get(key, (None, ""))
         if isinstance(value, dict):
             kept = {names.get(name, name): entry for name, entry in value.items()}
-            given[key] = ({name: entry for name, entry in kept.items() if not is_reference(name)}, source)
+            given[key] = (
+                {name: entry for name, entry in kept.items() if not is_reference(name)},
+                source,
+            )
     return used
 
 
 def load_class(reference: str, contract: Contract, source: str) -> tuple[type, dict]:
-    """The class of 'path/to/file.py:ClassName' and its record; ConfigError, beginning with `source`, for what is wrong.
+    """The class of 'path/to/file.py:ClassName' and its record; ConfigError, beginning with
+    `source`, for what is wrong.
 
     Runs the file.
     """
@@ -123,7 +139,9 @@ def load_class(reference: str, contract: Contract, source: str) -> tuple[type, d
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        raise ConfigError(f"{source}: {file}: no such file to take {name} from ({error.strerror})") from error
+        raise ConfigError(
+            f"{source}: {file}: no such file to take {name} from ({error.strerror})"
+        ) from error
     digest = hashlib.sha256(content).hexdigest()
     module = _run(file, content, digest, source)
     cls = getattr(module, name, None)
@@ -150,7 +168,11 @@ def _run(file: str, content: bytes, digest: str, source: str) -> types.ModuleTyp
         del sys.modules[name]
         if not isinstance(error, Exception):
             raise
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == file
+        ]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f"line {line}: " if line else ""
         reason = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())[:300]
@@ -161,39 +183,57 @@ def _run(file: str, content: bytes, digest: str, source: str) -> types.ModuleTyp
 def _check_contract(cls: type, contract: Contract, source: str) -> None:
     look = f"; {contract.example} is an example"
     if not issubclass(cls, contract.base):
-        raise ConfigError(f"{source}: must derive from {contract.base.__module__}.{contract.base.__name__}{look}")
+        raise ConfigError(
+            f"{source}: must derive from {contract.base.__module__}.{contract.base.__name__}{look}"
+        )
     if inspect.isabstract(cls):
-        raise ConfigError(f"{source}: lacks the methods {', '.join(sorted(cls.__abstractmethods__))}{look}")
+        raise ConfigError(
+            f"{source}: lacks the methods {', '.join(sorted(cls.__abstractmethods__))}{look}"
+        )
     if cls.__name__ in contract.registry and not is_plugged_in(contract.registry[cls.__name__]):
-        raise ConfigError(f"{source}: '{cls.__name__}' is the name of a built-in one; rename the class")
+        raise ConfigError(
+            f"{source}: '{cls.__name__}' is the name of a built-in one; rename the class"
+        )
     parameters = inspect.signature(cls).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         missing = [name for name in contract.takes if name not in parameters]
         if missing:
             raise ConfigError(
-                f"{source}: its constructor takes ({', '.join(parameters)}), but is given {', '.join(contract.takes)}; "
+                f"{source}: its constructor takes ({', '.join(parameters)}), but is given "
+                f"{', '.join(contract.takes)}; "
                 f"add {', '.join(missing)}{look}"
             )
     for name, kind in contract.attributes.items():
         if not isinstance(getattr(cls, name, None), kind):
-            raise ConfigError(f"{source}: lacks the class attribute '{name}' ({kind.__name__}){look}")
+            raise ConfigError(
+                f"{source}: lacks the class attribute '{name}' ({kind.__name__}){look}"
+            )
 
 
 def check_same(
-    stored: Mapping[str, dict], now: Mapping[str, dict], source: str, names: Iterable[str] | None = None
+    stored: Mapping[str, dict],
+    now: Mapping[str, dict],
+    source: str,
+    names: Iterable[str] | None = None,
 ) -> None:
-    """CheckpointError unless each class of `names`, of all by default, has the source that a checkpoint stored."""
+    """CheckpointError unless each class of `names`, of all by default, has the source that a
+    checkpoint stored.
+    """
     for name in {**stored, **now} if names is None else names:
         before, after = stored.get(name), now.get(name)
         if before is None and after is None:
             continue
         if before is None or after is None:
             was = f"the class of {before['file']}" if before else "built in"
-            raise CheckpointError(f"{source}: '{name}' was {was} when it was written, which it is not now")
+            raise CheckpointError(
+                f"{source}: '{name}' was {was} when it was written, which it is not now"
+            )
         if before["sha256"] != after["sha256"]:
             raise CheckpointError(
-                f"{source}: the source of {name} has changed since (sha256 {before['sha256'][:12]} then, "
-                f"{after['sha256'][:12]} of {after['file']} now); restore the file, or start another run with "
+                f"{source}: the source of {name} has changed since (sha256 {before['sha256'][:12]} "
+                "then, "
+                f"{after['sha256'][:12]} of {after['file']} now); restore the file, or start "
+                "another run with "
                 f"--opts tag=NAME"
             )
 
@@ -201,31 +241,47 @@ def check_same(
 def add_plugin_flags(parser) -> None:
     """--plugin and --allow-changed-plugin, for `plug_in_for`."""
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE.py:CLASS",
-        help="run this class of your own, which the checkpoint was trained with (docs/extending.md)",
-    )  # fmt: skip
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help=(
+            "run this class of your own, which the checkpoint was trained with (docs/extending.md)"
+        ),
+    )
     parser.add_argument(
-        "--allow-changed-plugin", action="store_true", help="even if its source is not what it was in training"
-    )  # fmt: skip
+        "--allow-changed-plugin",
+        action="store_true",
+        help="even if its source is not what it was in training",
+    )
 
 
 def plug_in_for(
-    checkpoint: Mapping, path: str | Path, references: Sequence[str], contracts: Sequence[Contract], allow_changed: bool
+    checkpoint: Mapping,
+    path: str | Path,
+    references: Sequence[str],
+    contracts: Sequence[Contract],
+    allow_changed: bool,
 ) -> None:
-    """Load the classes of the user's own that a test of `checkpoint` needs, each of which `references` must name.
+    """Load the classes of the user's own that a test of `checkpoint` needs, each of which
+    `references` must name.
 
-    contracts: of networks and of data formats. A checkpoint only says what it needs; it never makes a file run.
+    contracts: of networks and of data formats. A checkpoint only says what it needs; it never makes
+    a file run.
     """
     stored = checkpoint.get("plugins", {})
     needed = {name: record for name, record in stored.items() if set(record["roles"]) & set(TESTED)}
     named = {reference.rpartition(":")[2]: reference for reference in references}
     for name in named:
         if name not in needed:
-            raise ConfigError(f"--plugin {named[name]}: nothing that {path} needs for a test; leave it out")
+            raise ConfigError(
+                f"--plugin {named[name]}: nothing that {path} needs for a test; leave it out"
+            )
     for name, record in needed.items():
         if name not in named:
             raise CheckpointError(
-                f"{path}: was trained with {name} of {record['file']}, which is not part of this repository; to run "
+                f"{path}: was trained with {name} of {record['file']}, which is not part of this "
+                "repository; to run "
                 f"that file, say so: --plugin {record['file']}:{name}"
             )
         networks, formats = contracts
@@ -233,7 +289,9 @@ def plug_in_for(
         cls, found = load_class(named[name], contract, "--plugin")
         if found["sha256"] != record["sha256"] and not allow_changed:
             raise CheckpointError(
-                f"{path}: the source of {name} has changed since it was trained (sha256 {record['sha256'][:12]} then, "
-                f"{found['sha256'][:12]} now); restore {found['file']}, or add --allow-changed-plugin"
+                f"{path}: the source of {name} has changed since it was trained (sha256 "
+                f"{record['sha256'][:12]} then, "
+                f"{found['sha256'][:12]} now); restore {found['file']}, or add "
+                "--allow-changed-plugin"
             )
         contract.registry[name] = cls

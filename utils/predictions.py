@@ -1,4 +1,6 @@
-"""Files of predictions: label maps that are complete or not there, what they mean, a table of sizes."""
+"""Files of predictions: label maps that are complete or not there, what they mean, a table of
+sizes.
+"""
 
 import csv
 import json
@@ -19,7 +21,8 @@ def save_volume(path: Path, ids: np.ndarray, affine: np.ndarray) -> None:
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if np.allclose(axes.T @ axes, np.eye(3), atol=1e-5):  # else the quaternion form could not hold the affine
+    # else the quaternion form could not hold the affine
+    if np.allclose(axes.T @ axes, np.eye(3), atol=1e-5):
         image.set_qform(affine, code=1)
     _complete(path, lambda temporary: nib.save(image, temporary))
 
@@ -31,7 +34,9 @@ def save_mask(path: Path, pixels: np.ndarray) -> None:
 
 def save_about(path: Path, about: dict) -> None:
     """Write the JSON beside the result `path`: the same name with .json."""
-    beside(path).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside(path).write_text(
+        json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def settings_of(path: Path) -> dict | None:
@@ -48,7 +53,9 @@ def beside(path: Path) -> Path:
 
 
 def _complete(path: Path, write) -> None:
-    """Write by way of a temporary file of the same kind, so that a file that is there is complete."""
+    """Write by way of a temporary file of the same kind, so that a file that is there is
+    complete.
+    """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
@@ -72,7 +79,9 @@ def millilitres(affine: np.ndarray) -> float:
 
 
 class SizeTable(dict):
-    """Case -> structure -> (count, size); begins with what its CSV file holds, `write` puts all of it there."""
+    """Case -> structure -> (count, size); begins with what its CSV file holds, `write` puts all of
+    it there.
+    """
 
     def __init__(self, path: Path, count: str, size: str) -> None:
         super().__init__()
@@ -81,7 +90,10 @@ class SizeTable(dict):
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.reader(file)
                 if tuple(next(reader, ())) != self.header:
-                    raise ConfigError(f"{path}: no table of {', '.join(self.header)}; move it or choose another folder")
+                    raise ConfigError(
+                        f"{path}: no table of {', '.join(self.header)}; move it or choose another "
+                        "folder"
+                    )
                 for case, structure, number, value in reader:
                     self.setdefault(case, {})[structure] = int(number), float(value)
 

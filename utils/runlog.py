@@ -1,7 +1,8 @@
-"""The log of a run: one JSON object per line in log.jsonl, the same scalars in TensorBoard and other places.
+"""The log of a run: one JSON object per line in log.jsonl, the same scalars in TensorBoard and
+other places.
 
-Kinds of lines: `train`, means since the line before; `val`; `teacher`, the teacher's scores on the validation cases;
-`diagnosis`, see utils/diagnosis.py.
+Kinds of lines: `train`, means since the line before; `val`; `teacher`, the teacher's scores on the
+validation cases; `diagnosis`, see utils/diagnosis.py.
 """
 
 import contextlib
@@ -20,10 +21,11 @@ from utils.trackers import Tracker
 
 
 class RunLog:
-    """Writes `log.jsonl` and TensorBoard events in `folder`; on resume, lines from `start_step` on are dropped first.
+    """Writes `log.jsonl` and TensorBoard events in `folder`; on resume, lines from `start_step` on
+    are dropped first.
 
-    tracker: takes the same scalars to a service (utils/trackers.py). log.jsonl holds no wall-clock time, so that two
-    equal runs write equal logs.
+    tracker: takes the same scalars to a service (utils/trackers.py). log.jsonl holds no wall-clock
+    time, so that two equal runs write equal logs.
     """
 
     def __init__(self, folder: Path, start_step: int = 0, tracker: Tracker | None = None) -> None:
@@ -40,14 +42,19 @@ class RunLog:
                     kept.append(line + "\n")
         write_text(self.path, "".join(kept))
         with writing(self.path):
-            self.file = self.path.open("ab", buffering=0)  # nothing is left in a buffer if a write fails
+            # nothing is left in a buffer if a write fails
+            self.file = self.path.open("ab", buffering=0)
         with self._board():
             self.board = SummaryWriter(str(folder), purge_step=start_step if start_step else None)
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line {"step", "kind", ...values}; NaN becomes null. TensorBoard tags are kind/name."""
+        """One line {"step", "kind", ...values}; NaN becomes null. TensorBoard tags are
+        kind/name.
+        """
         clean = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
-        line = memoryview((json.dumps({"step": step, "kind": kind, **clean}) + "\n").encode("utf-8"))
+        line = memoryview(
+            (json.dumps({"step": step, "kind": kind, **clean}) + "\n").encode("utf-8")
+        )
         with writing(self.path):
             while line:
                 line = line[self.file.write(line) :]
@@ -76,7 +83,9 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl; one that a crash cut off, and what follows it, is left out. No file gives no lines."""
+    """The lines of log.jsonl; one that a crash cut off, and what follows it, is left out. No file
+    gives no lines.
+    """
     entries: list[dict] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -100,8 +109,9 @@ class SilentLog:
 
 
 class Averages:
-    """Running means of scalar tensors between two lines of the log, each name over the steps that had it; NaN is left
-    out. Nothing waits for the device until `take`."""
+    """Running means of scalar tensors between two lines of the log, each name over the steps that
+    had it; NaN is left out. Nothing waits for the device until `take`.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}

@@ -9,13 +9,18 @@ OPTIMIZERS = ("sgd", "adamw")
 
 
 def poly_lr(step: int, lr: float, max_steps: int, min_lr: float = 0.0, power: float = 0.9) -> float:
-    """(lr - min_lr) (1 - step / (max_steps - 1))^power + min_lr; the last step runs at exactly min_lr."""
+    """(lr - min_lr) (1 - step / (max_steps - 1))^power + min_lr; the last step runs at exactly
+    min_lr.
+    """
     remaining = 1.0 - min(step / max(max_steps - 1, 1), 1.0)
     return (lr - min_lr) * remaining**power + min_lr
 
 
-def poly_lr_open(step: int, lr: float, max_steps: int, min_lr: float = 0.0, power: float = 0.9) -> float:
-    """(lr - min_lr) (1 - step / max_steps)^power + min_lr: as `poly_lr`, but the last step stays above min_lr.
+def poly_lr_open(
+    step: int, lr: float, max_steps: int, min_lr: float = 0.0, power: float = 0.9
+) -> float:
+    """(lr - min_lr) (1 - step / max_steps)^power + min_lr: as `poly_lr`, but the last step stays
+    above min_lr.
 
     The form of the semi-supervised recipes (SSL4MIS).
     """
@@ -47,9 +52,16 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float, weight_decay: float, nesterov: bool
+    name: str,
+    parameters: Iterable[torch.nn.Parameter],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
 ) -> Optimizer:
     """SGD with momentum, or AdamW (which has no use for momentum and nesterov)."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+    )

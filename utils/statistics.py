@@ -1,16 +1,20 @@
-"""Statistics of scores of the same cases under several runs: paired tests, effect sizes, confidence intervals.
+"""Statistics of scores of the same cases under several runs: paired tests, effect sizes, confidence
+intervals.
 
-A run is given as {case: score}; None or NaN is a score that is undefined, such as a distance to an organ that was not
-found. A pair of which either side is undefined is left out of the comparison and counted, never replaced.
+A run is given as {case: score}; None or NaN is a score that is undefined, such as a distance to an
+organ that was not found. A pair of which either side is undefined is left out of the comparison and
+counted, never replaced.
 
-- p: Wilcoxon's signed-rank test, two-sided, of the differences that are not zero: exact for up to 50 of them, also
-  where some are equal in size, which scipy's exact distribution does not allow; beyond, scipy's normal approximation.
-- p_holm: Holm's step-down correction over the rows of one call.
-- effect: matched-pairs rank-biserial correlation (Kerby 2014), (rank sum of rises - of falls) / rank sum, in [-1, 1].
-- low, high: bias-corrected and accelerated bootstrap interval of the mean difference over cases, from a fixed seed.
+- p: Wilcoxon's signed-rank test, two-sided, of the differences that are not zero: exact for up to
+  50 of them, also where some are equal in size, which scipy's exact distribution does not allow;
+  beyond, scipy's normal approximation. - p_holm: Holm's step-down correction over the rows of one
+  call.
+- effect: matched-pairs rank-biserial correlation (Kerby 2014), (rank sum of rises - of falls) /
+rank sum, in [-1, 1]. - low, high: bias-corrected and accelerated bootstrap interval of the mean
+difference over cases, from a fixed seed.
 
-Cases are the sample: seeds of one cell are averaged case by case first (`average_seeds`), or the same cases would count
-several times as if they were independent.
+Cases are the sample: seeds of one cell are averaged case by case first (`average_seeds`), or the
+same cases would count several times as if they were independent.
 """
 
 import itertools
@@ -23,23 +27,31 @@ import scipy.stats
 
 Scores = Mapping[str, float | None]
 EXACT = 50  # differences up to which all sign patterns are counted
-DIGITS = 12  # of a difference: what is smaller is rounding, and must neither break a tie nor count as a change
+# of a difference: what is smaller is rounding, and must neither break a tie nor count as a change
+DIGITS = 12
 
 
 def paired_comparison(
-    scores: Mapping[str, Scores], reference: str | None = None, *, level: float = 0.95, resamples: int = 9999,
+    scores: Mapping[str, Scores],
+    reference: str | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 9999,
     seed: int = 0,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Compare runs in pairs: of all of them, or each with `reference`; -> a row for each pair.
 
-    Keys of a row: `a`, `b`, the runs (a is the reference or the earlier one); `n`, cases scored under both;
-    `undefined`, cases of both left out because a score is undefined; `unmatched`, cases that only one of them has;
-    `mean_a`, `mean_b`, `difference` (of the means, b - a) with `low` and `high`; `rises`, `falls`, the cases in which b
-    scores higher or lower; `effect`; `p`, `p_holm`; `least_p`, the smallest p that so many differing cases can give.
-    None where there are too few cases: two for an interval, one for the rest.
+    Keys of a row: `a`, `b`, the runs (a is the reference or the earlier one); `n`, cases scored
+    under both; `undefined`, cases of both left out because a score is undefined; `unmatched`, cases
+    that only one of them has; `mean_a`, `mean_b`, `difference` (of the means, b - a) with `low` and
+    `high`; `rises`, `falls`, the cases in which b scores higher or lower; `effect`; `p`, `p_holm`;
+    `least_p`, the smallest p that so many differing cases can give. None where there are too few
+    cases: two for an interval, one for the rest.
     """
     if reference is not None and reference not in scores:
-        raise ValueError(f"reference: '{reference}' is not among the runs; choose from {', '.join(scores)}")
+        raise ValueError(
+            f"reference: '{reference}' is not among the runs; choose from {', '.join(scores)}"
+        )
     if reference is None:
         pairs = list(itertools.combinations(scores, 2))
     else:
@@ -50,26 +62,46 @@ def paired_comparison(
     return rows
 
 
-def _compared(a: str, b: str, first: Scores, second: Scores, level: float, resamples: int, seed: int) -> dict:
+def _compared(
+    a: str, b: str, first: Scores, second: Scores, level: float, resamples: int, seed: int
+) -> dict:
     shared = [case for case in first if case in second]
-    pairs = [(first[case], second[case]) for case in shared if _known(first[case]) and _known(second[case])]
+    pairs = [
+        (first[case], second[case])
+        for case in shared
+        if _known(first[case]) and _known(second[case])
+    ]
     before, after = (np.array(column, float) for column in (zip(*pairs) if pairs else ((), ())))
     differences = np.round(after - before, DIGITS)
     differing = int(np.count_nonzero(differences))
-    low, high = bootstrap_interval(differences, level=level, resamples=resamples, seed=seed) or (None, None)
+    low, high = bootstrap_interval(differences, level=level, resamples=resamples, seed=seed) or (
+        None,
+        None,
+    )
     return {
-        "a": a, "b": b, "n": len(pairs), "undefined": len(shared) - len(pairs),
+        "a": a,
+        "b": b,
+        "n": len(pairs),
+        "undefined": len(shared) - len(pairs),
         "unmatched": len(first) + len(second) - 2 * len(shared),
-        "mean_a": float(before.mean()) if pairs else None, "mean_b": float(after.mean()) if pairs else None,
-        "difference": float(differences.mean()) if pairs else None, "low": low, "high": high,
-        "rises": int((differences > 0).sum()), "falls": int((differences < 0).sum()),
-        "effect": rank_biserial(differences), "p": signed_rank_p(differences),
-        "least_p": min(1.0, 2.0 ** (1 - differing)) if pairs else None, "p_holm": None,
-    }  # fmt: skip
+        "mean_a": float(before.mean()) if pairs else None,
+        "mean_b": float(after.mean()) if pairs else None,
+        "difference": float(differences.mean()) if pairs else None,
+        "low": low,
+        "high": high,
+        "rises": int((differences > 0).sum()),
+        "falls": int((differences < 0).sum()),
+        "effect": rank_biserial(differences),
+        "p": signed_rank_p(differences),
+        "least_p": min(1.0, 2.0 ** (1 - differing)) if pairs else None,
+        "p_holm": None,
+    }
 
 
 def signed_rank_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p of Wilcoxon's signed-rank test; 1 if all differences are zero, None if there is none."""
+    """Two-sided p of Wilcoxon's signed-rank test; 1 if all differences are zero, None if there is
+    none.
+    """
     values = np.round(np.asarray(differences, float), DIGITS)
     if not len(values):
         return None
@@ -78,8 +110,10 @@ def signed_rank_p(differences: Sequence[float]) -> float | None:
         return 1.0
     if len(values) > EXACT:
         return float(scipy.stats.wilcoxon(values, method="asymptotic").pvalue)
-    ranks = np.rint(2 * scipy.stats.rankdata(np.abs(values))).astype(int)  # doubled: equal sizes share a half rank
-    patterns = np.zeros(ranks.sum() + 1)  # of signs, by the sum of the ranks of the positive differences
+    # doubled: equal sizes share a half rank
+    ranks = np.rint(2 * scipy.stats.rankdata(np.abs(values))).astype(int)
+    # of signs, by the sum of the ranks of the positive differences
+    patterns = np.zeros(ranks.sum() + 1)
     patterns[0] = 1
     for rank in ranks:
         patterns[rank:] += patterns[:-rank].copy()
@@ -88,7 +122,9 @@ def signed_rank_p(differences: Sequence[float]) -> float | None:
 
 
 def rank_biserial(differences: Sequence[float]) -> float | None:
-    """(Rank sum of the positive - of the negative) / rank sum of the differences that are not zero; 0 if all are."""
+    """(Rank sum of the positive - of the negative) / rank sum of the differences that are not zero;
+    0 if all are.
+    """
     values = np.round(np.asarray(differences, float), DIGITS)
     if not len(values):
         return None
@@ -113,10 +149,11 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 def bootstrap_interval(
     values: Sequence[float | None], *, level: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> tuple[float, float] | None:
-    """(low, high) of the mean by the BCa bootstrap over the defined values; None for fewer than two.
+    """(low, high) of the mean by the BCa bootstrap over the defined values; None for fewer than
+    two.
 
-    Where BCa is not defined, with values that are all equal, the interval is a point; where it fails on very few
-    values, the percentile interval of the same seed.
+    Where BCa is not defined, with values that are all equal, the interval is a point; where it
+    fails on very few values, the percentile interval of the same seed.
     """
     known = np.array([value for value in values if _known(value)], float)
     if len(known) < 2:
@@ -127,9 +164,14 @@ def bootstrap_interval(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
             interval = scipy.stats.bootstrap(
-                (known,), np.mean, confidence_level=level, n_resamples=resamples, method=method,
-                rng=np.random.default_rng(seed), batch=max(1, 10**6 // len(known)),
-            ).confidence_interval  # fmt: skip
+                (known,),
+                np.mean,
+                confidence_level=level,
+                n_resamples=resamples,
+                method=method,
+                rng=np.random.default_rng(seed),
+                batch=max(1, 10**6 // len(known)),
+            ).confidence_interval
         if math.isfinite(interval.low) and math.isfinite(interval.high):
             break
     return float(interval.low), float(interval.high)
@@ -138,8 +180,8 @@ def bootstrap_interval(
 def average_seeds(runs: Sequence[Scores]) -> dict[str, float | None]:
     """Scores of the seeds of one cell -> their mean for each case.
 
-    A case that is undefined or missing in one seed is undefined: were it averaged over the others, a seed that failed
-    would improve the mean.
+    A case that is undefined or missing in one seed is undefined: were it averaged over the others,
+    a seed that failed would improve the mean.
     """
     cases = dict.fromkeys(case for run in runs for case in run)
     means = {}
@@ -152,14 +194,20 @@ def average_seeds(runs: Sequence[Scores]) -> dict[str, float | None]:
 def case_means(
     runs: Mapping[str, Sequence[Mapping]], metric: str, *, shared: bool = False
 ) -> tuple[dict[str, dict[str, float | None]], int]:
-    """Rows of runs, each with `case`, `class` and `metric` -> the mean over classes of each case, and how many
-    (case, class) pairs were left out as undefined in some run.
+    """Rows of runs, each with `case`, `class` and `metric` -> the mean over classes of each case,
+    and how many (case, class) pairs were left out as undefined in some run.
 
-    shared: average over the classes that are defined in all the runs that have the case. Distances need it: a run that
-    misses a hard organ would be averaged over its easy ones. Dice does not, since a missed organ counts as 0.
+    shared: average over the classes that are defined in all the runs that have the case. Distances
+    need it: a run that misses a hard organ would be averaged over its easy ones. Dice does not,
+    since a missed organ counts as 0.
     """
-    values = {run: {(row["case"], row["class"]): row[metric] for row in rows} for run, rows in runs.items()}
-    undefined = {pair for scores in values.values() for pair, value in scores.items() if not _known(value)}
+    values = {
+        run: {(row["case"], row["class"]): row[metric] for row in rows}
+        for run, rows in runs.items()
+    }
+    undefined = {
+        pair for scores in values.values() for pair, value in scores.items() if not _known(value)
+    }
     means: dict[str, dict[str, float | None]] = {}
     for run, scores in values.items():
         kept: dict[str, list[float]] = {}
@@ -167,7 +215,9 @@ def case_means(
             of_case = kept.setdefault(pair[0], [])
             if _known(value) and not (shared and pair in undefined):
                 of_case.append(value)
-        means[run] = {case: sum(of_case) / len(of_case) if of_case else None for case, of_case in kept.items()}
+        means[run] = {
+            case: sum(of_case) / len(of_case) if of_case else None for case, of_case in kept.items()
+        }
     return means, len(undefined)
 
 

@@ -1,9 +1,11 @@
-"""Draw the figures of docs/methods.md: data flow of ACF-BCKD and of CRKD, boundary weights on a generated scan.
+"""Draw the figures of docs/methods.md: data flow of ACF-BCKD and of CRKD, boundary weights on a
+generated scan.
 
-    python docs/figures/draw.py                     # writes acf_bckd.png, crkd.png, boundary.png beside itself
+    python docs/figures/draw.py  # writes acf_bckd.png, crkd.png, boundary.png beside itself
     python docs/figures/draw.py --out somewhere --only boundary
 
-The boundary weights are those of losses/acf_bckd.py, computed on one phantom of dataloaders/phantoms.py.
+The boundary weights are those of losses/acf_bckd.py, computed on one phantom of
+dataloaders/phantoms.py.
 """
 
 import argparse
@@ -35,9 +37,18 @@ FILL = {BLUE: "#dceaf4", ORANGE: "#fdf1d6", GREEN: "#daf0e8", VERMILION: "#fbe5d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder; default: that of this script")
-    parser.add_argument("--only", nargs="+", choices=tuple(FIGURES), default=list(FIGURES), help="default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        help="folder; default: that of this script",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(FIGURES), default=list(FIGURES), help="default: all"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only:
@@ -58,24 +69,61 @@ def canvas(width: float, height: float) -> tuple[plt.Figure, Axes]:
     return figure, axes
 
 
-def box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = 1.6, height: float = 0.62) -> None:
+def box(
+    axes: Axes, x: float, y: float, text: str, colour: str, width: float = 1.6, height: float = 0.62
+) -> None:
     """A box centred at (x, y)."""
-    axes.add_patch(FancyBboxPatch(
-        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.08",
-        facecolor=FILL[colour], edgecolor=colour, linewidth=1.4, zorder=2,
-    ))  # fmt: skip
-    axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color="black", zorder=3, linespacing=1.25)
+    axes.add_patch(
+        FancyBboxPatch(
+            (x - width / 2, y - height / 2),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.08",
+            facecolor=FILL[colour],
+            edgecolor=colour,
+            linewidth=1.4,
+            zorder=2,
+        )
+    )
+    axes.text(
+        x,
+        y,
+        text,
+        ha="center",
+        va="center",
+        fontsize=9.5,
+        color="black",
+        zorder=3,
+        linespacing=1.25,
+    )
 
 
 def arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = GREY, text: str = "",
-    bend: float = 0.0, dashed: bool = False, offset: tuple[float, float] = (0.0, 0.12),
-) -> None:  # fmt: skip
+    axes: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    colour: str = GREY,
+    text: str = "",
+    bend: float = 0.0,
+    dashed: bool = False,
+    offset: tuple[float, float] = (0.0, 0.12),
+) -> None:
     """An arrow; dashed where no gradient flows back."""
-    axes.add_patch(FancyArrowPatch(
-        start, end, arrowstyle="-|>", mutation_scale=12, color=colour, linewidth=1.3, zorder=1,
-        linestyle=(0, (4, 2.5)) if dashed else "-", connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=1,
-    ))  # fmt: skip
+    axes.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
+            arrowstyle="-|>",
+            mutation_scale=12,
+            color=colour,
+            linewidth=1.3,
+            zorder=1,
+            linestyle=(0, (4, 2.5)) if dashed else "-",
+            connectionstyle=f"arc3,rad={bend}",
+            shrinkA=0,
+            shrinkB=1,
+        )
+    )
     if text:
         middle = [(a + b) / 2 + o for a, b, o in zip(start, end, offset)]
         axes.text(*middle, text, ha="center", va="center", fontsize=8.5, color=GREY)
@@ -143,7 +191,14 @@ def crkd() -> plt.Figure:
         box(axes, 6.65, y, f"$P_{{{name}}}$,  $F_{{{name}}}$", ORANGE, 1.2)
         arrow(axes, (5.53, y), (6.05, y), ORANGE)
     for low, high in ((rows["fp"], rows["s"]), (rows["s"], rows["l"])):
-        axes.plot([4.75, 4.75], [low + 0.31, high - 0.31], color=ORANGE, linewidth=1.2, linestyle=":", zorder=1)
+        axes.plot(
+            [4.75, 4.75],
+            [low + 0.31, high - 0.31],
+            color=ORANGE,
+            linewidth=1.2,
+            linestyle=":",
+            zorder=1,
+        )
     axes.text(4.85, 3.95, "the same weights", va="center", fontsize=8.5, color=GREY)
     arrow(axes, (1.63, rows["l"]), (3.97, rows["l"]), dashed=True)
     arrow(axes, (3.1, 2.36), (3.97, rows["s"]), dashed=True)
@@ -157,10 +212,17 @@ def crkd() -> plt.Figure:
     box(axes, 8.9, 2.05, "CKD:  the better view\nteaches the other", VERMILION, 2.3)
     box(axes, 8.9, 1.1, "$L_{pseudo}$:  CE + Dice\nwith $y_u$ where confident", VERMILION, 2.3)
     for start, end in (
-        ((7.25, 4.9), (7.75, 4.9)), ((7.25, 4.8), (7.75, 4.1)), ((7.25, 3.15), (7.75, 3.9)), ((7.25, 3.0), (7.75, 3.0)),
-        ((7.25, 2.9), (7.75, 2.2)), ((7.25, 1.3), (7.75, 2.8)), ((7.25, 1.2), (7.75, 1.95)), ((7.25, 1.1), (7.75, 1.1)),
-        ((7.25, 2.8), (7.75, 1.3)), ((7.25, 1.38), (7.75, 3.8)),
-    ):  # fmt: skip
+        ((7.25, 4.9), (7.75, 4.9)),
+        ((7.25, 4.8), (7.75, 4.1)),
+        ((7.25, 3.15), (7.75, 3.9)),
+        ((7.25, 3.0), (7.75, 3.0)),
+        ((7.25, 2.9), (7.75, 2.2)),
+        ((7.25, 1.3), (7.75, 2.8)),
+        ((7.25, 1.2), (7.75, 1.95)),
+        ((7.25, 1.1), (7.75, 1.1)),
+        ((7.25, 2.8), (7.75, 1.3)),
+        ((7.25, 1.38), (7.75, 3.8)),
+    ):
         arrow(axes, start, end, ORANGE)
     arrow(axes, (3.9, 0.3), (8.9, 0.79), BLUE, dashed=True, bend=0.12)
     legend(axes, 5.9, 5.42)
@@ -168,7 +230,9 @@ def crkd() -> plt.Figure:
 
 
 def boundary() -> plt.Figure:
-    """One slice: image and label, HBD's weight of a voxel, SBD's squared distances for a label with a fault."""
+    """One slice: image and label, HBD's weight of a voxel, SBD's squared distances for a label with
+    a fault.
+    """
     image, label = btcv_phantom(0)
     ids = torch.from_numpy(label.astype(np.int64))
     masks = torch.stack([ids == k for k in range(14)])  # (K, H, W, D)
@@ -176,24 +240,34 @@ def boundary() -> plt.Figure:
     weight = (shells / shells.sum((1, 2, 3), keepdim=True).clamp(min=1)).sum(0).numpy() / len(masks)
     liver = label == 6
     student = ndimage.binary_dilation(ndimage.binary_erosion(liver, iterations=3), iterations=1)
-    field = boundary_distance_squared(torch.from_numpy(liver)[None], torch.from_numpy(student)[None])[0].numpy()
+    field = boundary_distance_squared(
+        torch.from_numpy(liver)[None], torch.from_numpy(student)[None]
+    )[0].numpy()
     at = int(liver.sum((0, 1)).argmax())
 
     def shown(volume: np.ndarray) -> np.ndarray:
         return np.rot90(volume[:, :, at])[:, ::-1]  # as utils.figures.overlay
 
     image = np.clip((image + 175) / 425, 0, 1)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.3), layout="constrained", facecolor="white")
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(11.5, 3.3), layout="constrained", facecolor="white"
+    )
     left.imshow(overlay(image[:, :, at], label[:, :, at], 14))
     left.set_title("generated scan and label\n", fontsize=10)
     middle.imshow(shown(image), cmap="gray")
     drawn = middle.imshow(np.ma.masked_equal(shown(weight), 0), cmap="viridis", norm=LogNorm())
-    middle.set_title("HBD: weight of a voxel, the sum over\nits boundaries of $1 / (K\\,|\\partial_k|)$", fontsize=10)
+    middle.set_title(
+        "HBD: weight of a voxel, the sum over\nits boundaries of $1 / (K\\,|\\partial_k|)$",
+        fontsize=10,
+    )
     figure.colorbar(drawn, ax=middle, shrink=0.75)
     drawn = right.imshow(shown(field), cmap="cividis", norm=LogNorm(vmin=1))
     right.contour(shown(liver), [0.5], colors="white", linewidths=1.2)
     right.contour(shown(student), [0.5], colors=ORANGE, linewidths=1.2, linestyles="--")
-    right.set_title("SBD, liver: $D(P>0.5)^2 + D(G)^2$ in voxels²\n(white: teacher, dashed: student)", fontsize=10)
+    right.set_title(
+        "SBD, liver: $D(P>0.5)^2 + D(G)^2$ in voxels²\n(white: teacher, dashed: student)",
+        fontsize=10,
+    )
     figure.colorbar(drawn, ax=right, shrink=0.75)
     for axes in (left, middle, right):
         axes.set_axis_off()

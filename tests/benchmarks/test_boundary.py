@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.boundary import check_agreement, ellipsoids, plain_hard_boundary, predictions, with_gradient
+from benchmarks.boundary import (
+    check_agreement,
+    ellipsoids,
+    plain_hard_boundary,
+    predictions,
+    with_gradient,
+)
 from losses.acf_bckd import hard_boundary_loss
 from tests.losses.test_acf_bckd import slow_hard
 
@@ -16,7 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_small_run(tmp_path):
     out = tmp_path / "table.md"
-    command = [sys.executable, "benchmarks/boundary.py", "--small", "--repeats", "1", "--threads", "1", "--out", out]
+    command = [
+        sys.executable,
+        "benchmarks/boundary.py",
+        "--small",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        out,
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "peak memory grew by" in run.stdout

@@ -10,7 +10,10 @@ from benchmarks import crkd_step
 @pytest.mark.parametrize("clock", [[], ["--cpu-time"]])
 def test_small_run_prints_a_row_per_part(tmp_path, capsys, clock):
     out = tmp_path / "table.md"
-    assert crkd_step.main(["--small", "--repeats", "1", "--threads", "1", "--out", str(out), *clock]) == 0
+    assert (
+        crkd_step.main(["--small", "--repeats", "1", "--threads", "1", "--out", str(out), *clock])
+        == 0
+    )
     text = out.read_text()
     assert text in capsys.readouterr().out
     rows = [line for line in text.splitlines() if re.match(r"\| [23]d: ", line)]

@@ -1,4 +1,6 @@
-"""The data benchmark runs at its smallest size: the cache, files read anew and MONAI's transforms agree."""
+"""The data benchmark runs at its smallest size: the cache, files read anew and MONAI's transforms
+agree.
+"""
 
 import re
 

@@ -22,9 +22,18 @@ def test_every_method_is_at_work():
 def test_small_run(tmp_path):
     out, methods = tmp_path / "table.md", ("acf_bckd", "cirkd")
     command = [
-        sys.executable, "benchmarks/distill_step.py", "--small", "--repeats", "1", "--threads", "1", "--out", out,
-        "--methods", *methods,
-    ]  # fmt: skip
+        sys.executable,
+        "benchmarks/distill_step.py",
+        "--small",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        out,
+        "--methods",
+        *methods,
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     table = out.read_text()

@@ -33,14 +33,19 @@ def test_interleaved_gives_the_median_of_alternating_calls(clock):
         calls.append(name)
         clock.sleep(next(waits[name]))
 
-    seconds = harness.interleaved({name: lambda name=name: side(name) for name in waits}, 3, warm=False)
+    seconds = harness.interleaved(
+        {name: lambda name=name: side(name) for name in waits}, 3, warm=False
+    )
     assert calls == ["quick", "slow"] * 3
     assert seconds == {"quick": 2.0, "slow": 40.0}
 
 
 def test_settled_calls_are_timed_after_one_that_is_not(clock):
-    waits = iter((10.0, 1.0) * 2)  # the first call of each turn is slow, as after another library's turn
-    seconds = harness.interleaved({"only": lambda: clock.sleep(next(waits))}, 2, warm=False, settle=0.5)
+    # the first call of each turn is slow, as after another library's turn
+    waits = iter((10.0, 1.0) * 2)
+    seconds = harness.interleaved(
+        {"only": lambda: clock.sleep(next(waits))}, 2, warm=False, settle=0.5
+    )
     assert seconds == {"only": 1.0}
     assert clock.now == 2 * (0.5 + 10.0 + 1.0)
 

@@ -1,4 +1,6 @@
-"""The benchmark of whole-volume prediction runs at its smallest size, and its peers predict what ours predicts."""
+"""The benchmark of whole-volume prediction runs at its smallest size, and its peers predict what
+ours predicts.
+"""
 
 import re
 
@@ -38,11 +40,18 @@ def test_the_peers_average_like_ours():
     image, _ = inference_speed.make_case(tasks["unet"], 0)
     network = build_network("unet", 1, 14, channels=(4, 8, 8, 8)).eval()
     found = predict_logits(network, image, patch_size=tasks["unet"].patch_size)
-    torch.testing.assert_close(found, inference_speed.monai_logits(network, image, tasks["unet"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, inference_speed.monai_logits(network, image, tasks["unet"]), rtol=1e-5, atol=1e-5
+    )
     image, _ = inference_speed.make_case(tasks["vnet"], 0)
     network = build_network("vnet", 1, 2, n_filters=2).eval()
     task = tasks["vnet"]
-    probs = predict_logits(network, image, patch_size=task.patch_size, stride=task.stride, probabilities=True)
+    probs = predict_logits(
+        network, image, patch_size=task.patch_size, stride=task.stride, probabilities=True
+    )
     certain = (probs[0] - probs[1]).abs() > 1e-5
     labels = inference_speed.window_by_window(network, image, task)
-    assert torch.equal(labels[certain], probs.argmax(0)[certain].to(torch.uint8)) and certain.float().mean() > 0.99
+    assert (
+        torch.equal(labels[certain], probs.argmax(0)[certain].to(torch.uint8))
+        and certain.float().mean() > 0.99
+    )

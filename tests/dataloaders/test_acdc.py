@@ -1,4 +1,6 @@
-"""ACDC on tiny HDF5 files: both layouts, lists and labelled prefixes, views, the way back to volumes, bad input."""
+"""ACDC on tiny HDF5 files: both layouts, lists and labelled prefixes, views, the way back to
+volumes, bad input.
+"""
 
 from pathlib import Path
 
@@ -11,8 +13,16 @@ from dataloaders.cases import DataError, read_split
 from dataloaders.semi import labelled_count
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ["patient003", "patient001", "patient002", "patient005"]  # not sorted: the order of the list counts
-SLICES = {"patient001": 2, "patient002": 3, "patient003": 11, "patient005": 2, "patient006": 2, "patient007": 4}
+# not sorted: the order of the list counts
+TRAIN = ["patient003", "patient001", "patient002", "patient005"]
+SLICES = {
+    "patient001": 2,
+    "patient002": 3,
+    "patient003": 11,
+    "patient005": 2,
+    "patient006": 2,
+    "patient007": 4,
+}
 
 
 def save(path, image, label, **extra):
@@ -30,7 +40,9 @@ def volume(seed, slices, shape=(20, 14)):
 
 @pytest.fixture
 def root(tmp_path):
-    """Four training patients, one to validate, one to test; patient002 has the frame numbers of own conversions."""
+    """Four training patients, one to validate, one to test; patient002 has the frame numbers of own
+    conversions.
+    """
     for seed, (patient, slices) in enumerate(SLICES.items()):
         for frame in (4, 5) if patient == "patient002" else (1, 2):
             image, label = volume([seed, frame], slices)
@@ -67,10 +79,26 @@ def patients(cases):
 
 
 def test_the_committed_lists_are_the_published_ones():
-    lists = {split: read_split(ROOT / "splits" / "acdc", split) for split in ("train", "val", "test")}
-    assert {split: len(names) for split, names in lists.items()} == {"train": 70, "val": 10, "test": 20}
-    assert sorted(name for names in lists.values() for name in names) == [f"patient{k:03d}" for k in range(1, 101)]
-    assert [name[-3:] for name in lists["train"][:7]] == ["099", "038", "050", "100", "058", "021", "049"]
+    lists = {
+        split: read_split(ROOT / "splits" / "acdc", split) for split in ("train", "val", "test")
+    }
+    assert {split: len(names) for split, names in lists.items()} == {
+        "train": 70,
+        "val": 10,
+        "test": 20,
+    }
+    assert sorted(name for names in lists.values() for name in names) == [
+        f"patient{k:03d}" for k in range(1, 101)
+    ]
+    assert [name[-3:] for name in lists["train"][:7]] == [
+        "099",
+        "038",
+        "050",
+        "100",
+        "058",
+        "021",
+        "049",
+    ]
 
 
 @pytest.mark.parametrize("with_slices", [True, False])
@@ -80,10 +108,18 @@ def test_labelled_is_a_prefix_and_unlabelled_what_remains(root, with_slices):
     splits = dataset(root).splits(2)
     assert patients(splits["labelled"]) == TRAIN[:2]
     assert patients(splits["unlabelled"]) == TRAIN[2:]
-    assert [len(splits[key]) for key in ("labelled", "unlabelled", "val", "test")] == [22 + 4, 6 + 4, 2, 2]
+    assert [len(splits[key]) for key in ("labelled", "unlabelled", "val", "test")] == [
+        22 + 4,
+        6 + 4,
+        2,
+        2,
+    ]
     assert [case.name for case in splits["val"]] == ["patient006_frame01", "patient006_frame02"]
-    assert [case.name for case in splits["labelled"][8:11]] == [f"patient003_frame01_slice_{z}" for z in (9, 10, 11)]
-    assert patients(splits["unlabelled"]) == ["patient002", "patient005"]  # frames 04 and 05 are found too
+    assert [case.name for case in splits["labelled"][8:11]] == [
+        f"patient003_frame01_slice_{z}" for z in (9, 10, 11)
+    ]
+    # frames 04 and 05 are found too
+    assert patients(splits["unlabelled"]) == ["patient002", "patient005"]
 
 
 def test_both_layouts_hold_the_same(root):
@@ -100,7 +136,9 @@ def test_both_layouts_hold_the_same(root):
         assert np.array_equal(read["label"], stored["label"])
 
 
-@pytest.mark.parametrize("labelled,count", [(1, 1), (3, 3), (0.5, 2), (0.74, 2), (0.25, 1), (None, 4), (1.0, 4)])
+@pytest.mark.parametrize(
+    "labelled,count", [(1, 1), (3, 3), (0.5, 2), (0.74, 2), (0.25, 1), (None, 4), (1.0, 4)]
+)
 def test_counts_and_shares(root, labelled, count):
     splits = dataset(root).splits(labelled)
     assert patients(splits["labelled"]) == TRAIN[:count]
@@ -150,8 +188,9 @@ def test_patients_without_files(root, with_slices):
 def test_find(root):
     data = dataset(root)
     assert [case.name for case in data.find(["patient007_frame02", "patient001_frame01"])] == [
-        "patient007_frame02", "patient001_frame01",
-    ]  # fmt: skip
+        "patient007_frame02",
+        "patient001_frame01",
+    ]
     with pytest.raises(DataError, match="patient099_frame01"):
         data.find(["patient099_frame01"])
 
@@ -177,7 +216,10 @@ def test_memory_limits_what_is_kept(root, monkeypatch):
         data.prepare(splits)
         assert len(data._memory) == min(kept, 36)
     monkeypatch.setattr(data, "_load", None)  # nothing is read from disk any more
-    assert all(data.read(case)["image"].shape == (1, 20, 14) for case in splits["labelled"] + splits["unlabelled"])
+    assert all(
+        data.read(case)["image"].shape == (1, 20, 14)
+        for case in splits["labelled"] + splits["unlabelled"]
+    )
 
 
 def test_prepare_lists_every_faulty_file(root):
@@ -197,7 +239,9 @@ def test_views_are_functions_of_sample_and_rng(root):
         patch = data.labelled_patch(sample, np.random.default_rng(seed))
         strong = data.strong(weak, np.random.default_rng(seed))
         assert weak["image"].shape == weak["label"].shape == (1, 16, 16)
-        assert np.array_equal(weak["image"], again["image"]) and np.array_equal(weak["label"], again["label"])
+        assert np.array_equal(weak["image"], again["image"]) and np.array_equal(
+            weak["label"], again["label"]
+        )
         # The weak view is the labelled one, cut to 8 bits; the strong one shares its geometry.
         assert np.array_equal(weak["label"], patch["label"])
         assert np.array_equal(np.rint(weak["image"] * 255), np.trunc(patch["image"] * 255))
@@ -223,7 +267,13 @@ def test_shares_of_the_three_geometries(root):
     generator = np.random.default_rng(1)
     for _ in range(1000):
         image = data.labelled_patch(sample, generator)["image"][0]
-        kind = "turned" if image.tobytes() in turned else "same" if np.array_equal(image, plane[0]) else "rotated"
+        kind = (
+            "turned"
+            if image.tobytes() in turned
+            else "same"
+            if np.array_equal(image, plane[0])
+            else "rotated"
+        )
         counts[kind] += 1
     assert 440 < counts["turned"] < 560
     assert 200 < counts["rotated"] < 290  # a few of the smallest angles move no pixel
@@ -251,7 +301,9 @@ def test_volumes_to_slices_and_back(root):
 def spoil_slice(root, image=None, label=None, keys=("image", "label")):
     path = root / "data" / "slices" / "patient003_frame01_slice_1.h5"
     good = volume(0, 1)
-    image, label = (given if given is not None else known[0] for given, known in zip((image, label), good))
+    image, label = (
+        given if given is not None else known[0] for given, known in zip((image, label), good)
+    )
     with h5py.File(path, "w") as file:
         for key, array in zip(keys, (image, label)):
             file[key] = array
@@ -259,16 +311,22 @@ def spoil_slice(root, image=None, label=None, keys=("image", "label")):
     return lambda: data.read(data.splits(1)["labelled"][0])
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"keys": ("image", "mask")}, r"no array 'label', found \['image', 'mask'\]"),
-    ({"label": np.full((20, 14), 4)}, r"label ids \[4\]; expected only 0..3"),
-    ({"label": np.full((20, 14), 0.5)}, r"label ids \[0.5\]"),
-    ({"label": np.zeros((20, 13))}, r"image has shape \(20, 14\), label \(20, 13\)"),
-    ({"image": np.zeros((2, 20, 14)), "label": np.zeros((2, 20, 14))}, "expected the same 2 axes"),
-    ({"image": np.full((20, 14), np.inf)}, "280 voxels are NaN or infinite"),
-    ({"image": np.full((20, 14), 0.3)}, "constant image"),
-    ({"image": np.arange(280.0).reshape(20, 14)}, r"intensities 0..279; expected 0..1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"keys": ("image", "mask")}, r"no array 'label', found \['image', 'mask'\]"),
+        ({"label": np.full((20, 14), 4)}, r"label ids \[4\]; expected only 0..3"),
+        ({"label": np.full((20, 14), 0.5)}, r"label ids \[0.5\]"),
+        ({"label": np.zeros((20, 13))}, r"image has shape \(20, 14\), label \(20, 13\)"),
+        (
+            {"image": np.zeros((2, 20, 14)), "label": np.zeros((2, 20, 14))},
+            "expected the same 2 axes",
+        ),
+        ({"image": np.full((20, 14), np.inf)}, "280 voxels are NaN or infinite"),
+        ({"image": np.full((20, 14), 0.3)}, "constant image"),
+        ({"image": np.arange(280.0).reshape(20, 14)}, r"intensities 0..279; expected 0..1"),
+    ],
+)
 def test_bad_slices(root, arguments, message):
     read = spoil_slice(root, **arguments)
     with pytest.raises(DataError, match=message) as caught:
@@ -317,12 +375,15 @@ def test_a_file_that_is_gone(root):
         data.read(splits["labelled"][0])
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"patch_size": (16, 16, 16)}, "two numbers"),
-    ({"patch_size": (0, 16)}, "positive"),
-    ({"memory_gb": -1}, "memory_gb"),
-    ({"class_names": ("background",)}, "class_names"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"patch_size": (16, 16, 16)}, "two numbers"),
+        ({"patch_size": (0, 16)}, "positive"),
+        ({"memory_gb": -1}, "memory_gb"),
+        ({"class_names": ("background",)}, "class_names"),
+    ],
+)
 def test_bad_arguments(root, arguments, message):
     with pytest.raises(DataError, match=message):
         dataset(root, **arguments)
@@ -340,7 +401,9 @@ def test_views_have_one_geometry_and_strong_views_of_their_own(root, strong_view
         assert list(views) == keys
         assert all(np.array_equal(views[key], again[key]) for key in keys)
         weak = data.weak(sample, np.random.default_rng(seed))
-        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(views["label"], weak["label"])
+        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(
+            views["label"], weak["label"]
+        )
         for key in keys[:-1]:
             assert views[key].shape == (1, 16, 16) and views[key].dtype == np.float32
         assert views["label"].shape == (1, 16, 16) and views["label"].dtype == np.uint8
@@ -355,7 +418,9 @@ def test_strong_views_of_one_image_differ(root):
         views = data.views(sample, np.random.default_rng(seed), strong_views=2)
         differ += not np.array_equal(views["strong0"], views["strong1"])
         first = data.views(sample, np.random.default_rng(seed), strong_views=1)
-        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(views["strong0"], first["strong0"])
+        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(
+            views["strong0"], first["strong0"]
+        )
     assert differ >= 8  # a view is at times left as it is
 
 

@@ -9,7 +9,9 @@ SHAPE = (7, 6, 5)
 
 
 def make_sample(shape=SHAPE, channels=1):
-    """Image and label with the voxel's own flat index (+ 1): what comes out shows where it came from."""
+    """Image and label with the voxel's own flat index (+ 1): what comes out shows where it came
+    from.
+    """
     index = np.arange(1, np.prod(shape) + 1).reshape(1, *shape)
     image = np.concatenate([index * 10.0**c for c in range(channels)]).astype(np.float32)
     return {"image": image, "label": index.astype(np.int32)}
@@ -24,7 +26,10 @@ def test_pad_to_is_even_and_only_where_needed(size):
     array = make_sample()["image"]
     padded = augment.pad_to(array, size)
     assert padded.shape == (1, *(max(a, b) for a, b in zip(SHAPE, size)))
-    place = tuple(slice(max(want - have, 0) // 2, max(want - have, 0) // 2 + have) for have, want in zip(SHAPE, size))
+    place = tuple(
+        slice(max(want - have, 0) // 2, max(want - have, 0) // 2 + have)
+        for have, want in zip(SHAPE, size)
+    )
     np.testing.assert_array_equal(padded[(slice(None), *place)], array)
     assert padded.sum() == array.sum()
 
@@ -35,7 +40,9 @@ def test_crop_around_holds_the_centre_or_is_moved_inwards(size):
     for centre in np.ndindex(SHAPE):
         crop = augment.crop_around(array, centre, size)
         assert crop.shape == (1, *size)
-        starts = [min(max(c - n // 2, 0), max(have - n, 0)) for c, n, have in zip(centre, size, SHAPE)]
+        starts = [
+            min(max(c - n // 2, 0), max(have - n, 0)) for c, n, have in zip(centre, size, SHAPE)
+        ]
         inner = array[(0, *(slice(s, s + n) for s, n in zip(starts, size)))]
         np.testing.assert_array_equal(crop[crop != 0], inner.ravel())
         assert array[(0, *centre)] in crop
@@ -60,7 +67,10 @@ def test_pos_neg_centres():
 def test_pos_ratio(ratio, expected):
     sample = make_sample() | {"foreground": np.array([3]), "background": np.array([5])}
     rng = np.random.default_rng(0)
-    found = {int(augment.crop_pos_neg(sample, rng, (1, 1, 1), ratio)["label"].item()) - 1 for _ in range(50)}
+    found = {
+        int(augment.crop_pos_neg(sample, rng, (1, 1, 1), ratio)["label"].item()) - 1
+        for _ in range(50)
+    }
     assert found == expected
 
 
@@ -68,16 +78,24 @@ def test_pos_ratio(ratio, expected):
     "foreground, background, expected", [([3], [], {3}), ([], [5], {5}), ([], [], set(range(8)))]
 )
 def test_a_missing_kind_of_centre_is_replaced(foreground, background, expected):
-    sample = make_sample((2, 2, 2)) | {"foreground": np.array(foreground, int), "background": np.array(background, int)}
+    sample = make_sample((2, 2, 2)) | {
+        "foreground": np.array(foreground, int),
+        "background": np.array(background, int),
+    }
     rng = np.random.default_rng(0)
-    found = {int(augment.crop_pos_neg(sample, rng, (1, 1, 1))["label"].item()) - 1 for _ in range(200)}
+    found = {
+        int(augment.crop_pos_neg(sample, rng, (1, 1, 1))["label"].item()) - 1 for _ in range(200)
+    }
     assert found == expected
 
 
 @pytest.mark.parametrize("crop", [augment.crop_pos_neg, augment.crop_uniform])
 @pytest.mark.parametrize("size", [(4, 4, 4), (8, 8, 8), (7, 3, 9)])
 def test_patches_have_the_size_asked_for(crop, size):
-    sample = make_sample(channels=2) | {"foreground": np.arange(20), "background": np.arange(20, 200)}
+    sample = make_sample(channels=2) | {
+        "foreground": np.arange(20),
+        "background": np.arange(20, 200),
+    }
     for seed in range(20):
         patch = crop(sample, np.random.default_rng(seed), size)
         assert set(patch) == {"image", "label"}
@@ -146,7 +164,11 @@ def test_intensity_changes_leave_the_label_and_the_input_alone(function):
     changes = np.array(changes)
     changed = changes[changes != 0]
     assert len(changed) / 2000 == pytest.approx(0.3, abs=0.04)
-    assert -0.1001 < changed.min() < -0.09 and 0.09 < changed.max() < 0.1001 and abs(changed.mean()) < 0.01
+    assert (
+        -0.1001 < changed.min() < -0.09
+        and 0.09 < changed.max() < 0.1001
+        and abs(changed.mean()) < 0.01
+    )
 
 
 @pytest.mark.parametrize("name", ["random_flip", "random_rot90", "random_scale", "random_shift"])
@@ -154,7 +176,9 @@ def test_probability_zero_and_one(name):
     sample, function = make_sample((3, 3, 3)), getattr(augment, name)
     for seed in range(30):
         assert function(sample, np.random.default_rng(seed), 0.0) is sample
-        assert not np.array_equal(function(sample, np.random.default_rng(seed), 1.0)["image"], sample["image"])
+        assert not np.array_equal(
+            function(sample, np.random.default_rng(seed), 1.0)["image"], sample["image"]
+        )
 
 
 def test_zscore_nonzero():
@@ -170,6 +194,8 @@ def test_zscore_nonzero():
     assert result.dtype == np.float32
     inside = image[0] != 0
     values = image[0][inside].astype(float)
-    np.testing.assert_allclose(result[0][inside], (values - values.mean()) / values.std(), atol=1e-5)
+    np.testing.assert_allclose(
+        result[0][inside], (values - values.mean()) / values.std(), atol=1e-5
+    )
     assert (result[0][~inside] == 0).all()
     assert (result[1:] == 0).all()  # an empty channel, and a constant one that is centred

@@ -1,4 +1,6 @@
-"""Weak and strong views: exact geometry, 8-bit intensities and 3D intensities against slow independent references."""
+"""Weak and strong views: exact geometry, 8-bit intensities and 3D intensities against slow
+independent references.
+"""
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ class Fixed:
 
 
 def sample(shape=(12, 9), channels=1, seed=0):
-    """8-bit image and a label that is a function of it, so that alignment can be checked voxel by voxel."""
+    """8-bit image and a label that is a function of it, so that alignment can be checked voxel by
+    voxel.
+    """
     pixels = np.random.default_rng(seed).integers(0, 256, (channels, *shape))
     return {"image": (pixels / 255).astype(np.float32), "label": label_of(pixels[:1] / 255)}
 
@@ -64,8 +68,12 @@ def test_rotate_small_is_scipys_and_reaches_both_ends():
     asked = Fixed(13)
     after = ssl.rotate_small(before, asked)
     assert asked.asked == [(-20, 20)]
-    assert np.array_equal(after["image"][0], ndimage.rotate(before["image"][0], 13, order=0, reshape=False))
-    inside = ssl.rotate_small({k: np.ones_like(v) for k, v in before.items()}, Fixed(13))["label"] > 0
+    assert np.array_equal(
+        after["image"][0], ndimage.rotate(before["image"][0], 13, order=0, reshape=False)
+    )
+    inside = (
+        ssl.rotate_small({k: np.ones_like(v) for k, v in before.items()}, Fixed(13))["label"] > 0
+    )
     assert np.array_equal(after["label"][inside], label_of(after["image"])[inside])
     assert (after["label"][~inside] == 0).all()
 
@@ -91,12 +99,16 @@ def nearest_loop(array, size):
     return result
 
 
-@pytest.mark.parametrize("shape,size", [((9, 14), (16, 16)), ((33, 20), (16, 16)), ((16, 16), (16, 16))])
+@pytest.mark.parametrize(
+    "shape,size", [((9, 14), (16, 16)), ((33, 20), (16, 16)), ((16, 16), (16, 16))]
+)
 def test_resize_nearest_against_a_loop_and_scipy(shape, size):
     array = np.random.default_rng(1).random((2, *shape))
     result = ssl.resize_nearest(array, size)
     for plane, resized in zip(array, result):
-        zoomed = ndimage.zoom(plane, (size[0] / shape[0], size[1] / shape[1]), order=0, mode="nearest")
+        zoomed = ndimage.zoom(
+            plane, (size[0] / shape[0], size[1] / shape[1]), order=0, mode="nearest"
+        )
         assert np.array_equal(resized, zoomed)
         assert np.array_equal(resized, nearest_loop(plane, size))
 
@@ -111,7 +123,10 @@ def test_resize_nearest_keeps_the_last_pixel_there_and_back(size):
 
 def test_resize_rgb_reduces_by_averaging_and_leaves_the_right_size_alone():
     checker = np.indices((8, 8)).sum(0) % 2
-    before = {"image": np.tile(checker, (3, 1, 1)).astype(np.float32), "label": checker[None].astype(np.uint8)}
+    before = {
+        "image": np.tile(checker, (3, 1, 1)).astype(np.float32),
+        "label": checker[None].astype(np.uint8),
+    }
     after = ssl.resize_rgb(before, (2, 2))
     assert after["image"].shape == (3, 2, 2)
     np.testing.assert_allclose(after["image"], 0.5, atol=0.02)
@@ -120,7 +135,9 @@ def test_resize_rgb_reduces_by_averaging_and_leaves_the_right_size_alone():
 
 
 def crop_loop(volume, size, starts):
-    """UA-MT's rule, written out: pad everything if one axis is not larger than the patch, then cut."""
+    """UA-MT's rule, written out: pad everything if one axis is not larger than the patch, then
+    cut.
+    """
     w, h, d = volume.shape
     if w <= size[0] or h <= size[1] or d <= size[2]:
         pw, ph, pd = (max((p - n) // 2 + 3, 0) for p, n in zip(size, (w, h, d)))
@@ -146,12 +163,16 @@ def test_crop_padded_follows_the_rule(shape, last_start):
 
 
 def test_only_the_clean_rule_draws_the_last_start():
-    volume = {"image": np.arange(8.0, dtype=np.float32).reshape(1, 8, 1, 1) * np.ones((1, 8, 4, 4), np.float32)}
+    volume = {
+        "image": np.arange(8.0, dtype=np.float32).reshape(1, 8, 1, 1)
+        * np.ones((1, 8, 4, 4), np.float32)
+    }
     volume["label"] = np.zeros((1, 8, 4, 4), np.uint8)
     for last_start, expected in ((True, {0, 1, 2, 3}), (False, {0, 1, 2})):
         generator = rng()
         drawn = {
-            int(ssl.crop_padded(volume, generator, (5, 3, 3), last_start)["image"][0, 0, 0, 0]) for _ in range(200)
+            int(ssl.crop_padded(volume, generator, (5, 3, 3), last_start)["image"][0, 0, 0, 0])
+            for _ in range(200)
         }
         assert drawn == expected
 
@@ -187,15 +208,21 @@ def test_jitter_of_a_grey_image_is_brightness_and_contrast_in_the_drawn_order(se
     generator = rng(seed)
     order = [step for step in generator.permutation(4) if step < 2]
     factors = [generator.uniform(0.5, 1.5) for _ in range(3)]
-    expected = grey_reference(pixels, [(("brightness", "contrast")[step], factors[step]) for step in order])
-    # Pillow blends in single precision: a value on the edge of a whole number may fall to either side.
+    expected = grey_reference(
+        pixels, [(("brightness", "contrast")[step], factors[step]) for step in order]
+    )
+    # Pillow blends in single precision: a value on the edge of a whole number may fall to either
+    # side.
     assert np.abs(np.asarray(result, int) - expected).max() <= 1
     assert (np.asarray(result, int) == expected).mean() > 0.98
 
 
 def test_jitter_draws_the_whole_range_and_both_orders():
     flat = Image.new("L", (4, 4), 100)  # contrast of a flat image does nothing
-    values = [np.asarray(ssl.color_jitter(flat, rng(seed), 0.5, 0.5, 0.5, 0.25))[0, 0] for seed in range(400)]
+    values = [
+        np.asarray(ssl.color_jitter(flat, rng(seed), 0.5, 0.5, 0.5, 0.25))[0, 0]
+        for seed in range(400)
+    ]
     assert min(values) < 54
     assert max(values) > 146
     assert abs(np.mean(values) - 100) < 4
@@ -209,7 +236,11 @@ def test_hue_turns_the_colour_circle_and_spares_grey():
     assert np.argmax(ssl.shift_hue(red, -1 / 3).getpixel((0, 0))) == 2
     grey = Image.new("L", (1, 1), 77)
     assert ssl.shift_hue(grey, 0.2) is grey
-    assert ssl.shift_hue(Image.new("RGB", (1, 1), (90, 90, 90)), 0.3).getpixel((0, 0)) == (90, 90, 90)
+    assert ssl.shift_hue(Image.new("RGB", (1, 1), (90, 90, 90)), 0.3).getpixel((0, 0)) == (
+        90,
+        90,
+        90,
+    )
 
 
 @pytest.mark.parametrize("strong,channels", [(ssl.strong_grey, 1), (ssl.strong_rgb, 3)])
@@ -260,13 +291,16 @@ def bias_loop(shape, coefficients):
 @pytest.mark.parametrize("shape", [(7, 6, 5), (4, 9, 2)])
 def test_bias_field_against_a_loop(shape):
     coefficients = np.random.default_rng(0).uniform(-0.5, 0.5, 20)
-    np.testing.assert_allclose(ssl.bias_field(shape, coefficients), bias_loop(shape, coefficients), rtol=2e-6)
+    np.testing.assert_allclose(
+        ssl.bias_field(shape, coefficients), bias_loop(shape, coefficients), rtol=2e-6
+    )
     assert ssl.bias_field((3, 3, 1), coefficients).shape == (3, 3, 1)
 
 
 def test_bias_coefficients_fill_their_range():
     image = np.ones((1, 3, 3, 3), np.float32)
-    centre = [np.log(ssl.random_bias_field(image, rng(seed))[0, 1, 1, 1]) for seed in range(300)]  # the constant term
+    # the constant term
+    centre = [np.log(ssl.random_bias_field(image, rng(seed))[0, 1, 1, 1]) for seed in range(300)]
     assert min(centre) < -0.47 and max(centre) > 0.47
     assert np.abs(centre).max() <= 0.5
 
@@ -277,7 +311,9 @@ def test_gamma_keeps_signs():
     for seed in range(300):
         result = ssl.random_gamma(image, rng(seed)).ravel()
         gammas.append(np.log2(result[-1]))
-        np.testing.assert_allclose(result, np.sign(image.ravel()) * np.abs(image.ravel()) ** gammas[-1], rtol=1e-5)
+        np.testing.assert_allclose(
+            result, np.sign(image.ravel()) * np.abs(image.ravel()) ** gammas[-1], rtol=1e-5
+        )
     assert np.exp(-0.5) <= min(gammas) < 0.63
     assert 1.58 < max(gammas) <= np.exp(0.5)
 
@@ -307,6 +343,7 @@ def test_strong_volume_applies_its_steps_as_often_as_stated():
         after = ssl.strong_volume(before, rng(seed))["image"]
         assert after.dtype == np.float32
         same += np.array_equal(after, before["image"])
-        blurred += not np.array_equal(np.sign(after), np.sign(before["image"]))  # the other two keep all signs
+        # the other two keep all signs
+        blurred += not np.array_equal(np.sign(after), np.sign(before["image"]))
     assert 20 < same < 60  # 0.2 * 0.5
     assert 140 < blurred < 230  # about half; the narrowest blurs move no sign

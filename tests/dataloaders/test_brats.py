@@ -1,4 +1,6 @@
-"""BraTS data: regions, the crop box against MONAI, what training and evaluation see, and the split rule."""
+"""BraTS data: regions, the crop box against MONAI, what training and evaluation see, and the split
+rule.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,9 @@ SHAPE = (20, 24, 18)
 
 
 def write_case(root, name, rng, ids=(0, 1, 2, 3), channels=CHANNELS, shape=SHAPE):
-    """One case with a brain in the middle and four blocks of label ids; -> its entry of the JSON."""
+    """One case with a brain in the middle and four blocks of label ids; -> its entry of the
+    JSON.
+    """
     folder = root / name
     folder.mkdir(parents=True)
     brain = np.zeros(shape, bool)
@@ -31,8 +35,9 @@ def write_case(root, name, rng, ids=(0, 1, 2, 3), channels=CHANNELS, shape=SHAPE
         nib.save(nib.Nifti1Image(image, affine), folder / f"{name}-{channel}.nii.gz")
     nib.save(nib.Nifti1Image(label, affine), folder / f"{name}-seg.nii.gz")
     return {
-        "image": [f"{name}/{name}-{channel}.nii.gz" for channel in channels], "label": f"{name}/{name}-seg.nii.gz"
-    }  # fmt: skip
+        "image": [f"{name}/{name}-{channel}.nii.gz" for channel in channels],
+        "label": f"{name}/{name}-seg.nii.gz",
+    }
 
 
 @pytest.fixture
@@ -46,13 +51,21 @@ def root(tmp_path):
 
 def make(root, **arguments) -> BraTSDataset:
     return build_dataset(
-        "brats", root=str(root), datalist="dataset_0.json", class_names=REGIONS, in_channels=4,
-        cache_dir=str(root / "cache"), **arguments,
-    )  # fmt: skip
+        "brats",
+        root=str(root),
+        datalist="dataset_0.json",
+        class_names=REGIONS,
+        in_channels=4,
+        cache_dir=str(root / "cache"),
+        **arguments,
+    )
 
 
 def stored(root, name):
-    images = [nib.load(root / name / f"{name}-{channel}.nii.gz").get_fdata(dtype=np.float32) for channel in CHANNELS]
+    images = [
+        nib.load(root / name / f"{name}-{channel}.nii.gz").get_fdata(dtype=np.float32)
+        for channel in CHANNELS
+    ]
     return np.stack(images), np.asarray(nib.load(root / name / f"{name}-seg.nii.gz").dataobj)
 
 
@@ -95,7 +108,8 @@ def test_box_is_monai_foreground_crop(root):
     crop = CropForeground(k_divisible=8, allow_smaller=True, select_fn=lambda x: x > 0)
     expected = crop(torch.from_numpy(image)).numpy()
     np.testing.assert_array_equal(crop_padded(image, low, np.subtract(high, low)), expected)
-    # A brain of 140 x 170 x 145 voxels in 240 x 240 x 155: 192 along each axis, beyond the volume along the last.
+    # A brain of 140 x 170 x 145 voxels in 240 x 240 x 155: 192 along each axis, beyond the volume
+    # along the last.
     low, high = enlarge((50, 35, 5), (190, 205, 150), (96, 96, 96))
     assert np.subtract(high, low).tolist() == [192, 192, 192]
     assert low == [24, 24, -18]
@@ -151,8 +165,13 @@ def test_augmentations_apply_to_image_and_regions(root):
     dataset = make(root)
     sample = dataset.training_sample(dataset.splits()["train"][0])
     plain = dataset.patch_function((16, 16, 16), "uniform", 0.0, 0.0, 0.0, 0.0)
-    flipped = dataset.patch_function((16, 16, 16), "uniform", flip_prob=1.0, rot90_prob=0, scale_prob=1, shift_prob=1)
-    first, second = plain(sample, np.random.default_rng(3)), flipped(sample, np.random.default_rng(3))
+    flipped = dataset.patch_function(
+        (16, 16, 16), "uniform", flip_prob=1.0, rot90_prob=0, scale_prob=1, shift_prob=1
+    )
+    first, second = (
+        plain(sample, np.random.default_rng(3)),
+        flipped(sample, np.random.default_rng(3)),
+    )
     np.testing.assert_array_equal(first["label"][:, ::-1, ::-1, ::-1], second["label"])
     a, b = first["image"][:, ::-1, ::-1, ::-1].ravel(), second["image"].ravel()
     slope, shift = np.polyfit(a, b, 1)
@@ -164,8 +183,13 @@ def test_augmentations_apply_to_image_and_regions(root):
 
 def test_ids_of_the_2021_release_and_wrong_ones(tmp_path):
     rng = np.random.default_rng(1)
-    entries = [write_case(tmp_path, "old", rng, ids=(0, 1, 2, 4)), write_case(tmp_path, "wrong", rng, ids=(0, 5))]
-    (tmp_path / "dataset_0.json").write_text(json.dumps({"training": entries, "validation": []}), encoding="utf-8")
+    entries = [
+        write_case(tmp_path, "old", rng, ids=(0, 1, 2, 4)),
+        write_case(tmp_path, "wrong", rng, ids=(0, 5)),
+    ]
+    (tmp_path / "dataset_0.json").write_text(
+        json.dumps({"training": entries, "validation": []}), encoding="utf-8"
+    )
     dataset = make(tmp_path)
     old, wrong = dataset.find(["old", "wrong"])
     assert dataset.read(old)["label"][2].any()
@@ -177,7 +201,9 @@ def test_wrong_channel_order_is_refused(tmp_path):
     rng = np.random.default_rng(1)
     wrong = write_case(tmp_path, "a", rng, channels=("t1n", "t1c", "t2f", "t2w"))
     old = write_case(tmp_path, "b", rng, channels=("t1ce", "t1", "flair", "t2"))
-    (tmp_path / "dataset_0.json").write_text(json.dumps({"training": [wrong, old]}), encoding="utf-8")
+    (tmp_path / "dataset_0.json").write_text(
+        json.dumps({"training": [wrong, old]}), encoding="utf-8"
+    )
     dataset = make(tmp_path)
     a, b = dataset.find(["a", "b"])
     with pytest.raises(DataError, match="order must be t1c, t1n, t2f, t2w"):

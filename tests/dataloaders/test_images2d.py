@@ -1,4 +1,6 @@
-"""RGB images with masks on tiny files: layouts, lists, mask decoding, views, the way back, bad input, drawn lists."""
+"""RGB images with masks on tiny files: layouts, lists, mask decoding, views, the way back, bad
+input, drawn lists.
+"""
 
 import random
 
@@ -70,7 +72,9 @@ def line(name, folder="train"):
 # Lists
 
 
-@pytest.mark.parametrize("labelled,count", [(1, 1), (5, 5), (0.05, 1), (0.1, 2), (0.33, 6), (None, 20)])
+@pytest.mark.parametrize(
+    "labelled,count", [(1, 1), (5, 5), (0.05, 1), (0.1, 2), (0.33, 6), (None, 20)]
+)
 def test_lists_from_folders(tree, labelled, count):
     splits = dataset(tree).splits(labelled)
     chosen = names(splits["labelled"])
@@ -88,11 +92,15 @@ def test_released_lists_of_pairs(tree):
     folder = tree / "ratio_10%"
     folder.mkdir()
     (folder / "labeled.txt").write_text("\n".join(map(line, ("t07", "t03"))))
-    (folder / "unlabeled.txt").write_text("\n".join(line(name) for name in TRAIN[:10] if name not in ("t07", "t03")))
+    (folder / "unlabeled.txt").write_text(
+        "\n".join(line(name) for name in TRAIN[:10] if name not in ("t07", "t03"))
+    )
     (folder / "val.txt").write_text(line("v1", "val"))
     splits = dataset(tree).splits(0.1)
     assert names(splits["labelled"]) == ["t07", "t03"]
-    assert names(splits["unlabelled"]) == [name for name in TRAIN[:10] if name not in ("t07", "t03")]
+    assert names(splits["unlabelled"]) == [
+        name for name in TRAIN[:10] if name not in ("t07", "t03")
+    ]
     assert names(splits["val"]) == ["v1"]
     (tree / "train.txt").write_text("\n".join(map(line, TRAIN)))
     (tree / "val.txt").write_text(line("v0", "val"))
@@ -100,13 +108,19 @@ def test_released_lists_of_pairs(tree):
     assert names(splits["labelled"]) == ["t07", "t03"]
     assert len(splits["unlabelled"]) == 18
     assert names(splits["val"]) == ["v0"]
-    assert names(dataset(tree).splits(2)["labelled"]) == draw(TRAIN, 2)  # a count takes no list of a share
+    # a count takes no list of a share
+    assert names(dataset(tree).splits(2)["labelled"]) == draw(TRAIN, 2)
 
 
 def test_lists_of_names_in_a_folder_of_their_own(flat, tmp_path):
     folder = tmp_path / "lists"
     folder.mkdir()
-    for name, chosen in {"train": TRAIN[:15], "val": TRAIN[15:18], "test": TRAIN[18:], "labelled_3": TRAIN[:3]}.items():
+    for name, chosen in {
+        "train": TRAIN[:15],
+        "val": TRAIN[15:18],
+        "test": TRAIN[18:],
+        "labelled_3": TRAIN[:3],
+    }.items():
         (folder / f"{name}.txt").write_text("\n".join(chosen))
     data = dataset(flat, split_dir=str(folder))
     splits = data.splits(3)
@@ -114,7 +128,10 @@ def test_lists_of_names_in_a_folder_of_their_own(flat, tmp_path):
     assert [len(splits[key]) for key in ("unlabelled", "val", "test")] == [12, 3, 2]
     assert names(dataset(flat, split_dir=str(folder)).find(["t19", "t00"])) == ["t19", "t00"]
     (folder / "labelled_3.txt").write_text("t00\nt01\nt17")
-    with pytest.raises(DataError, match=r"labelled_3.txt: 1 of 3 images are not in the train list, for example 't17'"):
+    with pytest.raises(
+        DataError,
+        match=r"labelled_3.txt: 1 of 3 images are not in the train list, for example 't17'",
+    ):
         data.splits(3)
     (folder / "val.txt").write_text("t15\nt01")
     with pytest.raises(DataError, match=r"'t01' is in both the train and the val list"):
@@ -124,23 +141,34 @@ def test_lists_of_names_in_a_folder_of_their_own(flat, tmp_path):
 def test_the_isic_archive_as_it_is(tmp_path):
     for seed, name in enumerate(("ISIC_1", "ISIC_2", "ISIC_3")):
         save(tmp_path / "ISIC2018_Task1-2_Training_Input" / f"{name}.jpg", pixels(seed))
-        save(tmp_path / "ISIC2018_Task1_Training_GroundTruth" / f"{name}_segmentation.png", mask_of(seed))
+        save(
+            tmp_path / "ISIC2018_Task1_Training_GroundTruth" / f"{name}_segmentation.png",
+            mask_of(seed),
+        )
     (tmp_path / "ISIC2018_Task1-2_Training_Input" / "LICENSE.txt").write_text("not an image")
-    assert make_splits(["--data-root", str(tmp_path), "--out", str(tmp_path), "--val", "1", "--ratios", "50"]) == 0
+    assert (
+        make_splits(
+            ["--data-root", str(tmp_path), "--out", str(tmp_path), "--val", "1", "--ratios", "50"]
+        )
+        == 0
+    )
     splits = dataset(tmp_path).splits(0.5)
     assert [len(splits[key]) for key in ("labelled", "unlabelled", "val")] == [1, 1, 1]
     assert splits["labelled"][0].label.name == f"{splits['labelled'][0].name}_segmentation.png"
 
 
-@pytest.mark.parametrize("content,message", [
-    ("t00\nt99", r"train.txt: there is no image 't99' in .*; names look like t00"),
-    ("t00\nt00", "listed twice: t00"),
-    ("t00\ntrain/images/t00.jpg train/masks/t00.png", "listed twice: t00"),
-    ("a b c", "there is no image 'a b c' in .*; expected an image's name, or the paths"),
-    ("# nothing", "the list is empty"),
-    ("train/images/t99.jpg train/masks/t99.png", r"train.images.t99.jpg: no such file"),
-    ("train/images/t00.jpg train/masks/t99.png", r"train.masks.t99.png: no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("t00\nt99", r"train.txt: there is no image 't99' in .*; names look like t00"),
+        ("t00\nt00", "listed twice: t00"),
+        ("t00\ntrain/images/t00.jpg train/masks/t00.png", "listed twice: t00"),
+        ("a b c", "there is no image 'a b c' in .*; expected an image's name, or the paths"),
+        ("# nothing", "the list is empty"),
+        ("train/images/t99.jpg train/masks/t99.png", r"train.images.t99.jpg: no such file"),
+        ("train/images/t00.jpg train/masks/t99.png", r"train.masks.t99.png: no such file"),
+    ],
+)
 def test_bad_lists(tree, content, message):
     (tree / "train.txt").write_text(content)
     with pytest.raises(DataError, match=message):
@@ -148,7 +176,9 @@ def test_bad_lists(tree, content, message):
 
 
 def test_missing_parts(flat, tmp_path):
-    with pytest.raises(DataError, match=r"train.txt: no such list, and .* has images; .*make_splits.py images"):
+    with pytest.raises(
+        DataError, match=r"train.txt: no such list, and .* has images; .*make_splits.py images"
+    ):
         dataset(flat).splits(1)
     with pytest.raises(DataError, match="no such folder"):
         dataset(tmp_path / "nowhere").splits(1)
@@ -187,7 +217,9 @@ def test_read_resizes_once_and_volumes_keep_their_size(tree):
     with Image.open(case.images[0]) as stored:
         expected = np.asarray(stored.resize((16, 16), Image.Resampling.BILINEAR))
         assert np.array_equal(np.rint(sample["image"] * 255), np.moveaxis(expected, -1, 0))
-        assert np.array_equal(np.rint(volume["image"] * 255), np.moveaxis(np.asarray(stored), -1, 0))
+        assert np.array_equal(
+            np.rint(volume["image"] * 255), np.moveaxis(np.asarray(stored), -1, 0)
+        )
     assert volume["spacing"] == [1.0, 1.0]
     assert np.array_equal(data.network_slices(volume)[0], sample["image"])
     nearest = dataset(tree, eval_resize="nearest").network_slices(volume)
@@ -209,7 +241,8 @@ def test_masks_are_cut_at_half(tree):
     data = dataset(tree)
     label = data.read_volume(data.find(["v0"])[0])["label"]
     assert np.array_equal(label[0], (ramp > 127).astype(np.uint8))
-    save(tree / "val" / "masks" / "v0.png", np.stack([ramp] * 3, -1))  # Kvasir's masks have three equal channels
+    # Kvasir's masks have three equal channels
+    save(tree / "val" / "masks" / "v0.png", np.stack([ramp] * 3, -1))
     assert np.array_equal(data.read_volume(data.find(["v0"])[0])["label"], label)
 
 
@@ -235,7 +268,9 @@ def test_views_are_functions_of_sample_and_rng(tree):
         weak, again = (data.weak(sample, np.random.default_rng(seed)) for _ in range(2))
         assert np.array_equal(weak["image"], again["image"])
         assert all(np.array_equal(channel, weak["label"][0]) for channel in weak["image"])
-        assert np.array_equal(data.labelled_patch(sample, np.random.default_rng(seed))["image"], weak["image"])
+        assert np.array_equal(
+            data.labelled_patch(sample, np.random.default_rng(seed))["image"], weak["image"]
+        )
         strong, repeated = (data.strong(weak, np.random.default_rng(seed)) for _ in range(2))
         assert np.array_equal(strong["image"], repeated["image"])
         assert np.array_equal(strong["label"], weak["label"])
@@ -248,7 +283,9 @@ def test_the_supervised_recipe_reads_whole_images_and_keeps_a_quarter_as_they_ar
     assert data.labelled_patch(sample, np.random.default_rng(0))["image"].shape == (3, 16, 16)
     plain = resize_rgb(sample, (16, 16))["image"]
     generator = np.random.default_rng(0)
-    same = sum(np.array_equal(data.labelled_patch(sample, generator)["image"], plain) for _ in range(400))
+    same = sum(
+        np.array_equal(data.labelled_patch(sample, generator)["image"], plain) for _ in range(400)
+    )
     assert 75 < same < 130
     assert data.weak(sample, generator)["image"].shape == (3, 16, 16)
 
@@ -258,7 +295,9 @@ def test_memory_holds_eight_bit_pixels(tree, monkeypatch):
     splits = data.splits(2)
     data.prepare(splits)
     assert len(data._memory) == 20
-    assert all(array.dtype == np.uint8 for stored in data._memory.values() for array in stored.values())
+    assert all(
+        array.dtype == np.uint8 for stored in data._memory.values() for array in stored.values()
+    )
     first = data.read(splits["labelled"][0])
     monkeypatch.setattr(data, "_load", None)
     assert np.array_equal(data.read(splits["labelled"][0])["image"], first["image"])
@@ -267,11 +306,18 @@ def test_memory_holds_eight_bit_pixels(tree, monkeypatch):
 # Bad input
 
 
-@pytest.mark.parametrize("which,array,message", [
-    ("masks", mask_of(0, (24, 31)), r"v0.png: 31 x 24 pixels, but its image v0.jpg has 30 x 24"),
-    ("masks", mask_of(0) // 255, r"v0.png: its largest value is 1; expected 0 and 255"),
-    ("images", np.full((*SHAPE, 3), 40, np.uint8), r"v0.jpg: constant image .*40, 40, 40"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "which,array,message",
+    [
+        (
+            "masks",
+            mask_of(0, (24, 31)),
+            r"v0.png: 31 x 24 pixels, but its image v0.jpg has 30 x 24",
+        ),
+        ("masks", mask_of(0) // 255, r"v0.png: its largest value is 1; expected 0 and 255"),
+        ("images", np.full((*SHAPE, 3), 40, np.uint8), r"v0.jpg: constant image .*40, 40, 40"),
+    ],
+)
 def test_bad_pairs(tree, which, array, message):
     save(next((tree / "val" / which).glob("v0.*")), array)
     data = dataset(tree)
@@ -287,24 +333,31 @@ def test_truncated_files(tree, which, size):
     path = next((tree / "train" / which).glob("t00.*"))
     content = path.read_bytes()
     path.write_bytes(content[: int(size * len(content)) if size < 1 else size])
-    with pytest.raises(DataError, match=rf"1 of 22 files cannot be used:\n  .*{path.name}: unreadable"):
+    with pytest.raises(
+        DataError, match=rf"1 of 22 files cannot be used:\n  .*{path.name}: unreadable"
+    ):
         dataset(tree).prepare(dataset(tree).splits(1))
 
 
 def test_sixteen_bit_images(tree):
-    Image.fromarray(np.arange(720, dtype=np.uint16).reshape(SHAPE)).save(tree / "val" / "images" / "v0.png")
+    Image.fromarray(np.arange(720, dtype=np.uint16).reshape(SHAPE)).save(
+        tree / "val" / "images" / "v0.png"
+    )
     (tree / "val" / "images" / "v0.jpg").unlink()
     data = dataset(tree)
     with pytest.raises(DataError, match="expected 8 bits"):
         data.read(data.find(["v0"])[0])
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"patch_size": (16, 20)}, "two equal numbers"),
-    ({"class_names": ("a", "b", "c")}, "masks are binary"),
-    ({"augmentation": "weak"}, "augmentation must be one of semi, supervised"),
-    ({"eval_resize": "cubic"}, "eval_resize must be one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"patch_size": (16, 20)}, "two equal numbers"),
+        ({"class_names": ("a", "b", "c")}, "masks are binary"),
+        ({"augmentation": "weak"}, "augmentation must be one of semi, supervised"),
+        ({"eval_resize": "cubic"}, "eval_resize must be one of"),
+    ],
+)
 def test_bad_arguments(tree, arguments, message):
     with pytest.raises(DataError, match=message):
         dataset(tree, **arguments)
@@ -321,7 +374,8 @@ def test_drawn_lists_are_read_back(flat, tmp_path, capsys):
     data = dataset(flat, split_dir=str(out))
     splits = data.splits(0.25)
     train = sorted(names(splits["labelled"] + splits["unlabelled"]))
-    assert sorted(names(splits["labelled"])) == sorted(draw(train, 4))  # listed or drawn, they are the same
+    # listed or drawn, they are the same
+    assert sorted(names(splits["labelled"])) == sorted(draw(train, 4))
     assert not set(train) & set(names(splits["val"]))
     with pytest.raises(DataError, match="exists already"):
         make_splits(arguments)
@@ -339,12 +393,15 @@ def test_folders_make_the_lists(tree, tmp_path):
     assert names(splits["val"]) == VAL
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (["--val", "20"], "expected 1..19"),
-    ([], "--val is None"),
-    (["--val", "4", "--ratios", "100"], "percentages of 1 to 99"),
-    (["--val", "4", "--ratios", "5"], "less than one image of the 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--val", "20"], "expected 1..19"),
+        ([], "--val is None"),
+        (["--val", "4", "--ratios", "100"], "percentages of 1 to 99"),
+        (["--val", "4", "--ratios", "5"], "less than one image of the 16"),
+    ],
+)
 def test_lists_that_cannot_be_drawn(flat, tmp_path, arguments, message):
     with pytest.raises(DataError, match=message):
         make_splits(["--data-root", str(flat), "--out", str(tmp_path / "lists"), *arguments])
@@ -362,7 +419,9 @@ def test_views_have_one_geometry_and_strong_views_of_their_own(tree, strong_view
         assert list(views) == keys
         assert all(np.array_equal(views[key], again[key]) for key in keys)
         weak = data.weak(sample, np.random.default_rng(seed))
-        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(views["label"], weak["label"])
+        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(
+            views["label"], weak["label"]
+        )
         for key in keys[:-1]:
             assert views[key].shape == (3, 16, 16) and views[key].dtype == np.float32
         assert views["label"].shape == (1, 16, 16) and views["label"].dtype == np.uint8
@@ -377,5 +436,7 @@ def test_strong_views_of_one_image_differ(tree):
         views = data.views(sample, np.random.default_rng(seed), strong_views=2)
         differ += not np.array_equal(views["strong0"], views["strong1"])
         first = data.views(sample, np.random.default_rng(seed), strong_views=1)
-        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(views["strong0"], first["strong0"])
+        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(
+            views["strong0"], first["strong0"]
+        )
     assert differ >= 8  # a view is at times left as it is

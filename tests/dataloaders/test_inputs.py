@@ -29,8 +29,9 @@ def shown(found, root):
 def test_folder_and_file_of_whole_scans(tmp_path):
     touch(tmp_path, "b.nii.gz", "a.mha", "notes.txt", ".hidden.nii.gz", "c_0000.nii", "sub/d.nrrd")
     assert shown(find_scans(tmp_path, 1, whole), tmp_path) == (
-        {"a": ["a.mha"], "b": ["b.nii.gz"], "c_0000": ["c_0000.nii"]}, []
-    )  # fmt: skip
+        {"a": ["a.mha"], "b": ["b.nii.gz"], "c_0000": ["c_0000.nii"]},
+        [],
+    )
     assert shown(find_scans(tmp_path / "b.nii.gz", 1, whole), tmp_path) == ({"b": ["b.nii.gz"]}, [])
     assert shown(find_scans(tmp_path / "sub", 1, whole), tmp_path) == ({"d": ["sub/d.nrrd"]}, [])
 
@@ -45,26 +46,37 @@ def test_channel_files_belong_together(tmp_path):
     assert one == ({"x": ["x_0000.nii.gz", "x_0001.nii.gz"]}, [])
 
 
-@pytest.mark.parametrize("names", [
-    ("BraTS-1-t1c", "BraTS-1-t1n", "BraTS-1-t2f", "BraTS-1-t2w"),
-    ("BraTS_1_t1ce", "BraTS_1_t1", "BraTS_1_flair", "BraTS_1_t2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("BraTS-1-t1c", "BraTS-1-t1n", "BraTS-1-t2f", "BraTS-1-t2w"),
+        ("BraTS_1_t1ce", "BraTS_1_t1", "BraTS_1_flair", "BraTS_1_t2"),
+    ],
+)
 @pytest.mark.parametrize("folder", ["", "BraTS-1/"])
 def test_brats_names_give_the_order(tmp_path, names, folder):
     dataset = BraTSDataset(root="", datalist="")
     files = [f"{folder}{name}.nii.gz" for name in names]
     touch(tmp_path, *files, f"{folder}{names[0][:7]}-seg.nii.gz")
-    assert shown(find_scans(tmp_path, 4, dataset.channel_of), tmp_path) == ({names[0][:7]: files}, [])
+    assert shown(find_scans(tmp_path, 4, dataset.channel_of), tmp_path) == (
+        {names[0][:7]: files},
+        [],
+    )
 
 
 def test_dicom_folders(tmp_path):
     voxels = np.zeros((4, 4, 3))
     write_dicom(tmp_path / "in/p1", voxels, AFFINES["LPS"], number=1)
     write_dicom(tmp_path / "in/p2", voxels, AFFINES["LPS"], number=2)
-    assert shown(find_scans(tmp_path / "in", 1, whole), tmp_path) == ({"p1": ["in/p1"], "p2": ["in/p2"]}, [])
+    assert shown(find_scans(tmp_path / "in", 1, whole), tmp_path) == (
+        {"p1": ["in/p1"], "p2": ["in/p2"]},
+        [],
+    )
     assert shown(find_scans(tmp_path / "in/p1", 1, whole), tmp_path) == ({"p1": ["in/p1"]}, [])
     file = next((tmp_path / "in/p1").glob("*.dcm"))
-    assert shown(find_scans(file, 1, whole), tmp_path)[0] == {"p1": [str(file.relative_to(tmp_path))]}
+    assert shown(find_scans(file, 1, whole), tmp_path)[0] == {
+        "p1": [str(file.relative_to(tmp_path))]
+    }
 
 
 def test_nothing_there_and_names_twice(tmp_path):

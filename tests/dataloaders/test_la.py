@@ -40,13 +40,18 @@ def names(cases):
 
 
 def test_the_committed_lists_are_the_published_ones():
-    train, val, test = (read_split(ROOT / "splits" / "la", split) for split in ("train", "val", "test"))
+    train, val, test = (
+        read_split(ROOT / "splits" / "la", split) for split in ("train", "val", "test")
+    )
     assert (len(train), val, len(test)) == (80, None, 20)
     assert not set(train) & set(test)
     assert all(len(name) == 20 for name in train + test)
     assert (train[0], train[3], train[7], train[15]) == (
-        "06SR5RBREL16DQ6M8LWS", "1GU15S0GJ6PFNARO469W", "38CWS74285MFGZZXR09Z", "5BHTH9RHH3PQT913I59W",
-    )  # fmt: skip
+        "06SR5RBREL16DQ6M8LWS",
+        "1GU15S0GJ6PFNARO469W",
+        "38CWS74285MFGZZXR09Z",
+        "5BHTH9RHH3PQT913I59W",
+    )
     assert [int(share * 80) for share in (0.05, 0.1, 0.2)] == [4, 8, 16]
 
 
@@ -122,8 +127,11 @@ def test_strong_views_stay_aligned(tmp_path):
     data = build(tmp_path)
     half = np.ones((1, 24, 8, 6), np.float32)
     half[:, :12] = -1
-    for seed in range(30):  # bias field and gamma keep every sign; the widest blur moves the edge by less than 3 voxels
-        strong = data.strong({"image": half, "label": np.zeros_like(half, np.uint8)}, np.random.default_rng(seed))
+    # bias field and gamma keep every sign; the widest blur moves the edge by less than 3 voxels
+    for seed in range(30):
+        strong = data.strong(
+            {"image": half, "label": np.zeros_like(half, np.uint8)}, np.random.default_rng(seed)
+        )
         assert (strong["image"][:, :9] < 0).all()
         assert (strong["image"][:, 15:] > 0).all()
 
@@ -149,14 +157,17 @@ def spoiled(root, image=None, label=None, **arrays):
     return data
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"data": np.zeros(3)}, r"no array 'image', found \['data'\]; expected the keys"),
-    ({"label": np.full(SHAPE, 255, np.uint8)}, r"label ids \[255\]; expected only 0..1"),
-    ({"label": np.zeros((14, 12, 8))}, r"image has shape \(14, 12, 9\), label \(14, 12, 8\)"),
-    ({"image": np.full(SHAPE, np.nan)}, "1512 voxels are NaN or infinite"),
-    ({"image": np.full(SHAPE, 2.0)}, "constant image"),
-    ({"image": np.zeros((3, 3)), "label": np.zeros((3, 3))}, "expected the same 3 axes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"data": np.zeros(3)}, r"no array 'image', found \['data'\]; expected the keys"),
+        ({"label": np.full(SHAPE, 255, np.uint8)}, r"label ids \[255\]; expected only 0..1"),
+        ({"label": np.zeros((14, 12, 8))}, r"image has shape \(14, 12, 9\), label \(14, 12, 8\)"),
+        ({"image": np.full(SHAPE, np.nan)}, "1512 voxels are NaN or infinite"),
+        ({"image": np.full(SHAPE, 2.0)}, "constant image"),
+        ({"image": np.zeros((3, 3)), "label": np.zeros((3, 3))}, "expected the same 3 axes"),
+    ],
+)
 def test_bad_scans(tmp_path, arguments, message):
     data = spoiled(tmp_path, **arguments)
     case = data.splits(1)["labelled"][0]
@@ -170,7 +181,9 @@ def test_a_truncated_scan_is_reported_by_prepare(tmp_path):
     data = build(tmp_path)
     path = tmp_path / "A" / "mri_norm2.h5"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"(?s)1 of 6 files.*A/mri_norm2.h5: unreadable or truncated"):
+    with pytest.raises(
+        DataError, match=r"(?s)1 of 6 files.*A/mri_norm2.h5: unreadable or truncated"
+    ):
         data.prepare(data.splits(1))
 
 
@@ -193,7 +206,9 @@ def test_views_have_one_geometry_and_strong_views_of_their_own(tmp_path, strong_
         assert list(views) == keys
         assert all(np.array_equal(views[key], again[key]) for key in keys)
         weak = data.weak(sample, np.random.default_rng(seed))
-        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(views["label"], weak["label"])
+        assert np.array_equal(views["weak"], weak["image"]) and np.array_equal(
+            views["label"], weak["label"]
+        )
         for key in keys[:-1]:
             assert views[key].shape == (1, 8, 8, 6) and views[key].dtype == np.float32
         assert views["label"].shape == (1, 8, 8, 6) and views["label"].dtype == np.uint8
@@ -208,7 +223,9 @@ def test_strong_views_of_one_image_differ(tmp_path):
         views = data.views(sample, np.random.default_rng(seed), strong_views=2)
         differ += not np.array_equal(views["strong0"], views["strong1"])
         first = data.views(sample, np.random.default_rng(seed), strong_views=1)
-        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(views["strong0"], first["strong0"])
+        assert np.array_equal(views["weak"], first["weak"]) and np.array_equal(
+            views["strong0"], first["strong0"]
+        )
     assert differ >= 8  # a view is at times left as it is
 
 

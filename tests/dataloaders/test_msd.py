@@ -1,4 +1,6 @@
-"""Decathlon-style data sets on tiny NIfTI files: geometry, cache, the way back to the native grid, and bad input."""
+"""Decathlon-style data sets on tiny NIfTI files: geometry, cache, the way back to the native grid,
+and bad input.
+"""
 
 import gzip
 import itertools
@@ -47,7 +49,10 @@ SLOPE = np.array([3.0, -2.0, 5.0])  # per mm, along the world's axes
 
 def world(affine, shape):
     """World coordinates (*shape, 3) of all voxel centres."""
-    return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+    return (
+        np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T
+        + affine[:3, 3]
+    )
 
 
 def ramp(affine, shape):
@@ -73,7 +78,9 @@ def noise(seed, shape=SHAPE):
 
 
 class Folder:
-    """A data set in a temporary folder: `cases` (name -> image, label, affine) and the JSON that lists them."""
+    """A data set in a temporary folder: `cases` (name -> image, label, affine) and the JSON that
+    lists them.
+    """
 
     def __init__(self, root):
         self.root = root
@@ -96,7 +103,11 @@ class Folder:
         (self.root / "dataset.json").write_text(json.dumps(self.lists))
         defaults = {"orientation": "", "intensity": "none", "crop_foreground": False}
         return MSDDataset(
-            str(self.root), "dataset.json", CLASSES, cache_dir=str(self.root / "cache"), **defaults | arguments
+            str(self.root),
+            "dataset.json",
+            CLASSES,
+            cache_dir=str(self.root / "cache"),
+            **defaults | arguments,
         )
 
     def only(self, **arguments):
@@ -136,7 +147,9 @@ def test_reorientation_moves_voxels_with_their_world_coordinates(folder, name, o
     np.testing.assert_allclose(sample["spacing"], np.linalg.norm(new[:3, :3], axis=0))
     assert sample["native_shape"] == list(SHAPE)
     np.testing.assert_allclose(sample["native_affine"], affine, atol=1e-5)
-    stored = np.round((world(new, image.shape) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T).astype(int)
+    stored = np.round(
+        (world(new, image.shape) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    ).astype(int)
     np.testing.assert_array_equal(sample["label"][0], label[tuple(np.moveaxis(stored, -1, 0))])
 
 
@@ -147,12 +160,14 @@ def test_resampling_a_linear_ramp_is_exact_inside(folder, name, spacing):
     sample = one(folder, ramp(affine, SHAPE), label, affine, orientation="RAS", spacing=spacing)
     image, new = np.array(sample["image"][0]), np.array(sample["affine"])
     np.testing.assert_allclose(sample["spacing"], spacing, rtol=1e-5)
-    # Coordinates on the stored grid: inside, ramp and label are known; beyond its outermost centres neither is.
+    # Coordinates on the stored grid: inside, ramp and label are known; beyond its outermost centres
+    # neither is.
     stored = (world(new, image.shape) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
     inside = ((stored >= 0) & (stored <= np.array(SHAPE) - 1)).all(-1)
     assert inside.mean() > 0.5
     np.testing.assert_allclose(image[inside], ramp(new, image.shape)[inside], rtol=1e-4, atol=1e-2)
-    clear = inside & (abs(stored - np.floor(stored) - 0.5) > 1e-3).all(-1)  # no tie between two voxels
+    # no tie between two voxels
+    clear = inside & (abs(stored - np.floor(stored) - 0.5) > 1e-3).all(-1)
     nearest = np.round(stored[clear]).astype(int)
     np.testing.assert_array_equal(np.array(sample["label"][0])[clear], label[tuple(nearest.T)])
     assert set(np.unique(sample["label"])) <= {0, 1, 2} and sample["label"].dtype == np.uint8
@@ -183,7 +198,9 @@ def test_zscore_is_per_channel_over_the_volume(folder):
     sample = one(folder, image, blocks(), intensity="zscore", in_channels=2)
     for channel in range(2):
         values = image[..., channel]
-        np.testing.assert_allclose(sample["image"][channel], (values - values.mean()) / values.std(), atol=1e-4)
+        np.testing.assert_allclose(
+            sample["image"][channel], (values - values.mean()) / values.std(), atol=1e-4
+        )
 
 
 def test_crop_foreground_is_the_tight_box_of_what_the_window_leaves(folder):
@@ -191,7 +208,9 @@ def test_crop_foreground_is_the_tight_box_of_what_the_window_leaves(folder):
     image[3:9, 2:8, 1:5] = 40
     image[3, 2, 1] = image[8, 7, 4] = -174  # just inside the window: the corners of the box
     image[0, 0, 0] = -175  # exactly 0 after the window: outside
-    sample = one(folder, image, blocks(), intensity="window", window=(-175.0, 250.0), crop_foreground=True)
+    sample = one(
+        folder, image, blocks(), intensity="window", window=(-175.0, 250.0), crop_foreground=True
+    )
     assert sample["image"].shape == (1, 6, 6, 4) and sample["label"].shape == (1, 6, 6, 4)
     np.testing.assert_array_equal(sample["label"][0], blocks()[3:9, 2:8, 1:5])
     expected = AFFINES["RAS"] @ np.array([3, 2, 1, 1.0])
@@ -206,13 +225,17 @@ def test_patch_centres(folder, crop):
     sample = one(folder, image, blocks(), crop_foreground=crop)
     label, body = blocks() > 0, image > 0
     np.testing.assert_array_equal(sample["foreground"], np.flatnonzero(label))
-    np.testing.assert_array_equal(sample["background"], np.flatnonzero(~label & (body if crop else True)))
+    np.testing.assert_array_equal(
+        sample["background"], np.flatnonzero(~label & (body if crop else True))
+    )
     assert sample["ids"] == [0, 1, 2]
 
 
 def test_an_empty_foreground_box_is_an_error(folder):
     image = np.linspace(-900, -500, np.prod(SHAPE)).reshape(SHAPE)
-    with pytest.raises(DataError, match=r"a\.nii\.gz: nothing is left after cropping.*check the window"):
+    with pytest.raises(
+        DataError, match=r"a\.nii\.gz: nothing is left after cropping.*check the window"
+    ):
         one(folder, image, intensity="window", crop_foreground=True)
 
 
@@ -270,17 +293,23 @@ def test_a_touched_file_is_a_hit_and_a_changed_one_a_miss(pair, monkeypatch):
     dataset = prepared(pair)
     assert made == ["a", "b"]
     assert (dataset.read(dataset.splits()["val"][0])["label"] == 1).all()
-    np.testing.assert_allclose(dataset.read(dataset.splits()["train"][0])["image"][0], noise(77), atol=1e-5)
+    np.testing.assert_allclose(
+        dataset.read(dataset.splits()["train"][0])["image"][0], noise(77), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"orientation": "LPS"}, {"spacing": (2.0, 2.0, 2.0)}, {"intensity": "zscore"}, {"intensity": "window"},
-        {"intensity": "window", "window": (0.0, 1.0)}, {"crop_foreground": True},
+        {"orientation": "LPS"},
+        {"spacing": (2.0, 2.0, 2.0)},
+        {"intensity": "zscore"},
+        {"intensity": "window"},
+        {"intensity": "window", "window": (0.0, 1.0)},
+        {"crop_foreground": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_parameters_are_a_miss(pair, monkeypatch, change):
     prepared(pair)
     prepared(pair, intensity="window", window=(-1.0, 1.0))
@@ -333,10 +362,15 @@ def test_resampling_and_cropping_are_undone_by_nearest_neighbour(folder, name, s
     affine = AFFINES[name]
     image = np.full(SHAPE, -1.0)
     image[2:11, 1:9, 1:7] = 1.0
-    sample = one(folder, image, None, affine, orientation="RAS", spacing=spacing, crop_foreground=True)
+    sample = one(
+        folder, image, None, affine, orientation="RAS", spacing=spacing, crop_foreground=True
+    )
     shape = sample["label"].shape[1:]
-    prediction = np.random.default_rng(2).integers(1, 9, shape).astype(np.uint8)  # no 0: what is outside shows
-    restored = to_native(prediction, sample["affine"], sample["native_affine"], sample["native_shape"])
+    # no 0: what is outside shows
+    prediction = np.random.default_rng(2).integers(1, 9, shape).astype(np.uint8)
+    restored = to_native(
+        prediction, sample["affine"], sample["native_affine"], sample["native_shape"]
+    )
     assert restored.shape == SHAPE and restored.dtype == np.uint8
     new = np.array(sample["affine"])
     checked = outside = 0
@@ -367,16 +401,20 @@ def test_splits_of_the_json_and_of_files(folder):
     folder.lists["test"].append("imagesTs/unlabelled.nii.gz")
     splits = folder.dataset().splits()
     assert {split: [case.name for case in cases] for split, cases in splits.items()} == {
-        "train": ["a", "b"], "val": ["c"], "test": ["d"],
-    }  # fmt: skip
+        "train": ["a", "b"],
+        "val": ["c"],
+        "test": ["d"],
+    }
     lists = folder.root / "splits"
     lists.mkdir()
     (lists / "train.txt").write_text("# seeded\nd\na  # the first\n\n")
     (lists / "val.txt").write_text("b\n")
     splits = folder.dataset(split_dir=str(lists)).splits()
     assert {split: [case.name for case in cases] for split, cases in splits.items()} == {
-        "train": ["d", "a"], "val": ["b"], "test": [],
-    }  # fmt: skip
+        "train": ["d", "a"],
+        "val": ["b"],
+        "test": [],
+    }
     assert [case.name for case in folder.dataset().find(["c", "a"])] == ["c", "a"]
 
 
@@ -411,7 +449,9 @@ def test_one_case_twice_in_one_list_is_an_error(pair):
 
 def test_class_names_and_channels_come_from_the_json(tmp_path):
     def told(given, **content):
-        (tmp_path / "d.json").write_text(json.dumps({"training": [{"image": "a", "label": "b"}], **content}))
+        (tmp_path / "d.json").write_text(
+            json.dumps({"training": [{"image": "a", "label": "b"}], **content})
+        )
         return describe_dataset("msd", str(tmp_path), "d.json", given)
 
     labels = {str(k): f"c{k}" for k in range(12)}  # by number, not by text
@@ -425,7 +465,9 @@ def test_class_names_and_channels_come_from_the_json(tmp_path):
             told({}, labels=labels)
     with pytest.raises(DataError, match=r"'modality' is \{\}; expected a name for each channel"):
         told({"class_names": ("a", "b")}, modality={})
-    assert describe_dataset("msd", str(tmp_path), "absent.json", {"class_names": ("a", "b")}) == {"in_channels": 1}
+    assert describe_dataset("msd", str(tmp_path), "absent.json", {"class_names": ("a", "b")}) == {
+        "in_channels": 1
+    }
     with pytest.raises(DataError, match="no such data list"):
         describe_dataset("msd", str(tmp_path), "absent.json", {})
     assert describe_dataset("brats", str(tmp_path), "absent.json", {})["in_channels"] == 4
@@ -437,10 +479,17 @@ def test_class_names_and_channels_come_from_the_json(tmp_path):
         ("{", r"d\.json: not valid JSON"),
         (b"\xff\xfe\x00", r"d\.json: not valid JSON"),
         ("[]", r"d\.json: holds list; expected an object with a list 'training'"),
-        ("{}", r"d\.json: the list 'training' is missing or empty; expected entries with 'image' and 'label'"),
+        (
+            "{}",
+            r"d\.json: the list 'training' is missing or empty; "
+            r"expected entries with 'image' and 'label'",
+        ),
         ('{"training": []}', r"d\.json: the list 'training' is missing or empty"),
         ('{"training": {"image": "a"}}', r"d\.json: the list 'training' is missing"),
-        ('{"training": [{"label": "b"}]}', r"entry 0 of 'training' is .*expected .*imagesTr/x\.nii\.gz"),
+        (
+            '{"training": [{"label": "b"}]}',
+            r"entry 0 of 'training' is .*expected .*imagesTr/x\.nii\.gz",
+        ),
         ('{"training": ["a", 5]}', r"entry 1 of 'training' is 5; expected"),
         ('{"training": [{"image": []}]}', r"entry 0 of 'training' is"),
         ('{"training": [{"image": ["a", 1]}]}', r"entry 0 of 'training' is"),
@@ -455,7 +504,9 @@ def test_bad_lists(tmp_path, content, message):
 
 
 def test_missing_list(tmp_path):
-    with pytest.raises(DataError, match=r"dataset\.json: no such data list; .*--opts data_root=FOLDER"):
+    with pytest.raises(
+        DataError, match=r"dataset\.json: no such data list; .*--opts data_root=FOLDER"
+    ):
         read_datalist(tmp_path, "dataset.json")
 
 
@@ -465,7 +516,12 @@ def test_missing_list(tmp_path):
         ("a\n", "# nobody\n", r"val\.txt: the list is empty"),
         ("a\n", None, r"val\.txt: the val list is empty; expected at least one labelled case"),
         ("a\na\n", "b\n", r"train\.txt: listed twice: a"),
-        ("a\nc\n", "b\n", r"train\.txt: 1 of 2 cases are not in the data list, for example 'c'; names look like a, b"),
+        (
+            "a\nc\n",
+            "b\n",
+            r"train\.txt: 1 of 2 cases are not in the data list, for example 'c'; "
+            r"names look like a, b",
+        ),
         ("a\n", "a\n", r"'a' is in both the train and the val list"),
         ("a\nu\n", "b\n", r"train\.txt: 1 of 2 cases are not in the data list, for example 'u'"),
     ],
@@ -496,7 +552,9 @@ def test_one_file_in_two_lists_by_two_paths(tmp_path):
     scan = save(tmp_path / "x" / "scan.nii.gz", noise(0))
     (tmp_path / "y").symlink_to(tmp_path / "x")
     cases = Case("p", (scan,)), Case("q", (tmp_path / "y" / "scan.nii.gz",))
-    with pytest.raises(DataError, match=r"'q' is in both the train and the test list \(.*scan\.nii\.gz\)"):
+    with pytest.raises(
+        DataError, match=r"'q' is in both the train and the test list \(.*scan\.nii\.gz\)"
+    ):
         check_disjoint({"train": cases[:1], "test": cases[1:]})
     check_disjoint({"train": cases})
 
@@ -542,25 +600,60 @@ def other_affine(path):
 
 
 BAD_FILES = {
-    "missing image": ("imagesTr", lambda path: path.unlink(), r"no such file; restore it or take the case out"),
-    "missing label": ("labelsTr", lambda path: path.unlink(), r"no such file; restore it or take the case out"),
+    "missing image": (
+        "imagesTr",
+        lambda path: path.unlink(),
+        r"no such file; restore it or take the case out",
+    ),
+    "missing label": (
+        "labelsTr",
+        lambda path: path.unlink(),
+        r"no such file; restore it or take the case out",
+    ),
     "truncated image": ("imagesTr", truncate, r"unreadable or truncated \(.*copy the file again"),
     "text image": ("imagesTr", text, r"unreadable or truncated \(.*copy the file again"),
-    "NaN": ("imagesTr", lambda path: rewrite(path, put(np.nan)), r"1 voxels are NaN or infinite; expected finite"),
-    "infinite": ("imagesTr", lambda path: rewrite(path, put(np.inf)), r"1 voxels are NaN or infinite"),
-    "constant": ("imagesTr", lambda path: rewrite(path, lambda v: 0 * v - 3), r"constant image \(every voxel is -3\)"),
-    "label shape": (
-        "labelsTr", lambda path: rewrite(path, lambda v: v[:-1]),
-        r"shape \(11, 10, 8\), but its image a\.nii\.gz has \(12, 10, 8\); image and label must be on one grid",
+    "NaN": (
+        "imagesTr",
+        lambda path: rewrite(path, put(np.nan)),
+        r"1 voxels are NaN or infinite; expected finite",
     ),
-    "label affine": ("labelsTr", other_affine, r"puts a corner 1\.00 mm away .*expected the same affine"),
-    "label id": ("labelsTr", lambda path: rewrite(path, put(7)), r"label ids \[7.*\]; expected only 0\.\.2; mend"),
+    "infinite": (
+        "imagesTr",
+        lambda path: rewrite(path, put(np.inf)),
+        r"1 voxels are NaN or infinite",
+    ),
+    "constant": (
+        "imagesTr",
+        lambda path: rewrite(path, lambda v: 0 * v - 3),
+        r"constant image \(every voxel is -3\)",
+    ),
+    "label shape": (
+        "labelsTr",
+        lambda path: rewrite(path, lambda v: v[:-1]),
+        r"shape \(11, 10, 8\), but its image a\.nii\.gz has \(12, 10, 8\); "
+        r"image and label must be on one grid",
+    ),
+    "label affine": (
+        "labelsTr",
+        other_affine,
+        r"puts a corner 1\.00 mm away .*expected the same affine",
+    ),
+    "label id": (
+        "labelsTr",
+        lambda path: rewrite(path, put(7)),
+        r"label ids \[7.*\]; expected only 0\.\.2; mend",
+    ),
     "channels": (
-        "imagesTr", lambda path: rewrite(path, lambda v: np.stack([v, v], -1)),
+        "imagesTr",
+        lambda path: rewrite(path, lambda v: np.stack([v, v], -1)),
         r"2 channel\(s\) and shape \(12, 10, 8, 2\); expected 1 channel\(s\)",
     ),
-    "slice": ("imagesTr", lambda path: rewrite(path, lambda v: v[..., 0]), r"shape \(12, 10\); expected .*a 3D scan"),
-}  # fmt: skip
+    "slice": (
+        "imagesTr",
+        lambda path: rewrite(path, lambda v: v[..., 0]),
+        r"shape \(12, 10\); expected .*a 3D scan",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
@@ -583,7 +676,9 @@ def test_all_bad_files_are_reported_at_once(folder):
     splits = dataset.splits()
     (folder.root / "imagesTr" / "a.nii.gz").unlink()
     truncate(folder.root / "imagesTr" / "c.nii.gz")
-    with pytest.raises(DataError, match=r"(?s)2 of 4 train cases.*a\.nii\.gz: no such file.*c\.nii\.gz: unreadable"):
+    with pytest.raises(
+        DataError, match=r"(?s)2 of 4 train cases.*a\.nii\.gz: no such file.*c\.nii\.gz: unreadable"
+    ):
         dataset.prepare(splits)
 
 
@@ -616,14 +711,21 @@ def test_labels_that_are_no_ids(tmp_path):
 def test_channels_on_different_grids(tmp_path):
     first = save(tmp_path / "a.nii.gz", noise(0))
     for name, other in (
-        ("b", save(tmp_path / "b.nii.gz", noise(1)[:-1])), ("c", save(tmp_path / "c.nii.gz", noise(1), AFFINES["LPS"])),
-    ):  # fmt: skip
-        with pytest.raises(DataError, match=rf"{name}\.nii\.gz: shape .* all channels of a case must be on one grid"):
+        ("b", save(tmp_path / "b.nii.gz", noise(1)[:-1])),
+        ("c", save(tmp_path / "c.nii.gz", noise(1), AFFINES["LPS"])),
+    ):
+        with pytest.raises(
+            DataError,
+            match=rf"{name}\.nii\.gz: shape .* all channels of a case must be on one grid",
+        ):
             read_image(Case("a", (first, other)), 2)
 
 
 def test_a_nan_in_one_channel_names_its_file(tmp_path):
-    files = [save(tmp_path / f"{k}.nii.gz", noise(k) if k != 1 else put(np.nan)(noise(1))) for k in range(3)]
+    files = [
+        save(tmp_path / f"{k}.nii.gz", noise(k) if k != 1 else put(np.nan)(noise(1)))
+        for k in range(3)
+    ]
     with pytest.raises(DataError, match=r"/1\.nii\.gz: 1 voxels are NaN"):
         read_image(Case("a", tuple(files)), 3)
 
@@ -650,10 +752,12 @@ def test_an_affine_that_places_nothing(folder):
         ({"window": (250.0, -175.0)}, r"window must be two rising values, got \(250\.0, -175\.0\)"),
         ({"spacing": (1.0, 1.0)}, "spacing must be three positive values"),
         ({"spacing": (1.0, 0.0, 1.0)}, "spacing must be three positive values"),
-        *(({"orientation": code}, f"orientation must name three axes, such as RAS, got '{code}'")
-          for code in ("RA", "RAL", "XYZ", "ras", "RASS")),
+        *(
+            ({"orientation": code}, f"orientation must name three axes, such as RAS, got '{code}'")
+            for code in ("RA", "RAL", "XYZ", "ras", "RASS")
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(tmp_path, arguments, message):
     with pytest.raises(DataError, match=message):
         MSDDataset(str(tmp_path), "d.json", CLASSES, **arguments)
@@ -667,8 +771,14 @@ def test_every_orientation_is_accepted(tmp_path):
 
 def test_build_dataset(tmp_path):
     dataset = build_dataset("msd", root=str(tmp_path), datalist="d.json", class_names=CLASSES)
-    assert isinstance(dataset, MSDDataset) and dataset.num_classes == 3 and dataset.allowed_ids == (0, 1, 2)
-    with pytest.raises(DataError, match=f"unknown data format 'dicom'; choose from .*{sorted(DATASETS)[-1]}"):
+    assert (
+        isinstance(dataset, MSDDataset)
+        and dataset.num_classes == 3
+        and dataset.allowed_ids == (0, 1, 2)
+    )
+    with pytest.raises(
+        DataError, match=f"unknown data format 'dicom'; choose from .*{sorted(DATASETS)[-1]}"
+    ):
         build_dataset("dicom")
 
 
@@ -680,7 +790,9 @@ def test_build_dataset(tmp_path):
 def test_patches_of_a_cached_case(pair, crop, size):
     dataset = prepared(pair)
     sample = dataset.read(dataset.splits()["train"][0])
-    draw = dataset.patch_function(size, crop, flip_prob=0.5, rot90_prob=0.5, scale_prob=0.5, shift_prob=0.5)
+    draw = dataset.patch_function(
+        size, crop, flip_prob=0.5, rot90_prob=0.5, scale_prob=0.5, shift_prob=0.5
+    )
     for seed in range(10):
         patch, again = (draw(sample, np.random.default_rng(seed)) for _ in range(2))
         assert patch["image"].shape == patch["label"].shape == (1, *size)
@@ -693,7 +805,9 @@ def test_patches_keep_image_and_label_together(folder):
     label = blocks()
     dataset = folder.add("training", "a", label * 5.0 + 1, label).add("validation", "z").dataset()
     sample = dataset.read(dataset.splits()["train"][0])
-    draw = dataset.patch_function((6, 6, 4), flip_prob=0.5, rot90_prob=0.5, scale_prob=0.0, shift_prob=0.0)
+    draw = dataset.patch_function(
+        (6, 6, 4), flip_prob=0.5, rot90_prob=0.5, scale_prob=0.0, shift_prob=0.0
+    )
     for seed in range(30):
         patch = draw(sample, np.random.default_rng(seed))
         np.testing.assert_allclose(patch["image"], patch["label"] * 5.0 + 1)
@@ -702,12 +816,16 @@ def test_patches_keep_image_and_label_together(folder):
 def test_pos_neg_patches_see_foreground_more_often(folder):
     label = np.zeros((20, 20, 20), np.uint8)
     label[0, 0, 0] = 1
-    dataset = folder.add("training", "a", noise(0, label.shape), label).add("validation", "z").dataset()
+    dataset = (
+        folder.add("training", "a", noise(0, label.shape), label).add("validation", "z").dataset()
+    )
     sample = dataset.read(dataset.splits()["train"][0])
     share = {}
     for crop in ("pos_neg", "uniform"):
         draw = dataset.patch_function((4, 4, 4), crop)
-        share[crop] = np.mean([draw(sample, np.random.default_rng(seed))["label"].any() for seed in range(300)])
+        share[crop] = np.mean(
+            [draw(sample, np.random.default_rng(seed))["label"].any() for seed in range(300)]
+        )
     assert share["pos_neg"] == pytest.approx(0.5, abs=0.1) and share["uniform"] < 0.02
 
 
@@ -715,7 +833,9 @@ def test_patch_arguments(pair):
     dataset = pair.dataset()
     with pytest.raises(DataError, match="crop must be one of pos_neg, uniform, got 'random'"):
         dataset.patch_function((4, 4, 4), "random")
-    with pytest.raises(DataError, match=r"rot90_prob is 0\.2, but a patch of \(6, 4, 4\).*set rot90_prob: 0"):
+    with pytest.raises(
+        DataError, match=r"rot90_prob is 0\.2, but a patch of \(6, 4, 4\).*set rot90_prob: 0"
+    ):
         dataset.patch_function((6, 4, 4))
     dataset.patch_function((6, 4, 4), rot90_prob=0.0)
     dataset.patch_function((4, 4, 6))

@@ -9,10 +9,15 @@ import pytest
 from dataloaders import DataError, build_dataset, describe_dataset
 
 SHAPE = (8, 9, 10)
-PLAIN = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "b": 2, "a": 1}, "file_ending": ".nii.gz"}
+PLAIN = {
+    "channel_names": {"0": "T1", "1": "T2"},
+    "labels": {"background": 0, "b": 2, "a": 1},
+    "file_ending": ".nii.gz",
+}
 REGIONS = PLAIN | {
-    "labels": {"background": 0, "whole": [1, 2, 3], "core": [1, 3], "enhancing": 3}, "regions_class_order": [2, 1, 3]
-}  # fmt: skip
+    "labels": {"background": 0, "whole": [1, 2, 3], "core": [1, 3], "enhancing": 3},
+    "regions_class_order": [2, 1, 3],
+}
 
 
 @pytest.fixture
@@ -20,12 +25,18 @@ def root(tmp_path):
     """Four training cases and one for the test, of two channels and the label ids 0..3."""
     rng = np.random.default_rng(0)
     for name, part in (("p_1", "Tr"), ("p_2", "Tr"), ("p_3", "Tr"), ("p_4", "Tr"), ("q", "Ts")):
-        files = {f"images{part}/{name}_{k:04d}": rng.normal(size=SHAPE).astype(np.float32) for k in range(2)}
+        files = {
+            f"images{part}/{name}_{k:04d}": rng.normal(size=SHAPE).astype(np.float32)
+            for k in range(2)
+        }
         files[f"labels{part}/{name}"] = rng.integers(0, 4, SHAPE).astype(np.uint8)
         for file, array in files.items():
             (tmp_path / file).parent.mkdir(exist_ok=True)
             nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{file}.nii.gz")
-    folds = [{"train": ["p_1", "p_2"], "val": ["p_3", "p_4"]}, {"train": ["p_3", "p_4", "p_1"], "val": ["p_2"]}]
+    folds = [
+        {"train": ["p_1", "p_2"], "val": ["p_3", "p_4"]},
+        {"train": ["p_3", "p_4", "p_1"], "val": ["p_2"]},
+    ]
     (tmp_path / "splits_final.json").write_text(json.dumps(folds))
     return tmp_path
 
@@ -34,7 +45,9 @@ def make(root, content, **arguments):
     (root / "dataset.json").write_text(json.dumps(content))
     told = describe_dataset("nnunet", str(root), "dataset.json", {})
     fixed = {"datalist": "dataset.json", "cache_dir": str(root / "cache"), "intensity": "none"}
-    return build_dataset("nnunet", **{"root": str(root), **fixed, "crop_foreground": False} | told | arguments)
+    return build_dataset(
+        "nnunet", **{"root": str(root), **fixed, "crop_foreground": False} | told | arguments
+    )
 
 
 def names(cases):
@@ -47,8 +60,10 @@ def test_names_come_by_id_and_lists_from_the_fold(root):
     assert (dataset.in_channels, dataset.num_classes, dataset.multilabel) == (2, 4, False)
     splits = dataset.splits()
     assert {split: names(cases) for split, cases in splits.items()} == {
-        "train": ["p_1", "p_2"], "val": ["p_3", "p_4"], "test": ["q"]
-    }  # fmt: skip
+        "train": ["p_1", "p_2"],
+        "val": ["p_3", "p_4"],
+        "test": ["q"],
+    }
     other = make(root, PLAIN | {"labels": {"background": 0, "c": 3, "b": 2, "a": 1}}, fold=1)
     assert names(other.splits()["val"]) == ["p_2"]
     sample = dataset.read(splits["train"][0])
@@ -63,8 +78,10 @@ def test_own_lists_win_over_the_folds(root):
         (root / "lists" / f"{split}.txt").write_text("\n".join(chosen))
     dataset = make(root, REGIONS, split_dir=str(root / "lists"))
     assert {split: names(cases) for split, cases in dataset.splits().items()} == {
-        "train": ["p_4"], "val": ["p_1"], "test": []
-    }  # fmt: skip
+        "train": ["p_4"],
+        "val": ["p_1"],
+        "test": [],
+    }
 
 
 def test_regions_overlap_and_come_back_as_ids(root):
@@ -80,7 +97,8 @@ def test_regions_overlap_and_come_back_as_ids(root):
     odd = dataset.decode_prediction(np.array([0, 1, 1]).reshape(3, 1, 1, 1))
     assert odd.item() == 3
     assert dataset.structures() == {"whole": (1, 2, 3), "core": (1, 3), "enhancing": (3,)}
-    renamed = make(root, REGIONS | {"regions_class_order": [7, 8, 9]})  # predictions may have ids of their own
+    # predictions may have ids of their own
+    renamed = make(root, REGIONS | {"regions_class_order": [7, 8, 9]})
     assert renamed.structures() == {"whole": (7, 8, 9), "core": (8, 9), "enhancing": (9,)}
     assert np.array_equal(np.unique(renamed.decode_prediction(label)), [0, 7, 8, 9])
     assert dataset.id_names()[2] == "whole, the rest of it"
@@ -92,13 +110,18 @@ def test_regions_have_a_cache_of_their_own(root):
     regions = make(root, REGIONS)
     case = regions.splits()["train"][0]
     assert regions.read(case)["label"].shape[0] == 3
-    changed = REGIONS | {"labels": {"background": 0, "whole": [1, 2, 3], "core": [1], "enhancing": 3}}
+    changed = REGIONS | {
+        "labels": {"background": 0, "whole": [1, 2, 3], "core": [1], "enhancing": 3}
+    }
     again = make(root, changed)
     assert not np.array_equal(again.read(case)["label"], regions.read(case)["label"])
 
 
 def test_files_listed_in_the_json(root):
-    entry = {"images": ["imagesTr/p_1_0000.nii.gz", "imagesTr/p_1_0001.nii.gz"], "label": "labelsTr/p_1.nii.gz"}
+    entry = {
+        "images": ["imagesTr/p_1_0000.nii.gz", "imagesTr/p_1_0001.nii.gz"],
+        "label": "labelsTr/p_1.nii.gz",
+    }
     dataset = make(root, REGIONS | {"dataset": {"scan": entry}})
     (case,) = dataset.labelled()
     assert (case.name, case.images[1].name) == ("scan", "p_1_0001.nii.gz")
@@ -106,25 +129,44 @@ def test_files_listed_in_the_json(root):
         make(root, REGIONS | {"dataset": {"scan": entry | {"images": ["a"]}}}).labelled()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "'ignore' .2., voxels that nobody labelled"),
-    ({"labels": {"background": 0, "a": 2}}, r"ids \[0, 2\], expected 0 .background. to 1"),
-    ({"labels": {"0": "background", "1": "a"}}, "names and ids are swapped, as in nnU-Net v1"),
-    ({"labels": {"background": 0}}, "'labels' is"),
-    ({"labels": {"background": 0, "a": []}}, "expected an id 0..255 or a list"),
-    ({"labels": {"background": 0, "a": [1, 2], "b": [2]}}, "'regions_class_order' is None, expected one id"),
-    ({"labels": {"background": 0, "a": [0, 1]}, "regions_class_order": [1]}, "region 'a' holds the id 0"),
-    ({"channel_names": {"1": "CT"}}, "counted from 0"),
-    ({"file_ending": ".png"}, "'file_ending' is '.png', expected one of .nii.gz"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"labels": {"background": 0, "a": 1, "ignore": 2}},
+            "'ignore' .2., voxels that nobody labelled",
+        ),
+        ({"labels": {"background": 0, "a": 2}}, r"ids \[0, 2\], expected 0 .background. to 1"),
+        ({"labels": {"0": "background", "1": "a"}}, "names and ids are swapped, as in nnU-Net v1"),
+        ({"labels": {"background": 0}}, "'labels' is"),
+        ({"labels": {"background": 0, "a": []}}, "expected an id 0..255 or a list"),
+        (
+            {"labels": {"background": 0, "a": [1, 2], "b": [2]}},
+            "'regions_class_order' is None, expected one id",
+        ),
+        (
+            {"labels": {"background": 0, "a": [0, 1]}, "regions_class_order": [1]},
+            "region 'a' holds the id 0",
+        ),
+        ({"channel_names": {"1": "CT"}}, "counted from 0"),
+        ({"file_ending": ".png"}, "'file_ending' is '.png', expected one of .nii.gz"),
+    ],
+)
 def test_descriptions_that_are_refused(root, change, message):
     with pytest.raises(DataError, match=message):
         make(root, PLAIN | change)
 
 
 def test_styles_that_are_told_apart(root):
-    old = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "a"}, "training": [], "numTraining": 0}
-    with pytest.raises(DataError, match=r"style of nnU-Net v1 and the decathlon .*format: msd.*convert"):
+    old = {
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "a"},
+        "training": [],
+        "numTraining": 0,
+    }
+    with pytest.raises(
+        DataError, match=r"style of nnU-Net v1 and the decathlon .*format: msd.*convert"
+    ):
         make(root, old)
     (root / "dataset.json").write_text(json.dumps(PLAIN))
     for keys in ({}, {"class_names": ("background", "a"), "in_channels": 0}):
@@ -135,21 +177,33 @@ def test_styles_that_are_told_apart(root):
 def test_files_that_are_missing(root):
     dataset = make(root, REGIONS)
     (root / "imagesTr/p_2_0001.nii.gz").rename(root / "imagesTr/p_2.nii.gz")
-    with pytest.raises(DataError, match=r"p_2_0001.nii.gz: no such file, expected for labelsTr/p_2.*lacks the channel"):
+    with pytest.raises(
+        DataError,
+        match=r"p_2_0001.nii.gz: no such file, expected for labelsTr/p_2.*lacks the channel",
+    ):
         dataset.splits()
     (root / "splits_final.json").unlink()
     (root / "labelsTr/p_2.nii.gz").unlink()
-    with pytest.raises(DataError, match="no such list of folds; copy nnU-Net's there, or draw lists"):
+    with pytest.raises(
+        DataError, match="no such list of folds; copy nnU-Net's there, or draw lists"
+    ):
         dataset.splits()
     with pytest.raises(DataError, match="one id for each"):
         make(root, REGIONS, regions_class_order=(1,))
 
 
-@pytest.mark.parametrize("content, message", [
-    ("[]", "0 folds, counted from 0; fold is 0"), ("{}", "holds dict; expected a list of folds"),
-    ('[{"train": ["p_1"]}]', "fold 0 has no list of case names 'val'"),
-    ('[{"train": ["p_1"], "val": ["zz"]}]', "1 of 1 cases are not in the data list, for example 'zz'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "0 folds, counted from 0; fold is 0"),
+        ("{}", "holds dict; expected a list of folds"),
+        ('[{"train": ["p_1"]}]', "fold 0 has no list of case names 'val'"),
+        (
+            '[{"train": ["p_1"], "val": ["zz"]}]',
+            "1 of 1 cases are not in the data list, for example 'zz'",
+        ),
+    ],
+)
 def test_folds_that_are_refused(root, content, message):
     (root / "splits_final.json").write_text(content)
     with pytest.raises(DataError, match=message):

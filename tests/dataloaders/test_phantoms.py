@@ -1,4 +1,6 @@
-"""Generated scans: anatomy, intensities, determinism; the files that tools/make_demo_data.py writes."""
+"""Generated scans: anatomy, intensities, determinism; the files that tools/make_demo_data.py
+writes.
+"""
 
 import json
 
@@ -20,7 +22,8 @@ from dataloaders.phantoms import (
 from tools.make_demo_data import main, split_cases
 
 SMALL = {"shape": (72, 56, 40), "spacing": (5.0, 5.0, 5.6)}
-# Gas, fluid or fat inside these lowers the median below the HU of their wall; adrenals are about one voxel thick.
+# Gas, fluid or fat inside these lowers the median below the HU of their wall; adrenals are about
+# one voxel thick.
 MIXED = {"stomach", "esophagus", "right_adrenal", "left_adrenal"}
 
 
@@ -81,7 +84,12 @@ def test_btcv_intensities_follow_the_table(btcv):
 def test_btcv_body_has_air_lung_fat_muscle_and_bone(btcv):
     for image, label in btcv:
         other = image[label == 0]
-        for low, high, share in ((-1024, -950, 0.1), (-900, -700, 0.01), (-140, -60, 0.05), (30, 90, 0.05)):
+        for low, high, share in (
+            (-1024, -950, 0.1),
+            (-900, -700, 0.01),
+            (-140, -60, 0.05),
+            (30, 90, 0.05),
+        ):
             assert np.mean((other > low) & (other < high)) > share, (low, high)
         assert (other > 250).sum() > 200
         assert image[:, 0].max() < -900  # nothing is cut off behind
@@ -117,7 +125,11 @@ def test_neighbours_touch(btcv):
         for other in ("gallbladder", "right_kidney", "inferior_vena_cava"):
             assert touching(label, ids["liver"], ids[other]) > 0, other
         assert touching(label, ids["pancreas"], ids["portal_splenic_vein"]) > 0
-        assert touching(label, ids["stomach"], ids["liver"]) + touching(label, ids["stomach"], ids["spleen"]) > 0
+        assert (
+            touching(label, ids["stomach"], ids["liver"])
+            + touching(label, ids["stomach"], ids["spleen"])
+            > 0
+        )
 
 
 def test_missing_organ_changes_only_its_place(btcv):
@@ -149,7 +161,14 @@ def test_word_ids_sides_and_intensities():
         assert at["right_femoral_head"][0] > at["left_femoral_head"][0]
         assert at["liver"][2] > at["intestine"][2] > at["bladder"][2]
         assert at["bladder"][1] > at["rectum"][1]
-        for name in ("liver", "spleen", "left_kidney", "right_kidney", "bladder", "left_femoral_head"):
+        for name in (
+            "liver",
+            "spleen",
+            "left_kidney",
+            "right_kidney",
+            "bladder",
+            "left_femoral_head",
+        ):
             assert abs(np.median(image[label == WORD_LABELS[name]]) - CT_HU[name][0]) < 50, name
         assert not (word_phantom(0, (40, 30, 40), (9, 9, 11), missing=("adrenal",))[1] == 12).any()
 
@@ -166,12 +185,14 @@ def test_brats_images_and_nesting():
         assert 0.2 < brain.mean() < 0.7
         assert not label[~brain].any()
         core = np.isin(label, (1, 3))
-        # The enhancing rim closes around the necrotic core, up to the edge of the brain or a ventricle.
+        # The enhancing rim closes around the necrotic core, up to the edge of the brain or a
+        # ventricle.
         shell = ndimage.binary_dilation(label == 1, iterations=1) & (label != 1)
         assert np.mean(label[shell] == 3) > 0.8
         low, high = np.argwhere(label > 0).min(0), np.argwhere(label > 0).max(0)
         edema = np.argwhere(label == 2)
-        assert (edema.min(0) == low).sum() + (edema.max(0) == high).sum() >= 5  # edema is the outer hull
+        # edema is the outer hull
+        assert (edema.min(0) == low).sum() + (edema.max(0) == high).sum() >= 5
         assert (label == 2).sum() > 0.5 * core.sum()
         healthy = brain & (label == 0)
         level = {m: [np.median(images[m][label == k]) for k in (1, 2, 3)] for m in BRATS_MODALITIES}
@@ -189,17 +210,26 @@ def test_brats_without_enhancing_tumour():
 
 
 def test_split_sizes():
-    assert {k: len(v) for k, v in split_cases(16).items()} == {"training": 10, "validation": 2, "test": 4}
+    assert {k: len(v) for k, v in split_cases(16).items()} == {
+        "training": 10,
+        "validation": 2,
+        "test": 4,
+    }
     for count in range(1, 40):
         sections = split_cases(count)
-        assert [number for part in sections.values() for number in part] == list(range(1, count + 1))
+        assert [number for part in sections.values() for number in part] == list(
+            range(1, count + 1)
+        )
         assert count < 3 or all(sections.values())
 
 
 def test_btcv_layout(btcv_folder):
     data = json.loads((btcv_folder / "dataset_0.json").read_text())
     assert [len(data[s]) for s in ("training", "validation", "test")] == [4, 1, 1]
-    assert data["training"][0] == {"image": "imagesTr/img0001.nii.gz", "label": "labelsTr/label0001.nii.gz"}
+    assert data["training"][0] == {
+        "image": "imagesTr/img0001.nii.gz",
+        "label": "labelsTr/label0001.nii.gz",
+    }
     assert data["labels"]["6"] == "liver"
     assert data["modality"] == {"0": "CT"}
     spacings, orders, gallbladders, oblique = set(), [], [], []
@@ -239,7 +269,8 @@ def test_awkward_cases_read_back_upright(btcv_folder):
         assert at["liver"][0] > at["spleen"][0] + 15
         assert at["stomach"][1] > at["left_kidney"][1]
         assert at["esophagus"][2] > at["right_kidney"][2]
-        for name in ("liver", "spleen"):  # organs thick enough to be resampled twice without partial volume
+        # organs thick enough to be resampled twice without partial volume
+        for name in ("liver", "spleen"):
             assert abs(np.median(image[label == BTCV_LABELS[name]]) - CT_HU[name][0]) < 35, name
 
 
@@ -247,7 +278,9 @@ def test_reruns_are_byte_identical_and_never_overwrite(tmp_path, capsys):
     arguments = ["--dataset", "btcv", "--cases", "2", "--shape", "40", "32", "20"]
     for folder in ("a", "b"):
         main([*arguments, "--out", str(tmp_path / folder)])
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
     assert len(files) == 6
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
@@ -264,13 +297,41 @@ def test_reruns_are_byte_identical_and_never_overwrite(tmp_path, capsys):
 
 
 def test_word_and_brats_layouts(tmp_path):
-    main(["--dataset", "word", "--cases", "3", "--shape", "40", "32", "40", "--out", str(tmp_path / "word")])
+    main(
+        [
+            "--dataset",
+            "word",
+            "--cases",
+            "3",
+            "--shape",
+            "40",
+            "32",
+            "40",
+            "--out",
+            str(tmp_path / "word"),
+        ]
+    )
     data = json.loads((tmp_path / "word" / "dataset.json").read_text())
-    assert data["validation"] == [{"image": "imagesVal/word_0002.nii.gz", "label": "labelsVal/word_0002.nii.gz"}]
+    assert data["validation"] == [
+        {"image": "imagesVal/word_0002.nii.gz", "label": "labelsVal/word_0002.nii.gz"}
+    ]
     for section in ("training", "validation", "test"):
         for entry in data[section]:
             assert all((tmp_path / "word" / path).exists() for path in entry.values())
-    main(["--dataset", "brats21", "--cases", "4", "--shape", "48", "56", "44", "--out", str(tmp_path / "brats")])
+    main(
+        [
+            "--dataset",
+            "brats21",
+            "--cases",
+            "4",
+            "--shape",
+            "48",
+            "56",
+            "44",
+            "--out",
+            str(tmp_path / "brats"),
+        ]
+    )
     data = json.loads((tmp_path / "brats" / "dataset_0.json").read_text())
     enhancing = []
     for entry in data["training"]:
@@ -281,7 +342,10 @@ def test_word_and_brats_layouts(tmp_path):
         for path in entry["image"]:
             assert np.array_equal(nib.load(tmp_path / "brats" / path).affine, label.affine)
         enhancing.append(bool((np.asarray(label.dataobj) == 3).any()))
-    assert data["training"][0]["label"] == "TrainingData/BraTS-GLI-00001-000/BraTS-GLI-00001-000-seg.nii.gz"
+    assert (
+        data["training"][0]["label"]
+        == "TrainingData/BraTS-GLI-00001-000/BraTS-GLI-00001-000-seg.nii.gz"
+    )
     assert enhancing == [True, False]
 
 

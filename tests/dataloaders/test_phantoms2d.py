@@ -1,4 +1,6 @@
-"""Generated hearts, atria, lesions and polyps: anatomy, intensities, determinism; the files of the demo data sets."""
+"""Generated hearts, atria, lesions and polyps: anatomy, intensities, determinism; the files of the
+demo data sets.
+"""
 
 import numpy as np
 import pytest
@@ -27,12 +29,16 @@ def atria():
 def test_same_seed_same_image_and_cases_differ(hearts, atria):
     again = acdc_phantom([0, 1], (8, 96, 80))
     for frame, (image, label) in again.items():
-        assert np.array_equal(image, hearts[1][frame][0]) and np.array_equal(label, hearts[1][frame][1])
+        assert np.array_equal(image, hearts[1][frame][0]) and np.array_equal(
+            label, hearts[1][frame][1]
+        )
         assert not np.array_equal(label, hearts[2][frame][1])
     assert np.array_equal(la_phantom([0, 1], (60, 50, 36))[0], atria[1][0])
     assert not np.array_equal(atria[0][1], atria[1][1])
     for phantom, shape in PHOTOGRAPHS:
-        assert all(np.array_equal(a, b) for a, b in zip(phantom([0, 3], shape), phantom([0, 3], shape)))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(phantom([0, 3], shape), phantom([0, 3], shape))
+        )
         assert not np.array_equal(phantom([0, 3], shape)[1], phantom([1, 3], shape)[1])
 
 
@@ -45,7 +51,8 @@ def test_hearts_have_the_ring_anatomy(hearts):
             shares = np.bincount(label.ravel(), minlength=4) / label.size
             assert (shares[1:] > 0.002).all() and shares[1:].sum() < 0.15
             for plane in label[2:6]:
-                # The cavity lies inside its muscle, apart from the right ventricle, which touches that muscle.
+                # The cavity lies inside its muscle, apart from the right ventricle, which touches
+                # that muscle.
                 around_cavity = ndimage.binary_dilation(plane == LV) & (plane != LV)
                 assert (plane[around_cavity] == MYO).all()
                 assert (ndimage.binary_dilation(plane == RV) & (plane == MYO)).any()
@@ -53,7 +60,8 @@ def test_hearts_have_the_ring_anatomy(hearts):
                 assert ndimage.label(plane == LV)[1] == 1
             blood, muscle = np.median(image[label == LV]), np.median(image[label == MYO])
             assert blood > 1.5 * muscle
-            # Intensity alone does not tell the class: much of the rest is as bright as blood or as dark as muscle.
+            # Intensity alone does not tell the class: much of the rest is as bright as blood or as
+            # dark as muscle.
             rest = image[label == 0]
             assert (np.abs(rest - muscle) < 0.03).mean() > 0.03
             assert (rest > blood).mean() > 0.01
@@ -65,7 +73,10 @@ def test_hearts_beat_and_taper(hearts):
         for cavity in (RV, LV):
             assert (systole == cavity).sum() < 0.85 * (diastole == cavity).sum()
         middle = slice(2, 6)
-        thickness = [(f[middle] == MYO).sum() / np.sqrt((f[middle] >= MYO).sum()) for f in (diastole, systole)]
+        thickness = [
+            (f[middle] == MYO).sum() / np.sqrt((f[middle] >= MYO).sum())
+            for f in (diastole, systole)
+        ]
         assert thickness[1] > thickness[0]
         assert (diastole[-1] > 0).sum() < 0.6 * (diastole[2] > 0).sum()
         background = (diastole == 0) & (systole == 0)
@@ -97,7 +108,9 @@ def test_photographs(phantom, shape):
         assert ndimage.label(mask)[1] == 1
         assert np.array_equal(ndimage.binary_fill_holes(mask), mask)
         shares.append(mask.mean())
-        ring = ndimage.binary_dilation(mask, iterations=6) & ~ndimage.binary_dilation(mask, iterations=2)
+        ring = ndimage.binary_dilation(mask, iterations=6) & ~ndimage.binary_dilation(
+            mask, iterations=2
+        )
         contrasts.append(np.abs(np.median(image[mask > 0], 0) - np.median(image[ring], 0)).max())
         assert image[..., 0].mean() > image[..., 2].mean()  # skin and mucosa are reddish
     assert min(shares) > 0.005 and max(shares) < 0.6
@@ -112,7 +125,9 @@ def demo(tmp_path, dataset, *arguments):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 DEMOS = {
@@ -127,7 +142,9 @@ DEMOS = {
 def test_demo_data_are_the_same_bytes_and_never_overwritten(tmp_path, dataset, capsys):
     first, second = (demo(tmp_path / place, dataset, *DEMOS[dataset]) for place in ("a", "b"))
     assert contents(first) == contents(second)
-    assert contents(first) != contents(demo(tmp_path / "c", dataset, *DEMOS[dataset], "--seed", "1"))
+    assert contents(first) != contents(
+        demo(tmp_path / "c", dataset, *DEMOS[dataset], "--seed", "1")
+    )
     capsys.readouterr()
     demo(tmp_path / "a", dataset, *DEMOS[dataset])
     assert "already there" in capsys.readouterr().out
@@ -153,9 +170,19 @@ def test_the_la_demo_loads(tmp_path):
     out = demo(tmp_path, "la", *DEMOS["la"])
     data = LADataset(str(out), str(out / "splits"), (16, 16, 12))
     splits = data.splits(1)
-    assert {key: len(cases) for key, cases in splits.items()} == {"labelled": 1, "unlabelled": 1, "val": 1, "test": 1}
+    assert {key: len(cases) for key, cases in splits.items()} == {
+        "labelled": 1,
+        "unlabelled": 1,
+        "val": 1,
+        "test": 1,
+    }
     data.prepare(splits)
-    assert data.weak(data.read(splits["labelled"][0]), np.random.default_rng(0))["image"].shape == (1, 16, 16, 12)
+    assert data.weak(data.read(splits["labelled"][0]), np.random.default_rng(0))["image"].shape == (
+        1,
+        16,
+        16,
+        12,
+    )
 
 
 @pytest.mark.parametrize("dataset,percent", [("isic2018", 20), ("kvasir", 10)])

@@ -1,4 +1,6 @@
-"""Data order as a function of (seed, draw): wherever it is entered, and however many processes load it."""
+"""Data order as a function of (seed, draw): wherever it is entered, and however many processes load
+it.
+"""
 
 from types import SimpleNamespace
 
@@ -17,9 +19,11 @@ def read(case):
     rng = np.random.default_rng(int(case.name[4:]))
     image = rng.normal(size=(2, 9, 8, 7)).astype(np.float32)
     return {
-        "image": image, "label": (image[:1] > 0.5).astype(np.uint8),
-        "foreground": np.flatnonzero(image[0] > 0.5), "background": np.flatnonzero(image[0] <= 0.5),
-    }  # fmt: skip
+        "image": image,
+        "label": (image[:1] > 0.5).astype(np.uint8),
+        "foreground": np.flatnonzero(image[0] > 0.5),
+        "background": np.flatnonzero(image[0] <= 0.5),
+    }
 
 
 def patch(sample, rng):
@@ -29,15 +33,20 @@ def patch(sample, rng):
 
 def load(start, stop, seed=0, workers=0, batch_size=2, crops=3):
     loader = DataLoader(
-        PatchDataset(CASES, read, patch, seed, crops), batch_size=batch_size, num_workers=workers, collate_fn=collate,
+        PatchDataset(CASES, read, patch, seed, crops),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
         sampler=DrawSampler(len(CASES), seed, start, stop),
-    )  # fmt: skip
+    )
     return list(loader)
 
 
 def equal(first, second):
     return len(first) == len(second) and all(
-        a["case"] == b["case"] and torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+        a["case"] == b["case"]
+        and torch.equal(a["image"], b["image"])
+        and torch.equal(a["label"], b["label"])
         for a, b in zip(first, second)
     )
 
@@ -64,10 +73,14 @@ def test_seeds_differ_and_a_finished_run_draws_nothing():
 def test_batches():
     batches = load(0, 6)
     assert len(batches) == 3
-    assert batches[0]["image"].shape == (6, 2, 4, 4, 4) and batches[0]["image"].dtype == torch.float32
+    assert (
+        batches[0]["image"].shape == (6, 2, 4, 4, 4) and batches[0]["image"].dtype == torch.float32
+    )
     assert batches[0]["label"].shape == (6, 1, 4, 4, 4) and batches[0]["label"].dtype == torch.uint8
     order = [CASES[index].name for _, index in DrawSampler(5, 0, 0, 6)]
-    assert [name for batch in batches for name in batch["case"]] == [name for name in order for _ in range(3)]
+    assert [name for batch in batches for name in batch["case"]] == [
+        name for name in order for _ in range(3)
+    ]
 
 
 def test_the_same_draws_give_the_same_batches():
@@ -100,7 +113,9 @@ def test_a_stream_is_a_function_of_seed_and_draw(stream):
     draws = list(DrawSampler(5, 3, 0, 20, stream))
     assert draws == list(DrawSampler(5, 3, 0, 20, stream=stream))
     assert list(DrawSampler(5, 3, 7, 20, stream)) == draws[7:]
-    assert all(sorted(index for _, index in draws[k : k + 5]) == [0, 1, 2, 3, 4] for k in range(0, 20, 5))
+    assert all(
+        sorted(index for _, index in draws[k : k + 5]) == [0, 1, 2, 3, 4] for k in range(0, 20, 5)
+    )
 
 
 def test_streams_of_one_seed_differ():
@@ -122,9 +137,13 @@ def test_the_first_stream_is_what_runs_without_streams_had():
 
 def test_order_and_patches_of_all_streams_draw_from_generators_of_their_own(monkeypatch):
     used, original, empty = [], np.random.default_rng, {"image": np.zeros(1)}
-    monkeypatch.setattr(np.random, "default_rng", lambda key: used.append(tuple(key)) or original(key))
+    monkeypatch.setattr(
+        np.random, "default_rng", lambda key: used.append(tuple(key)) or original(key)
+    )
     for stream in range(3):
-        data = PatchDataset(CASES, lambda case: None, lambda *_: empty, 0, keys=["image"], stream=stream)
+        data = PatchDataset(
+            CASES, lambda case: None, lambda *_: empty, 0, keys=["image"], stream=stream
+        )
         for draw, index in DrawSampler(1, 0, 0, 4, stream):
             data[draw, index]
     assert len(used) == 3 * (4 + 4) == len(set(used))
@@ -136,7 +155,9 @@ def views(sample, rng):
 
 
 def test_an_item_has_the_keys_that_were_asked_for():
-    data = PatchDataset(CASES, read, views, seed=0, crops=2, keys=("weak", "strong0", "label"), stream=1)
+    data = PatchDataset(
+        CASES, read, views, seed=0, crops=2, keys=("weak", "strong0", "label"), stream=1
+    )
     item = data[3, 1]
     assert list(item) == ["weak", "strong0", "label", "case"] and item["case"] == ["case1", "case1"]
     assert item["weak"].shape == (2, 2, 4, 4, 4) and torch.equal(item["strong0"], -item["weak"])
@@ -150,11 +171,19 @@ def test_an_item_has_the_keys_that_were_asked_for():
 @pytest.mark.filterwarnings("ignore:This process")
 def test_workers_change_nothing_in_a_stream_of_views():
     def batches(workers, start=0):
-        return list(DataLoader(
-            PatchDataset(CASES, read, views, 0, keys=("weak", "label"), stream=1), batch_size=2, collate_fn=collate,
-            sampler=DrawSampler(len(CASES), 0, start, 8, stream=1), num_workers=workers,
-        ))  # fmt: skip
+        return list(
+            DataLoader(
+                PatchDataset(CASES, read, views, 0, keys=("weak", "label"), stream=1),
+                batch_size=2,
+                collate_fn=collate,
+                sampler=DrawSampler(len(CASES), 0, start, 8, stream=1),
+                num_workers=workers,
+            )
+        )
 
     alone, two, resumed = batches(0), batches(2), batches(2, start=4)
-    assert all(a["case"] == b["case"] and torch.equal(a["weak"], b["weak"]) for a, b in zip(alone, two, strict=True))
+    assert all(
+        a["case"] == b["case"] and torch.equal(a["weak"], b["weak"])
+        for a, b in zip(alone, two, strict=True)
+    )
     assert all(torch.equal(a["weak"], b["weak"]) for a, b in zip(alone[2:], resumed, strict=True))

@@ -1,5 +1,6 @@
-"""Scans of other formats than NIfTI: the same voxels at the same places, and series that are not whole."""
-
+"""Scans of other formats than NIfTI: the same voxels at the same places, and series that are not
+whole.
+"""
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +14,8 @@ SHAPE = (7, 6, 5)
 
 
 def write_dicom(folder, voxels, affine, number=1, leave_out=(), intercept=0):
-    """A CT series of int16 voxels (H, W, D); file names do not follow the slices. -> series identifier
+    """A CT series of int16 voxels (H, W, D); file names do not follow the slices. -> series
+    identifier
 
     SimpleITK stores voxels - intercept, so that readers which rescale get the voxels back.
     """
@@ -31,12 +33,19 @@ def write_dicom(folder, voxels, affine, number=1, leave_out=(), intercept=0):
         image.SetSpacing(spacing[:2].tolist())
         place = lps[:3, 3] + direction[:, 2] * spacing[2] * k
         tags = {
-            "0008|0060": "CT", "0020|000e": identifier, "0020|000d": "1.2.826.0.1.3680043.2.1125.99",
-            "0008|0018": f"{identifier}.{k + 1}", "0020|0013": str(k + 1), "0018|0050": str(spacing[2]),
+            "0008|0060": "CT",
+            "0020|000e": identifier,
+            "0020|000d": "1.2.826.0.1.3680043.2.1125.99",
+            "0008|0018": f"{identifier}.{k + 1}",
+            "0020|0013": str(k + 1),
+            "0018|0050": str(spacing[2]),
             "0020|0032": "\\".join(f"{value:.6f}" for value in place),
-            "0020|0037": "\\".join(f"{value:.9f}" for value in (*direction[:, 0], *direction[:, 1])),
-            "0028|1052": str(intercept), "0028|1053": "1",
-        }  # fmt: skip
+            "0020|0037": "\\".join(
+                f"{value:.9f}" for value in (*direction[:, 0], *direction[:, 1])
+            ),
+            "0028|1052": str(intercept),
+            "0028|1053": "1",
+        }
         for tag, value in tags.items():
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{number}_{(k * 7) % 101}.dcm"))
@@ -80,7 +89,9 @@ def test_dicom_series(tmp_path, voxels, name):
 
 def test_series_with_a_gap_is_refused(tmp_path, voxels):
     write_dicom(tmp_path / "s", voxels, AFFINES["LPS"], leave_out=(2,))
-    with pytest.raises(DataError, match=r"slices of this DICOM series are 3\.000 to 6\.000 mm apart"):
+    with pytest.raises(
+        DataError, match=r"slices of this DICOM series are 3\.000 to 6\.000 mm apart"
+    ):
         read_volume(tmp_path / "s")
 
 

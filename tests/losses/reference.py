@@ -1,4 +1,6 @@
-"""What the tests of distillation losses share: random cases, slow float64 arithmetic, and checks of the contract."""
+"""What the tests of distillation losses share: random cases, slow float64 arithmetic, and checks of
+the contract.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,14 +32,19 @@ def make_case(
     student_taps: dict | None = None,
     teacher_taps: dict | None = None,
 ) -> Case:
-    """Random logits and features, all leaves that require a gradient; taps are {name: (channels, grid)}."""
+    """Random logits and features, all leaves that require a gradient; taps are {name: (channels,
+    grid)}.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def leaf(channels: int, grid: tuple[int, ...], scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(batch, channels, *grid, generator=rng)).requires_grad_()
 
     def output(taps: dict | None, scale: float) -> Output:
-        return Output(leaf(num_classes, spatial, scale), {name: leaf(*shape) for name, shape in (taps or {}).items()})
+        return Output(
+            leaf(num_classes, spatial, scale),
+            {name: leaf(*shape) for name, shape in (taps or {}).items()},
+        )
 
     student, teacher = output(student_taps, 1.5), output(teacher_taps, 2.5)
     if multilabel:
@@ -75,7 +82,9 @@ def as_arrays(output: Output) -> Output:
     def array(tensor: Tensor) -> np.ndarray:
         return tensor.detach().double().numpy()
 
-    return Output(array(output.logits), {name: array(value) for name, value in output.features.items()})
+    return Output(
+        array(output.logits), {name: array(value) for name, value in output.features.items()}
+    )
 
 
 # Slow float64 arithmetic on vectors, written out on purpose.
@@ -91,7 +100,9 @@ def sigmoid(x):
 
 
 def kl(q: np.ndarray, p: np.ndarray) -> float:
-    return float(sum(a * (np.log(a) - np.log(b)) for a, b in zip(np.ravel(q), np.ravel(p)) if a > 0))
+    return float(
+        sum(a * (np.log(a) - np.log(b)) for a, b in zip(np.ravel(q), np.ravel(p)) if a > 0)
+    )
 
 
 def binary_kl(q: float, p: float) -> float:
@@ -118,7 +129,9 @@ def nearest(array: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
 
 
 def check_values(module, case: Case, slow: Callable, rtol: float = 2e-5, entries: int = 5) -> None:
-    """Terms equal those of `slow(student, teacher, label)` on float64 arrays; gradients its central differences."""
+    """Terms equal those of `slow(student, teacher, label)` on float64 arrays; gradients its central
+    differences.
+    """
     student, teacher = as_arrays(case.student), as_arrays(case.teacher)
     label = case.label.numpy()
     expected = slow(student, teacher, label)
@@ -158,7 +171,9 @@ def check_teacher_constant(module, case: Case) -> None:
 
 
 def check_range(module, case: Case) -> None:
-    """Finite values and gradients in half precision and at extreme inputs; autocast changes nothing but rounding."""
+    """Finite values and gradients in half precision and at extreme inputs; autocast changes nothing
+    but rounding.
+    """
     changes = [
         lambda x: x.half(),
         lambda x: x.bfloat16(),
@@ -178,7 +193,9 @@ def check_range(module, case: Case) -> None:
 
 def check_finite(module, case: Case) -> None:
     terms = evaluate(module, case)
-    assert all(term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values()), terms
+    assert all(term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values()), (
+        terms
+    )
     sum(terms.values()).backward()
     for name, tensor in leaves(case.student).items():
         assert tensor.grad is None or torch.isfinite(tensor.grad).all(), name
@@ -197,7 +214,9 @@ def check_batch_invariance(module, case: Case) -> None:
 
 
 def check_doubling(make: Callable, case: Case, weights: dict[str, tuple[float, str]]) -> None:
-    """Doubling weight argument `key` from its default doubles the terms with its prefix and leaves the others."""
+    """Doubling weight argument `key` from its default doubles the terms with its prefix and leaves
+    the others.
+    """
     plain = evaluate(make(), case)
     for key, (default, prefix) in weights.items():
         doubled = evaluate(make(**{key: 2 * default}), case)

@@ -68,7 +68,8 @@ def test_shell_quirks():
     assert not counted[0, 3, 3, 3] and counted[0].sum() == 26
     assert not ignored[1, 3, 3, 3] and ignored[1].sum() == 26
     assert not counted[1, 3, 3, 3] and counted[1, 0, 0, 0] and counted[1, 2, 3, 3]
-    assert counted[2, 0].all() and counted[2, 1:3, 0].all()  # the patch's border counts as background,
+    # the patch's border counts as background,
+    assert counted[2, 0].all() and counted[2, 1:3, 0].all()
     assert not ignored[2, :3].any() and ignored[2, 3:5].all()  # or the class goes on beyond it
     assert counted[2, 3:5].all() and not counted[2, 5:].any()
 
@@ -86,8 +87,12 @@ def test_shells_of_more_classes_than_one_integer_holds(border):
 # Hard boundary
 
 
-def slow_hard(student, teacher, label, multilabel=False, reduction="mean", border="count", label_classes=None):
-    """The formula class by class: the mean over a shell of KL(teacher || student), or of squared differences."""
+def slow_hard(
+    student, teacher, label, multilabel=False, reduction="mean", border="count", label_classes=None
+):
+    """The formula class by class: the mean over a shell of KL(teacher || student), or of squared
+    differences.
+    """
     total, classes = 0.0, student.shape[1]
     for b in range(len(student)):
         for c in range(label_classes or classes):
@@ -105,7 +110,9 @@ def slow_hard(student, teacher, label, multilabel=False, reduction="mean", borde
 
 
 def blob_case(multilabel=False, spatial=(6, 5, 4), **arguments):
-    """A case whose label has blocks instead of noise, with one class absent from the second sample."""
+    """A case whose label has blocks instead of noise, with one class absent from the second
+    sample.
+    """
     case = ref.make_case(multilabel=multilabel, spatial=spatial, **arguments)
     label = torch.zeros_like(case.label)
     if multilabel:
@@ -126,7 +133,9 @@ def test_hard_boundary_equals_slow_loops(multilabel, spatial, arguments):
     if multilabel and "label_classes" in arguments:
         arguments = {}
     case = blob_case(multilabel, spatial)
-    value = hard_boundary_loss(case.student.logits, case.teacher.logits, case.label, multilabel, **arguments)
+    value = hard_boundary_loss(
+        case.student.logits, case.teacher.logits, case.label, multilabel, **arguments
+    )
     student, teacher = (ref.as_arrays(output).logits for output in (case.student, case.teacher))
     expected = slow_hard(student, teacher, case.label.numpy(), multilabel, **arguments)
     assert value.shape == () and expected > 0
@@ -146,15 +155,16 @@ def test_hard_boundary_equals_slow_loops(multilabel, spatial, arguments):
 
 
 def test_hard_boundary_hand_value():
-    # A line of two voxels, one of each class: both shells are the voxel across. KL((1/2, 1/2) || (1/4, 3/4)) at each.
+    # A line of two voxels, one of each class: both shells are the voxel across. KL((1/2, 1/2) ||
+    # (1/4, 3/4)) at each.
     student = torch.tensor([0.0, math.log(3)]).view(1, 2, 1, 1, 1).repeat(1, 1, 1, 1, 2)
     label = torch.tensor([0.0, 1.0]).view(1, 1, 1, 1, 2)
     divergence = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     value = hard_boundary_loss(student, torch.zeros_like(student), label)
     assert value.item() == pytest.approx(divergence)  # two shells, each divided by two classes
-    assert hard_boundary_loss(student, torch.zeros_like(student), label, reduction="voxel").item() == pytest.approx(
-        2 * divergence
-    )
+    assert hard_boundary_loss(
+        student, torch.zeros_like(student), label, reduction="voxel"
+    ).item() == pytest.approx(2 * divergence)
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -164,7 +174,9 @@ def test_hard_boundary_of_more_classes_than_one_integer_holds(multilabel):
         case.label[0] = 33  # one class only
     value = hard_boundary_loss(case.student.logits, case.teacher.logits, case.label, multilabel)
     student, teacher = (ref.as_arrays(output).logits for output in (case.student, case.teacher))
-    assert value.item() == pytest.approx(slow_hard(student, teacher, case.label.numpy(), multilabel), rel=2e-5)
+    assert value.item() == pytest.approx(
+        slow_hard(student, teacher, case.label.numpy(), multilabel), rel=2e-5
+    )
 
 
 def test_ids_outside_the_classes_have_no_shell():
@@ -180,14 +192,17 @@ def test_ids_outside_the_classes_have_no_shell():
 def test_hard_boundary_without_any_boundary_is_an_exact_zero_with_gradient(multilabel):
     case = blob_case(multilabel)
     label = torch.zeros_like(case.label)  # background everywhere; the patch's border is ignored
-    value = hard_boundary_loss(case.student.logits, case.teacher.logits, label, multilabel, border="ignore")
+    value = hard_boundary_loss(
+        case.student.logits, case.teacher.logits, label, multilabel, border="ignore"
+    )
     value.backward()
     assert value.item() == 0.0 and (case.student.logits.grad == 0).all()
 
 
 @pytest.mark.parametrize("place", [(0, 0, 0), (0, 0, 1)])
 def test_a_shell_that_is_only_the_first_voxel_counts(place):
-    # The released code skips a shell by the sum of its indices, so one that is only voxel 0 was lost there.
+    # The released code skips a shell by the sum of its indices, so one that is only voxel 0 was
+    # lost there.
     case = ref.make_case(num_classes=2, spatial=(1, 1, 2), batch=1)
     label = torch.zeros(1, 1, 1, 1, 2)
     label[(0, 0, *place)] = 1
@@ -206,14 +221,18 @@ def slow_field(mask):
 
 
 def slow_soft(student, teacher, multilabel=False, fixed=None):
-    """log(1 + mean (P - G)^2 (D(P > 0.5)^2 + D(G)^2)); `fixed` logits give P > 0.5, for difference quotients."""
+    """log(1 + mean (P - G)^2 (D(P > 0.5)^2 + D(G)^2)); `fixed` logits give P > 0.5, for difference
+    quotients.
+    """
     fixed, terms = student if fixed is None else fixed, []
     probs = ref.sigmoid(student) if multilabel else np.apply_along_axis(ref.softmax, 1, student)
     hard = (ref.sigmoid(fixed) if multilabel else np.apply_along_axis(ref.softmax, 1, fixed)) > 0.5
     for b in range(len(student)):
         for c in range(0 if multilabel else 1, student.shape[1]):
             target = ref.sigmoid(teacher[b, c]) >= 0.5 if multilabel else teacher[b].argmax(0) == c
-            terms.append((probs[b, c] - target) ** 2 * (slow_field(hard[b, c]) + slow_field(target)))
+            terms.append(
+                (probs[b, c] - target) ** 2 * (slow_field(hard[b, c]) + slow_field(target))
+            )
     return math.log(1 + np.mean(terms))
 
 
@@ -249,7 +268,9 @@ def test_soft_boundary_on_hard_predictions_equals_slow_reference(kind):
             label[0, 3, 2, 4], label[1, 6, 5, 4] = 2, 3
         elif kind == "border":
             label[0, :, 0], label[1, 5:] = 1, 3
-    teacher = 9.0 * torch.nn.functional.one_hot(label, 4).movedim(-1, 1) + torch.rand(shape, generator=rng)
+    teacher = 9.0 * torch.nn.functional.one_hot(label, 4).movedim(-1, 1) + torch.rand(
+        shape, generator=rng
+    )
     student = (teacher.roll(1, 4) + torch.randn(shape, generator=rng)).requires_grad_()
     value = soft_boundary_loss(student, teacher)
     expected = slow_soft(student.detach().double().numpy(), teacher.double().numpy())
@@ -263,7 +284,9 @@ def test_memory_does_not_grow():
     call_bytes = 4 * case.student.logits.numel()
 
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
     def call():
         hard = hard_boundary_loss(case.student.logits, case.teacher.logits, case.label)
@@ -279,20 +302,25 @@ def test_memory_does_not_grow():
 
 
 def test_soft_boundary_hand_value():
-    # Sigmoid 1/2 everywhere: the student's mask is empty, its field 0. Teacher: the right one of three voxels.
+    # Sigmoid 1/2 everywhere: the student's mask is empty, its field 0. Teacher: the right one of
+    # three voxels.
     teacher = torch.tensor([-9.0, -9.0, 9.0]).view(1, 1, 1, 1, 3)
     value = soft_boundary_loss(torch.zeros_like(teacher), teacher, multilabel=True)
     assert value.item() == pytest.approx(math.log(1 + 0.25 * (4 + 1 + 1) / 3))
     # The teacher counts from sigmoid 0.5 on: a logit of exactly 0 is foreground.
     teacher = torch.tensor([-9.0, -9.0, 0.0]).view(1, 1, 1, 1, 3)
-    assert soft_boundary_loss(torch.zeros_like(teacher), teacher, multilabel=True).item() == pytest.approx(value.item())
+    assert soft_boundary_loss(
+        torch.zeros_like(teacher), teacher, multilabel=True
+    ).item() == pytest.approx(value.item())
 
 
 def test_soft_boundary_leaves_the_background_channel_out():
     case = ref.make_case(num_classes=2, spatial=(4, 4, 4))
     value = soft_boundary_loss(case.student.logits, case.teacher.logits)
     student, teacher = case.student.logits, case.teacher.logits
-    as_region = soft_boundary_loss(student[:, 1:] - student[:, :1], teacher[:, 1:] - teacher[:, :1], multilabel=True)
+    as_region = soft_boundary_loss(
+        student[:, 1:] - student[:, :1], teacher[:, 1:] - teacher[:, :1], multilabel=True
+    )
     torch.testing.assert_close(value, as_region)  # two classes by softmax are one region by sigmoid
 
 
@@ -302,7 +330,9 @@ def test_boundary_terms_vanish_at_the_teacher(multilabel):
     sure = 50 * case.teacher.logits.detach().sign() + case.teacher.logits.detach()
     if not multilabel:
         sure = 60 * torch.nn.functional.one_hot(sure.argmax(1), 4).movedim(-1, 1).float()
-    assert hard_boundary_loss(sure, sure, case.label, multilabel).item() == pytest.approx(0.0, abs=1e-6)
+    assert hard_boundary_loss(sure, sure, case.label, multilabel).item() == pytest.approx(
+        0.0, abs=1e-6
+    )
     assert soft_boundary_loss(sure, sure, multilabel).item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -316,11 +346,16 @@ def slow_attention(state, feature):
         return np.clip((x + 3) / 6, 0, 1)
 
     w1, b1, w2, b2, w7, b7 = (
-        state[f"attn.{name}"] for name in (
-            "ch_attn.1.conv.weight", "ch_attn.1.conv.bias", "ch_attn.2.conv.weight", "ch_attn.2.conv.bias",
-            "sp_attn.conv.weight", "sp_attn.conv.bias",
+        state[f"attn.{name}"]
+        for name in (
+            "ch_attn.1.conv.weight",
+            "ch_attn.1.conv.bias",
+            "ch_attn.2.conv.weight",
+            "ch_attn.2.conv.bias",
+            "sp_attn.conv.weight",
+            "sp_attn.conv.bias",
         )
-    )  # fmt: skip
+    )
     attention = np.zeros_like(feature)
     for b, sample in enumerate(feature):
         pooled = sample.reshape(len(sample), -1).mean(1)
@@ -358,12 +393,16 @@ def randomised(channels, seed=3):
     torch.manual_seed(seed)
     module = AttentionCorrection(channels)
     for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+        torch.nn.init.normal_(
+            parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        )
     return module
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("grid", [(4, 4, 4), (8, 8, 8), (2, 2, 2), (6, 4, 3)], ids=["same", "up", "down", "uneven"])
+@pytest.mark.parametrize(
+    "grid", [(4, 4, 4), (8, 8, 8), (2, 2, 2), (6, 4, 3)], ids=["same", "up", "down", "uneven"]
+)
 def test_attention_correction_equals_slow_reference(grid, reduction):
     module = randomised(3)
     rng = torch.Generator().manual_seed(1)
@@ -383,7 +422,9 @@ def test_attention_correction_equals_slow_reference(grid, reduction):
             afd, cfd = slow_features(module, array, *targets, reduction)
             sums.append(afd + 2 * cfd)
         flat[index] = before
-        assert gradient.reshape(-1)[index].item() == pytest.approx((sums[0] - sums[1]) / (2 * step), abs=5e-4 * scale)
+        assert gradient.reshape(-1)[index].item() == pytest.approx(
+            (sums[0] - sums[1]) / (2 * step), abs=5e-4 * scale
+        )
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4, 9), (1, 1, 2, 3, 1), (2, 1, 8, 8, 8)])
@@ -396,7 +437,9 @@ def test_gradients_of_the_one_channel_convolution(shape, size):
     expected = torch.nn.functional.conv3d(image, kernel, padding=size // 2)
     found = acf_bckd._OneChannelConv.apply(image, kernel)
     torch.testing.assert_close(found, expected)
-    for ours, theirs in zip(*(torch.autograd.grad((y * slope).sum(), [image, kernel]) for y in (found, expected))):
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y * slope).sum(), [image, kernel]) for y in (found, expected))
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -405,18 +448,25 @@ def test_parameter_names_and_counts(channels, count):
     kd = ACFBCKD({"acf": channels}, {"residual": 64, "corrected": 64}, 4)
     shapes = {name: tuple(parameter.shape) for name, parameter in kd.features.named_parameters()}
     assert shapes == {
-        "attn.ch_attn.1.conv.weight": (8, channels, 1, 1, 1), "attn.ch_attn.1.conv.bias": (8,),
-        "attn.ch_attn.2.conv.weight": (channels, 8, 1, 1, 1), "attn.ch_attn.2.conv.bias": (channels,),
-        "attn.sp_attn.conv.weight": (1, 1, 7, 7, 7), "attn.sp_attn.conv.bias": (1,),
-        "convertor2.weight": (channels, channels, 1, 1, 1), "convertor2.bias": (channels,),
-    }  # fmt: skip
+        "attn.ch_attn.1.conv.weight": (8, channels, 1, 1, 1),
+        "attn.ch_attn.1.conv.bias": (8,),
+        "attn.ch_attn.2.conv.weight": (channels, 8, 1, 1, 1),
+        "attn.ch_attn.2.conv.bias": (channels,),
+        "attn.sp_attn.conv.weight": (1, 1, 7, 7, 7),
+        "attn.sp_attn.conv.bias": (1,),
+        "convertor2.weight": (channels, channels, 1, 1, 1),
+        "convertor2.bias": (channels,),
+    }
     assert sum(parameter.numel() for parameter in kd.parameters()) == count
-    assert all((parameter == 0).all() for name, parameter in kd.named_parameters() if name.endswith("bias"))
+    assert all(
+        (parameter == 0).all() for name, parameter in kd.named_parameters() if name.endswith("bias")
+    )
 
 
 def test_a_saturated_gate_leaves_cfd_without_gradient():
-    """With the spatial gate at 1 everywhere CFD compares a constant map: a fixed value, no gradient to the student.
-    AFD goes on. At high learning rates the gate gets there within a hundred steps."""
+    """With the spatial gate at 1 everywhere CFD compares a constant map: a fixed value, no gradient
+    to the student. AFD goes on. At high learning rates the gate gets there within a hundred steps.
+    """
     torch.manual_seed(0)
     module = AttentionCorrection(8)
     feature = torch.randn(2, 8, 4, 5, 6, requires_grad=True)
@@ -424,7 +474,10 @@ def test_a_saturated_gate_leaves_cfd_without_gradient():
     for bias, stuck in ((0.0, False), (30.0, True)):
         torch.nn.init.constant_(module.attn.sp_attn.conv.bias, bias)
         afd, cfd = module(feature, teacher, correction)
-        sizes = [torch.autograd.grad(term, feature, retain_graph=True)[0].norm().item() for term in (afd, cfd)]
+        sizes = [
+            torch.autograd.grad(term, feature, retain_graph=True)[0].norm().item()
+            for term in (afd, cfd)
+        ]
         assert sizes[0] > 1e-6
         assert (sizes[1] < 1e-3 * sizes[0]) == stuck
     constant = slow_distance(np.ones((2, 1, 4, 5, 6)), correction.double().numpy())
@@ -435,10 +488,14 @@ def test_initialisation_is_kaiming_normal_fan_out():
     torch.manual_seed(0)
     module = AttentionCorrection(64)
     assert module.convertor2.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.05)
-    assert module.attn.sp_attn.conv.weight.std().item() == pytest.approx(math.sqrt(2 / 343), rel=0.15)
+    assert module.attn.sp_attn.conv.weight.std().item() == pytest.approx(
+        math.sqrt(2 / 343), rel=0.15
+    )
 
 
-@pytest.mark.parametrize("channels, hidden", [(8, 8), (16, 8), (32, 8), (128, 8), (176, 16), (192, 16), (320, 24)])
+@pytest.mark.parametrize(
+    "channels, hidden", [(8, 8), (16, 8), (32, 8), (128, 8), (176, 16), (192, 16), (320, 24)]
+)
 def test_hidden_channels(channels, hidden):
     assert hidden_channels(channels) == hidden
 
@@ -448,7 +505,12 @@ def test_hidden_channels(channels, hidden):
 
 @pytest.mark.parametrize(
     "epochs, floor, gamma, last",
-    [(1000, 0.001, 0.001, 0.001), (1000, 0.5, 0.0005, 0.5005), (300, 0.5, 0.0015, 0.5515), (50, 0.5, 0.01, 0.51)],
+    [
+        (1000, 0.001, 0.001, 0.001),
+        (1000, 0.5, 0.0005, 0.5005),
+        (300, 0.5, 0.0015, 0.5515),
+        (50, 0.5, 0.01, 0.51),
+    ],
 )
 def test_schedule_at_epoch_starts_is_the_published_one(epochs, floor, gamma, last):
     weight, weights = 1.0, []
@@ -461,7 +523,10 @@ def test_schedule_at_epoch_starts_is_the_published_one(epochs, floor, gamma, las
 
 
 def test_schedule_floor():
-    assert hard_boundary_weight(1.0) == 0.001 and hard_boundary_weight(0.9, floor=0.3, decay=1.0) == 0.3
+    assert (
+        hard_boundary_weight(1.0) == 0.001
+        and hard_boundary_weight(0.9, floor=0.3, decay=1.0) == 0.3
+    )
 
 
 # The module
@@ -473,7 +538,9 @@ def make(**arguments):
 
 
 def make_module_case(multilabel=False, **arguments):
-    return blob_case(multilabel, spatial=(8, 8, 8), student_taps=STUDENT, teacher_taps=TEACHER, **arguments)
+    return blob_case(
+        multilabel, spatial=(8, 8, 8), student_taps=STUDENT, teacher_taps=TEACHER, **arguments
+    )
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -483,14 +550,18 @@ def test_terms_are_the_weighted_losses(multilabel):
     terms = kd(case.student, case.teacher, case.label, 0.6)
     student, teacher = ref.as_arrays(case.student), ref.as_arrays(case.teacher)
     afd, cfd = slow_features(
-        kd.features, student.features["acf"], teacher.features["corrected"], teacher.features["residual"]
+        kd.features,
+        student.features["acf"],
+        teacher.features["corrected"],
+        teacher.features["residual"],
     )
     label = case.label.numpy()
     expected = {
-        "afd": 3 * afd, "cfd": 5 * cfd,
+        "afd": 3 * afd,
+        "cfd": 5 * cfd,
         "hbd": 2 * 0.7 * slow_hard(student.logits, teacher.logits, label, multilabel),
         "sbd": 7 * 0.3 * slow_soft(student.logits, teacher.logits, multilabel),
-    }  # fmt: skip
+    }
     assert tuple(terms) == TERMS
     for name, term in terms.items():
         assert term.shape == () and term.dtype == torch.float32
@@ -510,7 +581,12 @@ def test_every_parameter_gets_gradient():
 
 
 def test_doubling_a_weight_doubles_its_term():
-    weights = {"afd": (25000.0, "afd"), "cfd": (25000.0, "cfd"), "hbd": (1.0, "hbd"), "sbd": (1.0, "sbd")}
+    weights = {
+        "afd": (25000.0, "afd"),
+        "cfd": (25000.0, "cfd"),
+        "hbd": (1.0, "hbd"),
+        "sbd": (1.0, "sbd"),
+    }
     ref.check_doubling(make, make_module_case(), weights)
 
 
@@ -523,7 +599,9 @@ def test_batch_of_copies():
 
     once, twice = take(1), take(2)
     for name in TERMS:  # the hard boundary term is a sum over samples, the others are means
-        torch.testing.assert_close(twice[name], (2 if name == "hbd" else 1) * once[name], rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(
+            twice[name], (2 if name == "hbd" else 1) * once[name], rtol=2e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -580,7 +658,12 @@ def test_preset_and_source_choose_the_correction(preset, hooked, source, tap):
     case = blob_case(spatial=(8, 8, 8), student_taps=STUDENT, teacher_taps=maps)
     torch.manual_seed(5)
     kd = build_kd(
-        "acf_bckd", ref.channels(STUDENT), ref.channels(maps), 4, preset=preset, correction_source=source
+        "acf_bckd",
+        ref.channels(STUDENT),
+        ref.channels(maps),
+        4,
+        preset=preset,
+        correction_source=source,
     )
     plain = ref.evaluate(kd, case)
     for name in maps:
@@ -592,7 +675,9 @@ def test_preset_and_source_choose_the_correction(preset, hooked, source, tap):
 def test_missing_taps_are_errors_at_construction():
     with pytest.raises(ValueError, match="acf of the student"):
         ACFBCKD({"stage1": 8}, ref.channels(TEACHER), 4)
-    with pytest.raises(ValueError, match=r"acf_bckd needs the tap residual of the teacher.*corrected"):
+    with pytest.raises(
+        ValueError, match=r"acf_bckd needs the tap residual of the teacher.*corrected"
+    ):
         ACFBCKD({"acf": 8}, {"corrected": 8}, 4)
     with pytest.raises(ValueError, match="corrected"):
         ACFBCKD({"acf": 8}, {"residual": 8}, 4)
@@ -602,9 +687,13 @@ def test_without_the_feature_terms_no_tap_is_needed():
     kd = ACFBCKD({}, {}, 4, afd=0.0, cfd=0.0)
     assert list(kd.parameters()) == []
     case = blob_case()
-    student, teacher = (SimpleNamespace(logits=output.logits) for output in (case.student, case.teacher))
+    student, teacher = (
+        SimpleNamespace(logits=output.logits) for output in (case.student, case.teacher)
+    )
     terms = kd(student, teacher, case.label, 0.5)
-    assert terms["afd"].item() == terms["cfd"].item() == 0.0 and terms["hbd"] > 0 and terms["sbd"] > 0
+    assert (
+        terms["afd"].item() == terms["cfd"].item() == 0.0 and terms["hbd"] > 0 and terms["sbd"] > 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -626,7 +715,9 @@ def test_build_kd_errors():
     channels = ref.channels(STUDENT), ref.channels(TEACHER), 4
     with pytest.raises(ValueError, match=r"unknown method 'acf'; choose from .*acf_bckd"):
         build_kd("acf", *channels)
-    with pytest.raises(ValueError, match="unknown preset 'released'; choose from clean, as_released"):
+    with pytest.raises(
+        ValueError, match="unknown preset 'released'; choose from clean, as_released"
+    ):
         build_kd("acf_bckd", *channels, preset="released")
     with pytest.raises(ValueError, match="no argument temperature; it takes afd, cfd"):
         build_kd("acf_bckd", *channels, temperature=2.0)
@@ -639,11 +730,17 @@ def test_build_kd_errors():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_finite_in_half_precision(dtype, multilabel):
     case = make_module_case(multilabel)
-    for change in (lambda x: x.to(dtype), lambda x: (1e4 * x.sign()).to(dtype), lambda x: 0 * x.to(dtype)):
+    for change in (
+        lambda x: x.to(dtype),
+        lambda x: (1e4 * x.sign()).to(dtype),
+        lambda x: 0 * x.to(dtype),
+    ):
         changed = ref.apply(case, change)
         with torch.autocast("cpu", dtype=dtype):
             terms = ref.evaluate(make(multilabel=multilabel), changed)
-        assert all(term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values()), terms
+        assert all(
+            term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values()
+        ), terms
         sum(terms.values()).backward()
         for name, tensor in ref.leaves(changed.student).items():
             assert torch.isfinite(tensor.grad).all(), name
@@ -657,15 +754,23 @@ def test_boundary_terms_are_float32_under_autocast(dtype, multilabel):
     hard = hard_boundary_loss(*inputs, case.label, multilabel)
     soft = soft_boundary_loss(*inputs, multilabel)
     with torch.autocast("cpu", dtype=dtype):
-        torch.testing.assert_close(hard_boundary_loss(*inputs, case.label, multilabel), hard, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(soft_boundary_loss(*inputs, multilabel), soft, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            hard_boundary_loss(*inputs, case.label, multilabel), hard, rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(
+            soft_boundary_loss(*inputs, multilabel), soft, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
 def test_labels_may_be_of_any_type(dtype):
     case = blob_case()
     inputs = case.student.logits, case.teacher.logits
-    assert hard_boundary_loss(*inputs, case.label.to(dtype)) == hard_boundary_loss(*inputs, case.label)
+    assert hard_boundary_loss(*inputs, case.label.to(dtype)) == hard_boundary_loss(
+        *inputs, case.label
+    )
     case = blob_case(True)
     inputs = case.student.logits, case.teacher.logits
-    assert hard_boundary_loss(*inputs, case.label.to(dtype), True) == hard_boundary_loss(*inputs, case.label, True)
+    assert hard_boundary_loss(*inputs, case.label.to(dtype), True) == hard_boundary_loss(
+        *inputs, case.label, True
+    )

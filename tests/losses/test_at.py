@@ -5,21 +5,36 @@ import torch
 from losses.at import AT
 from tests.losses import reference as ref
 
-STUDENT = {"stage1": (3, (4, 4, 2)), "stage2": (5, (2, 2, 1)), "stage4": (2, (4, 2, 2)), "decoder": (3, (4, 4, 2))}
-TEACHER = {"stage1": (4, (8, 8, 4)), "stage2": (5, (2, 2, 1)), "stage7": (2, (4, 4, 2)), "decoder": (6, (4, 4, 2))}
+STUDENT = {
+    "stage1": (3, (4, 4, 2)),
+    "stage2": (5, (2, 2, 1)),
+    "stage4": (2, (4, 2, 2)),
+    "decoder": (3, (4, 4, 2)),
+}
+TEACHER = {
+    "stage1": (4, (8, 8, 4)),
+    "stage2": (5, (2, 2, 1)),
+    "stage7": (2, (4, 4, 2)),
+    "decoder": (6, (4, 4, 2)),
+}
 FLAT = {"stage3": (3, (5, 4))}, {"stage3": (2, (10, 8))}
 
 
 def slow_at(taps, weight=200.0, reduction="mean"):
     def unit_map(feature):
-        energy = np.array([np.mean(vector**2) for _, _, vector in ref.columns(feature)]).reshape(len(feature), -1)
+        energy = np.array([np.mean(vector**2) for _, _, vector in ref.columns(feature)]).reshape(
+            len(feature), -1
+        )
         return [row / np.sqrt(np.sum(row**2)) for row in energy]
 
     def slow(student, teacher, label):
         total = 0.0
         for tap in taps:
             grid = student.features[tap].shape[2:]
-            ours, theirs = unit_map(student.features[tap]), unit_map(ref.nearest(teacher.features[tap], grid))
+            ours, theirs = (
+                unit_map(student.features[tap]),
+                unit_map(ref.nearest(teacher.features[tap], grid)),
+            )
             for a, b in zip(ours, theirs):
                 total += np.sum((a - b) ** 2) / len(ours) / (a.size if reduction == "mean" else 1)
         return {"at": weight * total}
@@ -70,7 +85,9 @@ def test_hand_value():
     # Energies (1, 0) and (0, 1): squared distance 2 over 2 voxels.
     student, teacher = torch.tensor([[[[1.0], [0.0]]]]), torch.tensor([[[[0.0], [5.0]]]])
     module = AT({"stage1": 1}, {"stage1": 1}, 2, weight=7.0)
-    case = ref.Case(ref.Output(None, {"stage1": student}), ref.Output(None, {"stage1": teacher}), None)
+    case = ref.Case(
+        ref.Output(None, {"stage1": student}), ref.Output(None, {"stage1": teacher}), None
+    )
     assert ref.evaluate(module, case)["at"].item() == pytest.approx(7.0)
 
 

@@ -6,7 +6,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import cirkd
-from losses.cirkd import CIRKD, Memory, default_pool, own_similarity_kl, pair_kl, pooled_vectors, similarity_kl
+from losses.cirkd import (
+    CIRKD,
+    Memory,
+    default_pool,
+    own_similarity_kl,
+    pair_kl,
+    pooled_vectors,
+    similarity_kl,
+)
 from losses.kd import unit_vectors
 from tests.losses import reference as ref
 
@@ -14,20 +22,32 @@ TAP = "penultimate"
 STUDENT, TEACHER = {TAP: (3, (5, 4, 2))}, {TAP: (4, (5, 4, 2))}
 LARGE = {TAP: (4, (10, 8, 4))}
 FLAT = {TAP: (3, (5, 6))}, {TAP: (4, (10, 3))}
-SMALL = {"pixel_contrast": 5, "region_contrast": 4, "pixel_queue": 12, "region_queue": 7, "pixels_per_class": 3}
+SMALL = {
+    "pixel_contrast": 5,
+    "region_contrast": 4,
+    "pixel_queue": 12,
+    "region_queue": 7,
+    "pixels_per_class": 3,
+}
 
 
 def make(student=STUDENT, teacher=TEACHER, num_classes=3, seed=0, **arguments):
     torch.manual_seed(seed)
-    return CIRKD(ref.channels(student), ref.channels(teacher), num_classes, **{**SMALL, **arguments})
+    return CIRKD(
+        ref.channels(student), ref.channels(teacher), num_classes, **{**SMALL, **arguments}
+    )
 
 
 def example(multilabel=False, student=STUDENT, teacher=TEACHER, spatial=(6, 4, 2), **arguments):
-    return ref.make_case(3, spatial, multilabel, student_taps=student, teacher_taps=teacher, **arguments)
+    return ref.make_case(
+        3, spatial, multilabel, student_taps=student, teacher_taps=teacher, **arguments
+    )
 
 
 class Seeded(torch.nn.Module):
-    """The module in eval mode with the same draws at each call, so that two calls can be compared."""
+    """The module in eval mode with the same draws at each call, so that two calls can be
+    compared.
+    """
 
     def __init__(self, module):
         super().__init__()
@@ -43,7 +63,9 @@ def unit(vector):
 
 
 def slow_pool(feature):
-    """(B, C, *spatial) -> list of samples, each a list of unit vectors, one per window of 2 (partial windows kept)."""
+    """(B, C, *spatial) -> list of samples, each a list of unit vectors, one per window of 2
+    (partial windows kept).
+    """
     corners = [range(0, size, 2) for size in feature.shape[2:]]
     samples = []
     for sample in feature:
@@ -81,22 +103,35 @@ def slow_queue(state, name, row, vectors):
             queue[row, queue.shape[1] - len(vectors) + vector_index] = vector
         else:
             queue[row, int(pointer[row]) + vector_index] = vector
-    pointer[row] = 0 if pointer[row] + len(vectors) >= queue.shape[1] else pointer[row] + len(vectors)
+    pointer[row] = (
+        0 if pointer[row] + len(vectors) >= queue.shape[1] else pointer[row] + len(vectors)
+    )
 
 
 def slow_cirkd(before, legacy=False, multilabel=False, pairs="own", after=None):
-    """The formulas with every random permutation of n replaced by n - 1 .. 0; `after` receives the new queues."""
+    """The formulas with every random permutation of n replaced by n - 1 .. 0; `after` receives the
+    new queues.
+    """
 
     def slow(student, teacher, label):
         state = {name: value.copy() for name, value in before.items()}
         grid = student.features[TAP].shape[2:]
         raw = slow_pool(student.features[TAP])
         ours = [[unit(v) for v in sample] for sample in raw]
-        theirs = [[unit(v) for v in sample] for sample in slow_pool(ref.nearest(teacher.features[TAP], grid))]
+        theirs = [
+            [unit(v) for v in sample]
+            for sample in slow_pool(ref.nearest(teacher.features[TAP], grid))
+        ]
         batch = range(len(ours))
-        couples = {"own": [(i, i) for i in batch], "all": [(i, j) for i in batch for j in batch], "first": [(0, 0)]}
+        couples = {
+            "own": [(i, i) for i in batch],
+            "all": [(i, j) for i in batch for j in batch],
+            "first": [(0, 0)],
+        }
         terms = {
-            "cirkd_pair": np.mean([slow_rows(ours[i], ours[j], theirs[i], theirs[j], 1.0) for i, j in couples[pairs]])
+            "cirkd_pair": np.mean(
+                [slow_rows(ours[i], ours[j], theirs[i], theirs[j], 1.0) for i, j in couples[pairs]]
+            )
         }
         kd = []
         for (_, _, s), (_, _, t) in zip(ref.columns(student.logits), ref.columns(teacher.logits)):
@@ -115,7 +150,9 @@ def slow_cirkd(before, legacy=False, multilabel=False, pairs="own", after=None):
                     if inside.any():
                         members[b, k if multilabel or legacy else k - 1] = np.flatnonzero(inside)
             for (b, row), voxels in members.items():
-                slow_queue(state, "regions", row, [unit(np.mean([theirs[b][v] for v in voxels], axis=0))])
+                slow_queue(
+                    state, "regions", row, [unit(np.mean([theirs[b][v] for v in voxels], axis=0))]
+                )
                 chosen = list(range(len(voxels)))[::-1][: SMALL["pixels_per_class"]]
                 chosen = chosen if legacy else [voxels[i] for i in chosen]
                 slow_queue(state, "pixels", row, [theirs[b][v] for v in chosen])
@@ -123,9 +160,14 @@ def slow_cirkd(before, legacy=False, multilabel=False, pairs="own", after=None):
                 after.update(state)
             projected = slow_head(raw, before)
             anchors = sorted({(b, v) for (b, _), voxels in members.items() for v in voxels})
-            for name, count in (("pixel", SMALL["pixel_contrast"]), ("region", SMALL["region_contrast"])):
+            for name, count in (
+                ("pixel", SMALL["pixel_contrast"]),
+                ("region", SMALL["region_contrast"]),
+            ):
                 queue = state[f"{name}s.queue"]
-                contrast = [row[slot] for row in queue for slot in range(queue.shape[1])[::-1][:count]]
+                contrast = [
+                    row[slot] for row in queue for slot in range(queue.shape[1])[::-1][:count]
+                ]
                 rows = [projected[b][v] for b, v in anchors], [theirs[b][v] for b, v in anchors]
                 terms[f"cirkd_{name}"] = 0.1 * slow_rows(rows[0], contrast, rows[1], contrast, 0.1)
         terms["cirkd_kd"] = np.mean(kd)
@@ -135,7 +177,11 @@ def slow_cirkd(before, legacy=False, multilabel=False, pairs="own", after=None):
 
 
 def state_of(module):
-    return {name: value.double().numpy().copy() for name, value in module.state_dict().items() if "norm" not in name}
+    return {
+        name: value.double().numpy().copy()
+        for name, value in module.state_dict().items()
+        if "norm" not in name
+    }
 
 
 SETTINGS = [
@@ -143,7 +189,10 @@ SETTINGS = [
     ({"pairs": "all"}, {"pairs": "all"}),
     ({"preset": "as_released"}, {"legacy": True, "pairs": "first"}),
     ({"multilabel": True}, {"multilabel": True}),
-    ({"multilabel": True, "preset": "as_released"}, {"legacy": True, "multilabel": True, "pairs": "all"}),
+    (
+        {"multilabel": True, "preset": "as_released"},
+        {"legacy": True, "multilabel": True, "pairs": "all"},
+    ),
 ]
 
 
@@ -183,7 +232,9 @@ def test_contract(arguments, meaning):
     ref.check_teacher_constant(build(), case)
     ref.check_range(build(), case)
     weights = {"pair": 1.0, "pixel": 0.1, "region": 0.1, "kd": 1.0}
-    ref.check_doubling(build, case, {f"{key}_weight": (value, f"cirkd_{key}") for key, value in weights.items()})
+    ref.check_doubling(
+        build, case, {f"{key}_weight": (value, f"cirkd_{key}") for key, value in weights.items()}
+    )
     ref.check_batch_invariance(build(), case)
 
 
@@ -195,7 +246,10 @@ def test_zero_at_the_teacher_except_for_the_projected_terms():
 
 
 def test_a_weight_of_0_leaves_its_term_out():
-    assert set(ref.evaluate(make(pair_weight=0, region_weight=0), example())) == {"cirkd_pixel", "cirkd_kd"}
+    assert set(ref.evaluate(make(pair_weight=0, region_weight=0), example())) == {
+        "cirkd_pixel",
+        "cirkd_kd",
+    }
     without = make(pixel_weight=0, region_weight=0)
     assert without.state_dict() == {}
     assert set(ref.evaluate(without, example())) == {"cirkd_pair", "cirkd_kd"}
@@ -209,7 +263,9 @@ def test_without_anchors_the_memory_terms_are_exactly_0_and_train_nothing(preset
     terms = ref.evaluate(module, case._replace(label=torch.zeros_like(case.label)))
     assert terms["cirkd_pixel"].item() == 0.0 and terms["cirkd_region"].item() == 0.0
     (terms["cirkd_pixel"] + terms["cirkd_region"]).backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters()
+    )
     for name, value in state_of(module).items():
         np.testing.assert_array_equal(value, before[name])
 
@@ -240,7 +296,10 @@ def test_queues_are_saved_and_resuming_is_exact():
     cases = [example(seed=seed) for seed in range(3)]
     module = make()
     ref.evaluate(module, cases[0])
-    saved, rng = {name: value.clone() for name, value in module.state_dict().items()}, torch.get_rng_state()
+    saved, rng = (
+        {name: value.clone() for name, value in module.state_dict().items()},
+        torch.get_rng_state(),
+    )
     assert {"pixels.queue", "pixels.pointer", "regions.queue", "regions.pointer"} <= saved.keys()
     straight = [ref.evaluate(module, case) for case in cases[1:]]
 
@@ -300,23 +359,42 @@ def test_pushing_some_of_all_classes_is_pushing_them_one_by_one():
     one, all_at_once = Memory(4, 7, 2), Memory(4, 7, 2)
     all_at_once.load_state_dict(one.state_dict())
     for _ in range(30):
-        vectors, counts = torch.randn(3, 5, 2, generator=rng), torch.randint(0, 6, (3,), generator=rng)
+        vectors, counts = (
+            torch.randn(3, 5, 2, generator=rng),
+            torch.randint(0, 6, (3,), generator=rng),
+        )
         for k, count in enumerate(counts.tolist()):
             if count:
                 one.push(1 + k, vectors[k, :count])
         all_at_once.push_some(1, vectors, counts)
-        assert torch.equal(all_at_once.queue, one.queue) and torch.equal(all_at_once.pointer, one.pointer)
+        assert torch.equal(all_at_once.queue, one.queue) and torch.equal(
+            all_at_once.pointer, one.pointer
+        )
 
 
 @pytest.mark.parametrize("arguments, meaning", SETTINGS[:4])
 @pytest.mark.parametrize("classes", [(0, 1, 2), (0, 2), (0,)])
-def test_fixed_shapes_change_nothing_where_nothing_is_left_to_chance(arguments, meaning, classes, monkeypatch):
-    """The form for GPUs: all voxels of a class are queued, all slots are drawn, so that only their order differs."""
-    sizes = {"pixel_queue": 30, "pixel_contrast": 30, "region_queue": 7, "region_contrast": 7, "pixels_per_class": 10}
+def test_fixed_shapes_change_nothing_where_nothing_is_left_to_chance(
+    arguments, meaning, classes, monkeypatch
+):
+    """The form for GPUs: all voxels of a class are queued, all slots are drawn, so that only their
+    order differs.
+    """
+    sizes = {
+        "pixel_queue": 30,
+        "pixel_contrast": 30,
+        "region_queue": 7,
+        "region_contrast": 7,
+        "pixels_per_class": 10,
+    }
     multilabel = arguments.get("multilabel", False)
     case = example(multilabel, teacher=LARGE)
     kept = torch.isin(torch.arange(3), torch.tensor(classes[1:] if multilabel else classes))
-    label = case.label * kept.view(1, 3, 1, 1, 1) if multilabel else case.label * kept[case.label.long()]
+    label = (
+        case.label * kept.view(1, 3, 1, 1, 1)
+        if multilabel
+        else case.label * kept[case.label.long()]
+    )
     case = case._replace(label=label.to(case.label.dtype))
     found = []
     for host in (True, False):
@@ -359,7 +437,8 @@ def test_fixed_shapes_draw_every_voxel_of_a_class_equally_often(preset):
         seen[drawn] += 1
     expected = torch.zeros(12)
     expected[members[0, 0].nonzero()[:, 0] if preset == "clean" else slice(5)] = 600
-    assert (seen - expected).abs().max() < 80 and not seen[expected == 0].any()  # five standard deviations
+    # five standard deviations
+    assert (seen - expected).abs().max() < 80 and not seen[expected == 0].any()
 
 
 def test_similarity_kl_of_rows_with_weights_is_that_of_the_rows_that_have_one():
@@ -381,7 +460,8 @@ def test_similarity_kl_of_rows_with_weights_is_that_of_the_rows_that_have_one():
 def test_similarity_kl_equals_autograd_for_any_chunk():
     rng = torch.Generator().manual_seed(0)
     rows, columns, teacher_rows, teacher_columns = (
-        torch.randn(n, c, generator=rng).requires_grad_() for n, c in ((10, 3), (7, 3), (10, 5), (7, 5))
+        torch.randn(n, c, generator=rng).requires_grad_()
+        for n, c in ((10, 3), (7, 3), (10, 5), (7, 5))
     )
     log_p = (rows @ columns.T / 0.5).log_softmax(1)
     q = (teacher_rows @ teacher_columns.T / 0.5).softmax(1).detach()
@@ -413,7 +493,9 @@ def test_no_tensor_is_larger_than_a_strip():
 
 @pytest.mark.slow
 def test_pairs_of_a_training_patch_in_one_pass():
-    """13,824 nodes, as from a 96^3 patch with features on 48^3; the loss is blind to the scale of a feature."""
+    """13,824 nodes, as from a 96^3 patch with features on 48^3; the loss is blind to the scale of a
+    feature.
+    """
     rng = torch.Generator().manual_seed(0)
     student = torch.randn(1, 8, 48, 48, 48, generator=rng).requires_grad_()
     teacher = unit_vectors(pooled_vectors(torch.randn(1, 16, 48, 48, 48, generator=rng)), 2)
@@ -428,7 +510,13 @@ def test_bad_arguments():
         CIRKD({"decoder": 2}, {TAP: 2}, 4)
     with pytest.raises(ValueError, match="penultimate of the teacher"):
         CIRKD({TAP: 2}, {}, 4)
-    for bad in ({"preset": "other"}, {"pairs": "some"}, {"temperature": 0}, {"chunk": 0}, {"pool": 0}):
+    for bad in (
+        {"preset": "other"},
+        {"pairs": "some"},
+        {"temperature": 0},
+        {"chunk": 0},
+        {"pool": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             make(**bad)
     with pytest.raises(ValueError, match="must hold at least"):
@@ -437,7 +525,9 @@ def test_bad_arguments():
         ref.evaluate(make(multilabel=True), example())
 
 
-@pytest.mark.parametrize("grid, expected", [((48, 48, 48), 2), ((96, 96, 96), 4), ((10, 8), 2), ((96, 96, 48), 4)])
+@pytest.mark.parametrize(
+    "grid, expected", [((48, 48, 48), 2), ((96, 96, 96), 4), ((10, 8), 2), ((96, 96, 48), 4)]
+)
 def test_default_pool_keeps_at_most_24_nodes_per_axis(grid, expected):
     assert default_pool(torch.Size(grid)) == expected
 
@@ -451,8 +541,10 @@ def test_own_similarity_kl_is_similarity_kl_of_a_matrix_with_itself(temperature,
     student.requires_grad_()
     teacher = unit_vectors(torch.randn(23, 3, generator=rng), 1)
     found = []
-    for loss in (similarity_kl(student, student, teacher, teacher, temperature),
-                 own_similarity_kl(student, teacher, temperature, chunk)):  # fmt: skip
+    for loss in (
+        similarity_kl(student, student, teacher, teacher, temperature),
+        own_similarity_kl(student, teacher, temperature, chunk),
+    ):
         found.append((loss.detach(), *torch.autograd.grad(3 * loss, student)))
     for expected, ours in zip(*found):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

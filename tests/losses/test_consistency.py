@@ -45,17 +45,24 @@ def slow_dice(logits, label, mask, background=False, average=False, eps=1e-5):
 
 
 def check_gradients(slow, array, gradient, entries=6):
-    """The central differences of `slow(array)`, float64, at a few entries and at the largest gradient."""
+    """The central differences of `slow(array)`, float64, at a few entries and at the largest
+    gradient.
+    """
     flat, gradient = array.reshape(-1), gradient.reshape(-1)
     scale = gradient.abs().max().item()
     step = 1e-4
-    for index in [int(gradient.abs().argmax()), *np.random.default_rng(3).choice(flat.size, entries, replace=False)]:
+    for index in [
+        int(gradient.abs().argmax()),
+        *np.random.default_rng(3).choice(flat.size, entries, replace=False),
+    ]:
         before, sums = flat[index], []
         for delta in (step, -step):
             flat[index] = before + delta
             sums.append(slow(array))
         flat[index] = before
-        assert abs(gradient[index].item() - (sums[0] - sums[1]) / (2 * step)) <= 2e-4 * scale + 1e-7, index
+        assert (
+            abs(gradient[index].item() - (sums[0] - sums[1]) / (2 * step)) <= 2e-4 * scale + 1e-7
+        ), index
 
 
 def make(grid, classes=4, batch=2, seed=0):
@@ -99,9 +106,14 @@ def test_forms_of_label_and_mask_are_one():
 
 def test_mask_equals_leaving_the_voxels_out():
     logits, label, mask = make((6, 5), batch=1)
-    kept = [logits.flatten(2)[:, :, mask.flatten()][..., None], label.flatten()[mask.flatten()][None, :, None]]
+    kept = [
+        logits.flatten(2)[:, :, mask.flatten()][..., None],
+        label.flatten()[mask.flatten()][None, :, None],
+    ]
     for form in FORMS:
-        torch.testing.assert_close(ce_dice_loss(logits, label, mask=mask, **form), ce_dice_loss(*kept, **form))
+        torch.testing.assert_close(
+            ce_dice_loss(logits, label, mask=mask, **form), ce_dice_loss(*kept, **form)
+        )
 
 
 def test_known_values():
@@ -113,7 +125,9 @@ def test_known_values():
     perfect = 50.0 * torch.nn.functional.one_hot(label, 2).movedim(-1, 1).float()
     assert ce_dice_loss(perfect, label).item() == pytest.approx(0.0, abs=1e-6)
     assert dice_loss(-perfect, label, background=True).item() == pytest.approx(2.0, abs=1e-5)
-    assert dice_loss(-perfect, label, background=True, average=True).item() == pytest.approx(1.0, abs=1e-5)
+    assert dice_loss(-perfect, label, background=True, average=True).item() == pytest.approx(
+        1.0, abs=1e-5
+    )
 
 
 def test_absent_classes():
@@ -134,13 +148,17 @@ def test_empty_mask_gives_zero_with_a_graph(form):
     assert not logits.grad.any()
 
 
-@pytest.mark.parametrize("change", [lambda x: x.half(), lambda x: x.bfloat16(), lambda x: (1e4 * x.sign()).half()])
+@pytest.mark.parametrize(
+    "change", [lambda x: x.half(), lambda x: x.bfloat16(), lambda x: (1e4 * x.sign()).half()]
+)
 def test_half_precision_is_finite(change):
     logits, label, mask = make((4, 3, 2))
     logits = change(logits).requires_grad_()
     loss = ce_dice_loss(logits, label, mask=mask)
     loss.backward()
-    assert loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+    assert (
+        loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = ce_dice_loss(logits.detach().float(), label, mask=mask)
     torch.testing.assert_close(mixed, loss.detach(), rtol=1e-5, atol=1e-6)
@@ -211,7 +229,9 @@ def test_dice_of_the_present_classes_is_plain_dice_where_all_are_present(average
     assert label[mask].unique().numel() == 4
     for form in ({}, {"mask": mask}):
         plain = dice_loss(logits, label, average=average, **form)
-        torch.testing.assert_close(dice_loss(logits, label, average=average, absent=False, **form), plain)
+        torch.testing.assert_close(
+            dice_loss(logits, label, average=average, absent=False, **form), plain
+        )
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -234,7 +254,8 @@ def test_an_absent_class_is_pushed_down_only_where_it_counts():
         leaf = logits.clone().requires_grad_()
         ce_dice_loss(leaf, label, absent=absent).backward()
         gradients[absent] = leaf.grad
-    # Without it only the two others' own terms act on class 2: as on class 0, from which the label does not differ.
+    # Without it only the two others' own terms act on class 2: as on class 0, from which the label
+    # does not differ.
     assert torch.equal(gradients[False][:, 2], gradients[False][:, 0])
     assert (gradients[True][:, 2] > gradients[True][:, 0]).all()
 
@@ -244,5 +265,7 @@ def test_ce_dice_hands_the_absent_classes_on(average):
     logits, label, mask = make((5, 4))
     mask &= label != 2
     form = {"average": average, "absent": False}
-    expected = 0.5 * (cross_entropy_loss(logits, label, mask) + dice_loss(logits, label, mask=mask, **form))
+    expected = 0.5 * (
+        cross_entropy_loss(logits, label, mask) + dice_loss(logits, label, mask=mask, **form)
+    )
     torch.testing.assert_close(ce_dice_loss(logits, label, mask=mask, **form), expected)

@@ -29,7 +29,12 @@ from tests.losses import reference as ref
 from tests.losses.test_consistency import check_gradients
 
 GRIDS = [(5, 4), (4, 3, 2)]
-HALF = [lambda x: x.half(), lambda x: x.bfloat16(), lambda x: (1e4 * x.sign()).half(), lambda x: 0.0 * x]
+HALF = [
+    lambda x: x.half(),
+    lambda x: x.bfloat16(),
+    lambda x: (1e4 * x.sign()).half(),
+    lambda x: 0.0 * x,
+]
 
 
 def seeded(seed=0):
@@ -55,7 +60,11 @@ def test_pseudo_label():
     logits = randn(2, 3, 4, 5).requires_grad_()
     label, confidence = pseudo_label(logits.half())
     probs = logits.detach().half().float().softmax(1)
-    assert label.dtype == torch.int64 and confidence.dtype == torch.float32 and not confidence.requires_grad
+    assert (
+        label.dtype == torch.int64
+        and confidence.dtype == torch.float32
+        and not confidence.requires_grad
+    )
     assert torch.equal(label, probs.argmax(1)) and torch.equal(confidence, probs.amax(1))
 
 
@@ -111,17 +120,28 @@ def test_lec_bounds():
     # Two certain views that disagree: ln 2, and an L1 distance of 1 to the mean.
     certain = torch.full((1, 2, 4, 4), -40.0)
     certain[:, 0] = 40.0
-    assert low_entropy_consistency(certain, certain.flip(1)).item() == pytest.approx(math.log(2), rel=1e-5)
-    assert low_entropy_consistency(certain, certain.flip(1), distance="l1").item() == pytest.approx(1.0, rel=1e-5)
+    assert low_entropy_consistency(certain, certain.flip(1)).item() == pytest.approx(
+        math.log(2), rel=1e-5
+    )
+    assert low_entropy_consistency(certain, certain.flip(1), distance="l1").item() == pytest.approx(
+        1.0, rel=1e-5
+    )
     for seed in range(20):
-        value = low_entropy_consistency(randn(1, 4, 3, 3, seed=seed, scale=9), randn(1, 4, 3, 3, seed=99, scale=9))
+        value = low_entropy_consistency(
+            randn(1, 4, 3, 3, seed=seed, scale=9), randn(1, 4, 3, 3, seed=99, scale=9)
+        )
         assert -1e-6 < value.item() < math.log(2) + 1e-6
-    torch.testing.assert_close(low_entropy_consistency(s, certain.new_zeros(s.shape)),
-                               low_entropy_consistency(certain.new_zeros(s.shape), s))  # fmt: skip
+    torch.testing.assert_close(
+        low_entropy_consistency(s, certain.new_zeros(s.shape)),
+        low_entropy_consistency(certain.new_zeros(s.shape), s),
+    )
 
 
 def test_lec_follows_the_certain_view():
-    certain, vague = torch.tensor([6.0, 0.0, 0.0]).view(1, 3, 1, 1), torch.tensor([0.0, 0.2, 0.0]).view(1, 3, 1, 1)
+    certain, vague = (
+        torch.tensor([6.0, 0.0, 0.0]).view(1, 3, 1, 1),
+        torch.tensor([0.0, 0.2, 0.0]).view(1, 3, 1, 1),
+    )
     certain, vague = leaves(certain, vague)
     low_entropy_consistency(certain, vague).backward()
     assert vague.grad.abs().max() > 5 * certain.grad.abs().max()
@@ -129,7 +149,9 @@ def test_lec_follows_the_certain_view():
 
 @pytest.mark.parametrize("change", HALF)
 def test_lec_is_finite_in_half_precision(change):
-    s, fp = leaves(change(randn(2, 4, 4, 3, scale=2.0)), change(randn(2, 4, 4, 3, seed=1, scale=2.0)))
+    s, fp = leaves(
+        change(randn(2, 4, 4, 3, scale=2.0)), change(randn(2, 4, 4, 3, seed=1, scale=2.0))
+    )
     for distance in ("kl", "l1"):
         loss = low_entropy_consistency(s, fp, distance=distance)
         loss.backward()
@@ -151,8 +173,12 @@ def test_lec_with_a_mask_is_the_mean_over_its_voxels(grid, distance):
 
     def slow(x):
         kept = mask.flatten().tolist()
-        pairs = [(a, b) for k, (*_, a), (*_, b) in zip(kept, ref.columns(x), ref.columns(arrays[1])) if k]
-        return np.mean([slow_lec(a.reshape(1, -1, 1), b.reshape(1, -1, 1), 1.0, distance) for a, b in pairs])
+        pairs = [
+            (a, b) for k, (*_, a), (*_, b) in zip(kept, ref.columns(x), ref.columns(arrays[1])) if k
+        ]
+        return np.mean(
+            [slow_lec(a.reshape(1, -1, 1), b.reshape(1, -1, 1), 1.0, distance) for a, b in pairs]
+        )
 
     loss = low_entropy_consistency(s, fp, distance=distance, mask=mask)
     assert loss.shape == () and loss.dtype == torch.float32
@@ -165,7 +191,9 @@ def test_lec_with_a_mask_is_the_mean_over_its_voxels(grid, distance):
 def test_lec_with_a_full_mask_is_lec_and_every_form_of_mask_is_one():
     s, fp = randn(2, 3, 5, 4, scale=2.0), randn(2, 3, 5, 4, seed=1, scale=2.0)
     full = torch.ones(2, 5, 4, dtype=torch.bool)
-    torch.testing.assert_close(low_entropy_consistency(s, fp, mask=full), low_entropy_consistency(s, fp))
+    torch.testing.assert_close(
+        low_entropy_consistency(s, fp, mask=full), low_entropy_consistency(s, fp)
+    )
     mask = torch.rand(2, 5, 4, generator=seeded(2)) < 0.5
     expected = low_entropy_consistency(s, fp, mask=mask)
     for form in (mask[:, None], mask.float(), mask.byte()):
@@ -177,7 +205,9 @@ def test_lec_with_a_full_mask_is_lec_and_every_form_of_mask_is_one():
 @pytest.mark.parametrize("distance", ["kl", "l1"])
 def test_lec_with_an_empty_mask_is_zero_with_a_graph(distance):
     s, fp = leaves(randn(2, 3, 5, 4), randn(2, 3, 5, 4, seed=1))
-    loss = low_entropy_consistency(s, fp, distance=distance, mask=torch.zeros(2, 5, 4, dtype=torch.bool))
+    loss = low_entropy_consistency(
+        s, fp, distance=distance, mask=torch.zeros(2, 5, 4, dtype=torch.bool)
+    )
     assert loss.item() == 0.0
     loss.backward()
     assert torch.equal(s.grad, torch.zeros_like(s)) and torch.equal(fp.grad, torch.zeros_like(fp))
@@ -194,9 +224,16 @@ def test_projection_head_has_the_released_names_and_count():
         assert len(state) == 16
         names = {key.rsplit(".", 1)[0] for key in state}
         assert names == {"layers.0", "layers.1", "layers.3", "layers.4", "final_conv"}
-        shapes = {key: tuple(state[f"{key}.weight"].shape) for key in ("layers.0", "layers.3", "final_conv")}
+        shapes = {
+            key: tuple(state[f"{key}.weight"].shape)
+            for key in ("layers.0", "layers.3", "final_conv")
+        }
         ones = (1,) * dims
-        assert shapes == {"layers.0": (256, 16, *ones), "layers.3": (256, 256, *ones), "final_conv": (256, 256, *ones)}
+        assert shapes == {
+            "layers.0": (256, 16, *ones),
+            "layers.3": (256, 256, *ones),
+            "final_conv": (256, 256, *ones),
+        }
 
 
 def slow_head(head, rows, training):
@@ -211,7 +248,9 @@ def slow_head(head, rows, training):
         rows = linear(rows, f"layers.{k}")
         norm = f"layers.{k + 1}"
         mean, var = (
-            (rows.mean(0), rows.var(0)) if training else (state[f"{norm}.running_mean"], state[f"{norm}.running_var"])
+            (rows.mean(0), rows.var(0))
+            if training
+            else (state[f"{norm}.running_mean"], state[f"{norm}.running_var"])
         )
         rows = (rows - mean) / np.sqrt(var + 1e-5) * state[f"{norm}.weight"] + state[f"{norm}.bias"]
         rows = np.maximum(rows, 0)
@@ -245,18 +284,24 @@ def test_projection_head_does_not_permute_axes():
     # A pointwise module commutes with any permutation of the spatial axes.
     head = ProjectionHead(4, 8).eval()
     feature = randn(1, 4, 5, 4, 3)
-    torch.testing.assert_close(head(feature).permute(0, 1, 3, 4, 2), head(feature.permute(0, 1, 3, 4, 2)))
+    torch.testing.assert_close(
+        head(feature).permute(0, 1, 3, 4, 2), head(feature.permute(0, 1, 3, 4, 2))
+    )
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_projection_head_takes_statistics_over_the_rows_that_count(processes, monkeypatch):
-    """In value, gradients and running statistics; over those of all processes, here two with the same rows."""
+    """In value, gradients and running statistics; over those of all processes, here two with the
+    same rows.
+    """
     torch.manual_seed(0)
     whole, partial = ProjectionHead(6, 10, dims=2), ProjectionHead(6, 10, dims=2)
     partial.load_state_dict(whole.state_dict())
     if processes == 2:
         partial = nn.SyncBatchNorm.convert_sync_batchnorm(partial)
-        monkeypatch.setattr("torch.distributed.nn.functional.all_reduce", lambda sums, group: 2 * sums)
+        monkeypatch.setattr(
+            "torch.distributed.nn.functional.all_reduce", lambda sums, group: 2 * sums
+        )
     rows, counted = randn(30, 6), torch.rand(30, generator=seeded(1)) < 0.4
     weight = randn(30, 10, seed=2)
     found, *copies = leaves(*[rows] * (1 + processes))
@@ -284,7 +329,9 @@ class Unit(nn.Module):
 
 @pytest.fixture(params=["cpu", "elsewhere"])
 def place(request, monkeypatch):
-    """CSD as on the CPU, and as on a device that must not be asked how many voxels are of a class."""
+    """CSD as on the CPU, and as on a device that must not be asked how many voxels are of a
+    class.
+    """
     if request.param != "cpu":
         monkeypatch.setattr(crkd, "readable", lambda values: False)
     return request.param
@@ -292,7 +339,9 @@ def place(request, monkeypatch):
 
 def csd_case(grid=(6, 5), classes=3, channels=4, batch=2, seed=0):
     """Unit features of the three streams (leaves), then pred_l, label_l, pred_u, conf_u."""
-    features = leaves(*(F.normalize(randn(batch, channels, *grid, seed=seed + k), dim=1) for k in range(3)))
+    features = leaves(
+        *(F.normalize(randn(batch, channels, *grid, seed=seed + k), dim=1) for k in range(3))
+    )
     rng = seeded(seed + 7)
     maps = [torch.randint(0, classes, (batch, *grid), generator=rng) for _ in range(3)]
     conf = torch.rand(batch, *grid, generator=rng)
@@ -300,7 +349,9 @@ def csd_case(grid=(6, 5), classes=3, channels=4, batch=2, seed=0):
 
 
 def slow_csd(arrays, maps, classes, samples, tau, threshold, use_tp, normalise_mean):
-    """Both streams share all rows, and every class has fewer rows than its share, so nothing is drawn at random."""
+    """Both streams share all rows, and every class has fewer rows than its share, so nothing is
+    drawn at random.
+    """
     pred_l, label_l, pred_u, conf = (m.numpy().reshape(m.shape[0], -1) for m in maps)
     threshold = conf.mean() if threshold is None else threshold
     anchors, contrast = [], []
@@ -318,12 +369,16 @@ def slow_csd(arrays, maps, classes, samples, tau, threshold, use_tp, normalise_m
             if rows:
                 assert len(rows) < share
                 mean = sum(rows) / len(rows)
-                vectors = [rows[i % len(rows)] for i in range(share)] + [unit(mean) if normalise_mean else mean]
+                vectors = [rows[i % len(rows)] for i in range(share)] + [
+                    unit(mean) if normalise_mean else mean
+                ]
                 (contrast if stream else anchors).extend((k, vector) for vector in vectors)
     total = 0.0
     for a, anchor in anchors:
         similarities = [float(anchor @ vector) / tau for _, vector in contrast]
-        log_sum = max(similarities) + np.log(sum(np.exp(np.array(similarities) - max(similarities))))
+        log_sum = max(similarities) + np.log(
+            sum(np.exp(np.array(similarities) - max(similarities)))
+        )
         positives = [s - log_sum for (k, _), s in zip(contrast, similarities) if k == a]
         total -= sum(positives) / len(positives) if positives else 0.0
     return total / len(anchors)
@@ -349,9 +404,18 @@ def test_csd_equals_slow_reference(grid, missing, arguments, normalise, place):
     numbers = {"samples": 77, "tau": arguments["tau"], "use_tp": arguments["use_tp"]}
 
     def slow(values):
-        return slow_csd(values, maps, 3, threshold=arguments.get("threshold"), normalise_mean=normalise, **numbers)
+        return slow_csd(
+            values,
+            maps,
+            3,
+            threshold=arguments.get("threshold"),
+            normalise_mean=normalise,
+            **numbers,
+        )
 
-    loss = class_semantic_distillation(*features, *maps, 3, samples=77, split_streams=False, **arguments)
+    loss = class_semantic_distillation(
+        *features, *maps, 3, samples=77, split_streams=False, **arguments
+    )
     assert loss.shape == () and loss.dtype == torch.float32
     assert loss.item() == pytest.approx(slow(arrays), rel=1e-5)
     loss.backward()
@@ -378,7 +442,8 @@ def test_csd_with_a_head_equals_projecting_the_maps_first(place):
 
 @pytest.mark.parametrize("tau", [1.0, 0.1])
 def test_csd_of_perfect_clusters(tau, place):
-    # One direction per class, classes orthogonal: whatever is drawn, 130 of 520 contrast rows are alike.
+    # One direction per class, classes orthogonal: whatever is drawn, 130 of 520 contrast rows are
+    # alike.
     classes = torch.arange(4).repeat_interleave(64 * 8).view(2, 32, 32)
     features = F.one_hot(classes, 16).movedim(-1, 1).float()
     conf = torch.ones(2, 32, 32)
@@ -390,7 +455,9 @@ def test_csd_of_perfect_clusters(tau, place):
 
 def test_csd_of_random_features_is_the_logarithm_of_the_contrast_size(place):
     features, maps = csd_case((64, 64), classes=4, channels=256)
-    value = class_semantic_distillation(*features, *maps, 4, tau=1.0, use_tp=False, head=Unit(), generator=seeded())
+    value = class_semantic_distillation(
+        *features, *maps, 4, tau=1.0, use_tp=False, head=Unit(), generator=seeded()
+    )
     assert value.item() == pytest.approx(math.log(520), abs=0.05)
 
 
@@ -416,7 +483,9 @@ def test_csd_samples_few_rows_of_reliable_voxels_and_splits_the_streams(place):
     # All rows wanted: the two halves are complementary, and the first takes the smaller one.
     for f in features:
         f.grad = None
-    loss = class_semantic_distillation(*features, pred_l, label_l, pred_u, conf, 3, samples=3000, generator=seeded())
+    loss = class_semantic_distillation(
+        *features, pred_l, label_l, pred_u, conf, 3, samples=3000, generator=seeded()
+    )
     loss.backward()
     anchors, s, fp = (used(f) for f in features)
     reliable = conf >= conf.mean()
@@ -429,7 +498,16 @@ def test_csd_samples_few_rows_of_reliable_voxels_and_splits_the_streams(place):
 def test_csd_without_tp_and_with_shared_streams_uses_all_rows(place):
     features, (pred_l, label_l, pred_u, conf) = csd_case((8, 8))
     class_semantic_distillation(
-        *features, pred_l, label_l, pred_u, conf, 3, samples=3000, threshold=0.5, use_tp=False, split_streams=False
+        *features,
+        pred_l,
+        label_l,
+        pred_u,
+        conf,
+        3,
+        samples=3000,
+        threshold=0.5,
+        use_tp=False,
+        split_streams=False,
     ).backward()
     anchors, s, fp = (used(f) for f in features)
     assert anchors.all() and torch.equal(s, conf >= 0.5) and torch.equal(fp, conf >= 0.5)
@@ -439,7 +517,9 @@ def test_csd_is_a_function_of_the_generator(place):
     features, maps = csd_case((16, 16))
 
     def value(seed):
-        return class_semantic_distillation(*features, *maps, 3, samples=32, generator=seeded(seed)).item()
+        return class_semantic_distillation(
+            *features, *maps, 3, samples=32, generator=seeded(seed)
+        ).item()
 
     state = torch.random.get_rng_state()
     assert value(0) == value(0) != value(1)
@@ -457,7 +537,14 @@ def test_csd_of_an_empty_side_is_zero_with_a_graph(side, place):
     if side != "contrast":
         label_l = (pred_l + 1) % 3
     loss = class_semantic_distillation(
-        *features, pred_l, label_l, pred_u, conf, 3, head=head, threshold=0.5 if side == "anchors" else 2.0
+        *features,
+        pred_l,
+        label_l,
+        pred_u,
+        conf,
+        3,
+        head=head,
+        threshold=0.5 if side == "anchors" else 2.0,
     )
     assert loss.item() == 0.0
     loss.backward()
@@ -465,12 +552,15 @@ def test_csd_of_an_empty_side_is_zero_with_a_graph(side, place):
 
 
 def test_csd_with_single_voxels(place):
-    # A class with one reliable voxel: the first stream has no row of it, and nothing breaks, batch norm included.
+    # A class with one reliable voxel: the first stream has no row of it, and nothing breaks, batch
+    # norm included.
     features, (pred_l, label_l, pred_u, conf) = csd_case()
     pred_u, conf = torch.zeros_like(pred_u), torch.zeros_like(conf)
     conf[0, 0, 0] = 1.0
     head = ProjectionHead(4, 8, dims=2)
-    loss = class_semantic_distillation(*features, pred_l, label_l, pred_u, conf, 3, head=head, threshold=0.5)
+    loss = class_semantic_distillation(
+        *features, pred_l, label_l, pred_u, conf, 3, head=head, threshold=0.5
+    )
     loss.backward()
     assert torch.isfinite(loss)
     assert (features[1].grad is None) == (place == "cpu") and used(features[2]).sum() == 1
@@ -525,7 +615,9 @@ def test_csd_pulls_classes_together():
 
 
 def plain_csd(features, pred_l, label_l, pred_u, conf_u, classes, samples, tau, split, generator):
-    """The definition with whole lists of rows at hand: which voxels are drawn from a generator is part of a result."""
+    """The definition with whole lists of rows at hand: which voxels are drawn from a generator is
+    part of a result.
+    """
     rows = [f.flatten(2).movedim(1, 2).flatten(0, 1) for f in features]
     pred_l, label_l, pred_u, conf_u = (v.flatten() for v in (pred_l, label_l, pred_u, conf_u))
     groups = []
@@ -537,16 +629,26 @@ def plain_csd(features, pred_l, label_l, pred_u, conf_u, classes, samples, tau, 
         if split:
             order = contrast[torch.randperm(len(contrast), generator=generator)]
             first, second = order[: len(order) // 2], order[len(order) // 2 :]
-        groups += [(stream, k, index, wanted) for stream, index in enumerate((anchors, first, second)) if len(index)]
+        groups += [
+            (stream, k, index, wanted)
+            for stream, index in enumerate((anchors, first, second))
+            if len(index)
+        ]
     sides = {True: ([], []), False: ([], [])}
     for stream, k, index, wanted in sorted(groups, key=lambda group: group[0]):
-        drawn = index if len(index) < wanted else index[torch.randint(len(index), (wanted,), generator=generator)]
+        drawn = (
+            index
+            if len(index) < wanted
+            else index[torch.randint(len(index), (wanted,), generator=generator)]
+        )
         picked = rows[stream][drawn].repeat(-(-wanted // len(drawn)), 1)[:wanted]
         mean = rows[stream][index].mean(0, keepdim=True)
         vectors, ids = sides[stream == 0]
         vectors += [picked, mean / mean.norm()]
         ids += [k] * (wanted + 1)
-    (anchors, ids), (contrast, others) = ((torch.cat(v), torch.tensor(i)) for v, i in (sides[True], sides[False]))
+    (anchors, ids), (contrast, others) = (
+        (torch.cat(v), torch.tensor(i)) for v, i in (sides[True], sides[False])
+    )
     log_p = (anchors @ contrast.T / tau).log_softmax(1)
     positive = ids[:, None] == others
     return -((log_p * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
@@ -557,8 +659,12 @@ def plain_csd(features, pred_l, label_l, pred_u, conf_u, classes, samples, tau, 
 def test_csd_draws_the_rows_of_its_definition(grid, split):
     features = [F.normalize(randn(2, 4, *grid, seed=i), dim=1) for i in range(3)]
     # Class 2 has few voxels, so it is repeated; class 3 has none.
-    maps = [torch.where(torch.rand(2, *grid, generator=seeded(i)) < 0.04, 2, randn(2, *grid, seed=i) > 0)
-            for i in (4, 5, 6)]  # fmt: skip
+    maps = [
+        torch.where(
+            torch.rand(2, *grid, generator=seeded(i)) < 0.04, 2, randn(2, *grid, seed=i) > 0
+        )
+        for i in (4, 5, 6)
+    ]
     conf = torch.rand(2, *grid, generator=seeded(7))
     for seed in range(3):
         found = class_semantic_distillation(
@@ -579,10 +685,18 @@ def test_csd_draws_the_rows_of_its_definition(grid, split):
         ((8, 6, 5), {"samples": 800}),
     ],
 )
-def test_csd_of_fixed_shape_is_csd_of_the_same_draws(grid, arguments, split, projected, monkeypatch):
-    """The form for GPUs, with draws that depend on their place alone: value, gradients and running statistics."""
-    maps = [torch.where(torch.rand(2, *grid, generator=seeded(i)) < 0.04, 2, randn(2, *grid, seed=i) > 0)
-            for i in (4, 5, 6)]  # fmt: skip
+def test_csd_of_fixed_shape_is_csd_of_the_same_draws(
+    grid, arguments, split, projected, monkeypatch
+):
+    """The form for GPUs, with draws that depend on their place alone: value, gradients and running
+    statistics.
+    """
+    maps = [
+        torch.where(
+            torch.rand(2, *grid, generator=seeded(i)) < 0.04, 2, randn(2, *grid, seed=i) > 0
+        )
+        for i in (4, 5, 6)
+    ]
     conf = torch.rand(2, *grid, generator=seeded(7))
 
     def uniform(count):
@@ -593,7 +707,9 @@ def test_csd_of_fixed_shape_is_csd_of_the_same_draws(grid, arguments, split, pro
             return uniform(shape[-1]).expand(shape)
         return torch.linspace(0.9, 0.1, shape[-1]).expand(shape)
 
-    monkeypatch.setattr(crkd, "_integers", lambda high, count, generator: (uniform(count) * high).long())
+    monkeypatch.setattr(
+        crkd, "_integers", lambda high, count, generator: (uniform(count) * high).long()
+    )
     monkeypatch.setattr(crkd, "_permutation", lambda count, generator: torch.arange(count).flip(0))
     monkeypatch.setattr(crkd, "_rand", rand)
     found = []
@@ -603,10 +719,21 @@ def test_csd_of_fixed_shape_is_csd_of_the_same_draws(grid, arguments, split, pro
         torch.manual_seed(0)
         head = ProjectionHead(4, 8, dims=len(grid)) if projected else nn.Identity()
         loss = class_semantic_distillation(
-            *features, *maps, conf, 4, head=head if projected else None, split_streams=split, **arguments
+            *features,
+            *maps,
+            conf,
+            4,
+            head=head if projected else None,
+            split_streams=split,
+            **arguments,
         )
         loss.backward()
-        tensors = [loss, *(f.grad for f in features), *(p.grad for p in head.parameters()), *head.buffers()]
+        tensors = [
+            loss,
+            *(f.grad for f in features),
+            *(p.grad for p in head.parameters()),
+            *head.buffers(),
+        ]
         found.append(tensors)
     assert found[0][0] > 0
     torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-6)
@@ -620,7 +747,14 @@ def test_csd_of_an_empty_side_leaves_running_statistics_alone(side, place):
     if side == "anchors":
         label_l = (pred_l + 1) % 3
     class_semantic_distillation(
-        *features, pred_l, label_l, pred_u, conf, 3, head=head, threshold=0.5 if side == "anchors" else 2.0
+        *features,
+        pred_l,
+        label_l,
+        pred_u,
+        conf,
+        3,
+        head=head,
+        threshold=0.5 if side == "anchors" else 2.0,
     )
     assert all(torch.equal(*pair) for pair in zip(before, head.buffers(), strict=True))
 
@@ -641,7 +775,13 @@ def test_members_come_first_in_order_or_in_any_order_equally_often():
 
 
 def test_indices_of_hard_masks():
-    masks = [torch.zeros(60), torch.ones(60), torch.arange(60) == 0, torch.arange(60) == 59, randn(60) > 1]
+    masks = [
+        torch.zeros(60),
+        torch.ones(60),
+        torch.arange(60) == 0,
+        torch.arange(60) == 59,
+        randn(60) > 1,
+    ]
     masks = [mask.bool() for mask in masks]
     for mask, found in zip(masks, _indices(masks)):
         assert found.dtype == torch.int64 and torch.equal(found, mask.nonzero()[:, 0])
@@ -670,7 +810,9 @@ def test_divergence_map(temperature):
     summed = values.sum(1).flatten(1)
     arrays = [x.detach().double().numpy() for x in (student, teacher)]
     for (b, v, s), (_, _, t) in zip(*(ref.columns(a) for a in arrays)):
-        expected = temperature**2 * ref.kl(ref.softmax(t / temperature), ref.softmax(s / temperature))
+        expected = temperature**2 * ref.kl(
+            ref.softmax(t / temperature), ref.softmax(s / temperature)
+        )
         assert summed[b, v].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     values.sum().backward()
     assert student.grad.any() and teacher.grad is None
@@ -680,34 +822,49 @@ def test_divergence_map(temperature):
 def ckd_case(grid, feature_grid=None, seed=0):
     shape = feature_grid or grid
     tensors = leaves(
-        randn(2, 3, *grid, seed=seed, scale=2.0), randn(2, 3, *grid, seed=seed + 1, scale=2.0),
-        randn(2, 5, *shape, seed=seed + 2), randn(2, 5, *shape, seed=seed + 3),
-    )  # fmt: skip
+        randn(2, 3, *grid, seed=seed, scale=2.0),
+        randn(2, 3, *grid, seed=seed + 1, scale=2.0),
+        randn(2, 5, *shape, seed=seed + 2),
+        randn(2, 5, *shape, seed=seed + 3),
+    )
     rng = seeded(seed + 4)
     return tensors, [torch.rand(2, *grid, generator=rng) < p for p in (0.5, 0.7)]
 
 
 def slow_ckd(arrays, constants, masks, temperature, feature_tau):
-    """`constants`: the arrays that a teaching view is read from, so that differences see the detached side as fixed."""
+    """`constants`: the arrays that a teaching view is read from, so that differences see the
+    detached side as fixed.
+    """
     s_better, valid = (m.numpy().astype(float)[:, None] for m in masks)
     terms = {}
-    for name, mask, student, teacher in (("s_to_fp", s_better, 1, 0), ("fp_to_s", 1 - s_better, 0, 1)):
+    for name, mask, student, teacher in (
+        ("s_to_fp", s_better, 1, 0),
+        ("fp_to_s", 1 - s_better, 0, 1),
+    ):
         mask = mask * valid
         values, weights = [], mask.reshape(len(mask), -1)
-        for (b, v, x), (_, _, t) in zip(ref.columns(arrays[student]), ref.columns(constants[teacher])):
+        for (b, v, x), (_, _, t) in zip(
+            ref.columns(arrays[student]), ref.columns(constants[teacher])
+        ):
             q, p = ref.softmax(t / temperature), ref.softmax(x / temperature)
             values.append(weights[b, v] * temperature**2 * ref.kl(q, p) / len(q))
         terms[f"pixel_{name}"] = sum(values) / max(weights.sum(), 1)
         weights = ref.nearest(mask, arrays[2].shape[2:]).reshape(len(mask), -1)
         values = []
-        for (b, v, x), (_, _, t) in zip(ref.columns(arrays[2 + student]), ref.columns(constants[2 + teacher])):
+        for (b, v, x), (_, _, t) in zip(
+            ref.columns(arrays[2 + student]), ref.columns(constants[2 + teacher])
+        ):
             values.append(weights[b, v] * (1 - unit(x) @ unit(t) / feature_tau))
         terms[f"feature_{name}"] = sum(values) / max(weights.sum(), 1)
     return terms
 
 
-@pytest.mark.parametrize("grid, feature_grid", [((6, 4), None), ((6, 4), (3, 2)), ((4, 2, 2), (2, 1, 2))])
-@pytest.mark.parametrize("preset, temperature", [("clean", 1.0), ("clean", 3.0), ("as_released", 1.0)])
+@pytest.mark.parametrize(
+    "grid, feature_grid", [((6, 4), None), ((6, 4), (3, 2)), ((4, 2, 2), (2, 1, 2))]
+)
+@pytest.mark.parametrize(
+    "preset, temperature", [("clean", 1.0), ("clean", 3.0), ("as_released", 1.0)]
+)
 def test_ckd_equals_slow_reference(grid, feature_grid, preset, temperature):
     tensors, masks = ckd_case(grid, feature_grid)
     arrays = [t.detach().double().numpy() for t in tensors]
@@ -759,8 +916,13 @@ def test_ckd_known_values():
 def test_ckd_accepts_any_form_of_mask_and_empty_ones():
     tensors, (better, valid) = ckd_case((4, 2, 2))
     expected = cross_distillation(*tensors, better, valid)
-    for forms in ((better.float(), valid.float()), (better[:, None], valid[:, None].to(torch.uint8))):
-        assert all(torch.equal(v, expected[k]) for k, v in cross_distillation(*tensors, *forms).items())
+    for forms in (
+        (better.float(), valid.float()),
+        (better[:, None], valid[:, None].to(torch.uint8)),
+    ):
+        assert all(
+            torch.equal(v, expected[k]) for k, v in cross_distillation(*tensors, *forms).items()
+        )
     for preset in ("clean", "as_released"):
         terms = cross_distillation(*tensors, better, torch.zeros_like(valid), preset=preset)
         assert all(value.item() == 0.0 for value in terms.values())
@@ -812,9 +974,12 @@ def test_mutual_cosine_equals_the_product_of_unit_vectors(grid, memory, masks):
     single = torch.zeros_like(chosen)
     single[(2, *[-1] * len(grid))] = True
     learns = {
-        "disjoint": (chosen, ~chosen), "equal": (chosen, chosen), "all": (full, full), "none": (~full, ~full),
+        "disjoint": (chosen, ~chosen),
+        "equal": (chosen, chosen),
+        "all": (full, full),
+        "none": (~full, ~full),
         "one voxel": (single, ~full),
-    }[masks]  # fmt: skip
+    }[masks]
     upstream = randn(3, *grid, seed=4).double()
     results = []
     for cosine in (_MutualCosine.apply, plain_cosine):
@@ -881,7 +1046,9 @@ def test_cutmix_keeps_the_classes_exact_and_takes_a_channel_axis():
     large = pred + 2**60  # beyond what floats can hold
     _, _, mixed, mixed_conf = symmetric_cutmix(weak, strong, large, conf, 1.0, seeded())
     assert set(mixed.unique().tolist()) <= set(large.unique().tolist())
-    _, _, with_axis, conf_axis = symmetric_cutmix(weak, strong, large[:, None], conf[:, None], 1.0, seeded())
+    _, _, with_axis, conf_axis = symmetric_cutmix(
+        weak, strong, large[:, None], conf[:, None], 1.0, seeded()
+    )
     assert torch.equal(with_axis[:, 0], mixed) and torch.equal(conf_axis[:, 0], mixed_conf)
 
 
@@ -899,14 +1066,18 @@ def test_cutmix_probability():
     originals = mix_case(4, (8, 8))
     assert all(torch.equal(a, b) for a, b in zip(symmetric_cutmix(*originals, prob=0.0), originals))
     rng = seeded()
-    mixed_pairs = sum(int(draw_exchange(4, (8, 8), 0.3, rng)[1].flatten(1).any(1).sum()) // 2 for _ in range(1000))
+    mixed_pairs = sum(
+        int(draw_exchange(4, (8, 8), 0.3, rng)[1].flatten(1).any(1).sum()) // 2 for _ in range(1000)
+    )
     assert mixed_pairs / 2000 == pytest.approx(0.3, abs=0.04)
 
 
 def test_cutmix_is_a_function_of_the_generator():
     originals = mix_case(4, (8, 8, 6))
     state = torch.random.get_rng_state()
-    first, again, other = (symmetric_cutmix(*originals, prob=1.0, generator=seeded(s)) for s in (0, 0, 1))
+    first, again, other = (
+        symmetric_cutmix(*originals, prob=1.0, generator=seeded(s)) for s in (0, 0, 1)
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], other[0])
@@ -941,14 +1112,18 @@ def test_box_proportions():
     assert np.mean(np.array(ratios) < 1) == pytest.approx((1 - 0.3) / (1 / 0.3 - 0.3), abs=0.07)
 
 
-@pytest.mark.parametrize("shape", [(256, 16), (8, 400), (1, 50), (3, 3), (1, 1), (112, 112, 4), (6, 90, 90), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(256, 16), (8, 400), (1, 50), (3, 3), (1, 1), (112, 112, 4), (6, 90, 90), (1, 1, 1)]
+)
 def test_boxes_of_flat_patches(shape):
     rng = seeded()
     for _ in range(200):
         box = draw_box(shape, rng)
         assert all(0 <= b.start < b.stop <= side for side, b in zip(shape, box))
     if shape == (256, 16):  # no admissible ratio fits a large area: the box keeps its area
-        fractions = [math.prod(b.stop - b.start for b in draw_box(shape, rng)) / 4096 for _ in range(1000)]
+        fractions = [
+            math.prod(b.stop - b.start for b in draw_box(shape, rng)) / 4096 for _ in range(1000)
+        ]
         assert np.mean(fractions) == pytest.approx(0.21, abs=0.02)
 
 

@@ -18,7 +18,9 @@ def slow_cwd(weight, tau=4.0, mode="spatial"):
                 if mode == "spatial":
                     total += ref.kl(ref.softmax(t), ref.softmax(s))
                 else:
-                    total += np.mean([ref.binary_kl(ref.sigmoid(y), ref.sigmoid(x)) for x, y in zip(s, t)])
+                    total += np.mean(
+                        [ref.binary_kl(ref.sigmoid(y), ref.sigmoid(x)) for x, y in zip(s, t)]
+                    )
         return {"cwd": weight * tau**2 * total / (batch * k)}
 
     return slow
@@ -45,7 +47,9 @@ def test_equals_slow_reference(arguments, slow, spatial):
     ref.check_values(make(**arguments), case, slow)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"multilabel": True}, {"multilabel": True, "mode": "bernoulli"}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"multilabel": True}, {"multilabel": True, "mode": "bernoulli"}]
+)
 def test_contract(arguments):
     case = ref.make_case(multilabel=arguments.get("multilabel", False))
     module = make(**arguments)
@@ -61,8 +65,12 @@ def test_hand_value_and_blindness_to_a_shift_of_a_channel():
     # One channel of two voxels: teacher [0.8, 0.2], student [0.5, 0.5].
     teacher = torch.tensor([math.log(4.0), 0.0]).view(1, 1, 1, 2)
     expected = math.log(2) + 0.8 * math.log(0.8) + 0.2 * math.log(0.2)
-    assert channel_wise_kl(torch.zeros(1, 1, 1, 2), teacher, 1.0).item() == pytest.approx(expected, rel=1e-5)
-    assert channel_wise_kl(torch.full((1, 1, 1, 2), 7.0), teacher, 1.0).item() == pytest.approx(expected, rel=1e-5)
+    assert channel_wise_kl(torch.zeros(1, 1, 1, 2), teacher, 1.0).item() == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert channel_wise_kl(torch.full((1, 1, 1, 2), 7.0), teacher, 1.0).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_bad_arguments():

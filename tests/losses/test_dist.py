@@ -35,7 +35,10 @@ def make(**arguments):
 SETTINGS = [
     ({}, {}),
     ({"preset": "as_released"}, {}),
-    ({"tau": 1.0, "inter_weight": 2.0, "intra_weight": 0.5}, {"tau": 1.0, "inter_weight": 2.0, "intra_weight": 0.5}),
+    (
+        {"tau": 1.0, "inter_weight": 2.0, "intra_weight": 0.5},
+        {"tau": 1.0, "inter_weight": 2.0, "intra_weight": 0.5},
+    ),
     ({"multilabel": True}, {"multilabel": True}),
 ]
 
@@ -60,7 +63,11 @@ def test_contract(multilabel):
     ref.check_doubling(
         build,
         case,
-        {"weight": (1.0, "dist"), "inter_weight": (1.0, "dist_inter"), "intra_weight": (1.0, "dist_intra")},
+        {
+            "weight": (1.0, "dist"),
+            "inter_weight": (1.0, "dist_inter"),
+            "intra_weight": (1.0, "dist_intra"),
+        },
     )
     twin = ref.evaluate(build(), ref.same_as_teacher(case))
     assert all(abs(term.item()) < 1e-4 for term in twin.values())
@@ -92,7 +99,9 @@ def test_constants_correlate_with_nothing(side, multilabel):
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_chunks_change_nothing(multilabel, monkeypatch):
-    """Moments of chunks add up, also where the mean of a class is far from what it is in other chunks."""
+    """Moments of chunks add up, also where the mean of a class is far from what it is in other
+    chunks.
+    """
     case = ref.make_case(spatial=(6, 5, 4), multilabel=multilabel)
     case.student.logits.data[:, 1, :3] += 6
     loss = make(multilabel=multilabel)
@@ -100,7 +109,9 @@ def test_chunks_change_nothing(multilabel, monkeypatch):
     for elements in (1 << 18, 40):
         monkeypatch.setattr(voxelwise, "CHUNK_ELEMENTS", elements)
         terms = ref.evaluate(loss, case)
-        found.append([*terms.values(), *torch.autograd.grad(sum(terms.values()), case.student.logits)])
+        found.append(
+            [*terms.values(), *torch.autograd.grad(sum(terms.values()), case.student.logits)]
+        )
     for whole, parts in zip(*found):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
 

@@ -1,4 +1,6 @@
-"""The distance transforms against SciPy, value for value: squared distances are integers, so nothing may differ."""
+"""The distance transforms against SciPy, value for value: squared distances are integers, so
+nothing may differ.
+"""
 
 import os
 import subprocess
@@ -31,7 +33,16 @@ def masks(shape):
     corner, last = (0,) * len(shape), (-1,) * len(shape)
     middle = tuple(size // 2 for size in shape)
     border = (slice(None),) * (len(shape) - 1) + (0,)
-    chosen = [made(), ~made(), made(corner), made(last), made(middle), ~made(middle), made(corner, last), made(border)]
+    chosen = [
+        made(),
+        ~made(),
+        made(corner),
+        made(last),
+        made(middle),
+        ~made(middle),
+        made(corner, last),
+        made(border),
+    ]
     return np.stack(chosen + [rng.random(shape) < density for density in (0.02, 0.3, 0.7, 0.98)])
 
 
@@ -65,14 +76,16 @@ def test_paths_are_bit_equal_on_blobs(shape):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_far_specks_and_large_objects_equal_scipy(path):
-    # Few candidate lines and planes, far from most voxels; and an object that leaves few voxels outside.
+    # Few candidate lines and planes, far from most voxels; and an object that leaves few voxels
+    # outside.
     shape = (17, 40, 33)
     specks = np.zeros(shape, dtype=bool)
     specks[0, 0, 32] = specks[16, 39, 0] = specks[8, 1, 1] = True
     slabs = np.zeros(shape, dtype=bool)
     slabs[:, 5:9], slabs[3], slabs[:, :, 30] = True, True, True
     places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
-    ball = ((places - np.array([9, 12, 30]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 81  # cut by the border
+    # cut by the border
+    ball = ((places - np.array([9, 12, 30]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 81
     stack = np.stack([specks, ~specks, slabs, ~slabs, ball, ball ^ specks, ~ball])
     expected = np.stack([np.rint(scipy_field(mask)) for mask in stack])
     np.testing.assert_array_equal(path(torch.from_numpy(stack)).numpy(), expected)
@@ -118,7 +131,9 @@ def test_masks_need_not_be_contiguous(path):
 
 def test_without_a_working_kernel_plain_torch_is_taken_and_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    with pytest.warns(UserWarning, match="plain torch, .* it needs the package triton and a C compiler"):
+    with pytest.warns(
+        UserWarning, match="plain torch, .* it needs the package triton and a C compiler"
+    ):
         assert distance._gpu_transform.__wrapped__() is distance.separable_boundary_distance_squared
 
 
@@ -135,6 +150,11 @@ def test_the_kernel_in_triton_s_interpreter():
     )
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-2000:]

@@ -14,9 +14,14 @@ def slow_dkd(weight=0.1, alpha=1.0, beta=8.0, tau=4.0):
         for (b, v, s), (_, _, t) in zip(ref.columns(student.logits), ref.columns(teacher.logits)):
             k = ids[b, v]
             target.append(ref.binary_kl(ref.softmax(t / tau)[k], ref.softmax(s / tau)[k]))
-            rest.append(ref.kl(ref.softmax(np.delete(t, k) / tau), ref.softmax(np.delete(s, k) / tau)))
+            rest.append(
+                ref.kl(ref.softmax(np.delete(t, k) / tau), ref.softmax(np.delete(s, k) / tau))
+            )
         scale = weight * tau**2
-        return {"dkd_target": scale * alpha * np.mean(target), "dkd_nontarget": scale * beta * np.mean(rest)}
+        return {
+            "dkd_target": scale * alpha * np.mean(target),
+            "dkd_nontarget": scale * beta * np.mean(rest),
+        }
 
     return slow
 
@@ -26,7 +31,10 @@ def slow_regions(student, teacher, label):
     for s, t, y in zip(student.logits.ravel(), teacher.logits.ravel(), label.ravel()):
         divergence = tau**2 * ref.binary_kl(ref.sigmoid(t / tau), ref.sigmoid(s / tau))
         inside, outside = inside + divergence * y, outside + divergence * (not y)
-    return {"dkd_target": 0.1 * inside / label.size, "dkd_nontarget": 0.1 * 8 * outside / label.size}
+    return {
+        "dkd_target": 0.1 * inside / label.size,
+        "dkd_nontarget": 0.1 * 8 * outside / label.size,
+    }
 
 
 def slow_regions_as_released(student, teacher, label):
@@ -78,7 +86,11 @@ def test_contract(arguments, slow):
 )
 def test_doubling_a_weight_doubles_its_term(arguments, weight):
     case = ref.make_case(multilabel=arguments.get("multilabel", False))
-    weights = {"weight": (weight, "dkd"), "alpha": (1.0, "dkd_target"), "beta": (8.0, "dkd_nontarget")}
+    weights = {
+        "weight": (weight, "dkd"),
+        "alpha": (1.0, "dkd_target"),
+        "beta": (8.0, "dkd_nontarget"),
+    }
     ref.check_doubling(lambda **more: make(**arguments, **more), case, weights)
 
 
@@ -93,7 +105,9 @@ def test_two_classes_have_no_other_classes_and_equal_plain_kd():
 def test_regions_with_equal_weights_are_plain_kd():
     case = ref.make_case(multilabel=True)
     terms = ref.evaluate(make(multilabel=True, weight=1.0, alpha=1.0, beta=1.0), case)
-    torch.testing.assert_close(sum(terms.values()), bernoulli_kl(case.student.logits, case.teacher.logits, 4.0))
+    torch.testing.assert_close(
+        sum(terms.values()), bernoulli_kl(case.student.logits, case.teacher.logits, 4.0)
+    )
 
 
 def test_bad_arguments():

@@ -24,23 +24,33 @@ def slow_emkd(multilabel=False):
             inside = maps[:, k].ravel() if multilabel else maps.ravel() == k
             rows = np.array([column for _, _, column in ref.columns(feature)])
             vectors.append(rows[inside.astype(bool)].mean(0))
-        return [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.combinations(vectors, 2)]
+        return [
+            a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+            for a, b in itertools.combinations(vectors, 2)
+        ]
 
     def slow(student, teacher, label):
         kd = []
         for (_, _, s), (_, _, t) in zip(ref.columns(student.logits), ref.columns(teacher.logits)):
             if multilabel:
-                kd.append(sum(ref.binary_kl(ref.sigmoid(y / 4), ref.sigmoid(x / 4)) for x, y in zip(s, t)))
+                kd.append(
+                    sum(ref.binary_kl(ref.sigmoid(y / 4), ref.sigmoid(x / 4)) for x, y in zip(s, t))
+                )
             else:
                 kd.append(ref.kl(ref.softmax(t / 4), ref.softmax(s / 4)))
         importance, region = 0.0, 0.0
         for tap, ours in student.features.items():
             grid = ours.shape[2:]
-            theirs, maps = ref.nearest(teacher.features[tap], grid), ref.nearest(label.astype(int), grid)
+            theirs, maps = (
+                ref.nearest(teacher.features[tap], grid),
+                ref.nearest(label.astype(int), grid),
+            )
             for a, b in zip(ours, theirs):
                 difference = unit_map(a.reshape(len(a), -1)) - unit_map(b.reshape(len(b), -1))
                 importance += np.sum(difference**2) / len(ours)
-            classes = [k for k in range(4) if (maps[:, k].any() if multilabel else (maps == k).any())]
+            classes = [
+                k for k in range(4) if (maps[:, k].any() if multilabel else (maps == k).any())
+            ]
             pairs = zip(cosines(ours, maps, classes), cosines(theirs, maps, classes))
             region += np.mean([(x - y) ** 2 for x, y in pairs])
         return {
@@ -59,8 +69,12 @@ def make(student=STUDENT, teacher=TEACHER, **arguments):
 @pytest.mark.parametrize("preset", ["clean", "as_released"])
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_equals_slow_reference(preset, multilabel):
-    case = ref.make_case(spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER)
-    ref.check_values(make(preset=preset, multilabel=multilabel), case, slow_emkd(multilabel), entries=3)
+    case = ref.make_case(
+        spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER
+    )
+    ref.check_values(
+        make(preset=preset, multilabel=multilabel), case, slow_emkd(multilabel), entries=3
+    )
 
 
 def test_2d_equals_slow_reference():
@@ -70,7 +84,9 @@ def test_2d_equals_slow_reference():
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_contract(multilabel):
-    case = ref.make_case(spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER)
+    case = ref.make_case(
+        spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER
+    )
 
     def build(**more):
         return make(multilabel=multilabel, **more)
@@ -80,7 +96,9 @@ def test_contract(multilabel):
     ref.check_batch_invariance(build(), case)
     weights = {f"{name}_weight": (0.9, f"emkd_{name}") for name in ("importance", "region")}
     ref.check_doubling(build, case, {"prediction_weight": (0.1, "emkd_prediction"), **weights})
-    twin = ref.same_as_teacher(ref.make_case(multilabel=multilabel, student_taps=TEACHER, teacher_taps=TEACHER))
+    twin = ref.same_as_teacher(
+        ref.make_case(multilabel=multilabel, student_taps=TEACHER, teacher_taps=TEACHER)
+    )
     terms = ref.evaluate(make(TEACHER, multilabel=multilabel), twin)
     assert all(abs(term.item()) < 1e-6 for term in terms.values())
 
@@ -93,11 +111,15 @@ def test_one_class_alone_has_no_relations_but_a_graph():
 
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("present", [(0, 1, 2, 3), (0, 2, 3), (1,), ()])
-def test_absent_classes_get_no_weight_where_they_cannot_be_left_out(multilabel, present, monkeypatch):
+def test_absent_classes_get_no_weight_where_they_cannot_be_left_out(
+    multilabel, present, monkeypatch
+):
     """The form for GPUs, which must not be asked which classes there are."""
     if not (present or multilabel):
         present = (3,)
-    case = ref.make_case(spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER)
+    case = ref.make_case(
+        spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER
+    )
     if multilabel:
         label = case.label * torch.tensor([k in present for k in range(4)]).view(1, 4, 1, 1, 1)
     else:

@@ -65,7 +65,9 @@ SETTINGS = [
 @pytest.mark.parametrize("teacher", [TEACHER, LARGE])
 def test_equals_slow_reference(arguments, meaning, teacher):
     multilabel = arguments.get("multilabel", False)
-    case = ref.make_case(spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=teacher)
+    case = ref.make_case(
+        spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=teacher
+    )
     ref.check_values(make(teacher=teacher, **arguments), case, slow_ifvd(**meaning), entries=3)
 
 
@@ -78,7 +80,9 @@ def test_2d_equals_slow_reference():
 @pytest.mark.parametrize("arguments, meaning", SETTINGS)
 def test_contract(arguments, meaning):
     multilabel = arguments.get("multilabel", False)
-    case = ref.make_case(spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=LARGE)
+    case = ref.make_case(
+        spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=LARGE
+    )
 
     def build(**more):
         return make(teacher=LARGE, **arguments, **more)
@@ -90,12 +94,17 @@ def test_contract(arguments, meaning):
     doubled = ref.evaluate(build(weight=400.0, kd_weight=30.0), case)
     torch.testing.assert_close(doubled["ifvd"], 2 * plain["ifvd"])
     torch.testing.assert_close(doubled["ifvd_kd"], 3 * plain["ifvd_kd"])
-    twin = ref.same_as_teacher(ref.make_case(multilabel=multilabel, student_taps=TEACHER, teacher_taps=TEACHER))
-    assert all(abs(term.item()) < 1e-6 for term in ref.evaluate(make(TEACHER, **arguments), twin).values())
+    twin = ref.same_as_teacher(
+        ref.make_case(multilabel=multilabel, student_taps=TEACHER, teacher_taps=TEACHER)
+    )
+    assert all(
+        abs(term.item()) < 1e-6 for term in ref.evaluate(make(TEACHER, **arguments), twin).values()
+    )
 
 
 def test_hand_values_of_the_cosine():
-    # Class 0: (1, 0) and (0, 1), centre (1/2, 1/2), so both have 1/sqrt(2). Class 1 alone: 1. Class 5: left out.
+    # Class 0: (1, 0) and (0, 1), centre (1/2, 1/2), so both have 1/sqrt(2). Class 1 alone: 1. Class
+    # 5: left out.
     feature = torch.tensor([[[1.0, 0.0, 3.0, 2.0], [0.0, 1.0, 4.0, 2.0]]])
     cosine = centre_similarity(feature, torch.tensor([[0, 0, 1, 5]]), 2)
     np.testing.assert_allclose(cosine[0].numpy(), [0.5**0.5, 0.5**0.5, 1.0, 0.0], rtol=1e-5)

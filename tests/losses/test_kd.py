@@ -16,7 +16,9 @@ def slow_kd(mode, weight=10.0, tau=1.0, reduction="mean"):
             if mode == "kl":
                 total += tau**2 * ref.kl(ref.softmax(t / tau), ref.softmax(s / tau))
             elif mode == "bernoulli_kl":
-                total += tau**2 * sum(ref.binary_kl(ref.sigmoid(b / tau), ref.sigmoid(a / tau)) for a, b in zip(s, t))
+                total += tau**2 * sum(
+                    ref.binary_kl(ref.sigmoid(b / tau), ref.sigmoid(a / tau)) for a, b in zip(s, t)
+                )
             else:
                 total += sum((ref.sigmoid(a) - ref.sigmoid(b)) ** 2 for a, b in zip(s, t))
         return {"kd": weight * total / voxels / (k if reduction == "mean" else 1)}
@@ -47,7 +49,9 @@ def test_equals_slow_reference(arguments, mode, spatial):
 
 @pytest.mark.parametrize("mode", ["kl", "bernoulli_kl", "mse_sigmoid"])
 def test_temperature_and_voxel_reduction(mode):
-    module = make(multilabel=mode == "bernoulli_kl", mode=mode, tau=3.0, reduction="voxel", weight=2.0)
+    module = make(
+        multilabel=mode == "bernoulli_kl", mode=mode, tau=3.0, reduction="voxel", weight=2.0
+    )
     ref.check_values(module, ref.make_case(seed=3), slow_kd(mode, 2.0, 3.0, "voxel"))
 
 
@@ -67,8 +71,12 @@ def test_hand_value():
     # Teacher [0.8, 0.2], student [0.5, 0.5]: KL = ln 2 - H(0.8).
     teacher = torch.tensor([math.log(4.0), 0.0]).view(1, 2, 1, 1)
     expected = math.log(2) + 0.8 * math.log(0.8) + 0.2 * math.log(0.2)
-    assert softmax_kl(torch.zeros(1, 2, 1, 1), teacher, reduction="voxel").item() == pytest.approx(expected, rel=1e-6)
-    assert softmax_kl(torch.zeros(1, 2, 1, 1), teacher).item() == pytest.approx(expected / 2, rel=1e-6)
+    assert softmax_kl(torch.zeros(1, 2, 1, 1), teacher, reduction="voxel").item() == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert softmax_kl(torch.zeros(1, 2, 1, 1), teacher).item() == pytest.approx(
+        expected / 2, rel=1e-6
+    )
     binary = bernoulli_kl_map(torch.zeros(1), torch.tensor([math.log(4.0)]))
     assert binary.item() == pytest.approx(expected, rel=1e-6)
 
@@ -81,7 +89,9 @@ def test_divergence_of_opposite_certainties_is_their_distance():
 def test_region_masks_accept_any_dtype_and_check_channels():
     label = torch.tensor([[[[0, 1]], [[1, 1]]]])
     for dtype in (torch.bool, torch.uint8, torch.float32):
-        np.testing.assert_array_equal(region_masks(label.to(dtype), 2).numpy(), label.bool().numpy())
+        np.testing.assert_array_equal(
+            region_masks(label.to(dtype), 2).numpy(), label.bool().numpy()
+        )
     with pytest.raises(ValueError, match="one channel per region"):
         region_masks(label, 3)
 

@@ -19,13 +19,19 @@ def slow_mskd(multilabel=False, min_norm=0.1):
 
     def affinity(logits, b):
         squash = ref.sigmoid if multilabel else ref.softmax
-        probs = np.array([squash(column) for sample, _, column in ref.columns(logits) if sample == b])  # (V, C)
+        # (V, C)
+        probs = np.array(
+            [squash(column) for sample, _, column in ref.columns(logits) if sample == b]
+        )
         classes = probs.shape[1]
         return [[sum(probs[:, i] * probs[:, j]) for i in range(classes)] for j in range(classes)]
 
     def slow(student, teacher, label):
         grid, losses, cosines = student.logits.shape[2:], [], []
-        ours, theirs = length(student.features["decoder"], grid), length(teacher.features["decoder"], grid)
+        ours, theirs = (
+            length(student.features["decoder"], grid),
+            length(teacher.features["decoder"], grid),
+        )
         for (b, v, s), (_, _, t) in zip(ref.columns(student.logits), ref.columns(teacher.logits)):
             if multilabel:
                 p, q = ref.sigmoid(s / ours[b, v]), ref.sigmoid(t / theirs[b, v])
@@ -48,8 +54,12 @@ def make(student=STUDENT, teacher=TEACHER, **arguments):
 @pytest.mark.parametrize("preset", ["clean", "as_released"])
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_equals_slow_reference(preset, multilabel):
-    case = ref.make_case(spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER)
-    ref.check_values(make(preset=preset, multilabel=multilabel), case, slow_mskd(multilabel), entries=3)
+    case = ref.make_case(
+        spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER
+    )
+    ref.check_values(
+        make(preset=preset, multilabel=multilabel), case, slow_mskd(multilabel), entries=3
+    )
 
 
 def test_2d_and_another_shortest_length_equal_slow_reference():
@@ -59,7 +69,9 @@ def test_2d_and_another_shortest_length_equal_slow_reference():
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_contract(multilabel):
-    case = ref.make_case(spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER)
+    case = ref.make_case(
+        spatial=(8, 4, 2), multilabel=multilabel, student_taps=STUDENT, teacher_taps=TEACHER
+    )
 
     def build(**more):
         return make(multilabel=multilabel, **more)
@@ -67,12 +79,16 @@ def test_contract(multilabel):
     ref.check_teacher_constant(build(), case)
     ref.check_range(build(), case)
     ref.check_batch_invariance(build(), case)
-    ref.check_doubling(build, case, {f"{name}_weight": (1.0, f"mskd_{name}") for name in ("affinity", "norm")})
+    ref.check_doubling(
+        build, case, {f"{name}_weight": (1.0, f"mskd_{name}") for name in ("affinity", "norm")}
+    )
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_a_student_like_its_teacher_has_no_affinity_loss_and_a_stationary_norm_loss(multilabel):
-    case = ref.make_case(multilabel=multilabel, student_taps=FLAT, teacher_taps=FLAT, spatial=(8, 6))
+    case = ref.make_case(
+        multilabel=multilabel, student_taps=FLAT, teacher_taps=FLAT, spatial=(8, 6)
+    )
     twin = ref.same_as_teacher(case)
     terms = ref.evaluate(make(FLAT, FLAT, multilabel=multilabel), twin)
     assert abs(terms["mskd_affinity"].item()) < 1e-6
@@ -88,7 +104,9 @@ def test_the_logarithm_of_a_softmax_is_its_own_log_softmax():
 
 
 def test_affinity_of_two_hard_maps_by_hand():
-    """Four voxels, two classes: P P^T / V is diag(3, 1) / 4, with one voxel moved diag(2, 2) / 4: equal columns."""
+    """Four voxels, two classes: P P^T / V is diag(3, 1) / 4, with one voxel moved diag(2, 2) / 4:
+    equal columns.
+    """
     probs = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]])
     moved = torch.tensor([[[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]])
     assert class_affinity_distance(probs, moved).item() == pytest.approx(0.0, abs=1e-6)

@@ -17,7 +17,10 @@ def slow_nkd(weight=1.0, gamma=1.5, tau=1.0):
             target.append(-ref.softmax(t)[k] * np.log(ref.softmax(s)[k]))
             q, p = ref.softmax(np.delete(t, k) / tau), ref.softmax(np.delete(s, k) / tau)
             rest.append(-np.sum(q * np.log(p)))
-        return {"nkd_target": weight * np.mean(target), "nkd_nontarget": weight * gamma * tau**2 * np.mean(rest)}
+        return {
+            "nkd_target": weight * np.mean(target),
+            "nkd_nontarget": weight * gamma * tau**2 * np.mean(rest),
+        }
 
     return slow
 
@@ -45,7 +48,9 @@ def test_equals_slow_reference(preset, spatial):
 
 @pytest.mark.parametrize("spatial", [(4, 3, 2), (5, 4)])
 def test_multilabel_equals_slow_reference(spatial):
-    ref.check_values(make(multilabel=True), ref.make_case(spatial=spatial, multilabel=True), slow_multilabel)
+    ref.check_values(
+        make(multilabel=True), ref.make_case(spatial=spatial, multilabel=True), slow_multilabel
+    )
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -55,7 +60,9 @@ def test_contract(multilabel):
     ref.check_teacher_constant(module, case)
     ref.check_range(module, case)
     ref.check_batch_invariance(module, case)
-    ref.check_doubling(lambda **more: make(multilabel=multilabel, **more), case, {"weight": (1.0, "nkd")})
+    ref.check_doubling(
+        lambda **more: make(multilabel=multilabel, **more), case, {"weight": (1.0, "nkd")}
+    )
 
 
 def test_gamma_scales_the_other_classes_only():
@@ -67,18 +74,22 @@ def test_known_value_where_student_equals_teacher():
     terms = ref.evaluate(make(), case)
     assert terms["nkd_target"].item() == pytest.approx(math.log(4) / 4, rel=1e-6)
     assert terms["nkd_nontarget"].item() == pytest.approx(1.5 * math.log(3), rel=1e-6)
-    assert ref.evaluate(make(multilabel=True), ref.apply(ref.make_case(multilabel=True), torch.zeros_like))[
-        "nkd_target"
-    ].item() == pytest.approx(math.log(2) / 2, rel=1e-6)
+    assert ref.evaluate(
+        make(multilabel=True), ref.apply(ref.make_case(multilabel=True), torch.zeros_like)
+    )["nkd_target"].item() == pytest.approx(math.log(2) / 2, rel=1e-6)
 
 
 def test_two_classes_are_the_binary_problem():
     # Logits (0, z) and a sigmoid of z say the same.
     binary = ref.make_case(num_classes=1, multilabel=True)
-    pad = ref.apply(binary, lambda x: torch.cat([torch.zeros_like(x), x], dim=1))._replace(label=binary.label.float())
+    pad = ref.apply(binary, lambda x: torch.cat([torch.zeros_like(x), x], dim=1))._replace(
+        label=binary.label.float()
+    )
     two = ref.evaluate(make(2), pad)
     assert two["nkd_nontarget"].item() == 0.0
-    torch.testing.assert_close(two["nkd_target"], ref.evaluate(make(1, multilabel=True), binary)["nkd_target"])
+    torch.testing.assert_close(
+        two["nkd_target"], ref.evaluate(make(1, multilabel=True), binary)["nkd_target"]
+    )
 
 
 def test_bad_arguments():

@@ -11,7 +11,9 @@ from tests.losses import reference as ref
 
 
 def slow_dice(probs, target):
-    """Mean over samples and channels of 1 - (2 sum p g + 1e-5) / (sum p + sum g + 1e-5); arrays (B, K, *spatial)."""
+    """Mean over samples and channels of 1 - (2 sum p g + 1e-5) / (sum p + sum g + 1e-5); arrays (B,
+    K, *spatial).
+    """
     losses = []
     for sample_p, sample_g in zip(probs, target):
         for p, g in zip(sample_p, sample_g):
@@ -51,19 +53,27 @@ def test_equals_slow_loops(spatial, multilabel):
             changed = flat.copy()
             changed[index] += delta
             sums.append(slow_loss(changed.reshape(array.shape), case.label.numpy(), multilabel))
-        assert gradient.reshape(-1)[index].item() == pytest.approx((sums[0] - sums[1]) / (2 * step), rel=1e-3, abs=1e-7)
+        assert gradient.reshape(-1)[index].item() == pytest.approx(
+            (sums[0] - sums[1]) / (2 * step), rel=1e-3, abs=1e-7
+        )
 
 
 def test_hand_value_multi_class():
-    # Equal logits: p = 1/2 everywhere. One voxel of class 0, one of class 1: each Dice is 2 * 0.5 / (1 + 1).
-    value = SegmentationLoss()(torch.zeros(1, 2, 1, 1, 2), torch.tensor([0.0, 1.0]).view(1, 1, 1, 1, 2))
+    # Equal logits: p = 1/2 everywhere. One voxel of class 0, one of class 1: each Dice is 2 * 0.5 /
+    # (1 + 1).
+    value = SegmentationLoss()(
+        torch.zeros(1, 2, 1, 1, 2), torch.tensor([0.0, 1.0]).view(1, 1, 1, 1, 2)
+    )
     assert value.item() == pytest.approx(0.5 + math.log(2), abs=1e-5)
 
 
 def test_hand_value_multi_label():
-    # p = 1/2: Dice losses 1 - 2 * 1 / (1 + 2) for the full region and 1 - 1e-5 / (1 + 1e-5) for the empty one.
+    # p = 1/2: Dice losses 1 - 2 * 1 / (1 + 2) for the full region and 1 - 1e-5 / (1 + 1e-5) for the
+    # empty one.
     label = torch.tensor([[[True, True], [False, False]]]).view(1, 2, 1, 1, 2)
-    assert SegmentationLoss(True)(torch.zeros(1, 2, 1, 1, 2), label).item() == pytest.approx((1 / 3 + 1) / 2, abs=2e-5)
+    assert SegmentationLoss(True)(torch.zeros(1, 2, 1, 1, 2), label).item() == pytest.approx(
+        (1 / 3 + 1) / 2, abs=2e-5
+    )
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -72,7 +82,9 @@ def test_near_zero_at_a_sure_and_right_prediction(multilabel):
     target = case.label.float()
     if not multilabel:
         target = torch.nn.functional.one_hot(case.label[:, 0].long(), 4).movedim(-1, 1).float()
-    assert SegmentationLoss(multilabel)(60 * target - 30, case.label).item() == pytest.approx(0.0, abs=1e-5)
+    assert SegmentationLoss(multilabel)(60 * target - 30, case.label).item() == pytest.approx(
+        0.0, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -95,4 +107,6 @@ def test_half_precision(multilabel, dtype):
 def test_batch_invariance(multilabel):
     case = ref.make_case(multilabel=multilabel)
     loss, logits, label = SegmentationLoss(multilabel), case.student.logits[:1], case.label[:1]
-    torch.testing.assert_close(loss(logits.repeat(3, 1, 1, 1, 1), label.repeat(3, 1, 1, 1, 1)), loss(logits, label))
+    torch.testing.assert_close(
+        loss(logits.repeat(3, 1, 1, 1, 1), label.repeat(3, 1, 1, 1, 1)), loss(logits, label)
+    )

@@ -27,10 +27,18 @@ def slow_skd(frozen, legacy=False, multilabel=False):
     """`frozen`: the unchanged student, whose norms are the constants of the pair term."""
 
     def similarity(feature, constant, kernel):
-        nodes, norms = slow_pool(feature, kernel), np.linalg.norm(slow_pool(constant, kernel), axis=1)
+        nodes, norms = (
+            slow_pool(feature, kernel),
+            np.linalg.norm(slow_pool(constant, kernel), axis=1),
+        )
         n = nodes.shape[2]
         return [
-            np.array([[sample[:, i] @ sample[:, j] / norm[i] / norm[j] for j in range(n)] for i in range(n)])
+            np.array(
+                [
+                    [sample[:, i] @ sample[:, j] / norm[i] / norm[j] for j in range(n)]
+                    for i in range(n)
+                ]
+            )
             for sample, norm in zip(nodes, norms)
         ]
 
@@ -49,7 +57,9 @@ def slow_skd(frozen, legacy=False, multilabel=False):
         pixel /= voxels * (1 if legacy else batch)
 
         teacher_kernel = [size // 2 for size in teacher.features[TAP].shape[2:]]
-        kernel = teacher_kernel if legacy else [size // 2 for size in student.features[TAP].shape[2:]]
+        kernel = (
+            teacher_kernel if legacy else [size // 2 for size in student.features[TAP].shape[2:]]
+        )
         ours = similarity(student.features[TAP], frozen.features[TAP], kernel)
         theirs = similarity(teacher.features[TAP], teacher.features[TAP], teacher_kernel)
         pair = sum(np.sum((a - b) ** 2) / len(b) ** 2 for a, b in zip(ours, theirs)) / batch
@@ -87,14 +97,18 @@ def test_contract(preset, multilabel):
 
     ref.check_teacher_constant(build(), case)
     ref.check_range(build(), case)
-    ref.check_doubling(build, case, {"pixel_weight": (10.0, "skd_pixel"), "pair_weight": (1.0, "skd_pair")})
+    ref.check_doubling(
+        build, case, {"pixel_weight": (10.0, "skd_pixel"), "pair_weight": (1.0, "skd_pair")}
+    )
     if preset == "clean":
         ref.check_batch_invariance(build(), case)
 
 
 def test_released_pixel_term_grows_with_the_batch():
     case = ref.make_case(student_taps=STUDENT, teacher_taps=TEACHER)
-    clean, released = (ref.evaluate(make(preset=preset), case) for preset in ("clean", "as_released"))
+    clean, released = (
+        ref.evaluate(make(preset=preset), case) for preset in ("clean", "as_released")
+    )
     torch.testing.assert_close(released["skd_pixel"], 2 * clean["skd_pixel"])
     torch.testing.assert_close(released["skd_pair"], clean["skd_pair"])
 
@@ -113,11 +127,16 @@ def test_known_value_where_student_equals_teacher():
     terms = ref.evaluate(make(TEACHER), case)
     assert terms["skd_pair"].item() == 0.0
     flat = ref.apply(case, torch.zeros_like)
-    assert ref.evaluate(make(TEACHER), flat)["skd_pixel"].item() == pytest.approx(10 * math.log(4), rel=1e-6)
+    assert ref.evaluate(make(TEACHER), flat)["skd_pixel"].item() == pytest.approx(
+        10 * math.log(4), rel=1e-6
+    )
 
 
 def test_odd_grids_have_the_same_number_of_nodes():
-    sizes = {pool_nodes(torch.randn(1, 2, *grid), 2).shape[2] for grid in [(5, 7, 9), (6, 6, 6), (3, 2, 10)]}
+    sizes = {
+        pool_nodes(torch.randn(1, 2, *grid), 2).shape[2]
+        for grid in [(5, 7, 9), (6, 6, 6), (3, 2, 10)]
+    }
     assert sizes == {8}
     assert pool_nodes(torch.randn(1, 2, 1, 5), 2).shape[2] == 2
 

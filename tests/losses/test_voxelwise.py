@@ -1,4 +1,6 @@
-"""Sums by chunks against the same function on whole tensors: values, gradients, chunk borders, odd inputs."""
+"""Sums by chunks against the same function on whole tensors: values, gradients, chunk borders, odd
+inputs.
+"""
 
 import pytest
 import torch
@@ -55,7 +57,9 @@ def test_one_sum_is_evaluated_once(monkeypatch, dtype):
     assert len(calls) == evaluations == len(list(voxel_chunks(logits)))
     (expected,) = torch.autograd.grad((3.0 * sums(logits, teacher, label)[0]).sqrt(), logits)
     assert torch.equal(first, second) and first.dtype == dtype
-    torch.testing.assert_close(first, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
+    torch.testing.assert_close(
+        first, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6
+    )
 
 
 def test_chunks_cover_every_voxel_once(monkeypatch):
@@ -67,13 +71,17 @@ def test_chunks_cover_every_voxel_once(monkeypatch):
     assert (covered == 1).all()
 
 
-@pytest.mark.parametrize("layout", [lambda x: x.to(memory_format=torch.channels_last_3d), lambda x: x.flip(4)])
+@pytest.mark.parametrize(
+    "layout", [lambda x: x.to(memory_format=torch.channels_last_3d), lambda x: x.flip(4)]
+)
 def test_layout_of_memory_does_not_matter(monkeypatch, layout):
     monkeypatch.setattr(voxelwise, "CHUNK_ELEMENTS", 30)
     logits, teacher, label = make()
     changed = layout(logits.detach()).requires_grad_()
     found = voxel_sums(sums, changed, layout(teacher), layout(label))
-    torch.testing.assert_close(found, sums(changed, layout(teacher), layout(label)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found, sums(changed, layout(teacher), layout(label)), rtol=1e-5, atol=1e-6
+    )
     (gradient,) = torch.autograd.grad(found.sum(), changed)
     (expected,) = torch.autograd.grad(sums(logits, teacher, label).sum(), logits)
     torch.testing.assert_close(gradient, layout(expected), rtol=1e-5, atol=1e-6)

@@ -35,7 +35,11 @@ def slow_dice(logits, label, eps=1e-5):
     p, total = logits.double().softmax(1), 0.0
     for k in range(logits.shape[1]):
         is_k = (label == k).double()
-        total = total + 1 - (2 * (p[:, k] * is_k).sum() + eps) / ((p[:, k] ** 2).sum() + is_k.sum() + eps)
+        total = (
+            total
+            + 1
+            - (2 * (p[:, k] * is_k).sum() + eps) / ((p[:, k] ** 2).sum() + is_k.sum() + eps)
+        )
     return total / logits.shape[1]
 
 
@@ -45,8 +49,13 @@ def slow_cross_entropy(logits, label):
 
 
 def slow_label_errors(probs, given):
-    """Confident joint, calibrated; pruned by class and by noise rate; one voxel and one class at a time."""
-    classes, rows = probs.shape[1], probs.double().movedim(1, -1).reshape(-1, probs.shape[1]).tolist()
+    """Confident joint, calibrated; pruned by class and by noise rate; one voxel and one class at a
+    time.
+    """
+    classes, rows = (
+        probs.shape[1],
+        probs.double().movedim(1, -1).reshape(-1, probs.shape[1]).tolist(),
+    )
     labels = given.flatten().tolist()
     members = [[v for v, label in enumerate(labels) if label == k] for k in range(classes)]
     if not all(members):
@@ -59,7 +68,9 @@ def slow_label_errors(probs, given):
             counts[label][max(passing, key=lambda k: row[k])] += 1
     for k in range(classes):
         counts[k][k] = max(counts[k][k], 1)
-    joint = [[n / max(sum(line), 1) * len(members[i]) for n in line] for i, line in enumerate(counts)]
+    joint = [
+        [n / max(sum(line), 1) * len(members[i]) for n in line] for i, line in enumerate(counts)
+    ]
     by_class, by_rate = set(), set()
     for i in range(classes):
         if len(members[i]) <= 5:
@@ -70,14 +81,18 @@ def slow_label_errors(probs, given):
             if j != i:
                 order = sorted(members[i], key=lambda v: rows[v][i] - rows[v][j])
                 by_rate |= set(order[: round(joint[i][j])])
-    errors = {v for v in by_class & by_rate if max(range(classes), key=lambda k: rows[v][k]) != labels[v]}
+    errors = {
+        v for v in by_class & by_rate if max(range(classes), key=lambda k: rows[v][k]) != labels[v]
+    }
     return torch.tensor([v in errors for v in range(len(labels))]).view_as(given)
 
 
 def enlarged(array, size):
     for axis, length in enumerate(size, start=2):
         at = np.linspace(0, array.shape[axis] - 1, length)
-        array = np.apply_along_axis(lambda row, at=at: np.interp(at, np.arange(len(row)), row), axis, array)
+        array = np.apply_along_axis(
+            lambda row, at=at: np.interp(at, np.arange(len(row)), row), axis, array
+        )
     return array
 
 
@@ -127,13 +142,17 @@ def make_batch(dims, classes=CLASSES, seed=0):
     rng = torch.Generator().manual_seed(seed)
     grid = grid_of(dims)
     image, weak = (torch.randn(2, 1, *grid, generator=rng) for _ in range(2))
-    label, truth = (torch.randint(0, classes, (2, 1, *grid), generator=rng).byte() for _ in range(2))
+    label, truth = (
+        torch.randint(0, classes, (2, 1, *grid), generator=rng).byte() for _ in range(2)
+    )
     return {"image": image, "label": label}, {"weak": weak, "label": truth}
 
 
 def make(dims, dropout=0.0, classes=CLASSES, **arguments):
     """In training mode, with a teacher that differs from the student."""
-    method = ACMT(lambda: make_network(dims, dropout, classes), max_steps=STEPS, **arguments).train()
+    method = ACMT(
+        lambda: make_network(dims, dropout, classes), max_steps=STEPS, **arguments
+    ).train()
     rng = torch.Generator().manual_seed(20)
     for parameter in method.teacher.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
@@ -148,11 +167,15 @@ def compare_gradients(network, other):
     """Of the weights; those of a bias before a batch norm are rounding errors."""
     for (name, ours), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
         if ours.ndim > 1:
-            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(theirs.grad), name
+            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(
+                theirs.grad
+            ), name
 
 
 def reference(student_net, teacher_net, labelled, weak, step, strategy, released, noise=0.1):
-    """One step of networks without dropout; draws the noise from the global generator in the order of the method."""
+    """One step of networks without dropout; draws the noise from the global generator in the order
+    of the method.
+    """
 
     def noisy():
         return weak + (noise * torch.randn_like(weak)).clamp(-2 * noise, 2 * noise)
@@ -186,7 +209,9 @@ def reference(student_net, teacher_net, labelled, weak, step, strategy, released
         "consistency": weight * consistency,
     }
     if strategy == "prototype":
-        terms["entropy"] = weight * slow_entropy(student)[~mask].sum() / max((~mask).sum().item(), 1)
+        terms["entropy"] = (
+            weight * slow_entropy(student)[~mask].sum() / max((~mask).sum().item(), 1)
+        )
     return terms, mask
 
 
@@ -237,7 +262,8 @@ def test_label_errors_spare_classes_of_five_voxels(members, marked, place):
     given = torch.zeros(1, 10, 10, dtype=torch.long)
     given.view(-1)[:members] = 1
     p1 = torch.full((1, 10, 10), 0.1)
-    p1.view(-1)[: members // 2] = 0.9  # the class's own mean is 0.5 or less, which the other members do not reach
+    # the class's own mean is 0.5 or less, which the other members do not reach
+    p1.view(-1)[: members // 2] = 0.9
     probs = torch.stack([1 - p1, p1], 1)
     assert torch.equal(label_errors(probs, given), slow_label_errors(probs, given))
     assert label_errors(probs, given).sum() == marked
@@ -272,7 +298,9 @@ def test_uncertain_voxels_do_not_move_a_prototype():
 def test_nothing_is_far_where_a_class_has_no_certain_voxel(absent):
     probs = torch.rand(1, 2, 4, 4).softmax(1)
     certain = probs.argmax(1) != absent
-    assert not far_from_prototype(torch.randn(1, 3, 4, 4), probs, certain, 1 - probs.argmax(1)).any()
+    assert not far_from_prototype(
+        torch.randn(1, 3, 4, 4), probs, certain, 1 - probs.argmax(1)
+    ).any()
 
 
 # The whole step.
@@ -289,7 +317,14 @@ def test_a_whole_step_equals_a_second_implementation(dims, preset, strategy):
     terms = method.loss(labelled, unlabelled, 6)
     torch.manual_seed(7)
     expected, mask = reference(
-        student, teacher, labelled, unlabelled["weak"], 6, strategy, preset == "as_released", noise=0.5
+        student,
+        teacher,
+        labelled,
+        unlabelled["weak"],
+        6,
+        strategy,
+        preset == "as_released",
+        noise=0.5,
     )
     assert 0 < mask.sum() < mask.numel()
     assert torch.equal(method.pictures["ambiguous"][1].bool(), mask[0])
@@ -317,10 +352,15 @@ def test_a_whole_step_of_three_classes_equals_a_second_implementation(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dims", [2, 3])
-def test_every_parameter_of_the_student_and_none_of_the_teacher_gets_a_gradient(dims, preset, strategy):
+def test_every_parameter_of_the_student_and_none_of_the_teacher_gets_a_gradient(
+    dims, preset, strategy
+):
     method = make(dims, dropout=0.3, preset=preset, strategy=strategy)
     terms = method.loss(*make_batch(dims), 6)
-    assert all(term.shape == () and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+    assert all(
+        term.shape == () and term.dtype == torch.float32 and torch.isfinite(term)
+        for term in terms.values()
+    )
     sum(terms.values()).backward()
     for name, parameter in method.network.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -335,7 +375,9 @@ def test_labels_of_unlabelled_images_reach_the_monitor_alone(strategy):
     for label in (unlabelled["label"], 1 - unlabelled["label"]):
         method = make(2, dropout=0.3, strategy=strategy)
         torch.manual_seed(1)
-        found.append((values(method.loss(labelled, unlabelled | {"label": label}, 6)), method.monitor))
+        found.append(
+            (values(method.loss(labelled, unlabelled | {"label": label}, 6)), method.monitor)
+        )
     assert found[0][0] == found[1][0]
     assert found[0][1]["pseudo_accuracy"] != found[1][1]["pseudo_accuracy"]
 
@@ -378,7 +420,9 @@ def test_the_entropy_threshold_rises_with_the_training(step, level):
 
 @pytest.mark.parametrize("step, level", [(0, 0.75 + 0.15 * math.exp(-5)), (20, 0.90)])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_threshold_of_the_mean_of_passes_rises_with_the_training(preset, step, level, monkeypatch):
+def test_the_threshold_of_the_mean_of_passes_rises_with_the_training(
+    preset, step, level, monkeypatch
+):
     method = make(2, preset=preset, strategy="mc_dropout")
     p = torch.linspace(0.01, 0.99, 197, dtype=torch.float64)
     seen = []
@@ -387,7 +431,11 @@ def test_the_threshold_of_the_mean_of_passes_rises_with_the_training(preset, ste
         seen.append((network, count))
         for k in range(count):
             spread = (k - (count - 1) / 2) * 1e-3
-            yield type("Out", (), {"logits": torch.stack([p + spread, 1 - p - spread]).log().view(1, 2, 1, 197)})
+            yield type(
+                "Out",
+                (),
+                {"logits": torch.stack([p + spread, 1 - p - spread]).log().view(1, 2, 1, 197)},
+            )
 
     monkeypatch.setattr(method, "_passes", passes)
     found = method._ambiguous(None, None, torch.zeros(1, 1, 1, 197), step / STEPS)
@@ -400,10 +448,14 @@ def test_the_threshold_of_the_mean_of_passes_rises_with_the_training(preset, ste
 def test_the_weight_rises_over_a_fraction_of_the_training(step, fraction):
     expected = 0.1 * math.exp(-5 * (1 - fraction) ** 2)
     assert make(2).weight_at(step) == pytest.approx(expected, rel=1e-12)
-    assert make(2, consistency=0.4, ramp_length=1.5).weight_at(15) == pytest.approx(0.4 * math.exp(-5 / 4), rel=1e-12)
+    assert make(2, consistency=0.4, ramp_length=1.5).weight_at(15) == pytest.approx(
+        0.4 * math.exp(-5 / 4), rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("step, units", [(0, 0), (149, 0), (150, 1), (3149, 20), (6000, 40), (60000, 40)])
+@pytest.mark.parametrize(
+    "step, units", [(0, 0), (149, 0), (150, 1), (3149, 20), (6000, 40), (60000, 40)]
+)
 def test_the_released_weight_rises_in_units_of_150_steps(step, units):
     expected = 0.1 * math.exp(-5 * (1 - units / 40) ** 2)
     assert make(2, preset="as_released").weight_at(step) == pytest.approx(expected, rel=1e-12)
@@ -471,7 +523,9 @@ def test_the_teacher_is_averaged_after_each_step(preset, step, decay):
 
 def test_the_teacher_starts_as_the_student_and_is_a_network_of_its_own():
     method = ACMT(lambda: make_network(2), max_steps=STEPS)
-    for ours, other in zip(method.network.state_dict().values(), method.teacher.state_dict().values(), strict=True):
+    for ours, other in zip(
+        method.network.state_dict().values(), method.teacher.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, other) and ours.data_ptr() != other.data_ptr()
     assert method.evaluated is method.network
     assert {key.split(".")[0] for key in method.state_dict()} == {"network", "teacher"}
@@ -487,16 +541,27 @@ def test_both_networks_run_with_dropout(preset):
 
 
 def test_it_asks_for_weak_views_alone():
-    assert (ACMT.strong_views, ACMT.mixes, ACMT.updates, ACMT.uses_unlabelled) == (0, False, 1, True)
+    assert (ACMT.strong_views, ACMT.mixes, ACMT.updates, ACMT.uses_unlabelled) == (
+        0,
+        False,
+        1,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"strategy": "mu"}, "acmt: strategy must be one of entropy, mc_dropout, prototype, confident, got 'mu'"),
+        (
+            {"strategy": "mu"},
+            "acmt: strategy must be one of entropy, mc_dropout, prototype, confident, got 'mu'",
+        ),
         ({"ema_decay": 1.2}, r"acmt: ema_decay must lie in \[0, 1\]"),
         ({"noise": 0.0}, "acmt: noise must be above 0"),
-        ({"strategy": "prototype", "classes": 3}, "'prototype' is for two classes, these data have 3"),
+        (
+            {"strategy": "prototype", "classes": 3},
+            "'prototype' is for two classes, these data have 3",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

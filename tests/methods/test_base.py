@@ -12,7 +12,8 @@ from methods.base import pseudo_label_report
 from networks.unet2d import UNet2D
 from networks.vnet_dual import DualVNet, LeFeDNet
 
-OWN_NETWORKS = {"mlrpl": DualVNet, "lefed": LeFeDNet}  # of methods that need more than any network has
+# of methods that need more than any network has
+OWN_NETWORKS = {"mlrpl": DualVNet, "lefed": LeFeDNet}
 
 
 def make_network():
@@ -41,7 +42,10 @@ def test_an_unknown_preset_lists_the_known_ones():
 
 
 def test_an_unknown_argument_lists_what_the_method_takes():
-    with pytest.raises(ValueError, match=r"'crkd' has no argument treshold; it takes threshold, pseudo_loss,.*ema_for"):
+    with pytest.raises(
+        ValueError,
+        match=r"'crkd' has no argument treshold; it takes threshold, pseudo_loss,.*ema_for",
+    ):
         build_method("crkd", make_network, max_steps=7, treshold=0.5)
     with pytest.raises(ValueError, match="'supervised' has no argument lec, csd; it takes none"):
         build_method("supervised", make_network, max_steps=7, lec=1.0, csd=1.0)
@@ -52,7 +56,9 @@ def test_an_unknown_argument_lists_what_the_method_takes():
 
 @pytest.mark.parametrize("name", OWN_NETWORKS)
 def test_a_network_that_lacks_what_the_method_calls_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name}: needs a network with '.*', such as vnet_.*; set network: vnet_"):
+    with pytest.raises(
+        ValueError, match=f"{name}: needs a network with '.*', such as vnet_.*; set network: vnet_"
+    ):
         build_method(name, make_network, max_steps=7)
 
 
@@ -84,7 +90,10 @@ def test_report_equals_counting_voxel_by_voxel(grid, dtype):
     pred, truth = rng.integers(0, 4, (2, *grid)), rng.integers(0, 4, (2, *grid))
     valid = rng.random((2, *grid)) < 0.6
     report = pseudo_label_report(
-        torch.from_numpy(pred), torch.from_numpy(valid), torch.from_numpy(truth)[:, None].to(dtype), 4
+        torch.from_numpy(pred),
+        torch.from_numpy(valid),
+        torch.from_numpy(truth)[:, None].to(dtype),
+        4,
     )
     counts = dict.fromkeys(["valid", "valid_right", "pred_fg", "true_fg"], 0)
     of_class, found = [0] * 4, [0] * 4
@@ -96,10 +105,12 @@ def test_report_equals_counting_voxel_by_voxel(grid, dtype):
         of_class[y] += 1
         found[y] += v and p == y
     expected = {
-        "mask_ratio": counts["valid"] / pred.size, "pseudo_accuracy": counts["valid_right"] / counts["valid"],
-        "pseudo_foreground": counts["pred_fg"] / pred.size, "true_foreground": counts["true_fg"] / pred.size,
+        "mask_ratio": counts["valid"] / pred.size,
+        "pseudo_accuracy": counts["valid_right"] / counts["valid"],
+        "pseudo_foreground": counts["pred_fg"] / pred.size,
+        "true_foreground": counts["true_fg"] / pred.size,
         **{f"recall_{k}": found[k] / of_class[k] for k in (1, 2, 3)},
-    }  # fmt: skip
+    }
     assert report.keys() == expected.keys()
     assert {key: value.item() for key, value in report.items()} == pytest.approx(expected, rel=1e-6)
 

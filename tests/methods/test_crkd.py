@@ -1,4 +1,6 @@
-"""CRKD against a second implementation written from its description, and what each argument changes."""
+"""CRKD against a second implementation written from its description, and what each argument
+changes.
+"""
 
 import copy
 import math
@@ -32,7 +34,9 @@ def make_network(dims, dropout=False):
     """Tiny, with statistics that fit the data and logits that do not all point to one class."""
     torch.manual_seed(10 + dims)
     if dims == 2:
-        network = UNet2D(1, CLASSES, channels=(2, 4, 4, 8, 8), dropout=(0.3 if dropout else 0.0,) * 5)
+        network = UNet2D(
+            1, CLASSES, channels=(2, 4, 4, 8, 8), dropout=(0.3 if dropout else 0.0,) * 5
+        )
         out = network.decoder.out_conv
     else:
         network = VNet(1, CLASSES, n_filters=2, dropout=0.3 if dropout else 0.0)
@@ -57,7 +61,10 @@ def make_batch(dims, seed=0, unlabelled=2):
         return torch.randn(count, 1, *grid, generator=rng)
 
     weak = randn(unlabelled)
-    labelled = {"image": randn(2), "label": torch.randint(0, CLASSES, (2, 1, *grid), generator=rng).byte()}
+    labelled = {
+        "image": randn(2),
+        "label": torch.randint(0, CLASSES, (2, 1, *grid), generator=rng).byte(),
+    }
     truth = torch.randint(0, CLASSES, (unlabelled, 1, *grid), generator=rng).byte()
     return labelled, {"weak": weak, "strong0": 0.8 * weak + 0.3 * randn(unlabelled), "label": truth}
 
@@ -98,7 +105,9 @@ def slow_dice(p, y, background=False, average=False, absent=True):
     for k in range(0 if background else 1, p.shape[1]):
         one = (y == k).double()
         if absent or one.sum() > 0:
-            losses.append(1 - (2 * (p[:, k] * one).sum() + 1e-5) / ((p[:, k] ** 2).sum() + one.sum() + 1e-5))
+            losses.append(
+                1 - (2 * (p[:, k] * one).sum() + 1e-5) / ((p[:, k] ** 2).sum() + one.sum() + 1e-5)
+            )
     return sum(losses) / (len(losses) if average else 1)
 
 
@@ -130,12 +139,18 @@ def slow_lec(logits_s, logits_fp, beta, distance, mask=None, eps=1e-8):
     return per_voxel.mean() if mask is None else per_voxel[mask.flatten()].mean()
 
 
-def slow_csd(features, pred_l, y_l, pred_u, conf_u, head, pool, tau, use_tp, normalise, threshold, samples):
-    """With more rows wanted than there are, so that nothing is drawn; halves in order of position."""
+def slow_csd(
+    features, pred_l, y_l, pred_u, conf_u, head, pool, tau, use_tp, normalise, threshold, samples
+):
+    """With more rows wanted than there are, so that nothing is drawn; halves in order of
+    position.
+    """
     dims = features[0].ndim - 2
     pooling = F.avg_pool2d if dims == 2 else F.avg_pool3d
     features = [voxels(pooling(f, pool)) for f in features]
-    pred_l, y_l, pred_u = (v[(slice(None), *[slice(None, None, pool)] * dims)].flatten() for v in (pred_l, y_l, pred_u))
+    pred_l, y_l, pred_u = (
+        v[(slice(None), *[slice(None, None, pool)] * dims)].flatten() for v in (pred_l, y_l, pred_u)
+    )
     align = {"mode": "bilinear", "align_corners": True} if dims == 2 else {"mode": "trilinear"}
     conf = F.interpolate(conf_u[:, None], scale_factor=1 / pool, **align).flatten()
     reliable = conf >= (conf.mean() if threshold is None else threshold)
@@ -147,8 +162,12 @@ def slow_csd(features, pred_l, y_l, pred_u, conf_u, head, pool, tau, use_tp, nor
         picked.append((0, k, anchors.nonzero()[:, 0].tolist()))
         picked += [(1, k, contrast[:half]), (2, k, contrast[half:])]
     picked = [entry for entry in picked if entry[2]]
-    assert len({k for stream, k, _ in picked if stream}) > 1, "a case without two classes tests nothing"
-    projected = head(torch.cat([features[stream][rows] for stream, _, rows in picked]).float()).double()
+    assert len({k for stream, k, _ in picked if stream}) > 1, (
+        "a case without two classes tests nothing"
+    )
+    projected = head(
+        torch.cat([features[stream][rows] for stream, _, rows in picked]).float()
+    ).double()
     sides = {"anchor": ([], []), "contrast": ([], [])}
     for (stream, k, rows), z in zip(picked, projected.split([len(rows) for _, _, rows in picked])):
         wanted = samples // CLASSES + (samples % CLASSES if k == CLASSES - 1 else 0)
@@ -160,7 +179,10 @@ def slow_csd(features, pred_l, y_l, pred_u, conf_u, head, pool, tau, use_tp, nor
     (a, a_class), (v, v_class) = ((torch.stack(z), torch.tensor(k)) for z, k in sides.values())
     similarity = a @ v.T / tau
     log_p = similarity - similarity.exp().sum(1, keepdim=True).log()
-    losses = [-row[v_class == k].mean() if (v_class == k).any() else row.sum() * 0 for row, k in zip(log_p, a_class)]
+    losses = [
+        -row[v_class == k].mean() if (v_class == k).any() else row.sum() * 0
+        for row, k in zip(log_p, a_class)
+    ]
     return torch.stack(losses).mean()
 
 
@@ -198,21 +220,56 @@ def exchanged(values, pairs, box):
 
 
 def slow_crkd(method, batch, step, pairs=(), box=(), **options):
-    """The terms and `s_better`; uses the networks and the head of `method` and none of its losses."""
+    """The terms and `s_better`; uses the networks and the head of `method` and none of its
+    losses.
+    """
     o = {
-        "threshold": 0.6, "pseudo_loss": "ce_dice", "dice": {}, "pseudo_weight": 0.5, "pseudo_ramp": 0.0,
-        "pseudo_mode": "eval", "warmup": 0.0, "consistency": 0.1, "ramp_length": 2 / 3, "lec": 1.0, "lec_beta": 1.0,
-        "lec_distance": "kl", "lec_masked": False, "csd": 1.0, "csd_tau": 0.1, "csd_use_tp": True,
-        "csd_threshold": None, "normalise": True, "ckd_pixel": 1.0, "ckd_feature": 1.0, "temperature": 1.0,
-        "feature_tau": 1.0, "detach": True, "feature_space": "raw", "perturb": 0.5, "fp_input": "mixed",
-        "labeller": None, "statistics": "all", "csd_pool": 4, "csd_samples": 400,
-    } | options  # fmt: skip
+        "threshold": 0.6,
+        "pseudo_loss": "ce_dice",
+        "dice": {},
+        "pseudo_weight": 0.5,
+        "pseudo_ramp": 0.0,
+        "pseudo_mode": "eval",
+        "warmup": 0.0,
+        "consistency": 0.1,
+        "ramp_length": 2 / 3,
+        "lec": 1.0,
+        "lec_beta": 1.0,
+        "lec_distance": "kl",
+        "lec_masked": False,
+        "csd": 1.0,
+        "csd_tau": 0.1,
+        "csd_use_tp": True,
+        "csd_threshold": None,
+        "normalise": True,
+        "ckd_pixel": 1.0,
+        "ckd_feature": 1.0,
+        "temperature": 1.0,
+        "feature_tau": 1.0,
+        "detach": True,
+        "feature_space": "raw",
+        "perturb": 0.5,
+        "fp_input": "mixed",
+        "labeller": None,
+        "statistics": "all",
+        "csd_pool": 4,
+        "csd_samples": 400,
+    } | options
     labelled, unlabelled = batch
     network, labeller = method.network, o["labeller"] or method.network
-    x_l, y_l, x_w, x_s = labelled["image"], labelled["label"][:, 0].long(), unlabelled["weak"], unlabelled["strong0"]
+    x_l, y_l, x_w, x_s = (
+        labelled["image"],
+        labelled["label"][:, 0].long(),
+        unlabelled["weak"],
+        unlabelled["strong0"],
+    )
     if o["pseudo_mode"] == "joint":
         both = network(torch.cat([x_l, x_w]), return_features=True)
-        logits_l, f_l, logits_w = both.logits[:2], both.features["decoder"][:2], both.logits[2:].detach()
+        logits_l, f_l, logits_w = (
+            both.logits[:2],
+            both.features["decoder"][:2],
+            both.logits[2:].detach(),
+        )
     else:
         labeller.train(o["pseudo_mode"] == "train")
         with torch.no_grad():
@@ -239,15 +296,36 @@ def slow_crkd(method, batch, step, pairs=(), box=(), **options):
     terms = {
         "sup": slow_pseudo(logits_l, y_l, everywhere, "ce_dice"),
         "pseudo_s": 0.5 * pseudo * slow_pseudo(logits_s, y_u, valid, o["pseudo_loss"], **o["dice"]),
-        "pseudo_fp": 0.5 * pseudo * slow_pseudo(logits_fp, y_u, valid, o["pseudo_loss"], **o["dice"]),
-        "lec": w * o["lec"]
-        * slow_lec(logits_s, logits_fp, o["lec_beta"], o["lec_distance"], valid if o["lec_masked"] else None),
-        "csd": w * o["csd"] * slow_csd(
-            (f_l, f_s, f_fp), logits_l.argmax(1), y_l, y_u, conf, method.head, o["csd_pool"], o["csd_tau"],
-            o["csd_use_tp"], o["normalise"], o["csd_threshold"], o["csd_samples"],
+        "pseudo_fp": 0.5
+        * pseudo
+        * slow_pseudo(logits_fp, y_u, valid, o["pseudo_loss"], **o["dice"]),
+        "lec": w
+        * o["lec"]
+        * slow_lec(
+            logits_s,
+            logits_fp,
+            o["lec_beta"],
+            o["lec_distance"],
+            valid if o["lec_masked"] else None,
+        ),
+        "csd": w
+        * o["csd"]
+        * slow_csd(
+            (f_l, f_s, f_fp),
+            logits_l.argmax(1),
+            y_l,
+            y_u,
+            conf,
+            method.head,
+            o["csd_pool"],
+            o["csd_tau"],
+            o["csd_use_tp"],
+            o["normalise"],
+            o["csd_threshold"],
+            o["csd_samples"],
         ),
         "ckd_pixel": w * o["ckd_pixel"] * pixel,
-    }  # fmt: skip
+    }
     if o["feature_space"] == "projected":
         f_s, f_fp = method.head(f_s), method.head(f_fp)
     _, feature, _ = slow_ckd(
@@ -258,7 +336,9 @@ def slow_crkd(method, batch, step, pairs=(), box=(), **options):
 
 @pytest.fixture
 def settled(monkeypatch):
-    """Fixed boxes, halves and dropped channels, float64 throughout; returns dims -> the pairs and the box exchanged."""
+    """Fixed boxes, halves and dropped channels, float64 throughout; returns dims -> the pairs and
+    the box exchanged.
+    """
     pairs = [(0, 1)]
 
     def box(shape):
@@ -274,7 +354,8 @@ def settled(monkeypatch):
         kept = [(torch.arange(f.shape[1]) % 3 != 1).view(-1, *[1] * (f.ndim - 2)) for f in features]
         return [f * k.to(f.dtype) / (1 - probability) for f, k in zip(features, kept)]
 
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the losses work in float32 otherwise
+    # the losses work in float32 otherwise
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr("losses.crkd.draw_exchange", draw_exchange)
     monkeypatch.setattr("losses.crkd._permutation", lambda count, generator: torch.arange(count))
     monkeypatch.setattr("networks.unet2d.drop_channels", drop_channels)
@@ -288,23 +369,53 @@ TRANSLATED = {
     "dice_average": {"dice": {"average": True}},
     "dice_absent": {"dice": {"absent": False}},
     "detach_better": {"detach": False},
-    "preset": {"csd_tau": 1.0, "csd_use_tp": False, "normalise": False, "feature_tau": 0.07, "detach": False},
+    "preset": {
+        "csd_tau": 1.0,
+        "csd_use_tp": False,
+        "normalise": False,
+        "feature_tau": 0.07,
+        "detach": False,
+    },
 }
 VARIANTS = [
-    {}, {"pseudo_mode": "train"}, {"pseudo_mode": "joint"}, {"statistics": "clean"}, {"preset": "as_released"},
-    {"pseudo_loss": "ce"}, {"pseudo_loss": "dice"}, {"dice_background": True}, {"dice_average": True},
-    {"dice_absent": False}, {"pseudo_weight": 1.5, "pseudo_ramp": 0.7}, {"lec_masked": True}, {"lec_distance": "l1"},
-    {"lec_beta": 2.0}, {"csd_tau": 0.5}, {"csd_use_tp": False}, {"csd_threshold": 0.5},
-    {"temperature": 2.0}, {"feature_tau": 0.5}, {"detach_better": False}, {"feature_space": "projected"},
-    {"fp_input": "weak"}, {"perturb": 0.2}, {"threshold": 0.8}, {"consistency": 0.7, "ramp_length": 0.9},
-    {"lec": 2.0, "csd": 0.5, "ckd_pixel": 3.0, "ckd_feature": 0.2}, {"warmup": 0.3, "pseudo_ramp": 0.5},
-]  # fmt: skip
+    {},
+    {"pseudo_mode": "train"},
+    {"pseudo_mode": "joint"},
+    {"statistics": "clean"},
+    {"preset": "as_released"},
+    {"pseudo_loss": "ce"},
+    {"pseudo_loss": "dice"},
+    {"dice_background": True},
+    {"dice_average": True},
+    {"dice_absent": False},
+    {"pseudo_weight": 1.5, "pseudo_ramp": 0.7},
+    {"lec_masked": True},
+    {"lec_distance": "l1"},
+    {"lec_beta": 2.0},
+    {"csd_tau": 0.5},
+    {"csd_use_tp": False},
+    {"csd_threshold": 0.5},
+    {"temperature": 2.0},
+    {"feature_tau": 0.5},
+    {"detach_better": False},
+    {"feature_space": "projected"},
+    {"fp_input": "weak"},
+    {"perturb": 0.2},
+    {"threshold": 0.8},
+    {"consistency": 0.7, "ramp_length": 0.9},
+    {"lec": 2.0, "csd": 0.5, "ckd_pixel": 3.0, "ckd_feature": 0.2},
+    {"warmup": 0.3, "pseudo_ramp": 0.5},
+]
 
 
 @pytest.mark.parametrize(
     "dims, variant",
     [*((dims, variant) for dims in (2, 3) for variant in VARIANTS), (2, {"csd_pool": 8})],
-    ids=lambda v: ",".join(f"{key}={value}" for key, value in v.items()) or "defaults" if isinstance(v, dict) else None,
+    ids=lambda v: (
+        ",".join(f"{key}={value}" for key, value in v.items()) or "defaults"
+        if isinstance(v, dict)
+        else None
+    ),
 )
 def test_terms_and_gradients_equal_the_second_implementation(settled, dims, variant):
     network = make_network(dims)
@@ -312,9 +423,10 @@ def test_terms_and_gradients_equal_the_second_implementation(settled, dims, vari
         norm.momentum = 0.0  # statistics stand still: every pass sees the same ones
     method = make(dims, network=network, csd_samples=400, **variant).double()
     labelled, unlabelled = make_batch(dims, unlabelled=3)
-    batch = labelled | {"image": labelled["image"].double()}, {
-        key: value.double() if key != "label" else value for key, value in unlabelled.items()
-    }
+    batch = (
+        labelled | {"image": labelled["image"].double()},
+        {key: value.double() if key != "label" else value for key, value in unlabelled.items()},
+    )
     other = copy.deepcopy(method)
     options = {}
     for key, value in variant.items():
@@ -340,8 +452,12 @@ def test_pseudo_labels_come_from_the_average_where_it_is_meant_to(settled, dims,
     method = make(dims, network=network, csd_samples=400, ema_decay=0.9, ema_for=ema_for).double()
     with torch.no_grad():  # another network altogether
         for p in method.average.parameters():
-            p.mul_(1 + 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    batch = tuple({k: v.double() if k != "label" else v for k, v in part.items()} for part in make_batch(dims))
+            p.mul_(
+                1 + 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            )
+    batch = tuple(
+        {k: v.double() if k != "label" else v for k, v in part.items()} for part in make_batch(dims)
+    )
     other = copy.deepcopy(method)
     values = {name: term.item() for name, term in method.loss(*batch, 7).items()}
     by = {}
@@ -350,7 +466,10 @@ def test_pseudo_labels_come_from_the_average_where_it_is_meant_to(settled, dims,
         by[name] = {key: term.item() for key, term in terms.items()}
     right, wrong = ("network", "average") if ema_for == "evaluation" else ("average", "network")
     assert values == pytest.approx(by[right], rel=1e-9)
-    assert all(values[key] != pytest.approx(by[wrong][key], rel=1e-3) for key in ("pseudo_s", "pseudo_fp", "csd"))
+    assert all(
+        values[key] != pytest.approx(by[wrong][key], rel=1e-3)
+        for key in ("pseudo_s", "pseudo_fp", "csd")
+    )
 
 
 # --- views, ramps, weights ---
@@ -466,45 +585,103 @@ def test_with_every_weight_zero_only_the_labels_are_left():
 
 
 CHOICES = [
-    {}, {"preset": "as_released"},
-    {"pseudo_loss": "ce_dice"}, {"pseudo_loss": "ce"}, {"pseudo_loss": "dice"}, {"pseudo_loss": "none"},
-    {"dice_background": True}, {"dice_average": True}, {"dice_absent": False},
+    {},
+    {"preset": "as_released"},
+    {"pseudo_loss": "ce_dice"},
+    {"pseudo_loss": "ce"},
+    {"pseudo_loss": "dice"},
+    {"pseudo_loss": "none"},
+    {"dice_background": True},
+    {"dice_average": True},
+    {"dice_absent": False},
     {"dice_background": True, "dice_average": True, "dice_absent": False},
-    {"pseudo_mode": "eval"}, {"pseudo_mode": "train"}, {"pseudo_mode": "joint"},
-    {"statistics": "all"}, {"statistics": "clean"}, {"statistics": "clean", "pseudo_mode": "joint"},
-    {"lec_distance": "kl"}, {"lec_distance": "l1"}, {"lec_masked": True}, {"lec_beta": 0.0},
-    {"csd_pool": 1}, {"csd_pool": 2}, {"csd_use_tp": False}, {"csd_threshold": 0.9}, {"csd_tau": 1.0},
-    {"csd_samples": 3}, {"feature_space": "projected"}, {"feature_space": "projected", "preset": "as_released"},
-    {"fp_input": "weak"}, {"cutmix_prob": 0.0}, {"cutmix_prob": 1.0}, {"perturb": 0.0}, {"perturb": 0.9},
-    {"threshold": 0.0}, {"threshold": 1.0}, {"temperature": 4.0}, {"feature_tau": 0.1}, {"detach_better": False},
-    {"ema_decay": 0.9, "ema_for": "labels"}, {"ema_decay": 0.9, "ema_for": "evaluation"},
-    {"ema_decay": 0.9, "ema_for": "both"}, {"ema_decay": 0.9, "pseudo_mode": "train"},
-    {"ema_decay": 0.9, "ema_for": "evaluation", "pseudo_mode": "joint"}, {"warmup": 0.1}, {"pseudo_ramp": 1.0},
-]  # fmt: skip
+    {"pseudo_mode": "eval"},
+    {"pseudo_mode": "train"},
+    {"pseudo_mode": "joint"},
+    {"statistics": "all"},
+    {"statistics": "clean"},
+    {"statistics": "clean", "pseudo_mode": "joint"},
+    {"lec_distance": "kl"},
+    {"lec_distance": "l1"},
+    {"lec_masked": True},
+    {"lec_beta": 0.0},
+    {"csd_pool": 1},
+    {"csd_pool": 2},
+    {"csd_use_tp": False},
+    {"csd_threshold": 0.9},
+    {"csd_tau": 1.0},
+    {"csd_samples": 3},
+    {"feature_space": "projected"},
+    {"feature_space": "projected", "preset": "as_released"},
+    {"fp_input": "weak"},
+    {"cutmix_prob": 0.0},
+    {"cutmix_prob": 1.0},
+    {"perturb": 0.0},
+    {"perturb": 0.9},
+    {"threshold": 0.0},
+    {"threshold": 1.0},
+    {"temperature": 4.0},
+    {"feature_tau": 0.1},
+    {"detach_better": False},
+    {"ema_decay": 0.9, "ema_for": "labels"},
+    {"ema_decay": 0.9, "ema_for": "evaluation"},
+    {"ema_decay": 0.9, "ema_for": "both"},
+    {"ema_decay": 0.9, "pseudo_mode": "train"},
+    {"ema_decay": 0.9, "ema_for": "evaluation", "pseudo_mode": "joint"},
+    {"warmup": 0.1},
+    {"pseudo_ramp": 1.0},
+]
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("arguments", CHOICES, ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) or "defaults")
+@pytest.mark.parametrize(
+    "arguments", CHOICES, ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) or "defaults"
+)
 def test_every_option_trains_with_finite_numbers(dims, arguments):
     method = make(dims, dropout=True, **arguments)
     terms = run(method, make_batch(dims, unlabelled=3))
-    assert list(terms) == [term for term in TERMS if not (term[:6] == "pseudo" and method.pseudo_loss == "none")]
-    assert all(term.shape == () and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+    assert list(terms) == [
+        term for term in TERMS if not (term[:6] == "pseudo" and method.pseudo_loss == "none")
+    ]
+    assert all(
+        term.shape == () and term.dtype == torch.float32 and torch.isfinite(term)
+        for term in terms.values()
+    )
     found = gradients(terms, method)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
     trained = {name for name, p in method.named_parameters() if p.requires_grad}
-    assert found.keys() == trained and all(name.startswith(("network.", "head.")) for name in trained)
+    assert found.keys() == trained and all(
+        name.startswith(("network.", "head.")) for name in trained
+    )
     method.after_step(7)
     assert all(torch.isfinite(value).all() for value in method.state_dict().values())
 
 
-@pytest.mark.parametrize("option, value", [
-    ("pseudo_loss", "foo"), ("pseudo_mode", "foo"), ("statistics", "foo"), ("lec_distance", "l2"),
-    ("feature_space", "foo"), ("fp_input", "strong"), ("ema_for", "foo"),
-    ("threshold", 1.5), ("threshold", -0.1), ("threshold", math.nan), ("pseudo_ramp", 2), ("warmup", 1),
-    ("ramp_length", -1), ("cutmix_prob", 1.1), ("perturb", 1), ("ema_decay", 1), ("ema_decay", -0.5),
-    ("csd_samples", 0), ("csd_pool", 0), ("temperature", 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("pseudo_loss", "foo"),
+        ("pseudo_mode", "foo"),
+        ("statistics", "foo"),
+        ("lec_distance", "l2"),
+        ("feature_space", "foo"),
+        ("fp_input", "strong"),
+        ("ema_for", "foo"),
+        ("threshold", 1.5),
+        ("threshold", -0.1),
+        ("threshold", math.nan),
+        ("pseudo_ramp", 2),
+        ("warmup", 1),
+        ("ramp_length", -1),
+        ("cutmix_prob", 1.1),
+        ("perturb", 1),
+        ("ema_decay", 1),
+        ("ema_decay", -0.5),
+        ("csd_samples", 0),
+        ("csd_pool", 0),
+        ("temperature", 0.0),
+    ],
+)
 def test_bad_options_are_refused_by_name(option, value):
     with pytest.raises(ValueError, match=f"crkd: {option} must"):
         make(2, **{option: value})
@@ -571,7 +748,9 @@ def test_clean_statistics_follow_the_clean_images_alone(dims, mode):
             alone(labelled["image"])
     before = statistics(method.network)
     run(method, batch)
-    assert equal(statistics(method.network), statistics(alone)) and not equal(statistics(alone), before)
+    assert equal(statistics(method.network), statistics(alone)) and not equal(
+        statistics(alone), before
+    )
     assert all(norm.track_running_stats for norm in norms(method.network))
 
 
@@ -592,14 +771,21 @@ def test_all_statistics_follow_every_pass_in_training_mode(dims, mode, passes):
 
 @pytest.mark.parametrize("mode", ["eval", "train", "joint"])
 def test_statistics_change_no_term_of_the_step(mode):
-    every, clean = (run(make(2, statistics=s, pseudo_mode=mode), make_batch(2)) for s in ("all", "clean"))
+    every, clean = (
+        run(make(2, statistics=s, pseudo_mode=mode), make_batch(2)) for s in ("all", "clean")
+    )
     assert all(torch.equal(every[name], clean[name]) for name in TERMS)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "joint"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_the_networks_are_left_in_training_mode(mode, ema_decay):
-    method = make(2, pseudo_mode=mode, ema_decay=ema_decay, ema_for="evaluation" if mode == "joint" else "labels")
+    method = make(
+        2,
+        pseudo_mode=mode,
+        ema_decay=ema_decay,
+        ema_for="evaluation" if mode == "joint" else "labels",
+    )
     run(method, make_batch(2))
     assert all(module.training for module in method.modules())
 
@@ -608,7 +794,9 @@ def test_labelling_in_evaluation_mode_leaves_the_average_as_it_is():
     method = make(2, ema_decay=0.9)
     before = {key: value.clone() for key, value in method.average.state_dict().items()}
     run(method, make_batch(2))
-    assert all(torch.equal(value, before[key]) for key, value in method.average.state_dict().items())
+    assert all(
+        torch.equal(value, before[key]) for key, value in method.average.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "joint"])
@@ -629,11 +817,15 @@ def test_joint_gradients_are_those_of_fixed_pseudo_labels(monkeypatch):
     method, batch = make(2, pseudo_mode="joint"), make_batch(2)
     other = copy.deepcopy(method)
     kept = []
-    monkeypatch.setattr("methods.crkd.pseudo_label", lambda logits: kept.append(pseudo_label(logits)) or kept[-1])
+    monkeypatch.setattr(
+        "methods.crkd.pseudo_label", lambda logits: kept.append(pseudo_label(logits)) or kept[-1]
+    )
     found = gradients(run(method, batch), method)
     monkeypatch.setattr("methods.crkd.pseudo_label", lambda logits: kept[0])
     expected = gradients(run(other, batch), other)
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in found
+    )
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "joint"])
@@ -654,7 +846,9 @@ def test_the_batch_is_not_written_to():
     batch = make_batch(2)
     before = [{key: value.clone() for key, value in part.items()} for part in batch]
     run(make(2, cutmix_prob=1.0), batch)
-    assert all(torch.equal(part[key], kept[key]) for part, kept in zip(batch, before) for key in part)
+    assert all(
+        torch.equal(part[key], kept[key]) for part, kept in zip(batch, before) for key in part
+    )
 
 
 class Called(TorchDispatchMode):
@@ -667,21 +861,34 @@ class Called(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if name in ("index", "index_put_", "_index_put_impl_"):
-            if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
+            if any(
+                index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+            ):
                 name = "index by a mask"
         self.names.add(name)
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"csd_pool": 1}, {"feature_space": "projected"}, {"preset": "as_released"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"csd_pool": 1}, {"feature_space": "projected"}, {"preset": "as_released"}]
+)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_no_operator_has_a_result_whose_size_depends_on_the_data(dims, options):
-    """A GPU would be waited for at each; the counts that CSD asks for once per step are the exception."""
+    """A GPU would be waited for at each; the counts that CSD asks for once per step are the
+    exception.
+    """
     method, batch = make(dims, **options), make_batch(dims)
     with Called() as called:
         sum(run(method, batch).values()).backward()
     assert "nonzero_static" in called.names
-    assert not called.names & {"nonzero", "masked_select", "index by a mask", "unique_dim", "_unique2", "bincount"}
+    assert not called.names & {
+        "nonzero",
+        "masked_select",
+        "index by a mask",
+        "unique_dim",
+        "_unique2",
+        "bincount",
+    }
 
 
 # --- random numbers, monitor, pictures ---
@@ -695,7 +902,14 @@ def test_one_seed_gives_one_set_of_terms(dims):
     assert not torch.equal(first["pseudo_fp"], other["pseudo_fp"])
 
 
-MONITOR = ["mask_ratio", "pseudo_accuracy", "pseudo_foreground", "true_foreground", "recall_1", "recall_2"]
+MONITOR = [
+    "mask_ratio",
+    "pseudo_accuracy",
+    "pseudo_foreground",
+    "true_foreground",
+    "recall_1",
+    "recall_2",
+]
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -734,7 +948,10 @@ def test_pictures_show_what_the_step_saw(dims, fp_input):
     run(method, batch)
     assert torch.equal(method.pictures["weak, truth"][0], batch[1]["weak"][0])
     assert torch.equal(method.pictures["weak, truth"][1], batch[1]["label"][0, 0])
-    mixed, seen = method.pictures["mixed weak, pseudo-label"][0], method.pictures["feature-perturbed prediction"][0]
+    mixed, seen = (
+        method.pictures["mixed weak, pseudo-label"][0],
+        method.pictures["feature-perturbed prediction"][0],
+    )
     assert not torch.equal(mixed, batch[1]["weak"][0])
     assert torch.equal(seen, mixed if fp_input == "mixed" else batch[1]["weak"][0])
     for image, ids in method.pictures.values():
@@ -753,7 +970,9 @@ def test_without_a_decay_there_is_no_average():
     method.after_step(0)
 
 
-@pytest.mark.parametrize("ema_for, evaluated", [("labels", "network"), ("evaluation", "average"), ("both", "average")])
+@pytest.mark.parametrize(
+    "ema_for, evaluated", [("labels", "network"), ("evaluation", "average"), ("both", "average")]
+)
 def test_the_evaluated_network_is_the_average_where_it_serves_evaluation(ema_for, evaluated):
     method = make(2, ema_decay=0.9, ema_for=ema_for)
     assert method.evaluated is getattr(method, evaluated)
@@ -763,7 +982,9 @@ def test_the_average_starts_equal_to_the_network_and_is_not_trained():
     method = make(2, ema_decay=0.9)
     own, average = method.network.state_dict(), method.average.state_dict()
     assert own.keys() == average.keys() and all(torch.equal(own[key], average[key]) for key in own)
-    assert not {p.data_ptr() for p in method.network.parameters()} & {p.data_ptr() for p in method.average.parameters()}
+    assert not {p.data_ptr() for p in method.network.parameters()} & {
+        p.data_ptr() for p in method.average.parameters()
+    }
     sum(run(method, make_batch(2)).values()).backward()
     assert all(p.grad is None and not p.requires_grad for p in method.average.parameters())
     assert all(p.requires_grad for p in method.network.parameters())
@@ -783,7 +1004,11 @@ def test_the_average_follows_its_formula_in_weights_and_statistics(ema_decay):
         method.after_step(step)
         decay = min(1 - 1 / (step + 1), ema_decay)
         for key, value in method.network.state_dict().items():
-            expected[key] = decay * expected[key] + (1 - decay) * value if value.is_floating_point() else value.double()
+            expected[key] = (
+                decay * expected[key] + (1 - decay) * value
+                if value.is_floating_point()
+                else value.double()
+            )
         for key, value in method.average.state_dict().items():
             torch.testing.assert_close(value.double(), expected[key], rtol=1e-6, atol=1e-6)
 
@@ -796,7 +1021,9 @@ def test_a_stored_state_restores_the_average(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     first, second = method.state_dict(), other.state_dict()
     assert {key.split(".")[0] for key in first} == {"network", "head", "average"}
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
 
 
 # --- training ---
@@ -805,9 +1032,12 @@ def test_a_stored_state_restores_the_average(tmp_path):
 def test_thirty_steps_learn_an_easy_task():
     torch.manual_seed(0)
     method = CRKD(
-        lambda: UNet2D(1, 2, channels=(4, 4, 4, 8, 8), dropout=(0.0,) * 5), max_steps=30, csd_samples=16, csd_pool=4,
+        lambda: UNet2D(1, 2, channels=(4, 4, 4, 8, 8), dropout=(0.0,) * 5),
+        max_steps=30,
+        csd_samples=16,
+        csd_pool=4,
         projection_channels=8,
-    )  # fmt: skip
+    )
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     label = torch.zeros(4, 1, 32, 32)
     for k in range(4):

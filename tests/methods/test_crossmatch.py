@@ -1,4 +1,6 @@
-"""CrossMatch against a second, float64 implementation, and what thresholds, boxes, dropout and modes do."""
+"""CrossMatch against a second, float64 implementation, and what thresholds, boxes, dropout and
+modes do.
+"""
 
 import copy
 import math
@@ -46,7 +48,9 @@ def slow_terms(logits, label, targets, threshold, flat, eta, kd_weight):
     def d(name, target):
         return slow_dice(logits[name], targets[target][0], targets[target][1] >= threshold, flat)
 
-    labelled = slow_cross_entropy(logits["l"], label) + slow_dice(logits["l"], label, label >= 0, flat)
+    labelled = slow_cross_entropy(logits["l"], label) + slow_dice(
+        logits["l"], label, label >= 0, flat
+    )
     views = d("w_weak", "w") + d("w_strong", "w") + d("s2_weak", "s2") + d("s2_strong", "s2")
     decoders = d("s2_weak", "s2_weak") + d("s2_strong", "s2_strong")
     return {
@@ -60,9 +64,14 @@ def slow_terms(logits, label, targets, threshold, flat, eta, kd_weight):
 
 def random_case(grid, classes):
     rng = torch.Generator().manual_seed(len(grid))
-    leaves = {name: (2 * torch.randn(2, classes, *grid, generator=rng)).requires_grad_() for name in LOGITS}
+    leaves = {
+        name: (2 * torch.randn(2, classes, *grid, generator=rng)).requires_grad_()
+        for name in LOGITS
+    }
     label = torch.randint(0, classes, (2, *grid), generator=rng)
-    targets = {name: pseudo_label(2 * torch.randn(2, classes, *grid, generator=rng)) for name in TARGETS}
+    targets = {
+        name: pseudo_label(2 * torch.randn(2, classes, *grid, generator=rng)) for name in TARGETS
+    }
     return leaves, label, targets
 
 
@@ -89,23 +98,32 @@ def make_batch(dims, seed=0):
         "image": torch.randn(2, 1, *grid, generator=rng),
         "label": torch.randint(0, CLASSES, (2, 1, *grid), generator=rng).byte(),
     }
-    unlabelled = {name: torch.randn(2, 1, *grid, generator=rng) for name in [*names, *(f"mix_{n}" for n in names)]}
+    unlabelled = {
+        name: torch.randn(2, 1, *grid, generator=rng)
+        for name in [*names, *(f"mix_{n}" for n in names)]
+    }
     unlabelled["label"] = torch.randint(0, CLASSES, (2, 1, *grid), generator=rng).byte()
     return labelled, unlabelled
 
 
 def make(dims, dropout=0.0, **arguments):
-    return CrossMatch(lambda: make_network(dims, dropout), max_steps=STEPS, **{"threshold": 0.6} | arguments)
+    return CrossMatch(
+        lambda: make_network(dims, dropout), max_steps=STEPS, **{"threshold": 0.6} | arguments
+    )
 
 
 def fixed_boxes(dims, monkeypatch):
-    """Two unlike boxes, the first in one image only; returns them and the calls that asked for them."""
+    """Two unlike boxes, the first in one image only; returns them and the calls that asked for
+    them.
+    """
     boxes = torch.zeros(2, 2, *grid_of(dims), dtype=torch.bool)
     boxes[0, 0, 2:9, 4:11] = True
     boxes[1, 0, :5] = True
     boxes[1, 1, 6:, 3:12] = True
     left, calls = list(boxes), []
-    monkeypatch.setattr(methods.crossmatch, "draw_boxes", lambda *arguments: calls.append(arguments) or left.pop(0))
+    monkeypatch.setattr(
+        methods.crossmatch, "draw_boxes", lambda *arguments: calls.append(arguments) or left.pop(0)
+    )
     return boxes, calls
 
 
@@ -128,7 +146,9 @@ def reference(network, labelled, unlabelled, boxes, threshold, flat, kd_weight, 
         strong.append(unlabelled[f"strong{k}"].clone())
         for b in range(2):
             strong[k][b, :, boxes[k, b]] = unlabelled[f"mix_strong{k}"][b, :, boxes[k, b]]
-    logits = dict(zip(("l", "w", "w_weak", "w_strong"), four(labelled["image"], unlabelled["weak"])))
+    logits = dict(
+        zip(("l", "w", "w_weak", "w_strong"), four(labelled["image"], unlabelled["weak"]))
+    )
     logits |= dict(zip(("s1", "s2", "s2_weak", "s2_strong"), four(*strong)))
 
     def boxed(k, own, source):
@@ -137,9 +157,12 @@ def reference(network, labelled, unlabelled, boxes, threshold, flat, kd_weight, 
         return ids, conf
 
     targets = {
-        "w": slow_label(logits["w"]), "s1": boxed(0, "w", 0), "s2": boxed(1, "w", 0),
-        "s2_weak": boxed(1, "w_weak", 1), "s2_strong": boxed(1, "w_strong", 2),
-    }  # fmt: skip
+        "w": slow_label(logits["w"]),
+        "s1": boxed(0, "w", 0),
+        "s2": boxed(1, "w", 0),
+        "s2_weak": boxed(1, "w_weak", 1),
+        "s2_strong": boxed(1, "w_strong", 2),
+    }
     label = labelled["label"][:, 0].long()
     return slow_terms(logits, label, targets, threshold, flat, 0.3, kd_weight)
 
@@ -152,15 +175,21 @@ def compare_gradients(network, other):
     """Of the weights; those of a bias before a batch norm are rounding errors."""
     for (name, ours), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
         if ours.ndim > 1:
-            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(theirs.grad), name
+            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(
+                theirs.grad
+            ), name
 
 
 @pytest.mark.parametrize("grid, classes, flat", [((5, 4), 4, True), ((3, 4, 2), 2, False)])
-@pytest.mark.parametrize("threshold, eta, kd_weight", [(0.0, 0.3, 0.5), (0.8, 0.3, 1.0), (0.8, 0.6, 0.7)])
+@pytest.mark.parametrize(
+    "threshold, eta, kd_weight", [(0.0, 0.3, 0.5), (0.8, 0.3, 1.0), (0.8, 0.6, 0.7)]
+)
 def test_terms_and_gradients_equal_slow_arithmetic(grid, classes, flat, threshold, eta, kd_weight):
     leaves, label, targets = random_case(grid, classes)
     assert all(0 < (conf >= 0.8).sum() < label.numel() for _, conf in targets.values())
-    terms = crossmatch_terms(leaves, label, targets, threshold, FLAT if flat else {}, eta, kd_weight)
+    terms = crossmatch_terms(
+        leaves, label, targets, threshold, FLAT if flat else {}, eta, kd_weight
+    )
     expected = slow_terms(leaves, label, targets, threshold, flat, eta, kd_weight)
     assert list(terms) == list(expected) == TERMS
     assert values(terms) == pytest.approx(values(expected), rel=1e-5)
@@ -198,7 +227,9 @@ def test_a_whole_step_equals_a_second_implementation(dims, preset, mode, monkeyp
     terms = method.loss(labelled, unlabelled, 1)
     released = preset == "as_released" and dims == 3
     threshold = (0.6 + 0.4 * math.exp(-5)) * math.log(2) if released else 0.6
-    expected = reference(other, labelled, unlabelled, boxes, threshold, dims == 2, 0.5 if dims == 2 else 1.0, mode)
+    expected = reference(
+        other, labelled, unlabelled, boxes, threshold, dims == 2, 0.5 if dims == 2 else 1.0, mode
+    )
     assert list(terms) == TERMS and 0.1 < method.monitor["mask_ratio"] < 0.95
     assert values(terms) == pytest.approx(values(expected), rel=1e-4)
     assert calls == [(2, torch.Size(grid_of(dims)), 0.5)] * 2
@@ -212,7 +243,10 @@ def test_a_whole_step_equals_a_second_implementation(dims, preset, mode, monkeyp
 def test_every_parameter_gets_a_finite_gradient(dims, preset):
     method = make(dims, dropout=0.3, preset=preset).train()
     terms = method.loss(*make_batch(dims), 0)
-    assert all(term.shape == () and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+    assert all(
+        term.shape == () and term.dtype == torch.float32 and torch.isfinite(term)
+        for term in terms.values()
+    )
     sum(terms.values()).backward()
     for name, parameter in method.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -226,7 +260,9 @@ def test_labels_of_unlabelled_images_reach_the_monitor_alone(dims):
     for label in (unlabelled["label"], 2 - unlabelled["label"]):
         method = make(dims, dropout=0.3).train()
         torch.manual_seed(1)
-        found.append((values(method.loss(labelled, unlabelled | {"label": label}, 0)), method.monitor))
+        found.append(
+            (values(method.loss(labelled, unlabelled | {"label": label}, 0)), method.monitor)
+        )
     assert found[0][0] == found[1][0]
     assert found[0][1]["pseudo_accuracy"] != found[1][1]["pseudo_accuracy"]
 
@@ -237,7 +273,10 @@ def test_pseudo_labels_get_no_gradient():
     sources = [unlabelled["weak"].requires_grad_(), unlabelled["mix_weak"].requires_grad_()]
     terms = method.loss(labelled, unlabelled, 0)
     for name in ("strong1", "strong2", "kd_decoders"):
-        assert torch.autograd.grad(terms[name], sources, retain_graph=True, allow_unused=True) == (None, None)
+        assert torch.autograd.grad(terms[name], sources, retain_graph=True, allow_unused=True) == (
+            None,
+            None,
+        )
     weak, mix = torch.autograd.grad(terms["kd_views"], sources, allow_unused=True)
     assert weak.any() and mix is None
 
@@ -248,7 +287,9 @@ def test_without_boxes_the_pasted_images_do_not_matter():
     for scale in (1.0, 3.0):
         method = make(2, cutmix_prob=0.0).train()
         torch.manual_seed(1)
-        mixed = {name: scale * value for name, value in unlabelled.items() if name.startswith("mix")}
+        mixed = {
+            name: scale * value for name, value in unlabelled.items() if name.startswith("mix")
+        }
         found.append(values(method.loss(labelled, unlabelled | mixed, 0)))
     assert found[0] == found[1]
 
@@ -281,8 +322,12 @@ def test_channels_are_dropped_in_evaluation_mode_too():
 
 def test_in_3d_the_four_ways_have_no_dropout_before_the_classifier_and_the_plain_pass_has():
     method, last, classified = make(3, dropout=0.5).train(), [], []
-    method.network.decoder.block_nine.register_forward_hook(lambda _, args, out: last.append(out.clone()))
-    method.network.decoder.out_conv.register_forward_pre_hook(lambda _, args: classified.append(args[0].clone()))
+    method.network.decoder.block_nine.register_forward_hook(
+        lambda _, args, out: last.append(out.clone())
+    )
+    method.network.decoder.out_conv.register_forward_pre_hook(
+        lambda _, args: classified.append(args[0].clone())
+    )
     method.loss(*make_batch(3), 0)
     kept = {}
     for before, after in zip(last, classified, strict=True):
@@ -300,7 +345,9 @@ def test_the_threshold_decides_which_voxels_count(dims, threshold, ratio):
     assert all((terms[name] > 0) == bool(ratio) for name in TERMS[1:])
 
 
-@pytest.mark.parametrize("step, ramp", [(1, math.exp(-5)), (8501, math.exp(-1.25)), (17001, 1.0), (60000, 1.0)])
+@pytest.mark.parametrize(
+    "step, ramp", [(1, math.exp(-5)), (8501, math.exp(-1.25)), (17001, 1.0), (60000, 1.0)]
+)
 def test_the_released_threshold_of_3d_rises_from_the_second_step_on(step, ramp):
     method = make(3, preset="as_released", threshold=None)
     assert method.threshold_at(0) == 0.75
@@ -310,7 +357,9 @@ def test_the_released_threshold_of_3d_rises_from_the_second_step_on(step, ramp):
 @pytest.mark.parametrize("dims, preset", [(2, "clean"), (2, "as_released"), (3, "clean")])
 def test_the_other_thresholds_are_constant(dims, preset):
     method = make(dims, preset=preset, threshold=None)
-    assert {method.threshold_at(step) for step in (0, 1, 500, 17001)} == {0.95 if dims == 2 else 0.75}
+    assert {method.threshold_at(step) for step in (0, 1, 500, 17001)} == {
+        0.95 if dims == 2 else 0.75
+    }
 
 
 def test_the_released_threshold_is_the_one_that_the_loss_uses():
@@ -343,7 +392,9 @@ def test_pictures_show_the_pasted_views_and_have_no_gradient(monkeypatch):
     method.loss(labelled, unlabelled, 0)
     for k, name in enumerate(("strong 1, its prediction", "strong 2, its prediction")):
         image, ids = method.pictures[name]
-        expected = torch.where(boxes[k, 0], unlabelled[f"mix_strong{k}"][0], unlabelled[f"strong{k}"][0])
+        expected = torch.where(
+            boxes[k, 0], unlabelled[f"mix_strong{k}"][0], unlabelled[f"strong{k}"][0]
+        )
         assert torch.equal(image, expected) and not ids.requires_grad
 
 
@@ -351,7 +402,9 @@ def test_it_asks_for_two_strong_views_and_a_second_batch():
     assert (CrossMatch.strong_views, CrossMatch.mixes, CrossMatch.updates) == (2, True, 1)
 
 
-@pytest.mark.parametrize("name", ["threshold", "eta", "perturb_weak", "perturb_strong", "cutmix_prob"])
+@pytest.mark.parametrize(
+    "name", ["threshold", "eta", "perturb_weak", "perturb_strong", "cutmix_prob"]
+)
 @pytest.mark.parametrize("value", [-0.1, 1.5])
 def test_fractions_outside_the_unit_interval_are_refused(name, value):
     with pytest.raises(ValueError, match=f"crossmatch: {name} must lie in"):

@@ -1,4 +1,6 @@
-"""LeFeD against a second, float64 implementation: the terms of each of the three updates, feedback, its state."""
+"""LeFeD against a second, float64 implementation: the terms of each of the three updates, feedback,
+its state.
+"""
 
 import copy
 
@@ -26,13 +28,17 @@ def slow_dice(logits, label, eps=1e-5):
 
 
 def reference(network, labelled, unlabelled, feedback, consistency=1.0):
-    """Terms of one update, and the differences of the stages (second minus first decoder), deepest first."""
+    """Terms of one update, and the differences of the stages (second minus first decoder), deepest
+    first.
+    """
     count, label = len(labelled["image"]), labelled["label"]
     out = network.all(torch.cat([labelled["image"], unlabelled["weak"]]), feedback)
     first, second = out["logits"]
     side5, side4, side3, side2, side1 = (slow_dice(side[:count], label) for side in out["sides"])
     p, q = first.double().softmax(1), second.double().softmax(1)
-    squares = sum(((p[b, k] - q[b, k]) ** 2).sum() for b in range(len(p)) for k in range(p.shape[1]))
+    squares = sum(
+        ((p[b, k] - q[b, k]) ** 2).sum() for b in range(len(p)) for k in range(p.shape[1])
+    )
     terms = {
         "sup": slow_dice(first[:count], label) + slow_dice(second[:count], label),
         "side": 0.8 * side1 + 0.6 * side2 + 0.4 * side3 + 0.2 * side4 + 0.1 * side5,
@@ -67,7 +73,9 @@ def compare_gradients(network, other):
     """Of the weights; those of a bias before a batch norm are rounding errors."""
     for (name, ours), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
         if ours.ndim > 1:
-            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(theirs.grad), name
+            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(
+                theirs.grad
+            ), name
 
 
 def watched(method):
@@ -87,7 +95,9 @@ def watched(method):
 def test_three_updates_of_two_batches_equal_a_second_implementation(classes, preset):
     method = make(classes, preset=preset, feedback=0.5)
     other = copy.deepcopy(method.network)
-    optimizers = [torch.optim.SGD(network.parameters(), lr=0.01) for network in (method.network, other)]
+    optimizers = [
+        torch.optim.SGD(network.parameters(), lr=0.01) for network in (method.network, other)
+    ]
     for step in range(2):
         labelled, unlabelled = make_batch(classes, seed=step)
         feedback = []
@@ -174,7 +184,9 @@ def test_a_checkpoint_holds_the_network_alone():
     method = make()
     before = set(method.state_dict())
     method.loss(*make_batch(), 0)
-    assert set(method.state_dict()) == before and {key.split(".")[0] for key in before} == {"network"}
+    assert set(method.state_dict()) == before and {key.split(".")[0] for key in before} == {
+        "network"
+    }
     assert method.evaluated is method.network
 
 
@@ -184,7 +196,10 @@ def test_every_parameter_gets_a_finite_gradient_in_each_update(preset):
     for _ in range(3):
         method.zero_grad()
         terms = method.loss(*make_batch(), 0)
-        assert all(term.shape == () and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+        assert all(
+            term.shape == () and term.dtype == torch.float32 and torch.isfinite(term)
+            for term in terms.values()
+        )
         sum(terms.values()).backward()
         for name, parameter in method.named_parameters():
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -209,7 +224,11 @@ def test_the_consistency_learns_from_all_images_and_the_dice_terms_from_labelled
     labelled, unlabelled = make_batch()
     sources = [labelled["image"].requires_grad_(), unlabelled["weak"].requires_grad_()]
     terms = method.loss(labelled, unlabelled, 0)
-    for name, reached in (("sup", [True, False]), ("side", [True, False]), ("consistency", [True, True])):
+    for name, reached in (
+        ("sup", [True, False]),
+        ("side", [True, False]),
+        ("consistency", [True, True]),
+    ):
         gradients = torch.autograd.grad(terms[name], sources, retain_graph=True)
         assert [bool(gradient.any()) for gradient in gradients] == reached
 
@@ -242,7 +261,9 @@ def test_the_defaults_are_those_of_the_paper():
 
 
 def test_a_network_with_one_decoder_is_refused():
-    with pytest.raises(ValueError, match=r"lefed: needs a network with 'all'.*set network: vnet_lefed"):
+    with pytest.raises(
+        ValueError, match=r"lefed: needs a network with 'all'.*set network: vnet_lefed"
+    ):
         LeFeD(lambda: VNet(1, 2, n_filters=2), max_steps=STEPS)
 
 

@@ -1,4 +1,6 @@
-"""MLRPL against a second, float64 implementation: reliabilities, mutual loss, Dice, the whole step."""
+"""MLRPL against a second, float64 implementation: reliabilities, mutual loss, Dice, the whole
+step.
+"""
 
 import copy
 import math
@@ -39,7 +41,9 @@ def slow_reliability(feature, probs):
 def slow_mutual(student_logits, teacher_logits, feature):
     """With a graph to the student's logits."""
     total, count = 0.0, 0
-    for student, teacher, maps in zip(student_logits.double(), teacher_logits.double(), feature.double()):
+    for student, teacher, maps in zip(
+        student_logits.double(), teacher_logits.double(), feature.double()
+    ):
         p, q = (logits.flatten(1).T.softmax(1) for logits in (student, teacher))
         reliability = slow_reliability(maps.flatten(1).T.detach(), q.detach())
         for v in range(len(p)):
@@ -53,7 +57,9 @@ def slow_dice(logits, label):
     p, total = logits.double().softmax(1), 0.0
     for k in range(1, logits.shape[1]):
         is_k = (label[:, 0] == k).double()
-        total = total + 1 - (2 * (p[:, k] * is_k).sum() + 1e-8) / (p[:, k].sum() + is_k.sum() + 1e-8)
+        total = (
+            total + 1 - (2 * (p[:, k] * is_k).sum() + 1e-8) / (p[:, k].sum() + is_k.sum() + 1e-8)
+        )
     return total
 
 
@@ -76,7 +82,9 @@ def make(classes=2, dropout=0.0, **arguments):
 def make_batch(classes=2, seed=0):
     rng = torch.Generator().manual_seed(seed)
     image, weak = (torch.randn(2, 1, 16, 16, 16, generator=rng) for _ in range(2))
-    label, truth = (torch.randint(0, classes, (2, 1, 16, 16, 16), generator=rng).byte() for _ in range(2))
+    label, truth = (
+        torch.randint(0, classes, (2, 1, 16, 16, 16), generator=rng).byte() for _ in range(2)
+    )
     return {"image": image, "label": label}, {"weak": weak, "label": truth}
 
 
@@ -88,13 +96,17 @@ def compare_gradients(network, other):
     """Of the weights; those of a bias before a batch norm are rounding errors."""
     for (name, ours), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
         if ours.ndim > 1:
-            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(theirs.grad), name
+            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(
+                theirs.grad
+            ), name
 
 
 def test_entropy_equals_slow_arithmetic():
     probs = torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(0)).softmax(1)
     expected = [slow_entropy(p.tolist()) for p in probs.double().movedim(1, -1).reshape(-1, 4)]
-    torch.testing.assert_close(entropy_map(probs).flatten().double(), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(
+        entropy_map(probs).flatten().double(), torch.tensor(expected, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("certain", [0, 2])
@@ -110,7 +122,9 @@ def test_reliability_equals_slow_arithmetic(classes, seed):
     probs = teacher.detach().softmax(1)
     found = prototype_reliability(feature.detach(), probs)
     for b in range(2):
-        expected = slow_reliability(feature[b].detach().double().flatten(1).T, probs[b].double().flatten(1).T)
+        expected = slow_reliability(
+            feature[b].detach().double().flatten(1).T, probs[b].double().flatten(1).T
+        )
         assert found[b].flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -127,7 +141,9 @@ def test_prototypes_are_of_each_sample_alone():
     _, teacher, feature = random_case(2)
     probs = teacher.detach().softmax(1)
     together = prototype_reliability(feature.detach(), probs)
-    alone = [prototype_reliability(feature[b : b + 1].detach(), probs[b : b + 1])[0] for b in range(2)]
+    alone = [
+        prototype_reliability(feature[b : b + 1].detach(), probs[b : b + 1])[0] for b in range(2)
+    ]
     torch.testing.assert_close(together, torch.stack(alone))
 
 
@@ -138,7 +154,9 @@ def test_the_mutual_loss_and_its_gradient_equal_slow_arithmetic(classes, seed):
     loss, expected = mutual_loss(student, teacher, feature), slow_mutual(student, teacher, feature)
     assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-5)
     (found,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, student)[0], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(expected, student)[0], rtol=1e-4, atol=1e-8
+    )
 
 
 def test_the_mutual_loss_has_no_gradient_to_the_teacher_nor_through_its_weight():
@@ -161,11 +179,15 @@ def test_a_teacher_that_is_nowhere_surer_teaches_nothing():
 @pytest.mark.parametrize("classes", [2, 4])
 def test_dice_and_its_gradient_equal_slow_arithmetic(classes):
     logits, _, _ = random_case(classes)
-    label = torch.randint(0, classes, (2, 1, 3, 4, 2), generator=torch.Generator().manual_seed(1)).byte()
+    label = torch.randint(
+        0, classes, (2, 1, 3, 4, 2), generator=torch.Generator().manual_seed(1)
+    ).byte()
     loss, expected = linear_dice(logits, label), slow_dice(logits, label)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     (found,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, logits)[0], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(expected, logits)[0], rtol=1e-4, atol=1e-8
+    )
 
 
 def test_dice_without_any_foreground_is_one_where_some_is_predicted():
@@ -176,7 +198,9 @@ def test_dice_without_any_foreground_is_one_where_some_is_predicted():
     assert linear_dice(background, label) == 0
 
 
-@pytest.mark.parametrize("preset, weight", [("clean", math.exp(-5 / 16)), ("as_released", math.exp(-5))])
+@pytest.mark.parametrize(
+    "preset, weight", [("clean", math.exp(-5 / 16)), ("as_released", math.exp(-5))]
+)
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_whole_step_equals_a_second_implementation(classes, preset, weight):
     method = make(classes, preset=preset)
@@ -185,9 +209,12 @@ def test_a_whole_step_equals_a_second_implementation(classes, preset, weight):
     terms = method.loss(labelled, unlabelled, 6)
     image = torch.cat([labelled["image"], unlabelled["weak"]])
     (first, first_map), (second, second_map) = (
-        decoder.classify(decoder(other.encoder(image))[-1]) for decoder in (other.decoder1, other.decoder2)
+        decoder.classify(decoder(other.encoder(image))[-1])
+        for decoder in (other.decoder1, other.decoder2)
     )
-    mutual = slow_mutual_of_many(first, second, second_map) + slow_mutual_of_many(second, first, first_map)
+    mutual = slow_mutual_of_many(first, second, second_map) + slow_mutual_of_many(
+        second, first, first_map
+    )
     dice = slow_dice(first[:2], labelled["label"]) + slow_dice(second[:2], labelled["label"])
     expected = {"sup": dice / 2, "mutual": weight * mutual}
     assert list(terms) == list(expected)
@@ -200,8 +227,14 @@ def test_a_whole_step_equals_a_second_implementation(classes, preset, weight):
 def slow_mutual_of_many(student_logits, teacher_logits, feature):
     """As slow_mutual, a class and a sample at a time, for maps of thousands of voxels."""
     total, count = 0.0, 0.0
-    for student, teacher, f in zip(student_logits.double(), teacher_logits.double(), feature.double().detach()):
-        p, q, f = student.flatten(1).softmax(0), teacher.flatten(1).softmax(0).detach(), f.flatten(1)
+    for student, teacher, f in zip(
+        student_logits.double(), teacher_logits.double(), feature.double().detach()
+    ):
+        p, q, f = (
+            student.flatten(1).softmax(0),
+            teacher.flatten(1).softmax(0).detach(),
+            f.flatten(1),
+        )
         agreement, pseudo = 0.0, q.argmax(0)
         for k in range(len(q)):
             prototype = f[:, pseudo == k].sum(1) / ((pseudo == k).sum() + 1e-6)
@@ -227,7 +260,10 @@ def test_the_two_slow_implementations_agree():
 def test_every_parameter_gets_a_finite_gradient(preset):
     method = make(dropout=0.3, preset=preset)
     terms = method.loss(*make_batch(), 6)
-    assert all(term.shape == () and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+    assert all(
+        term.shape == () and term.dtype == torch.float32 and torch.isfinite(term)
+        for term in terms.values()
+    )
     sum(terms.values()).backward()
     for name, parameter in method.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -239,7 +275,9 @@ def test_labels_of_unlabelled_images_reach_the_monitor_alone():
     method, found = make(dropout=0.3), []
     for label in (unlabelled["label"], 1 - unlabelled["label"]):
         torch.manual_seed(1)
-        found.append((values(method.loss(labelled, unlabelled | {"label": label}, 6)), method.monitor))
+        found.append(
+            (values(method.loss(labelled, unlabelled | {"label": label}, 6)), method.monitor)
+        )
     assert found[0][0] == found[1][0]
     assert found[0][1]["pseudo_accuracy"] != found[1][1]["pseudo_accuracy"]
 
@@ -272,10 +310,14 @@ def test_the_monitor_counts_the_voxels_on_which_the_decoders_agree():
 def test_the_weight_rises_over_a_fraction_of_the_training(step, fraction):
     expected = math.exp(-5 * (1 - fraction) ** 2)
     assert make().weight_at(step) == pytest.approx(expected, rel=1e-12)
-    assert make(weight=0.3, ramp_length=0.8).weight_at(2 * step) == pytest.approx(0.3 * expected, rel=1e-12)
+    assert make(weight=0.3, ramp_length=0.8).weight_at(2 * step) == pytest.approx(
+        0.3 * expected, rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("step, units", [(0, 0), (149, 0), (150, 1), (3149, 20), (6000, 40), (15000, 40)])
+@pytest.mark.parametrize(
+    "step, units", [(0, 0), (149, 0), (150, 1), (3149, 20), (6000, 40), (15000, 40)]
+)
 def test_the_released_weight_rises_in_units_of_150_steps(step, units):
     expected = math.exp(-5 * (1 - units / 40) ** 2)
     assert make(preset="as_released").weight_at(step) == pytest.approx(expected, rel=1e-12)
@@ -283,7 +325,9 @@ def test_the_released_weight_rises_in_units_of_150_steps(step, units):
 
 @pytest.mark.parametrize("step", [0, 6000, 15000])
 def test_over_the_released_length_both_presets_end_their_ramp_at_one_step(step):
-    clean, released = (MLRPL(lambda: DualVNet(1, 2, n_filters=1), 15000, name) for name in ("clean", "as_released"))
+    clean, released = (
+        MLRPL(lambda: DualVNet(1, 2, n_filters=1), 15000, name) for name in ("clean", "as_released")
+    )
     assert clean.weight_at(step) == pytest.approx(released.weight_at(step), rel=1e-12)
 
 
@@ -299,5 +343,7 @@ def test_the_network_is_evaluated_as_it_is_and_nothing_else_is_kept():
 
 
 def test_a_network_with_one_decoder_is_refused():
-    with pytest.raises(ValueError, match=r"mlrpl: needs a network with 'both'.*set network: vnet_dual"):
+    with pytest.raises(
+        ValueError, match=r"mlrpl: needs a network with 'both'.*set network: vnet_dual"
+    ):
         MLRPL(lambda: VNet(1, 2, n_filters=2), max_steps=STEPS)

@@ -15,7 +15,10 @@ def make(dims):
     else:
         network = VNet(1, 3, n_filters=2, dropout=0.0)
     grid = (32,) * 2 if dims == 2 else (16,) * 3
-    labelled = {"image": torch.randn(2, 1, *grid), "label": torch.randint(0, 3, (2, 1, *grid), dtype=torch.uint8)}
+    labelled = {
+        "image": torch.randn(2, 1, *grid),
+        "label": torch.randint(0, 3, (2, 1, *grid), dtype=torch.uint8),
+    }
     return Supervised(lambda: network, max_steps=10), labelled
 
 
@@ -24,7 +27,9 @@ def slow_loss(logits, label):
     loss = 0.5 * -p.gather(1, y[:, None]).log().mean()
     for k in (1, 2):
         one = (y == k).double()
-        loss = loss + 0.5 * (1 - (2 * (p[:, k] * one).sum() + 1e-5) / ((p[:, k] ** 2).sum() + one.sum() + 1e-5))
+        loss = loss + 0.5 * (
+            1 - (2 * (p[:, k] * one).sum() + 1e-5) / ((p[:, k] ** 2).sum() + one.sum() + 1e-5)
+        )
     return loss
 
 
@@ -34,7 +39,9 @@ def test_the_term_is_half_cross_entropy_and_half_summed_foreground_dice(dims, st
     method, labelled = make(dims)
     terms = method.loss(labelled, None, step)
     assert list(terms) == ["sup"] and terms["sup"].shape == ()
-    torch.testing.assert_close(terms["sup"].double(), slow_loss(method.network(labelled["image"]), labelled["label"]))
+    torch.testing.assert_close(
+        terms["sup"].double(), slow_loss(method.network(labelled["image"]), labelled["label"])
+    )
     terms["sup"].backward()
     assert all(torch.isfinite(p.grad).all() for p in method.parameters())
 

@@ -1,4 +1,6 @@
-"""UniMatch against a second, float64 implementation, and what its thresholds, boxes and perturbation do."""
+"""UniMatch against a second, float64 implementation, and what its thresholds, boxes and
+perturbation do.
+"""
 
 import copy
 
@@ -40,7 +42,11 @@ def slow_label(logits):
 
 def slow_terms(logits_l, label, logits_s, targets, logits_fp, target_w, threshold):
     everywhere = torch.ones_like(label, dtype=torch.bool)
-    terms = {"sup": (slow_cross_entropy(logits_l, label) + slow_dice(logits_l, label, everywhere)) / 2 / 2}
+    terms = {
+        "sup": (slow_cross_entropy(logits_l, label) + slow_dice(logits_l, label, everywhere))
+        / 2
+        / 2
+    }
     for k in range(2):
         ids, conf = targets[k]
         terms[f"strong{k + 1}"] = slow_dice(logits_s[k], ids, conf >= threshold) / 4 / 2
@@ -50,7 +56,9 @@ def slow_terms(logits_l, label, logits_s, targets, logits_fp, target_w, threshol
 
 def random_case(grid, classes):
     rng = torch.Generator().manual_seed(len(grid))
-    leaves = [(2 * torch.randn(2, classes, *grid, generator=rng)).requires_grad_() for _ in range(4)]
+    leaves = [
+        (2 * torch.randn(2, classes, *grid, generator=rng)).requires_grad_() for _ in range(4)
+    ]
     label = torch.randint(0, classes, (2, *grid), generator=rng)
     targets = [pseudo_label(2 * torch.randn(2, classes, *grid, generator=rng)) for _ in range(3)]
     return leaves, label, targets
@@ -79,23 +87,32 @@ def make_batch(dims, seed=0):
         "image": torch.randn(2, 1, *grid, generator=rng),
         "label": torch.randint(0, CLASSES, (2, 1, *grid), generator=rng).byte(),
     }
-    unlabelled = {name: torch.randn(2, 1, *grid, generator=rng) for name in [*names, *(f"mix_{n}" for n in names)]}
+    unlabelled = {
+        name: torch.randn(2, 1, *grid, generator=rng)
+        for name in [*names, *(f"mix_{n}" for n in names)]
+    }
     unlabelled["label"] = torch.randint(0, CLASSES, (2, 1, *grid), generator=rng).byte()
     return labelled, unlabelled
 
 
 def make(dims, dropout=0.0, **arguments):
-    return UniMatch(lambda: make_network(dims, dropout), max_steps=STEPS, **{"threshold": 0.6} | arguments)
+    return UniMatch(
+        lambda: make_network(dims, dropout), max_steps=STEPS, **{"threshold": 0.6} | arguments
+    )
 
 
 def fixed_boxes(dims, monkeypatch):
-    """Two unlike boxes, the first in one image only; returns them and the calls that asked for them."""
+    """Two unlike boxes, the first in one image only; returns them and the calls that asked for
+    them.
+    """
     boxes = torch.zeros(2, 2, *grid_of(dims), dtype=torch.bool)
     boxes[0, 0, 2:9, 4:11] = True
     boxes[1, 0, :5] = True
     boxes[1, 1, 6:, 3:12] = True
     left, calls = list(boxes), []
-    monkeypatch.setattr(methods.unimatch, "draw_boxes", lambda *arguments: calls.append(arguments) or left.pop(0))
+    monkeypatch.setattr(
+        methods.unimatch, "draw_boxes", lambda *arguments: calls.append(arguments) or left.pop(0)
+    )
     return boxes, calls
 
 
@@ -131,7 +148,9 @@ def compare_gradients(network, other):
     """Of the weights; those of a bias before a batch norm are rounding errors."""
     for (name, ours), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
         if ours.ndim > 1:
-            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(theirs.grad), name
+            assert torch.linalg.norm(ours.grad - theirs.grad) <= 1e-3 * torch.linalg.norm(
+                theirs.grad
+            ), name
 
 
 @pytest.mark.parametrize("grid, classes", [((5, 4), 4), ((3, 4, 2), 2)])
@@ -192,7 +211,10 @@ def test_a_whole_step_equals_a_second_implementation(dims, preset, monkeypatch):
 def test_every_parameter_gets_a_finite_gradient(dims, preset):
     method = make(dims, dropout=0.3, preset=preset).train()
     terms = method.loss(*make_batch(dims), 0)
-    assert all(term.shape == () and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+    assert all(
+        term.shape == () and term.dtype == torch.float32 and torch.isfinite(term)
+        for term in terms.values()
+    )
     sum(terms.values()).backward()
     for name, parameter in method.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -206,7 +228,9 @@ def test_labels_of_unlabelled_images_reach_the_monitor_alone(dims):
     for label in (unlabelled["label"], 2 - unlabelled["label"]):
         method = make(dims, dropout=0.3).train()
         torch.manual_seed(1)
-        found.append((values(method.loss(labelled, unlabelled | {"label": label}, 0)), method.monitor))
+        found.append(
+            (values(method.loss(labelled, unlabelled | {"label": label}, 0)), method.monitor)
+        )
     assert found[0][0] == found[1][0]
     assert found[0][1]["pseudo_accuracy"] != found[1][1]["pseudo_accuracy"]
 
@@ -219,7 +243,10 @@ def test_pseudo_labels_get_no_gradient():
     terms = method.loss(labelled, unlabelled, 0)
     sources = [unlabelled["weak"], unlabelled["mix_weak"]]
     for name in ("strong1", "strong2"):
-        assert torch.autograd.grad(terms[name], sources, retain_graph=True, allow_unused=True) == (None, None)
+        assert torch.autograd.grad(terms[name], sources, retain_graph=True, allow_unused=True) == (
+            None,
+            None,
+        )
     weak, mix = torch.autograd.grad(terms["perturbed"], sources, allow_unused=True)
     assert weak.any() and mix is None
 
@@ -230,7 +257,9 @@ def test_without_boxes_the_pasted_images_do_not_matter():
     for scale in (1.0, 3.0):
         method = make(2, cutmix_prob=0.0).train()
         torch.manual_seed(1)
-        mixed = {name: scale * value for name, value in unlabelled.items() if name.startswith("mix")}
+        mixed = {
+            name: scale * value for name, value in unlabelled.items() if name.startswith("mix")
+        }
         found.append(values(method.loss(labelled, unlabelled | mixed, 0)))
     assert found[0] == found[1]
 
@@ -277,18 +306,30 @@ def test_pictures_show_the_pasted_views_and_have_no_gradient(monkeypatch):
     method.loss(labelled, unlabelled, 0)
     for k, name in enumerate(("strong 1, its prediction", "strong 2, its prediction")):
         image, ids = method.pictures[name]
-        expected = torch.where(boxes[k, 0], unlabelled[f"mix_strong{k}"][0], unlabelled[f"strong{k}"][0])
+        expected = torch.where(
+            boxes[k, 0], unlabelled[f"mix_strong{k}"][0], unlabelled[f"strong{k}"][0]
+        )
         assert torch.equal(image, expected) and not ids.requires_grad
     assert torch.equal(method.pictures["weak, truth"][1], unlabelled["label"][0, 0])
 
 
 def test_it_asks_for_two_strong_views_and_a_second_batch():
-    assert (UniMatch.strong_views, UniMatch.mixes, UniMatch.updates, UniMatch.uses_unlabelled) == (2, True, 1, True)
+    assert (UniMatch.strong_views, UniMatch.mixes, UniMatch.updates, UniMatch.uses_unlabelled) == (
+        2,
+        True,
+        1,
+        True,
+    )
 
 
 def test_the_defaults_are_those_of_the_paper():
     method = UniMatch(lambda: make_network(2), max_steps=STEPS)
-    assert (method.threshold, method.cutmix_prob, method.perturb, method.preset) == (0.95, 0.5, 0.5, "clean")
+    assert (method.threshold, method.cutmix_prob, method.perturb, method.preset) == (
+        0.95,
+        0.5,
+        0.5,
+        "clean",
+    )
     assert method.evaluated is method.network
 
 

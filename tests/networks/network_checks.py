@@ -1,4 +1,5 @@
-"""What the network tests share: deterministic weights, the digest of a state dict, checks that hold for every network.
+"""What the network tests share: deterministic weights, the digest of a state dict, checks that hold
+for every network.
 
 Digests, counts and output statistics in the tests were taken from the released ACF-BCKD networks.
 """
@@ -15,7 +16,9 @@ DATASETS = {"btcv": (1, 14), "word": (1, 17), "brats": (4, 3)}  # input channels
 
 
 def shape_fill(net: nn.Module) -> nn.Module:
-    """Fill every tensor of the state dict from its shape alone, whatever its name; batch norms get sane statistics."""
+    """Fill every tensor of the state dict from its shape alone, whatever its name; batch norms get
+    sane statistics.
+    """
     filled = {}
     for key, tensor in net.state_dict().items():
         n = tensor.numel()
@@ -42,7 +45,9 @@ def golden_image(in_channels: int = 1) -> torch.Tensor:
 
 def digest(net: nn.Module) -> str:
     """SHA-256 of the sorted `name:shape` lines of the state dict."""
-    lines = sorted(f"{key}:{'x'.join(map(str, tensor.shape))}" for key, tensor in net.state_dict().items())
+    lines = sorted(
+        f"{key}:{'x'.join(map(str, tensor.shape))}" for key, tensor in net.state_dict().items()
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -54,7 +59,9 @@ def check_statistics(net: nn.Module, mean: float, std: float) -> None:
 
 
 def check_taps(net: nn.Module, size: tuple[int, int, int], divisors: dict[str, int]) -> None:
-    """Taps have the channels of `feature_channels` and the grid `size / divisor`; logits do not depend on asking."""
+    """Taps have the channels of `feature_channels` and the grid `size / divisor`; logits do not
+    depend on asking.
+    """
     image = torch.randn(1, net.in_channels, *size)
     net.eval()
     with torch.no_grad():
@@ -69,16 +76,22 @@ def check_taps(net: nn.Module, size: tuple[int, int, int], divisors: dict[str, i
 
 
 def check_taps_keep_their_values(net: nn.Module, sources: dict[str, str]) -> None:
-    """Each tap equals a copy made the moment its module (`name:in` or `name:out`) saw it: nothing changes it later."""
+    """Each tap equals a copy made the moment its module (`name:in` or `name:out`) saw it: nothing
+    changes it later.
+    """
     copies = {}
     handles = []
     for tap, source in sources.items():
         name, side = source.split(":")
         module = net.get_submodule(name)
         if side == "in":
-            hook = module.register_forward_pre_hook(lambda _, args, tap=tap: copies.update({tap: args[0].clone()}))
+            hook = module.register_forward_pre_hook(
+                lambda _, args, tap=tap: copies.update({tap: args[0].clone()})
+            )
         else:
-            hook = module.register_forward_hook(lambda _, args, out, tap=tap: copies.update({tap: out.clone()}))
+            hook = module.register_forward_hook(
+                lambda _, args, out, tap=tap: copies.update({tap: out.clone()})
+            )
         handles.append(hook)
     with torch.no_grad():
         features = net.eval()(golden_image(net.in_channels), return_features=True).features

@@ -1,6 +1,8 @@
-"""The 2D U-Net and the V-Net against the released semi-supervised networks: names, counts, outputs, taps, perturbation.
+"""The 2D U-Net and the V-Net against the released semi-supervised networks: names, counts, outputs,
+taps, perturbation.
 
-Digests, counts and output statistics were taken from the networks released with SSL4MIS, UniMatch, CrossMatch and CRKD.
+Digests, counts and output statistics were taken from the networks released with SSL4MIS, UniMatch,
+CrossMatch and CRKD.
 """
 
 import hashlib
@@ -18,24 +20,50 @@ from networks.vnet import VNet
 
 # Arguments, parameters, digest of the released state dict.
 RELEASED = [
-    (UNet2D, (1, 4), {}, 1813764, "dcbba7bc3602a1aa5ac6971f8377e6429949599e7f069862bc9028da2166944d"),
-    (UNet2D, (3, 2), {}, 1813762, "a7ff8187d54db15720e9813387ba22be396e952d900c0471f097f34741fb7407"),
     (
-        UNet2D, (1, 4), {"released_layout": True}, 1850884,
+        UNet2D,
+        (1, 4),
+        {},
+        1813764,
+        "dcbba7bc3602a1aa5ac6971f8377e6429949599e7f069862bc9028da2166944d",
+    ),
+    (
+        UNet2D,
+        (3, 2),
+        {},
+        1813762,
+        "a7ff8187d54db15720e9813387ba22be396e952d900c0471f097f34741fb7407",
+    ),
+    (
+        UNet2D,
+        (1, 4),
+        {"released_layout": True},
+        1850884,
         "f737e79af080e078015c13b35de9b9488a535bd987b3aa5053c69e39089d0dd3",
     ),
     (
-        UNet2D, (3, 2), {"released_layout": True}, 1850882,
+        UNet2D,
+        (3, 2),
+        {"released_layout": True},
+        1850882,
         "cadd8cc5456dc01b2cefdbbce2e0cbfbb011b91530531f2865289f7eca9f042c",
     ),
     (VNet, (1, 2), {}, 9448866, "d9d0a820b08fda01d99ef64992497868dba554f7d06e8f745f6f15db98f3bcdf"),
-]  # fmt: skip
+]
 PLAIN_VNET_DIGEST = "67fd3e3776f80424639d52b1d17cad7718f7a803b7e899eb39fed2f603770652"
 
 STAGE_DIVISORS = {
-    "stage1": 2, "stage2": 4, "stage3": 8, "stage4": 16, "stage5": 4, "stage6": 2, "stage7": 1,
-    "penultimate": 1, "decoder": 1, "acf": 1,
-}  # fmt: skip
+    "stage1": 2,
+    "stage2": 4,
+    "stage3": 8,
+    "stage4": 16,
+    "stage5": 4,
+    "stage6": 2,
+    "stage7": 1,
+    "penultimate": 1,
+    "decoder": 1,
+    "acf": 1,
+}
 
 
 def small(cls, in_channels=2, num_classes=3, **arguments):
@@ -48,7 +76,8 @@ def image_for(net, side=32, batch=2):
 
 
 def strong_fill(net: nn.Module, names: list[str]) -> nn.Module:
-    """The i-th of the sorted released `names` gets RandomState(i).randn, scaled so that deep layers matter.
+    """The i-th of the sorted released `names` gets RandomState(i).randn, scaled so that deep layers
+    matter.
 
     names: released name of each tensor, in the order of the state dict.
     """
@@ -86,7 +115,11 @@ def test_counts_and_names_are_the_released_ones(cls, sizes, arguments, count, di
 def test_unused_keys_are_what_the_released_layout_adds():
     with torch.device("meta"):
         plain, released = UNet2D(1, 4).state_dict(), UNet2D(1, 4, released_layout=True).state_dict()
-    kept = [key for key in released if not any(re.search(pattern, key) for pattern in UNet2D.unused_keys)]
+    kept = [
+        key
+        for key in released
+        if not any(re.search(pattern, key) for pattern in UNet2D.unused_keys)
+    ]
     assert kept == list(plain) and len(released) == len(plain) + 2
 
 
@@ -94,7 +127,9 @@ def test_vnet_alias_keys_lead_from_the_plain_names_to_ours():
     with torch.device("meta"):
         net = VNet(1, 2)
     state = net.state_dict()
-    lines = [f"{name}:{'x'.join(map(str, t.shape))}" for name, t in zip(plain_names(net), state.values())]
+    lines = [
+        f"{name}:{'x'.join(map(str, t.shape))}" for name, t in zip(plain_names(net), state.values())
+    ]
     assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == PLAIN_VNET_DIGEST
     for start in (plain_names(net), list(state)):  # our own names stay as they are
         for pattern, replacement in VNet.alias_keys:
@@ -133,9 +168,19 @@ def test_taps(cls, size):
 def test_taps_are_the_maps_that_they_are_named_after(cls):
     net = small(cls).eval()
     if cls is UNet2D:
-        names = ("encoder.down1", "encoder.down4", "decoder.up2", "decoder.up3", "decoder.up4", "decoder.up4")
+        names = (
+            "encoder.down1",
+            "encoder.down4",
+            "decoder.up2",
+            "decoder.up3",
+            "decoder.up4",
+            "decoder.up4",
+        )
     else:
-        encoder, decoder = ("block_two", "block_five"), ("block_seven", "block_eight", "block_nine", "block_nine")
+        encoder, decoder = (
+            ("block_two", "block_five"),
+            ("block_seven", "block_eight", "block_nine", "block_nine"),
+        )
         names = [f"encoder.{name}" for name in encoder] + [f"decoder.{name}" for name in decoder]
     sources = dict(zip(("stage1", "stage4", "stage5", "stage6", "stage7", "decoder"), names))
     copies = {}
@@ -158,11 +203,14 @@ def test_encode_then_decode_equals_forward(cls):
         output = net.decode(features)
         assert len(features) == 5
         assert torch.equal(output.logits, net(image))
-        # One pass over a concatenation equals one pass each, which is what methods with several copies rely on.
+        # One pass over a concatenation equals one pass each, which is what methods with several
+        # copies rely on.
         dropped = drop_channels(features, 0.5)
         both = net.decode([torch.cat(pair) for pair in zip(features, dropped)])
         torch.testing.assert_close(both.logits[:2], output.logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(both.logits[2:], net.decode(dropped).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            both.logits[2:], net.decode(dropped).logits, rtol=1e-4, atol=1e-5
+        )
         assert both.features["decoder"].shape[0] == 4
 
 
@@ -214,7 +262,9 @@ def test_drop_channels_of_probability_one_and_zero():
     assert all(not feature.any() for feature in drop_channels(features, 1.0))
 
 
-@pytest.mark.parametrize("cls, arguments", [(UNet2D, {"released_layout": True}), (UNet2D, {}), (VNet, {})])
+@pytest.mark.parametrize(
+    "cls, arguments", [(UNet2D, {"released_layout": True}), (UNet2D, {}), (VNet, {})]
+)
 @pytest.mark.parametrize("perturb", [0.0, 0.2])
 def test_every_parameter_gets_a_gradient(cls, arguments, perturb):
     net = small(cls, **arguments).train()
@@ -233,7 +283,9 @@ def test_bad_input_is_refused(cls):
         net(good[..., :8])
     with pytest.raises(ValueError, match="in_channels"):
         net(good[:, :1])
-    with pytest.raises(ValueError, match=r"\(B, 2, H, W\)" if cls is UNet2D else r"\(B, 2, H, W, D\)"):
+    with pytest.raises(
+        ValueError, match=r"\(B, 2, H, W\)" if cls is UNet2D else r"\(B, 2, H, W, D\)"
+    ):
         net(good[0])
 
 
@@ -251,7 +303,9 @@ def test_bad_arguments_are_refused():
         VNet(1, 2, upsample="bicubic")
 
 
-@pytest.mark.parametrize("upsample, conv, norm", [("transposed", 0, 1), ("trilinear", 1, 2), ("nearest", 1, 2)])
+@pytest.mark.parametrize(
+    "upsample, conv, norm", [("transposed", 0, 1), ("trilinear", 1, 2), ("nearest", 1, 2)]
+)
 def test_vnet_upsamplings(upsample, conv, norm):
     net = small(VNet, upsample=upsample).eval()
     kernel = 2 if upsample == "transposed" else 3
@@ -269,7 +323,9 @@ def test_vnet_feature_lies_before_the_last_dropout_unless_asked_for():
     image = image_for(before, side=16, batch=8)
     for net, dead_channels in ((before, False), (after, True)):
         seen = []
-        net.train().decoder.out_conv.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        net.train().decoder.out_conv.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
         with torch.no_grad():
             feature = net(image, return_features=True).features["decoder"]
         assert torch.equal(feature, seen[0]) == dead_channels
@@ -287,14 +343,17 @@ def test_vnet_dropout_acts_on_the_deepest_map():
         deepest = net.train().encode(image_for(net, batch=4))[4]
         dropped = deepest.flatten(2).abs().amax(2) == 0
         assert 0.2 < dropped.float().mean() < 0.8
-        torch.testing.assert_close(deepest, torch.where(dropped[..., None, None, None], 0.0, 2.0 * seen[0]))
+        torch.testing.assert_close(
+            deepest, torch.where(dropped[..., None, None, None], 0.0, 2.0 * seen[0])
+        )
         assert torch.equal(net.eval().encode(image_for(net))[4], seen[1])
 
 
 @pytest.mark.parametrize("cls", [UNet2D, VNet])
 def test_runs_in_half_precision(cls):
     net = small(cls)
-    # Not 32: oneDNN's weight gradient of a bfloat16 Conv3d on 2x2x2 voxels is at times NaN (torch 2.13).
+    # Not 32: oneDNN's weight gradient of a bfloat16 Conv3d on 2x2x2 voxels is at times NaN (torch
+    # 2.13).
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = net(image_for(net, side=48), return_features=True, perturb=0.5)
     assert torch.isfinite(output.logits.float()).all()

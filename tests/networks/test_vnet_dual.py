@@ -1,4 +1,5 @@
-"""The V-Nets with two decoders, of MLRPL and LeFeD: names, counts and outputs as released; feedback, gates and sides.
+"""The V-Nets with two decoders, of MLRPL and LeFeD: names, counts and outputs as released;
+feedback, gates and sides.
 
 Digests, counts and output statistics were taken from the released networks.
 """
@@ -32,7 +33,7 @@ OUTPUTS = {
         "side2": (-0.006557781249284744, 0.1220514252781868),
         "side1": (-0.16823050379753113, 0.4477192461490631),
     },
-}  # fmt: skip
+}
 NETWORKS = [DualVNet, LeFeDNet]
 TAPS = ("stage7", "penultimate", "decoder", "acf")
 STAGES = ("one", "two", "three", "four", "five")
@@ -44,7 +45,11 @@ def small(cls, **arguments):
     net = init_weights(cls(2, 3, n_filters=2, **arguments))
     for buffer_name, buffer in net.named_buffers():
         if buffer.is_floating_point():
-            buffer.copy_(0.2 * torch.randn_like(buffer) if "mean" in buffer_name else 0.3 + torch.rand_like(buffer))
+            buffer.copy_(
+                0.2 * torch.randn_like(buffer)
+                if "mean" in buffer_name
+                else 0.3 + torch.rand_like(buffer)
+            )
     return net.eval()
 
 
@@ -55,11 +60,18 @@ def image_for(batch=2, size=(16, 16, 16), seed=0):
 def maps(batch=2, side=16, channels=2, seed=1):
     """Random maps of the shapes of a decoder's stages, deepest first."""
     rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, channels * 2**k, *[side // 2**k] * 3, generator=rng) for k in (4, 3, 2, 1, 0)]
+    return [
+        torch.randn(batch, channels * 2**k, *[side // 2**k] * 3, generator=rng)
+        for k in (4, 3, 2, 1, 0)
+    ]
 
 
 def both_logits(net, image):
-    return net.all(image)["logits"] if isinstance(net, LeFeDNet) else [logits for logits, _ in net.both(image)]
+    return (
+        net.all(image)["logits"]
+        if isinstance(net, LeFeDNet)
+        else [logits for logits, _ in net.both(image)]
+    )
 
 
 def slow_decode(decoder, features, gates=None):
@@ -69,12 +81,15 @@ def slow_decode(decoder, features, gates=None):
         x = x * (1 + gates[0])
     stages = [x]
     for level, (up, block) in enumerate(
-        [("five_up", "six"), ("six_up", "seven"), ("seven_up", "eight"), ("eight_up", "nine")], start=1
+        [("five_up", "six"), ("six_up", "seven"), ("seven_up", "eight"), ("eight_up", "nine")],
+        start=1,
     ):
         up_map = getattr(decoder, f"block_{up}")(x)
         stages.append(up_map)
         skip = skips[4 - level]
-        x = getattr(decoder, f"block_{block}")(up_map + (skip if gates is None else skip * gates[level]))
+        x = getattr(decoder, f"block_{block}")(
+            up_map + (skip if gates is None else skip * gates[level])
+        )
     return decoder.out_conv(x), stages
 
 
@@ -95,11 +110,15 @@ def test_output_statistics_are_the_released_ones(cls):
             found = net.all(checks.golden_image())
             outputs = dict(zip(OUTPUTS[cls], found["logits"] + found["sides"]))
         else:
-            outputs = dict(zip(OUTPUTS[cls], [logits for logits, _ in net.both(checks.golden_image())]))
+            outputs = dict(
+                zip(OUTPUTS[cls], [logits for logits, _ in net.both(checks.golden_image())])
+            )
     for name, (mean, std) in OUTPUTS[cls].items():
         assert outputs[name].shape == (1, 2, 32, 32, 32)
         assert outputs[name].double().mean().item() == pytest.approx(mean, rel=1e-5), name
-        assert outputs[name].double().std(unbiased=False).item() == pytest.approx(std, rel=1e-5), name
+        assert outputs[name].double().std(unbiased=False).item() == pytest.approx(std, rel=1e-5), (
+            name
+        )
 
 
 @pytest.mark.parametrize("name, cls", [("vnet_dual", DualVNet), ("vnet_lefed", LeFeDNet)])
@@ -141,7 +160,11 @@ def test_both_gives_the_map_that_each_classifier_saw():
 
 @pytest.mark.parametrize(
     "cls, arguments, second",
-    [(DualVNet, {}, "nearest"), (DualVNet, {"upsample": "trilinear"}, "trilinear"), (LeFeDNet, {}, "trilinear")],
+    [
+        (DualVNet, {}, "nearest"),
+        (DualVNet, {"upsample": "trilinear"}, "trilinear"),
+        (LeFeDNet, {}, "trilinear"),
+    ],
 )
 def test_the_decoders_differ_in_their_upsampling(cls, arguments, second):
     net = small(cls, **arguments)
@@ -149,7 +172,10 @@ def test_the_decoders_differ_in_their_upsampling(cls, arguments, second):
         first = net.decoder1.get_submodule(f"block_{name}_up.conv.0")
         assert isinstance(first, torch.nn.ConvTranspose3d) and first.stride == (2, 2, 2)
         upsample = net.decoder2.get_submodule(f"block_{name}_up.conv.0")
-        assert (upsample.mode, upsample.align_corners) == (second, True if second == "trilinear" else None)
+        assert (upsample.mode, upsample.align_corners) == (
+            second,
+            True if second == "trilinear" else None,
+        )
 
 
 def test_encode_without_feedback_is_the_plain_encoder():
@@ -192,7 +218,10 @@ def test_feedback_is_added_before_the_dropout_of_the_deepest_map():
     for norm in net.modules():
         if isinstance(norm, torch.nn.BatchNorm3d):
             norm.eval()
-    feedback = [10.0 + torch.zeros_like(extra) if k == 0 else torch.zeros_like(extra) for k, extra in enumerate(maps())]
+    feedback = [
+        10.0 + torch.zeros_like(extra) if k == 0 else torch.zeros_like(extra)
+        for k, extra in enumerate(maps())
+    ]
     with torch.no_grad():
         deepest = net.encode(image_for(), feedback)[4]
     dead = deepest.flatten(2).abs().amax(2) == 0
@@ -224,16 +253,24 @@ def test_the_decoder_equals_a_second_implementation_with_gates_and_without(gated
 
 
 def test_the_second_decoder_is_gated_by_the_sigmoid_of_the_stages_of_the_first():
-    net, image, feedback = small(LeFeDNet).double(), image_for().double(), [extra.double() for extra in maps()]
+    net, image, feedback = (
+        small(LeFeDNet).double(),
+        image_for().double(),
+        [extra.double() for extra in maps()],
+    )
     with torch.no_grad():
         out = net.all(image, feedback)
         features = net.encode(image, feedback)
         logits1, stages1 = slow_decode(net.decoder1, features)
-        logits2, stages2 = slow_decode(net.decoder2, features, [1 / (1 + torch.exp(-stage)) for stage in stages1])
+        logits2, stages2 = slow_decode(
+            net.decoder2, features, [1 / (1 + torch.exp(-stage)) for stage in stages1]
+        )
     for ours, expected in zip(out["logits"], (logits1, logits2), strict=True):
         torch.testing.assert_close(ours, expected)
     assert len(out["stages"]) == 2
-    for ours, expected in zip([*out["stages"][0], *out["stages"][1]], [*stages1, *stages2], strict=True):
+    for ours, expected in zip(
+        [*out["stages"][0], *out["stages"][1]], [*stages1, *stages2], strict=True
+    ):
         torch.testing.assert_close(ours, expected)
     assert [stage.shape[1] for stage in stages1] == [32, 16, 8, 4, 2]
     assert [stage.shape[2] for stage in stages1] == [1, 2, 4, 8, 16]
@@ -251,7 +288,9 @@ def doubled(array):
     for axis in (2, 3, 4):
         size = array.shape[axis]
         positions = np.linspace(0, size - 1, 2 * size)
-        array = np.apply_along_axis(lambda row, at=positions: np.interp(at, np.arange(len(row)), row), axis, array)
+        array = np.apply_along_axis(
+            lambda row, at=positions: np.interp(at, np.arange(len(row)), row), axis, array
+        )
     return array
 
 
@@ -268,7 +307,9 @@ def test_side_outputs_are_doubled_to_full_size_one_step_at_a_time():
         for _ in range(4 - level):
             expected = doubled(expected)
         np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-9, atol=1e-12)
-    at_once = torch.nn.functional.interpolate(sides.side3(stages[2]), (16,) * 3, mode="trilinear", align_corners=True)
+    at_once = torch.nn.functional.interpolate(
+        sides.side3(stages[2]), (16,) * 3, mode="trilinear", align_corners=True
+    )
     assert not torch.allclose(at_once, found[2], atol=1e-3)
 
 
@@ -293,7 +334,9 @@ def test_dropout_acts_in_training_only(cls):
         assert torch.equal(torch.random.get_rng_state(), state)
         net.train()
         assert not torch.equal(net(image), net(image))
-        assert all(not torch.equal(a, b) for a, b in zip(both_logits(net, image), both_logits(net, image)))
+        assert all(
+            not torch.equal(a, b) for a, b in zip(both_logits(net, image), both_logits(net, image))
+        )
 
 
 @pytest.mark.parametrize("cls", NETWORKS)
@@ -339,7 +382,9 @@ def test_calling_the_network_leaves_the_second_decoder_alone(cls):
     net(image_for()).square().mean().backward()
     assert all(p.grad is None for p in net.decoder2.parameters())
     assert all(p.grad is not None for p in [*net.encoder.parameters(), *net.decoder1.parameters()])
-    assert all(torch.equal(value, before[name]) for name, value in net.decoder2.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in net.decoder2.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("cls, name", [(DualVNet, "both"), (LeFeDNet, "all"), (LeFeDNet, "encode")])

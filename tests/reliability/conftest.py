@@ -22,14 +22,31 @@ class Cell(NamedTuple):
 
 DISTILL = ("--teacher", "resunet", "--student", "unet", "--method")
 CELLS = {
-    "supervised": Cell("train_3d_distill.py", "msd", ("--method", "supervised", "--student", "unet"),
-                       "runs/tiny/supervised/unet/seed0"),
-    "acf_bckd": Cell("train_3d_distill.py", "msd", (*DISTILL, "acf_bckd"), "runs/tiny/acf_bckd/resunet-unet/seed0"),
-    "cirkd": Cell("train_3d_distill.py", "msd", (*DISTILL, "cirkd"), "runs/tiny/cirkd/resunet-unet/seed0"),
-    "crkd": Cell("train_2d_crkd.py", "acdc", ("--method", "crkd"), "runs/heart/crkd/unet2d-2/seed0"),
-    "acmt": Cell("train_2d_crkd.py", "acdc", ("--method", "acmt"), "runs/heart/acmt/unet2d-2/seed0"),
-    "lefed": Cell("train_3d_crkd.py", "la", ("--method", "lefed"), "runs/atrium/lefed/vnet_lefed-2/seed0"),
-}  # fmt: skip
+    "supervised": Cell(
+        "train_3d_distill.py",
+        "msd",
+        ("--method", "supervised", "--student", "unet"),
+        "runs/tiny/supervised/unet/seed0",
+    ),
+    "acf_bckd": Cell(
+        "train_3d_distill.py",
+        "msd",
+        (*DISTILL, "acf_bckd"),
+        "runs/tiny/acf_bckd/resunet-unet/seed0",
+    ),
+    "cirkd": Cell(
+        "train_3d_distill.py", "msd", (*DISTILL, "cirkd"), "runs/tiny/cirkd/resunet-unet/seed0"
+    ),
+    "crkd": Cell(
+        "train_2d_crkd.py", "acdc", ("--method", "crkd"), "runs/heart/crkd/unet2d-2/seed0"
+    ),
+    "acmt": Cell(
+        "train_2d_crkd.py", "acdc", ("--method", "acmt"), "runs/heart/acmt/unet2d-2/seed0"
+    ),
+    "lefed": Cell(
+        "train_3d_crkd.py", "la", ("--method", "lefed"), "runs/atrium/lefed/vnet_lefed-2/seed0"
+    ),
+}
 OPTS = ("--opts", "max_steps=6")
 
 
@@ -64,8 +81,17 @@ def prepared(tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             if kind == "msd":
                 make_workspace(folder)
-                teacher = ("--config", "tiny.yaml", "--method", "supervised", "--student", "resunet")
-                ended = harness.run("train_3d_distill.py", *teacher, "--opts", "max_steps=1", cwd=folder)
+                teacher = (
+                    "--config",
+                    "tiny.yaml",
+                    "--method",
+                    "supervised",
+                    "--student",
+                    "resunet",
+                )
+                ended = harness.run(
+                    "train_3d_distill.py", *teacher, "--opts", "max_steps=1", cwd=folder
+                )
                 assert ended.code == 0, ended.text
             else:
                 make_site(folder, kind)

@@ -21,11 +21,12 @@ def die() -> None:
 
 
 def kill_in_save(phase: str, number: int, name: str = "") -> None:
-    """Kill this process in its `number`-th (from 1) write of a checkpoint, counted by files of that `name` if given.
+    """Kill this process in its `number`-th (from 1) write of a checkpoint, counted by files of that
+    `name` if given.
 
-    before: nothing written; half: half of the bytes; written: all, not yet flushed to the disk; synced: flushed, not
-    yet moved; between: the old last.pt moved away, the new one not yet in its place; moved: in place, the folder not
-    yet flushed; after: all done.
+    before: nothing written; half: half of the bytes; written: all, not yet flushed to the disk;
+    synced: flushed, not yet moved; between: the old last.pt moved away, the new one not yet in its
+    place; moved: in place, the folder not yet flushed; after: all done.
     """
     real, seen = utils.files.write_whole, [0]
 
@@ -50,7 +51,9 @@ def kill_in_save(phase: str, number: int, name: str = "") -> None:
         def replacing(source, target):
             replace(source, target)
             moves.append(target)
-            if (Path(target) == path and phase == "moved") or (Path(target) == previous and phase == "between"):
+            if (Path(target) == path and phase == "moved") or (
+                Path(target) == previous and phase == "between"
+            ):
                 die()
 
         def syncing(descriptor):
@@ -68,7 +71,9 @@ def kill_in_save(phase: str, number: int, name: str = "") -> None:
 
 
 def full_disk(name: str, number: int) -> None:
-    """From the `number`-th write of the file of that name on, the disk takes half of what it is given and is full."""
+    """From the `number`-th write of the file of that name on, the disk takes half of what it is
+    given and is full.
+    """
     real, seen = utils.files.write_whole, [0]
 
     class Full:
@@ -120,7 +125,9 @@ def limit_file_size(size: int) -> None:
 
 
 def die_in_loader(draw: int, how: str) -> None:
-    """The loader process that makes the sample of this draw ends: 'exit', or by the signal of that name."""
+    """The loader process that makes the sample of this draw ends: 'exit', or by the signal of that
+    name.
+    """
     real = dataloaders.samplers.PatchDataset.__getitem__
 
     def getitem(self, item):
@@ -139,7 +146,9 @@ def resident() -> int:
 
 
 def watch_memory(module: str, name: str, out: Path) -> None:
-    """Append the resident memory to `out` (JSON lines) at each call of that function, or method of a class."""
+    """Append the resident memory to `out` (JSON lines) at each call of that function, or method of
+    a class.
+    """
     import importlib
 
     owner = importlib.import_module(module)

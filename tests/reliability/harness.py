@@ -1,7 +1,8 @@
-"""Scripts run in forked children of one warm process, so that killing one does not cost an interpreter start.
+"""Scripts run in forked children of one warm process, so that killing one does not cost an
+interpreter start.
 
-The children are processes of their own, from parsing the arguments to the exit code, and can be killed at any moment;
-only the imports are shared. The fork server is the standard library's.
+The children are processes of their own, from parsing the arguments to the exit code, and can be
+killed at any moment; only the imports are shared. The fork server is the standard library's.
 """
 
 import functools
@@ -27,11 +28,17 @@ class Ended(NamedTuple):
 
 
 class Child:
-    """A script under way. prepare: called in the child first, to lay traps; a function of a module, or a partial."""
+    """A script under way. prepare: called in the child first, to lay traps; a function of a module,
+    or a partial.
+    """
 
-    def __init__(self, script: str, *arguments: str, cwd: Path, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, script: str, *arguments: str, cwd: Path, prepare: Callable[[], None] | None = None
+    ) -> None:
         self.output = cwd / f"output-{time.monotonic_ns()}.txt"
-        self.process = _server().Process(target=_child, args=(script, arguments, cwd, self.output, prepare))
+        self.process = _server().Process(
+            target=_child, args=(script, arguments, cwd, self.output, prepare)
+        )
         self.process.start()
 
     @property
@@ -71,16 +78,19 @@ def run(script: str, *arguments: str, cwd: Path, prepare=None, timeout: float = 
 def _server() -> multiprocessing.context.ForkServerContext:
     """The fork server, with all that the scripts import. Children inherit its environment."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # the server's sys.path
+    # the server's sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     scripts = [script.removesuffix(".py") for script in SCRIPTS]
-    late = ("torch._dynamo", "torch.utils.tensorboard")  # what torch imports when it is first used, in seconds
+    # what torch imports when it is first used, in seconds
+    late = ("torch._dynamo", "torch.utils.tensorboard")
     context.set_forkserver_preload([*scripts, "test_3d", *late, "tests.reliability.faults"])
     return context
 
 
 def _child(script: str, arguments: tuple[str, ...], cwd: Path, output: Path, prepare) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as outside of the harness
+    # of loader processes, as outside of the harness
+    multiprocessing.set_start_method("fork", force=True)
     os.setsid()  # a group of its own, to be signalled as a whole
     os.chdir(cwd)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -88,7 +98,9 @@ def _child(script: str, arguments: tuple[str, ...], cwd: Path, output: Path, pre
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
     if prepare is not None:
         prepare()
     sys.argv = [script, *arguments]

@@ -1,7 +1,8 @@
-"""Any configuration and any flags: a run, or an error of one screen that names the file or flag and the key.
+"""Any configuration and any flags: a run, or an error of one screen that names the file or flag and
+the key.
 
-Each attempt is the script's own `main`, stopped where it would list its data. Whatever is not one of the errors that
-the scripts print is a traceback to their user, and fails the test.
+Each attempt is the script's own `main`, stopped where it would list its data. Whatever is not one
+of the errors that the scripts print is a traceback to their user, and fails the test.
 """
 
 import ast
@@ -38,24 +39,43 @@ from utils.checkpoint import CheckpointError
 from utils.config import ConfigError, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PRINTED = (ConfigError, DataError, CheckpointError, FloatingPointError)  # what the scripts turn into `error: ...`
+# what the scripts turn into `error: ...`
+PRINTED = (ConfigError, DataError, CheckpointError, FloatingPointError)
 SCREEN = 20  # lines
 BASE = {
     train_3d_distill: {
-        "dataset": "tiny", "data_root": "nowhere", "datalist": "dataset_0.json", "class_names": ["background", "ball"],
-        "patch_size": [16, 16, 16], "max_steps": 4, "student": "unet", "method": "supervised",
+        "dataset": "tiny",
+        "data_root": "nowhere",
+        "datalist": "dataset_0.json",
+        "class_names": ["background", "ball"],
+        "patch_size": [16, 16, 16],
+        "max_steps": 4,
+        "student": "unet",
+        "method": "supervised",
         "network_args": {"unet": {"channels": [2, 4, 4, 8]}, "resunet": {"channels": [4, 4, 8, 8]}},
     },
     train_3d_crkd: {
-        "dataset": "tiny", "format": "la", "data_root": "nowhere", "class_names": ["background", "atrium"],
-        "patch_size": [32, 32, 32], "max_steps": 4, "labelled": 2, "stride": [16, 16, 16], "val_stride": [16, 16, 16],
+        "dataset": "tiny",
+        "format": "la",
+        "data_root": "nowhere",
+        "class_names": ["background", "atrium"],
+        "patch_size": [32, 32, 32],
+        "max_steps": 4,
+        "labelled": 2,
+        "stride": [16, 16, 16],
+        "val_stride": [16, 16, 16],
         "network_args": {"vnet": {"n_filters": 2}},
     },
     train_2d_crkd: {
-        "dataset": "tiny", "format": "images2d", "data_root": "nowhere", "class_names": ["background", "lesion"],
-        "patch_size": [32, 32], "max_steps": 4, "labelled": 0.5,
+        "dataset": "tiny",
+        "format": "images2d",
+        "data_root": "nowhere",
+        "class_names": ["background", "lesion"],
+        "patch_size": [32, 32],
+        "max_steps": 4,
+        "labelled": 0.5,
     },
-}  # fmt: skip
+}
 SCRIPTS = tuple(BASE)
 scripts = st.sampled_from(SCRIPTS)
 
@@ -80,7 +100,9 @@ def attempt(script, config, *flags, main=None):
     path = Path("config.yaml")
     if isinstance(config, dict):
         config = yaml.safe_dump(config, allow_unicode=True)
-    path.write_bytes(config if isinstance(config, bytes) else config.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        config if isinstance(config, bytes) else config.encode("utf-8", "surrogatepass")
+    )
     return outcome(script.main, [script.__name__, "--config", str(path), *flags])
 
 
@@ -97,7 +119,11 @@ def outcome(main, argv):
     except PRINTED as error:
         return f"error: {error}"
     except SystemExit as error:  # argparse, or --help
-        return None if not error.code else err.getvalue() + (error.code if isinstance(error.code, str) else "")
+        return (
+            None
+            if not error.code
+            else err.getvalue() + (error.code if isinstance(error.code, str) else "")
+        )
     finally:
         sys.argv = before
 
@@ -106,7 +132,9 @@ def assert_helpful(message, *names):
     """One screen, and each of `names` or one of a tuple of them."""
     assert len(message.splitlines()) < SCREEN and len(message) < 4000, message
     for name in names:
-        assert any(part in message for part in ((name,) if isinstance(name, str) else name)), message
+        assert any(part in message for part in ((name,) if isinstance(name, str) else name)), (
+            message
+        )
 
 
 def fields(script):
@@ -116,17 +144,53 @@ def fields(script):
 # What a user may write
 
 SPECIAL = (
-    "", " ", "off", "nan", "-1", "1e400", "a/b", "../x", "a\0b", "\x1b[31m", "é✓漢", "null", "~", "9" * 5000,
-    "x" * 3000, "'", '"',
-    "{a: 1}", "5%", "-", "cuda:77", "meta", "unet", "vnet", "file.py:Name", ".py", "kd", "brats", "acdc",
-)  # fmt: skip
+    "",
+    " ",
+    "off",
+    "nan",
+    "-1",
+    "1e400",
+    "a/b",
+    "../x",
+    "a\0b",
+    "\x1b[31m",
+    "é✓漢",
+    "null",
+    "~",
+    "9" * 5000,
+    "x" * 3000,
+    "'",
+    '"',
+    "{a: 1}",
+    "5%",
+    "-",
+    "cuda:77",
+    "meta",
+    "unet",
+    "vnet",
+    "file.py:Name",
+    ".py",
+    "kd",
+    "brats",
+    "acdc",
+)
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 70), st.integers(), st.sampled_from([10**30, -(10**30), 2**31, 2**63]),
-    st.floats(), st.floats(0, 1), st.sampled_from(SPECIAL), st.text(max_size=12), st.dates(),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.integers(),
+    st.sampled_from([10**30, -(10**30), 2**31, 2**63]),
+    st.floats(),
+    st.floats(0, 1),
+    st.sampled_from(SPECIAL),
+    st.text(max_size=12),
+    st.dates(),
+)
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(scalars, inner, max_size=3), max_leaves=8
-)  # fmt: skip
+    scalars,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(scalars, inner, max_size=3),
+    max_leaves=8,
+)
 typos = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)
 
 
@@ -136,14 +200,19 @@ def close_to(hint):
     if origin is tuple and len(args) > 1 and args[1] is not Ellipsis:
         return st.tuples(*map(close_to, args)).map(list) | st.lists(close_to(args[0]), max_size=4)
     if origin is tuple or getattr(origin, "__name__", "") in ("Sequence", "Iterable"):
-        return st.lists(close_to(args[0]) if args and args[0] is not Ellipsis else scalars, max_size=5)
+        return st.lists(
+            close_to(args[0]) if args and args[0] is not Ellipsis else scalars, max_size=5
+        )
     if origin in (typing.Union, types.UnionType):
         return st.one_of([close_to(part) for part in args])
     plain = {
-        int: st.integers(-2, 40), float: st.floats(-1, 2), bool: st.booleans(), type(None): st.none(),
-        str: st.text(max_size=8) | st.sampled_from(SPECIAL), dict: st.dictionaries(st.text(max_size=5), scalars,
-            max_size=2),
-    }  # fmt: skip
+        int: st.integers(-2, 40),
+        float: st.floats(-1, 2),
+        bool: st.booleans(),
+        type(None): st.none(),
+        str: st.text(max_size=8) | st.sampled_from(SPECIAL),
+        dict: st.dictionaries(st.text(max_size=5), scalars, max_size=2),
+    }
     return plain.get(origin or hint, scalars)
 
 
@@ -160,7 +229,11 @@ def test_any_value_of_any_key(drawn, as_option):
     script, key, value = drawn
     config = dict(BASE[script])
     if as_option:
-        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+        text = (
+            yaml.safe_dump(value, default_flow_style=True, width=10**6)
+            .removesuffix("\n...\n")
+            .strip()
+        )
         message = attempt(script, config, "--opts", f"{key}={text}")
     else:
         message = attempt(script, config | {key: value})
@@ -173,7 +246,9 @@ def test_any_value_of_any_key(drawn, as_option):
 
 @st.composite
 def arguments_of_one_entry(draw):
-    """network_args, method_args or recipe with one entry; names and arguments that exist, and some that do not."""
+    """network_args, method_args or recipe with one entry; names and arguments that exist, and some
+    that do not.
+    """
     script = draw(scripts)
     section = draw(st.sampled_from(["network_args", "method_args", "recipe"]))
     methods = KD_METHODS if script is train_3d_distill else SSL_METHODS
@@ -186,7 +261,9 @@ def arguments_of_one_entry(draw):
     if section == "recipe" or name not in registry:
         hints = typing.get_type_hints(script.Config)
     else:
-        hints = {k: v for k, v in typing.get_type_hints(registry[name].__init__).items() if k != "return"}
+        hints = {
+            k: v for k, v in typing.get_type_hints(registry[name].__init__).items() if k != "return"
+        }
     key = draw(st.sampled_from(list(hints)) | typos)
     return script, section, name, {name: {key: draw(values | close_to(hints.get(key)))}}
 
@@ -195,7 +272,8 @@ def arguments_of_one_entry(draw):
 def test_any_argument_of_networks_and_methods(drawn, student):
     script, section, name, entry = drawn
     config = BASE[script] | {section: entry}
-    # Where the entry's name can be that of the run, it is, so that the argument reaches a constructor.
+    # Where the entry's name can be that of the run, it is, so that the argument reaches a
+    # constructor.
     key = {"network_args": "network", "method_args": "method", "recipe": "method"}[section]
     if script is train_3d_distill and key != "method":
         key = "student"
@@ -237,22 +315,52 @@ def yaml_bomb(depth=12):
     return "\n".join([*lines, f"network_args: {{unet: {{channels: *x{depth - 1}}}}}"])
 
 
-@pytest.mark.parametrize("text", [
-    "network_args: &a {unet: *a}", "class_names: &a [x, *a]", yaml_bomb(), "method_args: " + "[" * 500 + "]" * 500,
-    "lr: " + "{a: " * 60 + "1" + "}" * 60, "max_steps: 2001-99-99", "max_steps: " + "9" * 6000, "max_steps: 0x_",
-    "lr: !!float x", "lr: !!int x", "compile: !!bool x", "dataset: !!timestamp x", "dataset: !!binary '*'",
-    "dataset: !!python/object/apply:os.getcwd []", "dataset: !!python/name:os.system", "dataset: !own x",
-    "seed: 1\nseed: 2",
-    "network_args: {unet: {channels: [1, 2]}, unet: {}}", "network_args: {1: {}, 1: {}}", "? [a, b]\n: c",
-    "? {a: b}\n: c",
-    "seed: 1\n---\nseed: 2", "\tseed: 1", "seed: *unknown", "seed: &a 1\nlr: *b", "dataset: \"\\ud800\"",
-    "dataset: \"a\\0b\"",
-    "network_args: {<<: {unet: {}}, <<: {unet: {}}}", "network_args: {<<: 3}", "- a", "3", "", "null",
-    "%YAML 9.9\n---\nseed: 1",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "network_args: &a {unet: *a}",
+        "class_names: &a [x, *a]",
+        yaml_bomb(),
+        "method_args: " + "[" * 500 + "]" * 500,
+        "lr: " + "{a: " * 60 + "1" + "}" * 60,
+        "max_steps: 2001-99-99",
+        "max_steps: " + "9" * 6000,
+        "max_steps: 0x_",
+        "lr: !!float x",
+        "lr: !!int x",
+        "compile: !!bool x",
+        "dataset: !!timestamp x",
+        "dataset: !!binary '*'",
+        "dataset: !!python/object/apply:os.getcwd []",
+        "dataset: !!python/name:os.system",
+        "dataset: !own x",
+        "seed: 1\nseed: 2",
+        "network_args: {unet: {channels: [1, 2]}, unet: {}}",
+        "network_args: {1: {}, 1: {}}",
+        "? [a, b]\n: c",
+        "? {a: b}\n: c",
+        "seed: 1\n---\nseed: 2",
+        "\tseed: 1",
+        "seed: *unknown",
+        "seed: &a 1\nlr: *b",
+        'dataset: "\\ud800"',
+        'dataset: "a\\0b"',
+        "network_args: {<<: {unet: {}}, <<: {unet: {}}}",
+        "network_args: {<<: 3}",
+        "- a",
+        "3",
+        "",
+        "null",
+        "%YAML 9.9\n---\nseed: 1",
+    ],
+)
 def test_hostile_yaml_is_refused(text):
     base = BASE[train_3d_distill]
-    kept = {key: value for key, value in base.items() if not any(f"{key}:" in line for line in text.splitlines())}
+    kept = {
+        key: value
+        for key, value in base.items()
+        if not any(f"{key}:" in line for line in text.splitlines())
+    }
     plain = not text or text[0] in "-3%" or text == "null" or "---" in text
     message = attempt(train_3d_distill, text if plain else f"{yaml.safe_dump(kept)}{text}\n")
     assert message is not None
@@ -260,29 +368,71 @@ def test_hostile_yaml_is_refused(text):
 
 
 def test_anchors_and_merge_keys_work(tmp_path):
-    text = yaml.safe_dump(BASE[train_3d_distill] | {"network_args": None}).replace("network_args: null\n", "")
+    text = yaml.safe_dump(BASE[train_3d_distill] | {"network_args": None}).replace(
+        "network_args: null\n", ""
+    )
     path = Path("merged.yaml")
-    path.write_text(f"{text}network_args:\n  unet: &w {{channels: [2, 4, 4, 8]}}\n  resunet: {{<<: *w}}\n")
+    path.write_text(
+        f"{text}network_args:\n  unet: &w {{channels: [2, 4, 4, 8]}}\n  resunet: {{<<: *w}}\n"
+    )
     found = read_yaml(path)["network_args"]
     assert found["unet"] == found["resunet"] == {"channels": [2, 4, 4, 8]}
     assert attempt(train_3d_distill, path.read_text()) is None
-    assert attempt(train_3d_distill, b"\xef\xbb\xbf" + path.read_bytes()) is None  # with a byte-order mark
+    # with a byte-order mark
+    assert attempt(train_3d_distill, b"\xef\xbb\xbf" + path.read_bytes()) is None
 
 
 def test_no_file():
     Path("folder").mkdir()
-    for path, expected in (("folder", "a folder"), ("none.yaml", "no such"), ("", "."), ("x" * 300, "no such")):
+    for path, expected in (
+        ("folder", "a folder"),
+        ("none.yaml", "no such"),
+        ("", "."),
+        ("x" * 300, "no such"),
+    ):
         message = outcome(train_3d_distill.main, ["x", "--config", path])
         assert_helpful(message, expected)
 
 
-words = st.sampled_from([
-    "--config", "--teacher", "--student", "--network", "--method", "--seed", "--device", "--amp", "--compile",
-    "--channels-last", "--resume", "--opts", "--labelled", "--label_rat", "--unknown", "--",
-    "unet", "kd", "crkd", "supervised", "0", "-1", "cpu", "bf16", "5%", "lr=1", "lr=", "=1", "tag=x", "seed=[",
-    "max_steps=1e9",
-    "lr=1=2", "config.yaml", "network_args={unet: 3}", "a.py:B",
-]) | st.text(max_size=8)  # fmt: skip
+words = st.sampled_from(
+    [
+        "--config",
+        "--teacher",
+        "--student",
+        "--network",
+        "--method",
+        "--seed",
+        "--device",
+        "--amp",
+        "--compile",
+        "--channels-last",
+        "--resume",
+        "--opts",
+        "--labelled",
+        "--label_rat",
+        "--unknown",
+        "--",
+        "unet",
+        "kd",
+        "crkd",
+        "supervised",
+        "0",
+        "-1",
+        "cpu",
+        "bf16",
+        "5%",
+        "lr=1",
+        "lr=",
+        "=1",
+        "tag=x",
+        "seed=[",
+        "max_steps=1e9",
+        "lr=1=2",
+        "config.yaml",
+        "network_args={unet: 3}",
+        "a.py:B",
+    ]
+) | st.text(max_size=8)
 
 
 @given(scripts, st.lists(words, max_size=5))
@@ -303,21 +453,34 @@ def test_the_bases_run_and_options_add_up(script):
 
 
 def attribute_reads(module, name):
-    """Attributes of the variable `name` that a module reads anywhere but in `validate` and `parse_args`."""
+    """Attributes of the variable `name` that a module reads anywhere but in `validate` and
+    `parse_args`.
+    """
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    nodes = (node for f in functions if f.name not in ("validate", "parse_args", "try_out") for node in ast.walk(f))
-    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == name}
+    nodes = (
+        node
+        for f in functions
+        if f.name not in ("validate", "parse_args", "try_out")
+        for node in ast.walk(f)
+    )
+    return {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == name
+    }
 
 
 def stored_reads(module):
     """Keys of a checkpoint's configuration that a test script reads."""
     nodes = ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
     return {
-        node.slice.value for node in nodes
-        if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "config"
+        node.slice.value
+        for node in nodes
+        if isinstance(node, ast.Subscript)
+        and getattr(node.value, "id", "") == "config"
         and isinstance(node.slice, ast.Constant)
-    }  # fmt: skip
+    }
 
 
 def formats(script):
@@ -333,7 +496,9 @@ def taken_by(cls):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_key_is_read(script):
-    read = attribute_reads(script, "cfg") | stored_reads(test_2d if script is train_2d_crkd else test_3d)
+    read = attribute_reads(script, "cfg") | stored_reads(
+        test_2d if script is train_2d_crkd else test_3d
+    )
     by_formats = set().union(*map(taken_by, formats(script).values()))
     assert "no_such_key" not in read and "max_steps" in read
     parsed_only = {"recipe"}  # settled when the configuration is read
@@ -343,9 +508,17 @@ def test_every_key_is_read(script):
 
 def other_value(field):
     """A valid value that is not the field's default."""
-    by_name = {"orientation": "LPS", "spacing": [1.0, 1.0, 1.0], "intensity": "zscore", "window": [0.0, 1.0],
-               "normalize": "volume", "augmentation": "supervised", "eval_resize": "nearest",
-               "regions": {"whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}  # fmt: skip
+    by_name = {
+        "orientation": "LPS",
+        "spacing": [1.0, 1.0, 1.0],
+        "intensity": "zscore",
+        "window": [0.0, 1.0],
+        "normalize": "volume",
+        "augmentation": "supervised",
+        "eval_resize": "nearest",
+        "regions": {"whole": [1, 2], "core": [2]},
+        "regions_class_order": [1, 2],
+    }
     if field.name in by_name:
         return by_name[field.name]
     return not field.default if isinstance(field.default, bool) else field.default + 1
@@ -356,7 +529,9 @@ def idle_keys():
     for script in SCRIPTS:
         read = attribute_reads(script, "cfg")
         for name, cls in formats(script).items():
-            for key in sorted(set().union(*map(taken_by, formats(script).values())) & set(fields(script))):
+            for key in sorted(
+                set().union(*map(taken_by, formats(script).values())) & set(fields(script))
+            ):
                 if key not in taken_by(cls) and key not in read:
                     yield pytest.param(script, name, key, id=f"{script.__name__}-{name}-{key}")
 
@@ -367,8 +542,12 @@ def test_a_key_that_the_format_has_no_use_for_is_an_error(script, name, key, tmp
     if name == "brats":
         config |= {"class_names": ["a", "b", "c"], "in_channels": 4, "crop": "uniform"}
     if name == "nnunet":  # what a configuration leaves out is read from the data set
-        content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1, "b": 2}, "numTraining": 1,
-                   "file_ending": ".nii.gz"}  # fmt: skip
+        content = {
+            "channel_names": {"0": "CT"},
+            "labels": {"background": 0, "a": 1, "b": 2},
+            "numTraining": 1,
+            "file_ending": ".nii.gz",
+        }
         (tmp_path / "dataset.json").write_text(json.dumps(content))
         config |= {"data_root": str(tmp_path), "datalist": "dataset.json"}
     assert attempt(script, config) is None
@@ -376,15 +555,20 @@ def test_a_key_that_the_format_has_no_use_for_is_an_error(script, name, key, tmp
     assert_helpful(message, f"config.yaml: {key}: ", "does not use this key")
 
 
-@pytest.mark.parametrize("script, settings, key", [
-    (train_3d_distill, {"intensity": "zscore", "window": [0, 1]}, "window"),
-    (train_3d_crkd, {"optimizer": "adamw", "momentum": 0.5}, "momentum"),
-    (train_2d_crkd, {"optimizer": "adamw", "nesterov": True}, "nesterov"),
-    (train_3d_crkd, {"schedule": "constant", "min_lr": 0.1}, "min_lr"),
-    (train_2d_crkd, {"schedule": "constant", "schedule_steps": 5}, "schedule_steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, settings, key",
+    [
+        (train_3d_distill, {"intensity": "zscore", "window": [0, 1]}, "window"),
+        (train_3d_crkd, {"optimizer": "adamw", "momentum": 0.5}, "momentum"),
+        (train_2d_crkd, {"optimizer": "adamw", "nesterov": True}, "nesterov"),
+        (train_3d_crkd, {"schedule": "constant", "min_lr": 0.1}, "min_lr"),
+        (train_2d_crkd, {"schedule": "constant", "schedule_steps": 5}, "schedule_steps"),
+    ],
+)
 def test_a_key_that_another_setting_makes_idle_is_an_error(script, settings, key):
-    assert_helpful(attempt(script, BASE[script] | settings), f"config.yaml: {key}: ", "does not use this key")
+    assert_helpful(
+        attempt(script, BASE[script] | settings), f"config.yaml: {key}: ", "does not use this key"
+    )
 
 
 def test_options_that_the_method_has_no_use_for_are_named(capsys):
@@ -404,51 +588,128 @@ def test_options_that_the_method_has_no_use_for_are_named(capsys):
 def test_every_flag_is_read(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     flags = [
-        node.args[0].value.removeprefix("--").replace("-", "_") for node in ast.walk(tree)
+        node.args[0].value.removeprefix("--").replace("-", "_")
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
-    ]  # fmt: skip
-    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
-    listed = [n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and getattr(n.targets[0], "id",
-        "") == "keys"]
-    read |= {item.value for value in listed[:1] for item in ast.walk(value) if isinstance(item, ast.Constant)}
+    ]
+    read = {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"
+    }
+    listed = [
+        n.value
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "keys"
+    ]
+    read |= {
+        item.value
+        for value in listed[:1]
+        for item in ast.walk(value)
+        if isinstance(item, ast.Constant)
+    }
     assert len(flags) > 5 and set(flags) <= read, set(flags) - read
 
 
 # Particular mistakes, each of which was a traceback or passed unseen
 
 
-@pytest.mark.parametrize("script, settings, expected", [
-    (train_3d_distill, {"method_args": {"kd": {"weight": "abc"}}}, "method_args: kd: 'weight' must be a finite number"),
-    (train_3d_distill, {"method_args": {"kd": 3}}, "method_args: kd: must be a mapping"),
-    (train_3d_distill, {"method_args": {"kd": {"wieght": 3}}}, "unknown argument 'wieght'; did you mean 'weight'?"),
-    (train_3d_distill, {"method_args": {"kd": {"num_classes": 3}}}, "unknown argument 'num_classes'"),
-    (train_3d_distill, {"method_args": {"kd@resnet": {}}}, "unknown name 'resnet'; did you mean 'resunet'?"),
-    (train_3d_distill, {"method": "kd", "method_args": {"kd": {"weight": -1}}},
-        "weight is a weight and must be at least"),
-    (train_3d_distill, {"method": "kd", "method_args": {"kd": {"weight": math.nan}}},
-        "'weight' must be a finite number"),
-    (train_3d_distill, {"method": "kd", "method_args": {"kd": {"tau": 0}}}, "method_args: kd: kd: tau must be above 0"),
-    (train_3d_distill, {"network_args": {"unet": {"channels": [0, 1, 2, 3]}}}, "4 channel numbers of at least 1"),
-    (train_3d_distill, {"network_args": {"unet": {"channels": 7}}}, "'channels' must be a list of an integer, got 7"),
-    (train_3d_distill, {"patch_size": [8, 8, 8]}, "network_args: unet: Expected more than 1 spatial element"),
-    (train_3d_distill, {"class_names": ["background", "dice"]}, "'dice' cannot name a class"),
-    (train_3d_distill, {"class_names": ["background", ""]}, "'' cannot name a class"),
-    (train_3d_distill, {"amp": False}, "put it in quotes"),
-    (train_3d_distill, {"tag": "../x"}, "tag: '../x' cannot name a folder"),
-    (train_3d_distill, {"dataset": ""}, "dataset: '' cannot name a folder"),
-    (train_3d_distill, {"device": "meta"}, "--device meta"),
-    (train_3d_distill, {"recipe": {"resunet": {"student": "unet"}}}, "'student' cannot be set by a recipe"),
-    (train_3d_distill, {"recipe": {"resunet": {"lr": "x"}}}, "recipe: resunet: 'lr' must be a finite number"),
-    (train_3d_distill, {"seed": 10**30}, "'seed' must be an integer"),
-    (train_3d_crkd, {"labelled": 2.5}, "labelled: a whole number, or a share"),
-    (train_3d_crkd, {"recipe": {"crkd": {"method": "unimatch"}}}, "'method' cannot be set by a recipe"),
-    (train_3d_crkd, {"method_args": {"crkd": {"lec": -1.0}}}, "lec is a weight and must be at least 0"),
-    (train_2d_crkd, {"patch_size": [32, 32, 32]}, "'patch_size' must be a list of 2 values"),
-    (train_2d_crkd, {"network_args": {"unet2d": {"dropout": [1, 2, 3, 4, 5]}}}, "network_args: unet2d: dropout"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, settings, expected",
+    [
+        (
+            train_3d_distill,
+            {"method_args": {"kd": {"weight": "abc"}}},
+            "method_args: kd: 'weight' must be a finite number",
+        ),
+        (train_3d_distill, {"method_args": {"kd": 3}}, "method_args: kd: must be a mapping"),
+        (
+            train_3d_distill,
+            {"method_args": {"kd": {"wieght": 3}}},
+            "unknown argument 'wieght'; did you mean 'weight'?",
+        ),
+        (
+            train_3d_distill,
+            {"method_args": {"kd": {"num_classes": 3}}},
+            "unknown argument 'num_classes'",
+        ),
+        (
+            train_3d_distill,
+            {"method_args": {"kd@resnet": {}}},
+            "unknown name 'resnet'; did you mean 'resunet'?",
+        ),
+        (
+            train_3d_distill,
+            {"method": "kd", "method_args": {"kd": {"weight": -1}}},
+            "weight is a weight and must be at least",
+        ),
+        (
+            train_3d_distill,
+            {"method": "kd", "method_args": {"kd": {"weight": math.nan}}},
+            "'weight' must be a finite number",
+        ),
+        (
+            train_3d_distill,
+            {"method": "kd", "method_args": {"kd": {"tau": 0}}},
+            "method_args: kd: kd: tau must be above 0",
+        ),
+        (
+            train_3d_distill,
+            {"network_args": {"unet": {"channels": [0, 1, 2, 3]}}},
+            "4 channel numbers of at least 1",
+        ),
+        (
+            train_3d_distill,
+            {"network_args": {"unet": {"channels": 7}}},
+            "'channels' must be a list of an integer, got 7",
+        ),
+        (
+            train_3d_distill,
+            {"patch_size": [8, 8, 8]},
+            "network_args: unet: Expected more than 1 spatial element",
+        ),
+        (train_3d_distill, {"class_names": ["background", "dice"]}, "'dice' cannot name a class"),
+        (train_3d_distill, {"class_names": ["background", ""]}, "'' cannot name a class"),
+        (train_3d_distill, {"amp": False}, "put it in quotes"),
+        (train_3d_distill, {"tag": "../x"}, "tag: '../x' cannot name a folder"),
+        (train_3d_distill, {"dataset": ""}, "dataset: '' cannot name a folder"),
+        (train_3d_distill, {"device": "meta"}, "--device meta"),
+        (
+            train_3d_distill,
+            {"recipe": {"resunet": {"student": "unet"}}},
+            "'student' cannot be set by a recipe",
+        ),
+        (
+            train_3d_distill,
+            {"recipe": {"resunet": {"lr": "x"}}},
+            "recipe: resunet: 'lr' must be a finite number",
+        ),
+        (train_3d_distill, {"seed": 10**30}, "'seed' must be an integer"),
+        (train_3d_crkd, {"labelled": 2.5}, "labelled: a whole number, or a share"),
+        (
+            train_3d_crkd,
+            {"recipe": {"crkd": {"method": "unimatch"}}},
+            "'method' cannot be set by a recipe",
+        ),
+        (
+            train_3d_crkd,
+            {"method_args": {"crkd": {"lec": -1.0}}},
+            "lec is a weight and must be at least 0",
+        ),
+        (train_2d_crkd, {"patch_size": [32, 32, 32]}, "'patch_size' must be a list of 2 values"),
+        (
+            train_2d_crkd,
+            {"network_args": {"unet2d": {"dropout": [1, 2, 3, 4, 5]}}},
+            "network_args: unet2d: dropout",
+        ),
+    ],
+)
 def test_mistakes_name_their_key(script, settings, expected):
-    assert_helpful(attempt(script, BASE[script] | settings), "config.yaml" if "device" not in settings else "",
-        expected)
+    assert_helpful(
+        attempt(script, BASE[script] | settings),
+        "config.yaml" if "device" not in settings else "",
+        expected,
+    )
 
 
 def test_numbers_in_arguments_are_numbers():
@@ -469,25 +730,83 @@ def test_numbers_in_arguments_are_numbers():
 def checkpoint(module):
     """A checkpoint whose data are not there."""
     described = {"arguments": {}, "in_channels": 1, "num_classes": 2}
-    shared = {"cases": {"val": ["a"], "test": []}, "plugins": {}, "step": 1, "code": "x", "weights": {}}
+    shared = {
+        "cases": {"val": ["a"], "test": []},
+        "plugins": {},
+        "step": 1,
+        "code": "x",
+        "weights": {},
+    }
     if module is test_3d:
         network, kind = {"name": "unet", **described}, "3d"
-        dataset = {"format": "msd", "root": "nowhere", "datalist": "x.json", "class_names": ["background", "ball"]}
+        dataset = {
+            "format": "msd",
+            "root": "nowhere",
+            "datalist": "x.json",
+            "class_names": ["background", "ball"],
+        }
     else:
         network, kind = {"name": "unet2d", **described}, "2d-semi"
-        dataset = {"format": "acdc", "root": "nowhere", "split_dir": "", "class_names": ["background", "ball"]}
+        dataset = {
+            "format": "acdc",
+            "root": "nowhere",
+            "split_dir": "",
+            "class_names": ["background", "ball"],
+        }
     config = {"patch_size": [16, 16, 16], "overlap": 0.5, "window_batch": 1, "eval_batch": 1}
-    return {"kind": kind, "network": network, "dataset": dataset, "config": config, "selected_on": "val", **shared}
+    return {
+        "kind": kind,
+        "network": network,
+        "dataset": dataset,
+        "config": config,
+        "selected_on": "val",
+        **shared,
+    }
 
 
-test_words = st.sampled_from([
-    "--ckpt", "--split", "--data-root", "--cache-dir", "--out", "--device", "--amp", "--fast", "--tta", "--hd95",
-    "--empty",
-    "--published", "--protocol", "--stride", "--largest-component", "--no-predictions", "--overlays", "--plugin",
-    "--allow-changed-plugin", "--unknown", "best.pt", "none.pt", "text.pt", "folder", "cpu", "cuda:7", "meta", "val",
-    "test",
-    "pooled", "diag", "published", "clean", "3", "0", "-1", "bf16", "a.py:B", "",
-]) | st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=6)  # fmt: skip
+test_words = st.sampled_from(
+    [
+        "--ckpt",
+        "--split",
+        "--data-root",
+        "--cache-dir",
+        "--out",
+        "--device",
+        "--amp",
+        "--fast",
+        "--tta",
+        "--hd95",
+        "--empty",
+        "--published",
+        "--protocol",
+        "--stride",
+        "--largest-component",
+        "--no-predictions",
+        "--overlays",
+        "--plugin",
+        "--allow-changed-plugin",
+        "--unknown",
+        "best.pt",
+        "none.pt",
+        "text.pt",
+        "folder",
+        "cpu",
+        "cuda:7",
+        "meta",
+        "val",
+        "test",
+        "pooled",
+        "diag",
+        "published",
+        "clean",
+        "3",
+        "0",
+        "-1",
+        "bf16",
+        "a.py:B",
+        "",
+    ]
+) | st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=6)
 
 
 @given(st.sampled_from([test_2d, test_3d]), st.lists(test_words, max_size=6))
@@ -497,18 +816,36 @@ def test_any_flags_of_testing(module, flags):
     Path("folder").mkdir(exist_ok=True)
     message = outcome(module.main, ["x", "--ckpt", "best.pt", *flags])
     if message is not None:  # else --help
-        assert_helpful(message, ("--", "best.pt", "text.pt", "nowhere", "no such", *[flag for flag in flags if flag]))
+        assert_helpful(
+            message,
+            ("--", "best.pt", "text.pt", "nowhere", "no such", *[flag for flag in flags if flag]),
+        )
 
 
-@pytest.mark.parametrize("module, flags, expected", [
-    (test_2d, ("--protocol", "published", "--hd95", "directed"), "--hd95 directed: the published protocol"),
-    (test_2d, ("--protocol", "published", "--empty", "diag"), "--empty diag: the published protocol"),
-    (test_2d, ("--out", "best.pt"), "--out best.pt: is a file"), (test_3d, ("--out", "best.pt"),
-        "--out best.pt: is a file"),
-    (test_3d, ("--stride", "1", "1", "1"), "--stride and --largest-component are for runs of train_3d_crkd.py"),
-    (test_3d, ("--plugin", "a.py:B"), "--plugin a.py:B: nothing that best.pt needs"),
-    (test_3d, ("--device", "meta"), "--device meta"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, flags, expected",
+    [
+        (
+            test_2d,
+            ("--protocol", "published", "--hd95", "directed"),
+            "--hd95 directed: the published protocol",
+        ),
+        (
+            test_2d,
+            ("--protocol", "published", "--empty", "diag"),
+            "--empty diag: the published protocol",
+        ),
+        (test_2d, ("--out", "best.pt"), "--out best.pt: is a file"),
+        (test_3d, ("--out", "best.pt"), "--out best.pt: is a file"),
+        (
+            test_3d,
+            ("--stride", "1", "1", "1"),
+            "--stride and --largest-component are for runs of train_3d_crkd.py",
+        ),
+        (test_3d, ("--plugin", "a.py:B"), "--plugin a.py:B: nothing that best.pt needs"),
+        (test_3d, ("--device", "meta"), "--device meta"),
+    ],
+)
 def test_flags_that_would_do_nothing_or_fail_late(module, flags, expected):
     torch.save(checkpoint(module), "best.pt")
     assert_helpful(outcome(module.main, ["x", "--ckpt", "best.pt", *flags]), expected)

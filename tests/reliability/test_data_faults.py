@@ -1,4 +1,6 @@
-"""Every known fault of a data set, in every format: the checker finds it, and training stops with the same words."""
+"""Every known fault of a data set, in every format: the checker finds it, and training stops with
+the same words.
+"""
 
 import json
 import os
@@ -10,7 +12,8 @@ from tests.scripts.conftest import run
 from tools import make_demo_data
 from tools.corrupt_data import SITES, write_site
 
-FORMATS = ("btcv", "brats21", "la", "acdc", "kvasir")  # word and isic2018 are written by the same code
+# word and isic2018 are written by the same code
+FORMATS = ("btcv", "brats21", "la", "acdc", "kvasir")
 CELLS = [(dataset, name) for dataset in FORMATS for name in SITES[dataset][1]]
 
 
@@ -18,7 +21,13 @@ def check(root, *arguments):
     """The checker's exit status, its findings and what it printed."""
     path = root / "findings.json"
     result = run(
-        "tools/check_data.py", "--config", str(root / "config.yaml"), "--json", str(path), *arguments, cwd=root,
+        "tools/check_data.py",
+        "--config",
+        str(root / "config.yaml"),
+        "--json",
+        str(path),
+        *arguments,
+        cwd=root,
         ok=False,
     )
     assert "Traceback" not in result.stderr, result.stderr[-3000:]
@@ -26,11 +35,17 @@ def check(root, *arguments):
 
 
 def steps_taken(root):
-    return [path for path in (root / "runs").rglob("*") if path.name in ("last.pt", "best.pt", "log.jsonl")]
+    return [
+        path
+        for path in (root / "runs").rglob("*")
+        if path.name in ("last.pt", "best.pt", "log.jsonl")
+    ]
 
 
 @pytest.mark.parametrize("dataset, name", CELLS)
-def test_the_checker_finds_the_fault_and_training_stops_with_the_same_words(dataset, name, tmp_path):
+def test_the_checker_finds_the_fault_and_training_stops_with_the_same_words(
+    dataset, name, tmp_path
+):
     fault, level, _ = SITES[dataset][1][name]
     site = write_site(dataset, name, tmp_path / name)
     code, findings, printed = check(site.root)
@@ -68,11 +83,14 @@ def test_every_known_fault_has_a_data_set():
 
 
 def test_one_fault_does_not_hide_another(tmp_path):
-    """Lists, files and the whole at once; two faults of one file; image and label of one case; train, val and test."""
+    """Lists, files and the whole at once; two faults of one file; image and label of one case;
+    train, val and test.
+    """
     site = write_site("btcv", "sound", tmp_path / "many")
     faults = SITES["btcv"][1]
     for name in ("nan", "label_id", "path_outside"):
-        faults[name][2](site)  # the last takes the image of case_b out of the lists: nan and label_id go with it
+        # the last takes the image of case_b out of the lists: nan and label_id go with it
+        faults[name][2](site)
     site.lists["training"].append(site.lists["validation"][0])
     site.change("imagesTr/case_c.nii.gz", lambda v: 0 * v)
     site.change("labelsTr/case_c.nii.gz", lambda v: v[1:] + 5)
@@ -83,10 +101,15 @@ def test_one_fault_does_not_hide_another(tmp_path):
     code, findings, _ = check(site.root)
     found = {(f["fault"], f["file"].rsplit("/", 1)[-1]) for f in findings}
     assert found >= {
-        ("outside", "dataset.json"), ("two lists", "case_v"), ("constant", "case_c.nii.gz"), ("shape", "case_c.nii.gz"),
-        ("label ids", "case_c.nii.gz"), ("missing file", "case_v.nii.gz"), ("unreadable", "case_v.nii.gz"),
+        ("outside", "dataset.json"),
+        ("two lists", "case_v"),
+        ("constant", "case_c.nii.gz"),
+        ("shape", "case_c.nii.gz"),
+        ("label ids", "case_c.nii.gz"),
+        ("missing file", "case_v.nii.gz"),
+        ("unreadable", "case_v.nii.gz"),
         ("label ids", "case_t.nii.gz"),
-    }  # fmt: skip
+    }
     assert code == 1
 
 
@@ -107,7 +130,8 @@ def test_all_faults_of_hdf5_files_and_photographs_are_listed(tmp_path):
 
 
 def test_strict_counts_warnings_and_many_alike_share_a_row(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "2000")  # no cell is broken, however long the path of the test's folder is
+    # no cell is broken, however long the path of the test's folder is
+    monkeypatch.setenv("COLUMNS", "2000")
     site = write_site("btcv", "sound", tmp_path / "data")
     site.config["patch_size"] = [32, 32, 32]
     site.finish()
@@ -119,7 +143,9 @@ def test_strict_counts_warnings_and_many_alike_share_a_row(tmp_path, monkeypatch
 
 
 def test_the_checker_reads_what_the_cache_remembers(tmp_path):
-    """A file that was damaged without a change of size or time is found, though training trusts both."""
+    """A file that was damaged without a change of size or time is found, though training trusts
+    both.
+    """
     site = write_site("btcv", "sound", tmp_path / "data")
     path = site.root / "imagesTr/case_b.nii.gz"
     assert check(site.root)[0] == 0
@@ -156,10 +182,17 @@ def test_a_class_may_be_absent_where_the_user_says_so(tmp_path):
     assert check(site.root)[0] == 1
     assert check(site.root, "--opts", "absent_classes=[box]")[:2] == (0, [])
     wrong = run(
-        "tools/check_data.py", "--config", str(site.root / "config.yaml"), "--opts", "absent_classes=[bix]",
-        cwd=site.root, ok=False,
-    )  # fmt: skip
-    assert wrong.returncode == 1 and "absent_classes: ['bix'] are none of the classes" in wrong.stderr
+        "tools/check_data.py",
+        "--config",
+        str(site.root / "config.yaml"),
+        "--opts",
+        "absent_classes=[bix]",
+        cwd=site.root,
+        ok=False,
+    )
+    assert (
+        wrong.returncode == 1 and "absent_classes: ['bix'] are none of the classes" in wrong.stderr
+    )
 
 
 @pytest.mark.parametrize("dataset", ["acdc", "btcv"])

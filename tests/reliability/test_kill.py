@@ -1,7 +1,9 @@
-"""Trainings that are killed at random moments, some of them inside the writing of a checkpoint, end bit for bit as if
-nothing had happened: weights, method, optimiser, random state, best score, both checkpoints and the log.
+"""Trainings that are killed at random moments, some of them inside the writing of a checkpoint, end
+bit for bit as if nothing had happened: weights, method, optimiser, random state, best score, both
+checkpoints and the log.
 
-KILLS=20 sets how often each training is killed (the default is that of the quick subset); the moments come from a seed.
+KILLS=20 sets how often each training is killed (the default is that of the quick subset); the
+moments come from a seed.
 """
 
 import functools
@@ -27,7 +29,9 @@ from utils.checkpoint import PREVIOUS, load_checkpoint
 KILLS = int(os.environ.get("KILLS", "2"))
 # Of the quick subset: each method once, loader processes where a method of each script has them
 QUICK = {("supervised", 2), ("acf_bckd", 0), ("cirkd", 2), ("crkd", 2), ("acmt", 0), ("lefed", 0)}
-CHOSEN = [(name, workers) for name in CELLS for workers in (0, 2) if FULL or (name, workers) in QUICK]
+CHOSEN = [
+    (name, workers) for name in CELLS for workers in (0, 2) if FULL or (name, workers) in QUICK
+]
 
 
 def state_of(folder: Path) -> dict:
@@ -46,12 +50,26 @@ def state_of(folder: Path) -> dict:
 def differences(first, second, where: str = "") -> list[str]:
     """Paths to what is not equal, tensors to the last bit."""
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        return [found for key in first for found in differences(first[key], second[key], f"{where}/{key}")]
-    if isinstance(first, list | tuple) and type(first) is type(second) and len(first) == len(second):
-        return [found for k in range(len(first)) for found in differences(first[k], second[k], f"{where}/{k}")]
+        return [
+            found
+            for key in first
+            for found in differences(first[key], second[key], f"{where}/{key}")
+        ]
+    if (
+        isinstance(first, list | tuple)
+        and type(first) is type(second)
+        and len(first) == len(second)
+    ):
+        return [
+            found
+            for k in range(len(first))
+            for found in differences(first[k], second[k], f"{where}/{k}")
+        ]
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         same = first.dtype == second.dtype and first.shape == second.shape
-        same = same and first.contiguous().numpy().tobytes() == second.contiguous().numpy().tobytes()
+        same = (
+            same and first.contiguous().numpy().tobytes() == second.contiguous().numpy().tobytes()
+        )
         return [] if same else [where]
     return [] if type(first) is type(second) and first == second else [where]
 
@@ -63,7 +81,9 @@ def assert_same(folder: Path, reference: dict) -> None:
 
 @pytest.fixture(scope="module")
 def reference(prepared, tmp_path_factory):
-    """name -> the state of an uninterrupted run without loader processes, and its duration in seconds."""
+    """name -> the state of an uninterrupted run without loader processes, and its duration in
+    seconds.
+    """
     made: dict[str, tuple[dict, float]] = {}
 
     def of(name: str) -> tuple[dict, float]:
@@ -98,7 +118,11 @@ def test_killed_at_random_moments(site, reference, name, workers):
     place, killed, in_write = site(name), 0, 0
     while killed < KILLS:
         writes = killed % 2 == 1  # every other one inside a write
-        trap = functools.partial(kill_in_save, moments.choice(PHASES), moments.randint(1, 4)) if writes else None
+        trap = (
+            functools.partial(kill_in_save, moments.choice(PHASES), moments.randint(1, 4))
+            if writes
+            else None
+        )
         child = place.start("--resume", f"workers={workers}", prepare=trap)
         if not writes:
             child.process.join(moments.uniform(0, 1.2 * seconds))
@@ -108,7 +132,8 @@ def test_killed_at_random_moments(site, reference, name, workers):
         if ended.code == -signal.SIGKILL:
             killed, in_write = killed + 1, in_write + writes
             continue
-        assert ended.code == 0, ended.text  # it was faster; the kills that are left fall on another run
+        # it was faster; the kills that are left fall on another run
+        assert ended.code == 0, ended.text
         assert_same(place.folder, expected)
         shutil.rmtree(place.folder)
     ended = place.run("--resume", f"workers={workers}")
@@ -118,19 +143,26 @@ def test_killed_at_random_moments(site, reference, name, workers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file, phase", [
-    *(("last.pt", phase) for phase in PHASES), *(("best.pt", phase) for phase in ("half", "synced", "moved", "after")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, phase",
+    [
+        *(("last.pt", phase) for phase in PHASES),
+        *(("best.pt", phase) for phase in ("half", "synced", "moved", "after")),
+    ],
+)
 def test_killed_at_each_step_of_a_write(site, reference, file, phase):
-    """The second write of last.pt, when there is something to lose, and the first of best.pt. A best.pt that is newer
-    than last.pt, as after best.pt/after, is made again."""
+    """The second write of last.pt, when there is something to lose, and the first of best.pt. A
+    best.pt that is newer than last.pt, as after best.pt/after, is made again.
+    """
     expected, _ = reference("supervised")
     number = 2 if file == "last.pt" else 1  # a score need not improve twice
     place = site("supervised")
     ended = place.run(prepare=functools.partial(kill_in_save, phase, number, file))
     assert ended.code == -signal.SIGKILL, ended.text
     left = {path.name for path in place.folder.iterdir() if path.suffix in (".pt", ".tmp")}
-    assert any(name.endswith(".tmp") for name in left) == (phase in ("half", "written", "synced", "between"))
+    assert any(name.endswith(".tmp") for name in left) == (
+        phase in ("half", "written", "synced", "between")
+    )
     if (file, phase) == ("last.pt", "between"):
         assert "last.pt" not in left and PREVIOUS in left
     ended = place.run("--resume")
@@ -145,13 +177,22 @@ def test_a_real_process_is_killed(site, reference):
     """Nothing of the harness: an interpreter of its own, killed as soon as it has saved once."""
     expected, _ = reference("supervised")
     place = site("supervised")
-    command = [sys.executable, str(ROOT / place.cell.script), "--config", "tiny.yaml", *place.cell.flags]
+    command = [
+        sys.executable,
+        str(ROOT / place.cell.script),
+        "--config",
+        "tiny.yaml",
+        *place.cell.flags,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (place.path / "output.txt").open("w") as output:
         process = subprocess.Popen(
-            [*command, "--opts", "max_steps=6", "workers=2"], cwd=place.path, stdout=output, stderr=output,
+            [*command, "--opts", "max_steps=6", "workers=2"],
+            cwd=place.path,
+            stdout=output,
+            stderr=output,
             env=environment,
-        )  # fmt: skip
+        )
         while not (place.folder / "last.pt").exists():
             assert process.poll() is None, (place.path / "output.txt").read_text()
             time.sleep(0.002)

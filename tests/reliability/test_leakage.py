@@ -1,4 +1,6 @@
-"""Leakage: overlapping lists are refused in every format, and a choice on test cases is asked for, stored, shown."""
+"""Leakage: overlapping lists are refused in every format, and a choice on test cases is asked for,
+stored, shown.
+"""
 
 import json
 
@@ -14,23 +16,38 @@ SHOWN = "selected on the test list, by --select-on test"
 
 
 def train(site, *arguments, ok=True):
-    return run(site.script, "--config", str(site.root / "config.yaml"), *arguments, cwd=site.root, ok=ok)
+    return run(
+        site.script, "--config", str(site.root / "config.yaml"), *arguments, cwd=site.root, ok=ok
+    )
 
 
 @pytest.mark.parametrize("dataset", SITES)
 def test_every_format_has_data_sets_with_each_kind_of_overlap(dataset):
-    """tests/reliability/test_data_faults.py shows that the checker and training refuse each of them."""
+    """tests/reliability/test_data_faults.py shows that the checker and training refuse each of
+    them.
+    """
     errors = {fault for fault, level, _ in SITES[dataset][1].values() if level == "error"}
     assert errors >= {"two lists", "same patient", "duplicate"}
 
 
-@pytest.mark.parametrize("name, patient", [
-    ("sub-01_ses-2_T1w", "sub-01"), ("sub-AB12_run-1", "sub-AB12"), ("BraTS-GLI-00012-001", "BraTS-GLI-00012"),
-    ("BraTS-MET-00012-100", "BraTS-MET-00012"), ("patient007_frame12", "patient007"), ("x_visit2", "x"),
-    ("x-session-03", "x"), ("case_timepoint1", "case"), ("BraTS2021_00012", "BraTS2021_00012"),
-    ("BraTS20_Training_001", "BraTS20_Training_001"), ("hippocampus_001", "hippocampus_001"), ("img0001", "img0001"),
-    ("_frame1", "_frame1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, patient",
+    [
+        ("sub-01_ses-2_T1w", "sub-01"),
+        ("sub-AB12_run-1", "sub-AB12"),
+        ("BraTS-GLI-00012-001", "BraTS-GLI-00012"),
+        ("BraTS-MET-00012-100", "BraTS-MET-00012"),
+        ("patient007_frame12", "patient007"),
+        ("x_visit2", "x"),
+        ("x-session-03", "x"),
+        ("case_timepoint1", "case"),
+        ("BraTS2021_00012", "BraTS2021_00012"),
+        ("BraTS20_Training_001", "BraTS20_Training_001"),
+        ("hippocampus_001", "hippocampus_001"),
+        ("img0001", "img0001"),
+        ("_frame1", "_frame1"),
+    ],
+)
 def test_usual_names_tell_the_patient(name, patient):
     assert patient_function("")(name) == patient
 
@@ -38,7 +55,11 @@ def test_usual_names_tell_the_patient(name, patient):
 def test_a_pattern_of_the_users_own():
     patient = patient_function(r"(\w+)-\d+")
     assert (patient("ann-1"), patient("ann-22"), patient("bob")) == ("ann", "ann", "bob")
-    for wrong, message in (("(", "no regular expression"), ("a+", "one group"), ("(a)(b)", "one group")):
+    for wrong, message in (
+        ("(", "no regular expression"),
+        ("a+", "one group"),
+        ("(a)(b)", "one group"),
+    ):
         with pytest.raises(DataError, match=message):
             patient_function(wrong)
 
@@ -74,9 +95,18 @@ def test_a_choice_on_test_is_asked_for_stored_and_shown(dataset, options, tmp_pa
         folder = next((site.root / "runs").rglob(f"seed0-{tag}"))
         for name in ("best.pt", "last.pt"):
             assert load_checkpoint(folder / name)["selected_on"] == expected
-        tested = run(
-            tester, "--ckpt", str(folder / "best.pt"), "--cache-dir", str(site.root / "cache"), cwd=tmp_path
-        ) if dataset == "btcv" else run(tester, "--ckpt", str(folder / "best.pt"), cwd=tmp_path)  # fmt: skip
+        tested = (
+            run(
+                tester,
+                "--ckpt",
+                str(folder / "best.pt"),
+                "--cache-dir",
+                str(site.root / "cache"),
+                cwd=tmp_path,
+            )
+            if dataset == "btcv"
+            else run(tester, "--ckpt", str(folder / "best.pt"), cwd=tmp_path)
+        )
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["split"], summary["selected_on"]) == ("test", expected)
         assert summary["selected_on_reported"] is (expected == "test")
@@ -85,7 +115,9 @@ def test_a_choice_on_test_is_asked_for_stored_and_shown(dataset, options, tmp_pa
         table = run("tools/results_table.py", str(folder), cwd=tmp_path).stdout
         assert f"best.pt was selected on: {expected}" in table
         assert ("on test (--select-on test): " in table) is (expected == "test")
-    both = run("tools/results_table.py", *map(str, (site.root / "runs").rglob("seed0-?")), cwd=tmp_path).stdout
+    both = run(
+        "tools/results_table.py", *map(str, (site.root / "runs").rglob("seed0-?")), cwd=tmp_path
+    ).stdout
     assert "best.pt was selected on: test, val; on test (--select-on test): " in both
 
 
@@ -97,9 +129,16 @@ def test_the_published_layouts_show_it_too(dataset, layout, tmp_path):
     cache = ("--cache-dir", str(site.root / "cache")) if dataset == "btcv" else ()
     run("test_3d.py", "--ckpt", str(best), *cache, cwd=tmp_path)
     table = run(
-        "tools/results_table.py", "--layout", layout, "--runs-dir", str(site.root / "runs"), "--dataset", "corrupt",
-        *("--protocol", "clean") * (layout == "ssl"), cwd=tmp_path,
-    ).stdout  # fmt: skip
+        "tools/results_table.py",
+        "--layout",
+        layout,
+        "--runs-dir",
+        str(site.root / "runs"),
+        "--dataset",
+        "corrupt",
+        *("--protocol", "clean") * (layout == "ssl"),
+        cwd=tmp_path,
+    ).stdout
     assert "best.pt was selected on: test; on test (--select-on test): " in table
 
 
@@ -107,9 +146,13 @@ def test_without_a_validation_list_nothing_is_chosen_on_test_unasked(tmp_path):
     site = write_site("la", "sound", tmp_path / "data")
     (site.root / "splits" / "val.txt").unlink()
     refused = train(site, ok=False)
-    assert refused.returncode == 1 and "--select-on test" in refused.stderr and "val" in refused.stderr
+    assert (
+        refused.returncode == 1 and "--select-on test" in refused.stderr and "val" in refused.stderr
+    )
     assert not list((site.root / "runs").rglob("*.pt"))
-    checked = run("tools/check_data.py", "--config", str(site.root / "config.yaml"), cwd=site.root, ok=False)
+    checked = run(
+        "tools/check_data.py", "--config", str(site.root / "config.yaml"), cwd=site.root, ok=False
+    )
     assert checked.returncode == 1 and "select-on" in checked.stdout
     train(site, "--opts", "select_on=test")
     best = next((site.root / "runs").rglob("best.pt"))
@@ -124,7 +167,9 @@ def test_a_list_that_is_not_there_cannot_be_chosen_on(tmp_path):
     refused = train(site, "--select-on", "test", ok=False)
     assert refused.returncode == 1 and "has no test list" in refused.stderr
     refused = train(site, "--opts", "select_on=both", ok=False)
-    assert refused.returncode == 1 and "select_on" in refused.stderr and "val, test" in refused.stderr
+    assert (
+        refused.returncode == 1 and "select_on" in refused.stderr and "val, test" in refused.stderr
+    )
 
 
 def test_the_list_cannot_be_changed_when_a_run_is_resumed(tmp_path):

@@ -1,4 +1,6 @@
-"""Paths: lists and checkpoints cannot lead out of the data root and the run folder; odd but honest names work."""
+"""Paths: lists and checkpoints cannot lead out of the data root and the run folder; odd but honest
+names work.
+"""
 
 from pathlib import Path
 
@@ -12,7 +14,15 @@ from utils.checkpoint import CheckpointError, atomic_save, dataset_arguments, lo
 from utils.config import ConfigError
 from utils.runs import run_folder
 
-ODD = ["two words", "-rf", "O'Brien \"the\" case", "größe β 患者", "semi;colon & $HOME", "50%#1", "a,b=c: [d] {e}"]
+ODD = [
+    "two words",
+    "-rf",
+    'O\'Brien "the" case',
+    "größe β 患者",
+    "semi;colon & $HOME",
+    "50%#1",
+    "a,b=c: [d] {e}",
+]
 
 
 def train(site, *arguments, ok=True):
@@ -59,11 +69,18 @@ def odd_photographs(root):
 
 @pytest.mark.parametrize("make", [odd_decathlon, odd_atrium, odd_photographs])
 def test_odd_names_go_the_whole_way(make, tmp_path):
-    site = make(tmp_path / "it's \"my\" data, größer [1]")
+    site = make(tmp_path / 'it\'s "my" data, größer [1]')
     site.config["max_steps"] = 2
     site.finish()
     root, moved = site.root, site.root.parent / "other place"
-    checked = run("tools/check_data.py", "--config", str(root / "config.yaml"), "--strict", cwd=tmp_path, ok=False)
+    checked = run(
+        "tools/check_data.py",
+        "--config",
+        str(root / "config.yaml"),
+        "--strict",
+        cwd=tmp_path,
+        ok=False,
+    )
     assert checked.returncode == 0, checked.stdout
     train(site, *("--opts", f"cache_dir='{tmp_path / 'a cache'}'") * (make is odd_decathlon))
     tester = "test_2d.py" if "images2d" in str(site.config.get("format")) else "test_3d.py"
@@ -71,17 +88,32 @@ def test_odd_names_go_the_whole_way(make, tmp_path):
     run(tester, "--ckpt", str(best(site)), "--overlays", *cache, cwd=tmp_path)
     folder = best(site).parent
     kind = ".png" if tester == "test_2d.py" else ".nii.gz"
-    assert {path.name for path in (folder / "predictions").iterdir()} == {f"{name}{kind}" for name in ODD[5:]}
-    assert {path.name for path in (folder / "overlays").iterdir()} == {f"{name}.png" for name in ODD[5:]}
+    assert {path.name for path in (folder / "predictions").iterdir()} == {
+        f"{name}{kind}" for name in ODD[5:]
+    }
+    assert {path.name for path in (folder / "overlays").iterdir()} == {
+        f"{name}.png" for name in ODD[5:]
+    }
     rows = (folder / "metrics.csv").read_text(encoding="utf-8")
     assert "50%#1" in rows
     if make is odd_decathlon:
         made = [path.name for path in (tmp_path / "a cache").iterdir() if path.is_dir()]
-        assert len(made) == 8 and all(any(entry.startswith(f"{name}-") for entry in made) for name in ODD)
+        assert len(made) == 8 and all(
+            any(entry.startswith(f"{name}-") for entry in made) for name in ODD
+        )
     # Moved, and named on the command line, with blanks and without quoting for the shell
     root.rename(moved)
-    run(tester, "--ckpt", str(moved / folder.relative_to(root) / "best.pt"), "--data-root", str(moved), *cache,
-        "--out", str(tmp_path / "scores of it"), cwd=tmp_path)  # fmt: skip
+    run(
+        tester,
+        "--ckpt",
+        str(moved / folder.relative_to(root) / "best.pt"),
+        "--data-root",
+        str(moved),
+        *cache,
+        "--out",
+        str(tmp_path / "scores of it"),
+        cwd=tmp_path,
+    )
     assert (tmp_path / "scores of it" / "summary.json").is_file()
 
 
@@ -89,22 +121,43 @@ def test_a_data_root_with_blanks_by_option(tmp_path):
     site = write_site("btcv", "sound", tmp_path / "plain")
     site.root.rename(tmp_path / "two words")
     config = str(tmp_path / "two words" / "config.yaml")
-    run("train_3d_distill.py", "--config", config, "--opts", f"data_root={tmp_path / 'two words'}",
-        f"runs_dir={tmp_path / 'all runs'}", f"cache_dir={tmp_path / 'the cache'}", cwd=tmp_path)  # fmt: skip
+    run(
+        "train_3d_distill.py",
+        "--config",
+        config,
+        "--opts",
+        f"data_root={tmp_path / 'two words'}",
+        f"runs_dir={tmp_path / 'all runs'}",
+        f"cache_dir={tmp_path / 'the cache'}",
+        cwd=tmp_path,
+    )
     assert next((tmp_path / "all runs").rglob("best.pt")).is_file()
 
 
-@pytest.mark.parametrize("dataset, name", [
-    ("btcv", "path_outside"), ("btcv", "absolute_path_outside"), ("brats21", "path_outside"), ("kvasir", "path_outside")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dataset, name",
+    [
+        ("btcv", "path_outside"),
+        ("btcv", "absolute_path_outside"),
+        ("brats21", "path_outside"),
+        ("kvasir", "path_outside"),
+    ],
+)
 def test_lists_lead_outside_only_where_the_user_allows_it(dataset, name, tmp_path):
     site = write_site(dataset, name, tmp_path / "data")
     refused = train(site, ok=False)
-    assert refused.returncode == 1 and "--allow-outside" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 1
+        and "--allow-outside" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
     train(site, "--allow-outside")
     config = str(site.root / "config.yaml")
     assert run("tools/check_data.py", "--config", config, cwd=tmp_path, ok=False).returncode == 1
-    assert run("tools/check_data.py", "--config", config, "--allow-outside", cwd=tmp_path).returncode == 0
+    assert (
+        run("tools/check_data.py", "--config", config, "--allow-outside", cwd=tmp_path).returncode
+        == 0
+    )
 
 
 def test_allowing_it_once_is_not_stored(tmp_path):
@@ -126,7 +179,9 @@ def test_allowing_it_once_is_not_stored(tmp_path):
 
 
 def test_links_in_the_data_root_are_followed(tmp_path):
-    """They are how one copy of a data set serves several projects: the user made them, not a list."""
+    """They are how one copy of a data set serves several projects: the user made them, not a
+    list.
+    """
     site = write_site("btcv", "sound", tmp_path / "data")
     (site.root / "imagesTr").rename(tmp_path / "archive")
     (site.root / "imagesTr").symlink_to(tmp_path / "archive")
@@ -143,8 +198,12 @@ def test_a_checkpoint_writes_no_cache_where_it_likes(tmp_path):
         refused = run("test_3d.py", "--ckpt", str(best(site)), cwd=tmp_path, ok=False)
         assert refused.returncode == 1
         assert "--cache-dir" in refused.stderr and "--allow-outside" in refused.stderr
-        assert not (tmp_path / "elsewhere").exists() and not (tmp_path.parent / "elsewhere").exists()
-    run("test_3d.py", "--ckpt", str(best(site)), "--cache-dir", str(tmp_path / "mine"), cwd=tmp_path)
+        assert (
+            not (tmp_path / "elsewhere").exists() and not (tmp_path.parent / "elsewhere").exists()
+        )
+    run(
+        "test_3d.py", "--ckpt", str(best(site)), "--cache-dir", str(tmp_path / "mine"), cwd=tmp_path
+    )
 
 
 def test_case_names_of_a_checkpoint_stay_in_the_output_folder(tmp_path):
@@ -159,18 +218,39 @@ def test_case_names_of_a_checkpoint_stay_in_the_output_folder(tmp_path):
         atomic_save(checkpoint, best(site))
         before = sorted(tmp_path.rglob("*.nii.gz"))
         refused = run("test_3d.py", "--ckpt", str(best(site)), cwd=tmp_path, ok=False)
-        assert refused.returncode == 1 and "plain file name" in refused.stderr and "Traceback" not in refused.stderr
+        assert (
+            refused.returncode == 1
+            and "plain file name" in refused.stderr
+            and "Traceback" not in refused.stderr
+        )
         assert sorted(tmp_path.rglob("*.nii.gz")) == before
 
 
-@pytest.mark.parametrize("key, value", [
-    ("dataset", "../up"), ("dataset", "/abs"), ("dataset", ""), ("dataset", ".."), ("tag", "../../x"), ("tag", "a/b"),
-    ("tag", "a\\b"), ("dataset", "new\nline"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("dataset", "../up"),
+        ("dataset", "/abs"),
+        ("dataset", ""),
+        ("dataset", ".."),
+        ("tag", "../../x"),
+        ("tag", "a/b"),
+        ("tag", "a\\b"),
+        ("dataset", "new\nline"),
+    ],
+)
 def test_a_run_folder_lies_in_runs_dir(key, value, tmp_path):
     names = {"dataset": "d", "method": "m", "networks": "n", "tag": ""} | {key: value}
     with pytest.raises(ConfigError, match=f"^{key}: "):
-        run_folder(str(tmp_path), names["dataset"], names["method"], names["networks"], 0, "clean", names["tag"])
+        run_folder(
+            str(tmp_path),
+            names["dataset"],
+            names["method"],
+            names["networks"],
+            0,
+            "clean",
+            names["tag"],
+        )
 
 
 @pytest.mark.parametrize("tag", ["", "with blanks", "größe", "-x", "v1.2", "..."])
@@ -188,24 +268,42 @@ def test_a_config_cannot_name_a_run_folder_elsewhere(dataset, option, tmp_path):
     assert not list(tmp_path.rglob("last.pt"))
 
 
-@pytest.mark.parametrize("path, expected", [
-    ("root/a", True), ("root", True), ("root/../root/a", True), ("root/a/../../b", False), ("rootless/a", False),
-    ("/etc/passwd", False), ("root/..", False), ("root/...", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("root/a", True),
+        ("root", True),
+        ("root/../root/a", True),
+        ("root/a/../../b", False),
+        ("rootless/a", False),
+        ("/etc/passwd", False),
+        ("root/..", False),
+        ("root/...", True),
+    ],
+)
 def test_inside_is_decided_by_the_words_of_a_path(path, expected):
     assert inside(path, "root") is expected
     assert inside("/a", "/")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "a\\b", "a\0b", "a\nb", "\x7f"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "/a", "a\\b", "a\0b", "a\nb", "\x7f"]
+)
 def test_a_case_has_a_plain_name(name):
     with pytest.raises(DataError, match="plain file name"):
         Case(name, (Path("x"),))
 
 
 def test_arguments_of_a_checkpoint():
-    stored = {"dataset": {"format": "msd", "root": "/data", "cache_dir": "cache", "split_dir": "/data/lists",
-                          "allow_outside": True}}  # fmt: skip
+    stored = {
+        "dataset": {
+            "format": "msd",
+            "root": "/data",
+            "cache_dir": "cache",
+            "split_dir": "/data/lists",
+            "allow_outside": True,
+        }
+    }
     found = dataset_arguments(stored, "c.pt")
     assert found == stored["dataset"] | {"allow_outside": False}
     assert stored["dataset"]["allow_outside"] is True  # a copy was changed
@@ -227,7 +325,11 @@ def test_split_lists_with_marks_of_other_editors(tmp_path):
     lists = site.root / "splits"
     (lists / "train.txt").write_bytes("\ufeffS1\r\nS2 # the second\r\n#S3\r\nS#5\r\n".encode())
     dataset = build_semi_dataset(
-        "la", root=str(site.root), split_dir=str(lists), patch_size=(16, 16, 16), class_names=["a", "b"]
+        "la",
+        root=str(site.root),
+        split_dir=str(lists),
+        patch_size=(16, 16, 16),
+        class_names=["a", "b"],
     )
     assert [case.name for case in dataset.splits()["labelled"]] == ["S1", "S2", "S#5"]
     (lists / "train.txt").write_bytes("Größe".encode("latin-1"))

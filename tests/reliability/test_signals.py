@@ -1,4 +1,6 @@
-"""SIGINT, SIGTERM and SIGUSR1: the run saves, says how to go on, and ends with 128 + the signal's number."""
+"""SIGINT, SIGTERM and SIGUSR1: the run saves, says how to go on, and ends with 128 + the signal's
+number.
+"""
 
 import shlex
 import signal
@@ -31,7 +33,8 @@ def test_a_signal_saves_and_says_how_to_resume(site, name, number):
     ended = child.wait()
     assert ended.code == 128 + number, ended.text
     step = load_checkpoint(place.folder / "last.pt")["step"]
-    assert step == logged(place) >= 2  # nothing that was logged is lost, and nothing was logged after
+    # nothing that was logged is lost, and nothing was logged after
+    assert step == logged(place) >= 2
     said = ended.text.strip().splitlines()[-1]
     assert said.startswith(f"stopped after step {step}; go on with: python ")
     assert f"{place.cell.script} --config tiny.yaml" in said  # by the path that it was started with
@@ -64,8 +67,13 @@ def test_stopped_and_resumed_equals_uninterrupted(site, name):
     straight, broken = site(name, "straight"), site(name, "broken")
     assert straight.run("max_steps=9", "log_interval=3").code == 0
     child = broken.start("max_steps=9", "log_interval=3")
-    child.wait_for(lambda: '"step": 2' in (broken.folder / "log.jsonl").read_text()
-                   if (broken.folder / "log.jsonl").exists() else False)  # fmt: skip
+    child.wait_for(
+        lambda: (
+            '"step": 2' in (broken.folder / "log.jsonl").read_text()
+            if (broken.folder / "log.jsonl").exists()
+            else False
+        )
+    )
     child.signal(signal.SIGTERM)
     ended = child.wait()
     assert ended.code in (0, 128 + signal.SIGTERM), ended.text

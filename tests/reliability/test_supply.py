@@ -1,4 +1,5 @@
-"""What is installed: exact versions, archives with known hashes, free licences at run time, no unsafe YAML loader.
+"""What is installed: exact versions, archives with known hashes, free licences at run time, no
+unsafe YAML loader.
 
 Known vulnerabilities need a network that a test has not: docs/reliability.md names the command.
 """
@@ -16,9 +17,12 @@ from packaging.requirements import Requirement
 from tools import lock
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of requirements.txt, what only tests and benchmarks import: MedPy (GPL) is an oracle of the metrics.
+# Of requirements.txt, what only tests and benchmarks import: MedPy (GPL) is an oracle of the
+# metrics.
 TEST_ONLY = {"medpy"}
-FREE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|MPL|Mozilla|ISC|HPND|0BSD|Unlicense)\b")
+FREE = re.compile(
+    r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|MPL|Mozilla|ISC|HPND|0BSD|Unlicense)\b"
+)
 GPL = re.compile(r"(?<!L)(?<!Lesser )\b(A?GPL|GNU (Affero )?General Public)", re.IGNORECASE)
 
 
@@ -55,7 +59,9 @@ def test_every_requirement_is_pinned_to_one_version():
     assert ROOT / "requirements.txt" in files and ROOT / "requirements-dev.txt" in files
     for file in files:
         for name, requirement in requirements(file.name).items():
-            assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), f"{file.name}: {name} is not pinned"
+            assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), (
+                f"{file.name}: {name} is not pinned"
+            )
 
 
 def test_the_lock_has_everything_that_the_requirements_bring_in():
@@ -63,7 +69,9 @@ def test_the_lock_has_everything_that_the_requirements_bring_in():
     for file in lock.requirement_files():
         for name, requirement in requirements(file.name).items():
             assert name in locked, f"{name} of {file.name} is not locked; run: python tools/lock.py"
-            assert locked[name].version == str(requirement.specifier)[2:], f"{name}; run: python tools/lock.py"
+            assert locked[name].version == str(requirement.specifier)[2:], (
+                f"{name}; run: python tools/lock.py"
+            )
     # CUDA libraries come with some builds of PyTorch only.
     installed = closure(requirements("requirements-dev.txt"))
     needed = {name for name in installed if not re.match("nvidia|cuda|triton", name)}
@@ -79,7 +87,10 @@ def test_installed_versions_are_those_of_the_lock():
 
 def report(*packages):
     def item(name, version, digest):
-        source = {"url": f"https://host/x/{name}-{version}.whl", "archive_info": {"hashes": {"sha256": digest}}}
+        source = {
+            "url": f"https://host/x/{name}-{version}.whl",
+            "archive_info": {"hashes": {"sha256": digest}},
+        }
         return {"metadata": {"name": name, "version": version}, "download_info": source}
 
     return {"install": [item(*package) for package in packages]}
@@ -99,8 +110,14 @@ def test_another_archive_version_or_hash_is_found(tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(sys, "argv", ["lock.py", "--verify", str(tmp_path / "report.json")])
         return lock.main(), capsys.readouterr()
 
-    code, shown = verify(("Typing_Ext", "1.0", good), ("torch", "2.13.0+cu130", bad), ("nvidia-x", "1", good))
-    assert code == 0 and "1 archives verified" in shown.out and "not in lock.txt: nvidia-x" in shown.out
+    code, shown = verify(
+        ("Typing_Ext", "1.0", good), ("torch", "2.13.0+cu130", bad), ("nvidia-x", "1", good)
+    )
+    assert (
+        code == 0
+        and "1 archives verified" in shown.out
+        and "not in lock.txt: nvidia-x" in shown.out
+    )
     code, shown = verify(("Typing_Ext", "1.0", bad))
     assert code == 1 and "Typing_Ext-1.0.whl: sha256 bbb" in shown.err
     code, shown = verify(("Typing_Ext", "1.1", good))
@@ -121,7 +138,9 @@ def test_installing_uses_and_verifies_the_lock():
 def licences(name):
     """What a distribution's metadata say about its licence; long texts are cut to their head."""
     metadata = importlib.metadata.metadata(name)
-    classifiers = [line for line in metadata.get_all("Classifier") or () if line.startswith("License")]
+    classifiers = [
+        line for line in metadata.get_all("Classifier") or () if line.startswith("License")
+    ]
     stated = [metadata.get("License-Expression") or "", (metadata.get("License") or "")[:200]]
     return " | ".join([*stated, *classifiers])
 
@@ -146,7 +165,11 @@ def test_the_search_for_the_gpl_finds_it():
 def sources():
     """Every Python file but those of tests and benchmarks."""
     folders = ("tests", "benchmarks", ".venv", "data", "runs")
-    return [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0] not in folders]
+    return [
+        path
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.relative_to(ROOT).parts[0] not in folders
+    ]
 
 
 def imported(path):
@@ -167,13 +190,24 @@ def test_no_module_outside_tests_and_benchmarks_imports_what_is_for_tests_only()
 def test_yaml_is_only_loaded_safely():
     """`yaml.load` at one place, with a subclass of SafeLoader; everywhere else `yaml.safe_load`."""
     found = []
-    for path in (*sources(), *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))):
+    for path in (
+        *sources(),
+        *sorted((ROOT / "tests").rglob("*.py")),
+        *sorted((ROOT / "benchmarks").rglob("*.py")),
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module == "yaml":
-                assert not {alias.name for alias in node.names} & {"load", "load_all", "unsafe_load", "full_load"}, path
+                assert not {alias.name for alias in node.names} & {
+                    "load",
+                    "load_all",
+                    "unsafe_load",
+                    "full_load",
+                }, path
             of_yaml = isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "yaml"
             if of_yaml and "load" in node.attr.lower():
-                assert node.attr in ("safe_load", "safe_load_all", "load", "SafeLoader"), f"{path}: yaml.{node.attr}"
+                assert node.attr in ("safe_load", "safe_load_all", "load", "SafeLoader"), (
+                    f"{path}: yaml.{node.attr}"
+                )
                 if node.attr == "load":
                     found.append(path.relative_to(ROOT).as_posix())
     assert found == ["utils/config.py"]

@@ -53,12 +53,16 @@ class Result(NamedTuple):
 
 
 def run(script: str, *arguments: str, cwd: Path, ok: bool = True) -> Result:
-    """Run a script of the repository as `__main__` in `cwd`, in this process: the imports then cost nothing.
+    """Run a script of the repository as `__main__` in `cwd`, in this process: the imports then cost
+    nothing.
 
     A script that should succeed and does not shows its standard error.
     """
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     argv, before = sys.argv, Path.cwd()
     code: object = 0
     try:
@@ -69,7 +73,8 @@ def run(script: str, *arguments: str, cwd: Path, ok: bool = True) -> Result:
     except SystemExit as stop:
         code = stop.code
     finally:
-        for registry in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS, SEMI_DATASETS):  # as in a process of its own
+        # as in a process of its own
+        for registry in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS, SEMI_DATASETS):
             for name in [name for name, cls in registry.items() if is_plugged_in(cls)]:
                 del registry[name]
         os.chdir(before)
@@ -89,7 +94,9 @@ def train(*arguments: str, cwd: Path, ok: bool = True) -> Result:
     return run("train_3d_distill.py", "--config", "tiny.yaml", *arguments, cwd=cwd, ok=ok)
 
 
-def write_case(folder: Path, name: str, rng: np.random.Generator, affine: np.ndarray | None = None) -> dict:
+def write_case(
+    folder: Path, name: str, rng: np.random.Generator, affine: np.ndarray | None = None
+) -> dict:
     """A noisy volume with a ball and a box of two intensities, and its label."""
     shape = (22, 20, 18)
     grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
@@ -110,7 +117,9 @@ def make_workspace(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     flipped = np.diag([-2.0, -2.0, 2.0, 1.0])
     names = [f"case{k}" for k in range(7)]
-    entries = [write_case(folder / "data", n, rng, flipped if n == "case6" else None) for n in names]
+    entries = [
+        write_case(folder / "data", n, rng, flipped if n == "case6" else None) for n in names
+    ]
     lists = {"training": entries[:5], "validation": entries[5:6], "test": entries[6:]}
     (folder / "data" / "dataset_0.json").write_text(json.dumps(lists))
     (folder / "tiny.yaml").write_text(CONFIG)

@@ -1,4 +1,6 @@
-"""Two processes on the CPU (gloo): equal to one where there are no batch statistics, and running for all scripts."""
+"""Two processes on the CPU (gloo): equal to one where there are no batch statistics, and running
+for all scripts.
+"""
 
 import json
 import os
@@ -23,9 +25,14 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 def torchrun(*arguments, cwd, processes=2, ok=True):
     result = subprocess.run(
-        [*TORCHRUN, f"--nproc_per_node={processes}", *arguments], cwd=cwd, capture_output=True, text=True, timeout=600,
-        check=False, env=ENVIRONMENT,
-    )  # fmt: skip
+        [*TORCHRUN, f"--nproc_per_node={processes}", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=ENVIRONMENT,
+    )
     assert (result.returncode == 0) is ok, result.stderr[-3000:]
     return result
 
@@ -41,7 +48,10 @@ def site(tmp_path_factory):
 
 def trained(site, *flags, processes, tag):
     """Run folder of a training with so many processes."""
-    script, opts = str(ROOT / "train_3d_distill.py"), ("--opts", f"tag={tag}", "diagnose_interval=2")
+    script, opts = (
+        str(ROOT / "train_3d_distill.py"),
+        ("--opts", f"tag={tag}", "diagnose_interval=2"),
+    )
     arguments = ("--config", "tiny.yaml", *flags)
     if processes == 1:
         train(*flags, *opts, cwd=site)
@@ -55,22 +65,27 @@ def log_of(folder):
 
 
 @pytest.mark.parametrize("batch", ["by_case", "by_crop"])
-@pytest.mark.parametrize("flags", [
-    ("--method", "supervised"), ("--method", "kd"), ("--method", "cwd"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags", [("--method", "supervised"), ("--method", "kd"), ("--method", "cwd")]
+)
 def test_two_processes_equal_one(site, flags, batch):
-    """Batch, gradients, logs, validation and weights are those of one process, where no loss or network looks at the
-    whole batch."""
+    """Batch, gradients, logs, validation and weights are those of one process, where no loss or
+    network looks at the whole batch.
+    """
     flags = (*flags, "--student", "unet")
     tag = f"{batch}{len(flags)}"
-    config = CONFIG.replace("cases_per_batch: 1", "cases_per_batch: 2") if batch == "by_case" else CONFIG
+    config = (
+        CONFIG.replace("cases_per_batch: 1", "cases_per_batch: 2") if batch == "by_case" else CONFIG
+    )
     (site / "tiny.yaml").write_text(config)
     one = trained(site, *flags, processes=1, tag=f"one-{tag}")
     two = trained(site, *flags, processes=2, tag=f"two-{tag}")
     first, second = (load_checkpoint(folder / "last.pt") for folder in (one, two))
     tolerance = 1e-5
     for name, value in first["weights"].items():
-        torch.testing.assert_close(second["weights"][name], value, rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            second["weights"][name], value, rtol=tolerance, atol=tolerance, msg=name
+        )
     for expected, found in zip(log_of(one), log_of(two), strict=True):
         assert found.pop("kind") == expected.pop("kind")
         assert found == pytest.approx(expected, rel=100 * tolerance, abs=tolerance, nan_ok=True)
@@ -99,9 +114,12 @@ def test_a_signal_to_torchrun_saves_and_stops_all_processes(site):
     script = str(ROOT / "train_3d_distill.py")
     run = site / train(*flags, *opts, "--show-run", cwd=site).stdout.strip()
     process = subprocess.Popen(
-        [*TORCHRUN, "--nproc_per_node=2", script, "--config", "tiny.yaml", *flags, *opts], cwd=site, env=ENVIRONMENT,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [*TORCHRUN, "--nproc_per_node=2", script, "--config", "tiny.yaml", *flags, *opts],
+        cwd=site,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text().count("\n"):
         assert process.poll() is None and time.monotonic() < deadline
@@ -118,24 +136,48 @@ def test_tests_are_shared_by_two_processes(site):
     scores = []
     for processes in (1, 2):
         out = site / f"out{processes}"
-        torchrun(str(ROOT / "test_3d.py"), "--ckpt", str(run / "best.pt"), "--out", str(out), cwd=site,
-                 processes=processes)  # fmt: skip
+        torchrun(
+            str(ROOT / "test_3d.py"),
+            "--ckpt",
+            str(run / "best.pt"),
+            "--out",
+            str(out),
+            cwd=site,
+            processes=processes,
+        )
         scores.append((out / "metrics.csv").read_text())
-        assert len(list((out / "predictions").iterdir())) == len({line.split(",")[1] for line in scores[0].split()[1:]})
+        assert len(list((out / "predictions").iterdir())) == len(
+            {line.split(",")[1] for line in scores[0].split()[1:]}
+        )
     assert scores[0] == scores[1]
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error(site):
     result = torchrun(
-        str(ROOT / "train_3d_distill.py"), "--config", "tiny.yaml", "--method", "supervised", "--student", "unet",
-        "--opts", "cases_per_batch=1", "crops_per_case=3", "tag=odd", cwd=site, ok=False,
-    )  # fmt: skip
+        str(ROOT / "train_3d_distill.py"),
+        "--config",
+        "tiny.yaml",
+        "--method",
+        "supervised",
+        "--student",
+        "unet",
+        "--opts",
+        "cases_per_batch=1",
+        "crops_per_case=3",
+        "tag=odd",
+        cwd=site,
+        ok=False,
+    )
     assert "crops_per_case: 3 cannot be shared by 2 processes; make it a multiple" in result.stderr
 
 
-@pytest.mark.parametrize("kind, method", [("acdc", "crkd"), ("acdc", "unimatch"), ("la", "lefed"), ("la", "acmt")])
+@pytest.mark.parametrize(
+    "kind, method", [("acdc", "crkd"), ("acdc", "unimatch"), ("la", "lefed"), ("la", "acmt")]
+)
 def test_few_labels_train_and_are_scored_in_two_processes(tmp_path, kind, method):
-    """Batch statistics are those of each process, so weights differ from one process; both processes hold the same."""
+    """Batch statistics are those of each process, so weights differ from one process; both
+    processes hold the same.
+    """
     site = make_site(tmp_path, kind)
     dims = site.kind.dims
     site.replace("max_steps: 4", "max_steps: 2")
@@ -145,7 +187,12 @@ def test_few_labels_train_and_are_scored_in_two_processes(tmp_path, kind, method
     state = load_checkpoint(site.run_folder(method) / "last.pt")
     assert state["step"] == 2 and len(state["rng"]) == 2
     assert all(torch.isfinite(value).all() for value in state["weights"].values())
-    torchrun(str(ROOT / f"test_{dims}d.py"), "--ckpt", str(site.run_folder(method) / "best.pt"), cwd=site.folder)
+    torchrun(
+        str(ROOT / f"test_{dims}d.py"),
+        "--ckpt",
+        str(site.run_folder(method) / "best.pt"),
+        cwd=site.folder,
+    )
     shared = (site.run_folder(method) / "metrics.csv").read_text()
     site.score(site.run_folder(method))
     assert (site.run_folder(method) / "metrics.csv").read_text() == shared

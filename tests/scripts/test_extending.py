@@ -11,12 +11,16 @@ from tests.scripts.test_train_crkd import COMMON, CONFIGS, KINDS, write_data
 from utils.checkpoint import load_checkpoint
 
 DOCUMENT = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-SECTIONS = {title: text for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", DOCUMENT, re.S | re.M)}
+SECTIONS = {
+    title: text for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", DOCUMENT, re.S | re.M)
+}
 WALKS = ("A student", "A distillation loss", "A data set", "A semi-supervised method")
 TERMS = {
-    "A student": '"kd"', "A distillation loss": "confident_kd", "A data set": "seg",
+    "A student": '"kd"',
+    "A distillation loss": "confident_kd",
+    "A data set": "seg",
     "A semi-supervised method": "consistency",
-}  # fmt: skip
+}
 
 
 def blocks(title, language):
@@ -34,7 +38,9 @@ TEACHER = commands("A student")[0]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder with the configurations that the document names, each with tiny data of its format."""
+    """A folder with the configurations that the document names, each with tiny data of its
+    format.
+    """
     folder = tmp_path_factory.mktemp("extending")
     (folder / "configs").mkdir()
     tiny = yaml.safe_load((make_workspace(folder / "nifti") / "tiny.yaml").read_text())
@@ -62,7 +68,9 @@ def test_the_examples_run(workspace, title):
     for words in commands(title):
         if words != TEACHER:  # made once
             run(*words, cwd=workspace)
-    (checkpoint,) = [words[words.index("--ckpt") + 1] for words in commands(title) if "--ckpt" in words]
+    (checkpoint,) = [
+        words[words.index("--ckpt") + 1] for words in commands(title) if "--ckpt" in words
+    ]
     state = load_checkpoint(workspace / checkpoint)
     assert state["step"] == 2
     (record,) = state["plugins"].values()

@@ -1,4 +1,6 @@
-"""Overlapping regions (the BraTS format) through the training and test scripts, with every method that has a form."""
+"""Overlapping regions (the BraTS format) through the training and test scripts, with every method
+that has a form.
+"""
 
 import json
 

@@ -30,7 +30,15 @@ class OneConvolution(nn.Module):
 class LogitMatching(nn.Module):
     """Mean squared difference of logits."""
 
-    def __init__(self, student_channels, teacher_channels, num_classes, multilabel=False, preset="clean", weight=1.0):
+    def __init__(
+        self,
+        student_channels,
+        teacher_channels,
+        num_classes,
+        multilabel=False,
+        preset="clean",
+        weight=1.0,
+    ):
         super().__init__()
         self.weight = weight
 
@@ -53,7 +61,9 @@ def test_registry_lines_are_enough(workspace, monkeypatch):
     options = ("--opts", "format=inverted", "method_args={logit_matching: {weight: 2.0}}")
     train("--method", "supervised", "--student", "resunet", *options, cwd=workspace)
     train("--student", "one_convolution", "--method", "logit_matching", *options, cwd=workspace)
-    state = load_checkpoint(workspace / "runs/tiny/logit_matching/resunet-one_convolution/seed0/last.pt")
+    state = load_checkpoint(
+        workspace / "runs/tiny/logit_matching/resunet-one_convolution/seed0/last.pt"
+    )
     assert state["step"] == 4
     assert state["network"]["name"] == "one_convolution"
     assert state["dataset"]["format"] == "inverted"

@@ -1,4 +1,6 @@
-"""Prediction of new scans and images as a user runs it, against what the testers write for the same ones."""
+"""Prediction of new scans and images as a user runs it, against what the testers write for the same
+ones.
+"""
 
 import csv
 import hashlib
@@ -17,7 +19,8 @@ from tests.scripts import test_multilabel, test_train_crkd
 from tests.scripts.conftest import make_workspace, run, train
 from utils.checkpoint import atomic_save, load_checkpoint
 
-MORE = ("--opts", "max_steps=60", "val_interval=60", "lr=0.1")  # else predictions are nothing but background
+# else predictions are nothing but background
+MORE = ("--opts", "max_steps=60", "val_interval=60", "lr=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,18 @@ def site(trained, tmp_path):
 
 
 def predict(*arguments, cwd, ok=True, script="predict_3d.py", source="in"):
-    return run(script, "--ckpt", "best.pt", "--input", source, "--output", "out", *arguments, cwd=cwd, ok=ok)
+    return run(
+        script,
+        "--ckpt",
+        "best.pt",
+        "--input",
+        source,
+        "--output",
+        "out",
+        *arguments,
+        cwd=cwd,
+        ok=ok,
+    )
 
 
 def array(path):
@@ -69,8 +83,10 @@ def test_as_the_tester_predicts(trained, site):
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["structure"], int(row["voxels"])) for row in rows] == [
         ("case6", name, int((ids == k).sum())) for k, name in ((1, "ball"), (2, "box"))
-    ]  # fmt: skip
-    assert [float(row["volume_ml"]) for row in rows] == pytest.approx([0.008 * int(row["voxels"]) for row in rows])
+    ]
+    assert [float(row["volume_ml"]) for row in rows] == pytest.approx(
+        [0.008 * int(row["voxels"]) for row in rows]
+    )
     assert about["volumes_ml"]["ball"] == float(rows[0]["volume_ml"])
 
 
@@ -103,13 +119,18 @@ def test_a_bad_scan_does_not_lose_the_others(trained, site):
     shutil.copy(trained / "data/imagesTr/case0.nii.gz", site / "in/a_whole.nii.gz")
     data = (site / "in/case6.nii.gz").read_bytes()
     (site / "in/b_short.nii.gz").write_bytes(data[: len(data) // 2])
-    nib.save(nib.Nifti1Image(np.full((8, 8, 8), np.nan, np.float32), np.eye(4)), site / "in/c_nan.nii.gz")
+    nib.save(
+        nib.Nifti1Image(np.full((8, 8, 8), np.nan, np.float32), np.eye(4)), site / "in/c_nan.nii.gz"
+    )
     result = predict(cwd=site, ok=False)
     assert result.returncode == 1
     assert "segmented 2, there already 0, failed 2" in result.stdout
     assert "b_short.nii.gz: unreadable or truncated" in result.stderr
     assert "c_nan.nii.gz: 512 voxels are NaN" in result.stderr
-    assert sorted(p.name for p in (site / "out").glob("*.nii.gz")) == ["a_whole.nii.gz", "case6.nii.gz"]
+    assert sorted(p.name for p in (site / "out").glob("*.nii.gz")) == [
+        "a_whole.nii.gz",
+        "case6.nii.gz",
+    ]
     table = (site / "out/volumes.csv").read_text()
     assert table.count("a_whole") == table.count("case6") == 2
 
@@ -123,7 +144,10 @@ def test_what_is_there_is_kept(site):
     assert not again.stderr.rstrip().startswith("warning")
     assert (result.stat().st_mtime_ns, (site / "out/volumes.csv").read_text()) == before
     (site / "out/volumes.csv").unlink()  # is made again from the label maps
-    assert "1 results that were there come from other weights or settings" in predict("--tta", cwd=site).stderr
+    assert (
+        "1 results that were there come from other weights or settings"
+        in predict("--tta", cwd=site).stderr
+    )
     assert (site / "out/volumes.csv").read_text() == before[1]
     predict("--overwrite", cwd=site)
     assert result.stat().st_mtime_ns != before[0]
@@ -131,8 +155,10 @@ def test_what_is_there_is_kept(site):
     shutil.move(site / "in/case6.nii.gz", site / "in/later.nii.gz")
     predict(cwd=site)
     assert {line.split(",")[0] for line in (site / "out/volumes.csv").read_text().splitlines()} == {
-        "case", "case6", "later"
-    }  # fmt: skip
+        "case",
+        "case6",
+        "later",
+    }
 
 
 def test_options_reach_the_prediction(site):
@@ -141,8 +167,12 @@ def test_options_reach_the_prediction(site):
     predict("--tta", "--amp", "bf16", "--fast", "--threads", "1", "--window-batch", "1", cwd=site)
     settings = json.loads((site / "out/case6.json").read_text())["settings"]
     assert settings | {"weights": ""} == {
-        "model": "best.pt", "weights": "", "tta": True, "amp": "bf16", "fast": True
-    }  # fmt: skip
+        "model": "best.pt",
+        "weights": "",
+        "tta": True,
+        "amp": "bf16",
+        "fast": True,
+    }
     calls = []
     description = predict_3d.describe(load_checkpoint(site / "best.pt"), site / "best.pt")
     assert json.loads(json.dumps(description)) == description
@@ -151,7 +181,11 @@ def test_options_reach_the_prediction(site):
 
     def constant(windows):  # any function can take the network's place
         calls.append(windows.shape)
-        return windows.new_tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1, 1).expand(len(windows), 3, *windows.shape[2:])
+        return (
+            windows.new_tensor([0.0, 0.0, 1.0])
+            .view(1, 3, 1, 1, 1)
+            .expand(len(windows), 3, *windows.shape[2:])
+        )
 
     for tta, batch in ((False, 1), (True, 4)):
         args = predict_3d.argparse.Namespace(tta=tta, amp="off", window_batch=batch)
@@ -161,13 +195,16 @@ def test_options_reach_the_prediction(site):
     assert calls == [(1, 1, 16, 16, 16)] * 8 + [(4, 1, 16, 16, 16)] * 16
 
 
-@pytest.mark.parametrize("arguments, source, message", [
-    (("--window-batch", "0"), "in", "--window-batch: must be at least 1"),
-    (("--threads", "0"), "in", "--threads: must be at least 1"),
-    ((), "absent", "no such file or folder"),
-    (("--output", "in"), "in", "results could replace them"),
-    (("--ckpt", "bad.pt"), "in", "bad.pt: damaged or not a checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, source, message",
+    [
+        (("--window-batch", "0"), "in", "--window-batch: must be at least 1"),
+        (("--threads", "0"), "in", "--threads: must be at least 1"),
+        ((), "absent", "no such file or folder"),
+        (("--output", "in"), "in", "results could replace them"),
+        (("--ckpt", "bad.pt"), "in", "bad.pt: damaged or not a checkpoint"),
+    ],
+)
 def test_refused_before_anything_is_predicted(site, arguments, source, message):
     (site / "bad.pt").write_bytes(b"x")
     result = predict(*arguments, cwd=site, ok=False, source=source)
@@ -185,29 +222,44 @@ def test_regions_come_back_as_ids(tmp_path):
     best = "runs/tiny/supervised/resunet/seed0/best.pt"
     run("test_3d.py", "--ckpt", best, cwd=tmp_path)
     shutil.copy(tmp_path / best, tmp_path)
-    predict(cwd=tmp_path, source="data/case3")  # four channel files and a segmentation, under the names of the release
+    # four channel files and a segmentation, under the names of the release
+    predict(cwd=tmp_path, source="data/case3")
     ids = array(tmp_path / "out/case3.nii.gz")
     assert len(np.unique(ids)) > 1
-    assert np.array_equal(ids, array(tmp_path / "runs/tiny/supervised/resunet/seed0/predictions/case3.nii.gz"))
+    assert np.array_equal(
+        ids, array(tmp_path / "runs/tiny/supervised/resunet/seed0/predictions/case3.nii.gz")
+    )
     about = json.loads((tmp_path / "out/case3.json").read_text())
     assert about["structures"]["tumour core"] == [1, 3]
     assert about["volumes_ml"]["whole tumour"] == pytest.approx((ids > 0).sum() / 1000, abs=1e-4)
 
 
 def test_one_region_of_several_ids(tmp_path):
-    """nnU-Net's layout without a background class or any class names in the configuration; also taught by a teacher."""
+    """nnU-Net's layout without a background class or any class names in the configuration; also
+    taught by a teacher.
+    """
     make_workspace(tmp_path)
     for kind, ending in (("images", "_0000"), ("labels", "")):
         for k in range(7):
             source = tmp_path / f"data/{kind}Tr/case{k}.nii.gz"
             source.rename(source.with_name(f"case{k}{ending}.nii.gz"))
-    (tmp_path / "data/dataset.json").write_text(json.dumps({
-        "channel_names": {"0": "CT"}, "labels": {"background": 0, "both": [1, 2]}, "regions_class_order": [5],
-        "file_ending": ".nii.gz",
-    }))  # fmt: skip
+    (tmp_path / "data/dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {"0": "CT"},
+                "labels": {"background": 0, "both": [1, 2]},
+                "regions_class_order": [5],
+                "file_ending": ".nii.gz",
+            }
+        )
+    )
     folds = [{"train": [f"case{k}" for k in range(5)], "val": ["case5", "case6"]}]
     (tmp_path / "data/splits_final.json").write_text(json.dumps(folds))
-    text = (tmp_path / "tiny.yaml").read_text().replace("class_names: [background, ball, box]", "format: nnunet")
+    text = (
+        (tmp_path / "tiny.yaml")
+        .read_text()
+        .replace("class_names: [background, ball, box]", "format: nnunet")
+    )
     (tmp_path / "tiny.yaml").write_text(text.replace("datalist: dataset_0.json", ""))
     train("--method", "supervised", "--student", "resunet", *MORE, cwd=tmp_path)
     train("--method", "kd", "--opts", "max_steps=2", cwd=tmp_path)
@@ -219,7 +271,9 @@ def test_one_region_of_several_ids(tmp_path):
     assert set(np.unique(array(tmp_path / "out/case0.nii.gz"))) == {0, 5}
     about = json.loads((tmp_path / "out/case0.json").read_text())
     assert about["labels"] == {"0": "background", "5": "both"}
-    assert about["volumes_ml"]["both"] == pytest.approx(0.008 * (array(tmp_path / "out/case0.nii.gz") == 5).sum())
+    assert about["volumes_ml"]["both"] == pytest.approx(
+        0.008 * (array(tmp_path / "out/case0.nii.gz") == 5).sum()
+    )
 
 
 def test_a_class_of_the_users_own_must_be_named(site):
@@ -257,7 +311,10 @@ def test_left_atrium(tmp_path):
     (tmp_path / "in").mkdir()
     for name, step in (("lps", 1), ("ras", -1)):
         affine = np.diag([-0.625 * step, -0.625 * step, 0.625, 1.0])
-        nib.save(nib.Nifti1Image(100 + 40 * image[::step, ::step], affine), tmp_path / f"in/{name}.nii.gz")
+        nib.save(
+            nib.Nifti1Image(100 + 40 * image[::step, ::step], affine),
+            tmp_path / f"in/{name}.nii.gz",
+        )
         predict(cwd=tmp_path)
         found = array(tmp_path / f"out/{name}.nii.gz")
         assert (found != expected[::step, ::step]).mean() < 1e-3
@@ -275,17 +332,35 @@ def test_cardiac_stack(tmp_path):
     expected = array(run_folder / "predictions/patient006_frame01.nii.gz")  # (y, x, slice)
     assert len(np.unique(expected)) > 2
     (tmp_path / "in").mkdir()
-    stack = nib.Nifti1Image((1000 * image.transpose(2, 1, 0)).astype(np.float32), np.diag([1.5, 1.5, 10.0, 1.0]))
+    stack = nib.Nifti1Image(
+        (1000 * image.transpose(2, 1, 0)).astype(np.float32), np.diag([1.5, 1.5, 10.0, 1.0])
+    )
     nib.save(stack, tmp_path / "in/heart.nii.gz")
-    nib.save(nib.Nifti1Image(stack.dataobj, np.diag([10.0, 1.5, 1.5, 1.0])), tmp_path / "in/turned.nii.gz")
+    nib.save(
+        nib.Nifti1Image(stack.dataobj, np.diag([10.0, 1.5, 1.5, 1.0])),
+        tmp_path / "in/turned.nii.gz",
+    )
     result = predict("--overlays", cwd=tmp_path, script="predict_2d.py", ok=False)
-    assert "turned.nii.gz: voxels of 10 x 1.5 x 1.5 mm, expected slices along the third axis" in result.stderr
+    assert (
+        "turned.nii.gz: voxels of 10 x 1.5 x 1.5 mm, expected slices along the third axis"
+        in result.stderr
+    )
     found = array(tmp_path / "out/heart.nii.gz")
     assert (found != expected.swapaxes(0, 1)).mean() < 1e-3
     assert (tmp_path / "out/overlays/heart.png").stat().st_size > 0
     table = list(csv.DictReader((tmp_path / "out/volumes.csv").open()))
     assert float(table[0]["volume_ml"]) == pytest.approx(0.0225 * (found == 1).sum(), abs=1e-4)
-    wrong = run("predict_3d.py", "--ckpt", "best.pt", "--input", "in", "--output", "out", cwd=tmp_path, ok=False)
+    wrong = run(
+        "predict_3d.py",
+        "--ckpt",
+        "best.pt",
+        "--input",
+        "in",
+        "--output",
+        "out",
+        cwd=tmp_path,
+        ok=False,
+    )
     assert "a 2D network; use predict_2d.py" in wrong.stderr
 
 
@@ -303,11 +378,18 @@ def test_photographs(tmp_path):
         mask = np.asarray(Image.open(tmp_path / f"out/{name}.png"))
         assert set(np.unique(mask)) == {0, 255}
         assert np.array_equal(mask, np.asarray(Image.open(run_folder / f"predictions/{name}.png")))
-    assert json.loads((tmp_path / "out/seen0.json").read_text())["labels"] == {"0": "background", "255": "lesion"}
+    assert json.loads((tmp_path / "out/seen0.json").read_text())["labels"] == {
+        "0": "background",
+        "255": "lesion",
+    }
     before = (tmp_path / "out/areas.csv").read_text()
     row = before.splitlines()[1].split(",")
     first = np.asarray(Image.open(tmp_path / "out/seen0.png")) == 255
-    assert (row[0], int(row[2]), float(row[3])) == ("seen0", first.sum(), pytest.approx(100 * first.mean(), abs=1e-4))
+    assert (row[0], int(row[2]), float(row[3])) == (
+        "seen0",
+        first.sum(),
+        pytest.approx(100 * first.mean(), abs=1e-4),
+    )
     (tmp_path / "out/areas.csv").unlink()
     (tmp_path / "in/broken.jpg").unlink()
     assert "segmented 0, there already 2" in predict(cwd=tmp_path, script="predict_2d.py").stdout

@@ -1,4 +1,6 @@
-"""The list of published cells: how many, teachers first, and every command is one that the training script takes."""
+"""The list of published cells: how many, teachers first, and every command is one that the training
+script takes.
+"""
 
 import shlex
 import subprocess
@@ -16,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def dry_run(*arguments):
     """Training and test commands that the script prints."""
     run = subprocess.run(
-        ["sh", "scripts/table_kd.sh", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ["sh", "scripts/table_kd.sh", "--dry-run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = run.stdout.splitlines()
     return lines[0::2], lines[1::2]
@@ -64,9 +70,10 @@ def test_released_class_counts(monkeypatch):
         if cfg.method == "acf_bckd":
             assert (arguments["floor"], arguments["decay"]) == (0.5, 0.45)
     assert wrong == {
-        ("acf_bckd", "resunet", "mobile_unet"): 14, ("acf_bckd", "resunet", "lcovnet"): 14,
+        ("acf_bckd", "resunet", "mobile_unet"): 14,
+        ("acf_bckd", "resunet", "lcovnet"): 14,
         ("ifvd", "resunet", "unet"): 14,
-    }  # fmt: skip
+    }
 
 
 def test_selection_seeds_and_settings(monkeypatch):
@@ -79,10 +86,16 @@ def test_selection_seeds_and_settings(monkeypatch):
     assert {cfg.device for cfg in found} == {"cpu"}
 
 
-@pytest.mark.parametrize("arguments", [["--only", "nothing-like-it"], ["--preset", "old"], ["--sedes", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--only", "nothing-like-it"], ["--preset", "old"], ["--sedes", "1"]]
+)
 def test_mistakes_are_errors(arguments):
     run = subprocess.run(
-        ["sh", "scripts/table_kd.sh", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        ["sh", "scripts/table_kd.sh", "--dry-run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode
     assert run.stderr.startswith("error: ")

@@ -1,4 +1,6 @@
-"""The list of semi-supervised cells: how many, and every command is one that its training script takes."""
+"""The list of semi-supervised cells: how many, and every command is one that its training script
+takes.
+"""
 
 import shlex
 import subprocess
@@ -18,7 +20,11 @@ SCRIPTS = {"train_2d_crkd.py": train_2d_crkd, "train_3d_crkd.py": train_3d_crkd}
 def dry_run(*arguments):
     """Triples of a training command and its tests by both protocols, as the script prints them."""
     run = subprocess.run(
-        ["sh", "scripts/table_ssl.sh", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ["sh", "scripts/table_ssl.sh", "--dry-run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = run.stdout.splitlines()
     return list(zip(lines[0::3], lines[1::3], lines[2::3], strict=True))
@@ -48,9 +54,11 @@ def test_cells(monkeypatch, preset):
     assert len(set(cells)) == 58
     methods = Counter((dataset, method) for dataset, _, method in cells)
     for dataset, settings, rivals in (
-        ("acdc", 2, ("unimatch", "crossmatch", "acmt")), ("isic2018", 3, ("unimatch", "crossmatch", "acmt")),
-        ("kvasir", 3, ("unimatch", "crossmatch", "acmt")), ("la", 2, ("lefed", "acmt", "mlrpl", "unimatch")),
-    ):  # fmt: skip
+        ("acdc", 2, ("unimatch", "crossmatch", "acmt")),
+        ("isic2018", 3, ("unimatch", "crossmatch", "acmt")),
+        ("kvasir", 3, ("unimatch", "crossmatch", "acmt")),
+        ("la", 2, ("lefed", "acmt", "mlrpl", "unimatch")),
+    ):
         assert methods[dataset, "supervised"] == settings + 1
         assert (dataset, 1.0, "supervised") in cells  # the upper bound
         assert {methods[dataset, rival] for rival in (*rivals, "crkd")} == {settings}
@@ -69,16 +77,29 @@ def test_left_atrium_networks_are_those_of_the_methods(monkeypatch):
 
 def test_selection_seeds_and_settings(monkeypatch):
     monkeypatch.chdir(ROOT)
-    commands = dry_run("--only", "acdc.* 3 .*(crkd|unimatch) ", "--seeds", "0 1", "--", "workers=8", "tag=a b")
+    commands = dry_run(
+        "--only", "acdc.* 3 .*(crkd|unimatch) ", "--seeds", "0 1", "--", "workers=8", "tag=a b"
+    )
     found = [parse(training, monkeypatch)[1] for training, _, _ in commands]
-    assert [(cfg.method, cfg.seed) for cfg in found] == [("unimatch", 0), ("unimatch", 1), ("crkd", 0), ("crkd", 1)]
+    assert [(cfg.method, cfg.seed) for cfg in found] == [
+        ("unimatch", 0),
+        ("unimatch", 1),
+        ("crkd", 0),
+        ("crkd", 1),
+    ]
     assert {(cfg.workers, cfg.tag) for cfg in found} == {(8, "a b")}
 
 
-@pytest.mark.parametrize("arguments", [["--only", "nothing-like-it"], ["--preset", "old"], ["--sedes", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--only", "nothing-like-it"], ["--preset", "old"], ["--sedes", "1"]]
+)
 def test_mistakes_are_errors(arguments):
     run = subprocess.run(
-        ["sh", "scripts/table_ssl.sh", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        ["sh", "scripts/table_ssl.sh", "--dry-run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode
     assert run.stderr.startswith("error: ")

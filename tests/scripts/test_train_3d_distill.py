@@ -1,4 +1,6 @@
-"""The training script as a user runs it: every method, exact resume, and errors before the first step."""
+"""The training script as a user runs it: every method, exact resume, and errors before the first
+step.
+"""
 
 import json
 import os
@@ -28,26 +30,40 @@ def test_teacher_then_distilled_student_then_test(workspace):
     folder = workspace / "runs/tiny/acf_bckd/resunet-unet/seed0"
     assert str(folder.relative_to(workspace)) in out.stdout
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    # The teacher was validated on the same cases when it was trained: its scores are read, not measured again.
+    # The teacher was validated on the same cases when it was trained: its scores are read, not
+    # measured again.
     teacher = load_checkpoint(workspace / "runs/tiny/supervised/resunet/seed0/best.pt")
     assert log.pop(0) == {"step": 0, "kind": "teacher", **teacher["val"]}
-    assert [(e["step"], e["kind"]) for e in log] == [(1, "train"), (1, "val"), (3, "train"), (3, "val")]
+    assert [(e["step"], e["kind"]) for e in log] == [
+        (1, "train"),
+        (1, "val"),
+        (3, "train"),
+        (3, "val"),
+    ]
     assert {"seg", "afd", "cfd", "hbd", "sbd", "lr", "loss"} <= log[0].keys()
-    assert log[0]["loss"] == pytest.approx(sum(log[0][k] for k in ("seg", "afd", "cfd", "hbd", "sbd")), rel=1e-5)
+    assert log[0]["loss"] == pytest.approx(
+        sum(log[0][k] for k in ("seg", "afd", "cfd", "hbd", "sbd")), rel=1e-5
+    )
     assert {"dice", "ball", "box"} <= log[1].keys()
     assert any(p.name.startswith("events.out") for p in folder.iterdir())
     # The deployed student carries none of the method's adapters.
-    plain = train("--method", "supervised", "--student", "unet", "--show-run", cwd=workspace).stdout.strip()
+    plain = train(
+        "--method", "supervised", "--student", "unet", "--show-run", cwd=workspace
+    ).stdout.strip()
     train("--method", "supervised", "--student", "unet", cwd=workspace)
     keys = load_checkpoint(folder / "best.pt")["weights"].keys()
     assert keys == load_checkpoint(workspace / plain / "best.pt")["weights"].keys()
 
-    tested = run("test_3d.py", "--ckpt", str(folder / "best.pt"), "--overlays", "--published", cwd=workspace)
+    tested = run(
+        "test_3d.py", "--ckpt", str(folder / "best.pt"), "--overlays", "--published", cwd=workspace
+    )
     assert "results in" in tested.stdout
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["split"] == "test"
     assert summary["selected_on_reported"] is False
-    assert summary["parameters"] == sum(v.numel() for v in load_checkpoint(folder / "best.pt")["weights"].values())
+    assert summary["parameters"] == sum(
+        v.numel() for v in load_checkpoint(folder / "best.pt")["weights"].values()
+    )
     stored = nib.load(folder / "predictions/case6.nii.gz")
     original = nib.load(workspace / "data/labelsTr/case6.nii.gz")
     assert stored.shape == original.shape
@@ -55,7 +71,9 @@ def test_teacher_then_distilled_student_then_test(workspace):
     assert (folder / "overlays/case6.png").stat().st_size > 0
     # The native score is that of the file that was written, against the file that was given.
     p, g = np.asarray(stored.dataobj), np.asarray(original.dataobj)
-    expected = [2 * ((p == k) & (g == k)).sum() / max((p == k).sum() + (g == k).sum(), 1) for k in (1, 2)]
+    expected = [
+        2 * ((p == k) & (g == k)).sum() / max((p == k).sum() + (g == k).sum(), 1) for k in (1, 2)
+    ]
     got = [summary["native"]["classes"][name]["dice"] for name in ("ball", "box")]
     assert got == pytest.approx(expected)
     table = run("tools/results_table.py", str(folder), cwd=workspace).stdout
@@ -66,13 +84,19 @@ def test_teacher_then_distilled_student_then_test(workspace):
 
 
 def test_distillation_warms_up(workspace):
-    """With hardly any step of the weights, the terms of step k are those of a run without warm-up times k / 2."""
+    """With hardly any step of the weights, the terms of step k are those of a run without warm-up
+    times k / 2.
+    """
     train(*TEACHER, cwd=workspace)
     logs = {}
     for warmup in ("0", "2"):
         options = ("lr=1e-12", "log_interval=1", f"distill_warmup={warmup}", f"tag=w{warmup}")
         train("--teacher", "resunet", "--opts", *options, cwd=workspace)
-        lines = (workspace / f"runs/tiny/acf_bckd/resunet-unet/seed0-w{warmup}/log.jsonl").read_text().splitlines()
+        lines = (
+            (workspace / f"runs/tiny/acf_bckd/resunet-unet/seed0-w{warmup}/log.jsonl")
+            .read_text()
+            .splitlines()
+        )
         logs[warmup] = [entry for entry in map(json.loads, lines) if entry["kind"] == "train"]
     for plain, warm, share in zip(logs["0"], logs["2"], (0, 0.5, 1, 1), strict=True):
         assert warm["seg"] == pytest.approx(plain["seg"], rel=1e-5)
@@ -82,14 +106,18 @@ def test_distillation_warms_up(workspace):
 
 
 def test_rate_of_the_methods_own_parameters(workspace):
-    """With a rate of next to nothing the attention stays what it was; the student learns, and resumes exactly."""
+    """With a rate of next to nothing the attention stays what it was; the student learns, and
+    resumes exactly.
+    """
     train(*TEACHER, cwd=workspace)
     options = ("--teacher", "resunet", "--opts", "method_lr=1e-12")
     base = workspace / "runs/tiny/acf_bckd/resunet-unet"
     train(*options, "max_steps=2", "val_interval=1", "tag=short", cwd=workspace)
     train(*options, "tag=frozen", cwd=workspace)
     train("--teacher", "resunet", "--opts", "tag=usual", cwd=workspace)
-    short, frozen, usual = (load_checkpoint(base / f"seed0-{tag}/last.pt") for tag in ("short", "frozen", "usual"))
+    short, frozen, usual = (
+        load_checkpoint(base / f"seed0-{tag}/last.pt") for tag in ("short", "frozen", "usual")
+    )
     assert short["method"].keys() == frozen["method"].keys() and frozen["method"]
     moved = {}
     for name, value in frozen["method"].items():
@@ -103,7 +131,9 @@ def test_rate_of_the_methods_own_parameters(workspace):
     train(*options, "tag=straight", cwd=workspace)
     stop_after(2, options, workspace, base / "seed0-broken")
     train("--resume", *options, "tag=broken", cwd=workspace)
-    straight, broken = (load_checkpoint(base / f"seed0-{tag}/last.pt") for tag in ("straight", "broken"))
+    straight, broken = (
+        load_checkpoint(base / f"seed0-{tag}/last.pt") for tag in ("straight", "broken")
+    )
     for part in ("weights", "method"):
         assert digest(straight[part]) == digest(broken[part])
     kept, lost = (part["optimizer"]["state"] for part in (straight, broken))
@@ -113,7 +143,16 @@ def test_rate_of_the_methods_own_parameters(workspace):
 
 def test_settings_that_do_nothing_are_noted(workspace):
     train(*TEACHER, cwd=workspace)
-    out = train("--teacher", "resunet", "--method", "kd", "--opts", "method_lr=0.1", "distill_warmup=9", cwd=workspace)
+    out = train(
+        "--teacher",
+        "resunet",
+        "--method",
+        "kd",
+        "--opts",
+        "method_lr=0.1",
+        "distill_warmup=9",
+        cwd=workspace,
+    )
     assert "note: kd has no parameters of its own: method_lr does nothing" in out.stderr
     assert "note: with max_steps 4 the terms do not reach their weights" in out.stderr
     out = train(*TEACHER, "--opts", "distill_warmup=9", "tag=noted", cwd=workspace)
@@ -125,13 +164,16 @@ def test_resume_is_bit_identical(workspace, workers):
     train(*TEACHER, cwd=workspace)
     options = ("--teacher", "resunet", "--opts", f"workers={workers}")
     train(*options, "tag=straight", cwd=workspace)
-    # The first half is stopped by the signal that a scheduler sends; the second goes on from what it saved.
+    # The first half is stopped by the signal that a scheduler sends; the second goes on from what
+    # it saved.
     base = workspace / "runs/tiny/acf_bckd/resunet-unet"
     stop_after(2, options, workspace, base / "seed0-broken")
     halfway = load_checkpoint(base / "seed0-broken/last.pt")["step"]
     assert 0 < halfway < 4
     train("--resume", *options, "tag=broken", cwd=workspace)
-    straight, broken = (load_checkpoint(base / name / "last.pt") for name in ("seed0-straight", "seed0-broken"))
+    straight, broken = (
+        load_checkpoint(base / name / "last.pt") for name in ("seed0-straight", "seed0-broken")
+    )
     assert digest(straight["weights"]) == digest(broken["weights"])
     assert digest(straight["method"]) == digest(broken["method"])
     assert straight["best"] == broken["best"]
@@ -141,21 +183,45 @@ def test_resume_is_bit_identical(workspace, workers):
 
 def test_the_command_of_the_readme_without_data(tmp_path):
     """A real process: accepted as printed, and a helpful message instead of a traceback."""
-    command = [sys.executable, "train_3d_distill.py", "--config", "configs/btcv.yaml", "--teacher", "resunet"]
+    command = [
+        sys.executable,
+        "train_3d_distill.py",
+        "--config",
+        "configs/btcv.yaml",
+        "--teacher",
+        "resunet",
+    ]
     result = subprocess.run(
-        [*command, "--opts", f"data_root={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*command, "--opts", f"data_root={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 1
     assert "dataset_0.json: no such data list" in result.stderr and "Traceback" not in result.stderr
 
 
 def stop_after(step: int, options: tuple[str, ...], workspace: Path, folder: Path) -> None:
-    """Start a training and send SIGTERM as soon as it has logged `step` steps; it must save and say how to go on."""
-    command = [sys.executable, str(ROOT / "train_3d_distill.py"), "--config", "tiny.yaml", *options, "tag=broken"]
+    """Start a training and send SIGTERM as soon as it has logged `step` steps; it must save and say
+    how to go on.
+    """
+    command = [
+        sys.executable,
+        str(ROOT / "train_3d_distill.py"),
+        "--config",
+        "tiny.yaml",
+        *options,
+        "tag=broken",
+    ]
     process = subprocess.Popen(
-        command, cwd=workspace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        command,
+        cwd=workspace,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     log = folder / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and f'"step": {step - 1}' in log.read_text()):
@@ -177,7 +243,16 @@ def test_same_seed_same_weights_other_seed_other_weights(workspace):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_autocast(workspace, amp):
-    train("--method", "supervised", "--student", "unet", "--opts", f"amp={amp}", "max_steps=2", cwd=workspace)
+    train(
+        "--method",
+        "supervised",
+        "--student",
+        "unet",
+        "--opts",
+        f"amp={amp}",
+        "max_steps=2",
+        cwd=workspace,
+    )
 
 
 def test_run_folder_is_not_overwritten_and_not_resumed_with_other_settings(workspace):
@@ -198,9 +273,13 @@ def test_a_change_that_concerns_other_runs_does_not_keep_one_from_resuming(works
     train(*supervised, cwd=workspace)
     config = workspace / "tiny.yaml"
     text = config.read_text()
-    config.write_text(text.replace("resunet: {channels: [4, 4, 8, 8]}", "resunet: {channels: [4, 8, 8, 8]}"))
+    config.write_text(
+        text.replace("resunet: {channels: [4, 4, 8, 8]}", "resunet: {channels: [4, 8, 8, 8]}")
+    )
     assert "nothing to do" in train("--resume", *supervised, cwd=workspace).stdout
-    config.write_text(text.replace("unet: {channels: [2, 4, 4, 8]}", "unet: {channels: [2, 4, 8, 8]}"))
+    config.write_text(
+        text.replace("unet: {channels: [2, 4, 4, 8]}", "unet: {channels: [2, 4, 8, 8]}")
+    )
     assert "network_args" in train("--resume", *supervised, cwd=workspace, ok=False).stderr
 
 
@@ -213,7 +292,9 @@ def test_missing_teacher_names_the_command_that_makes_it(workspace):
 def test_teacher_of_other_classes_is_refused(workspace):
     config = workspace / "tiny.yaml"
     train(*TEACHER, "--opts", "max_steps=1", cwd=workspace)
-    config.write_text(config.read_text().replace("[background, ball, box]", "[background, ball, box, cone]"))
+    config.write_text(
+        config.read_text().replace("[background, ball, box]", "[background, ball, box, cone]")
+    )
     result = train("--teacher", "resunet", cwd=workspace, ok=False)
     assert "num_classes 3 instead of 4" in result.stderr
 
@@ -228,10 +309,15 @@ def test_teacher_of_other_classes_is_refused(workspace):
         ("student=unett", "unknown value 'unett'"),
         ("student=unet2d", "unknown value 'unet2d'"),  # of two dimensions
         ("flip_prob=1.5", "--opts flip_prob=1.5: flip_prob: must lie in [0, 1], got 1.5"),
-        ("method_args={acf_bckd: {flor: 1}}", "method_args: acf_bckd: unknown argument 'flor'; did you mean 'floor'?"),
+        (
+            "method_args={acf_bckd: {flor: 1}}",
+            "method_args: acf_bckd: unknown argument 'flor'; did you mean 'floor'?",
+        ),
         ("data_root=nowhere", "no such data list"),
-        ("network_args={unet: {chanels: [1]}}",
-            "network_args: unet: unknown argument 'chanels'; did you mean 'channels'?"),
+        (
+            "network_args={unet: {chanels: [1]}}",
+            "network_args: unet: unknown argument 'chanels'; did you mean 'channels'?",
+        ),
         ("lr=.nan", "finite"),
         ("amp=half", "unknown value 'half'"),
         ("device=cuda:7", "not usable"),
@@ -286,7 +372,9 @@ def test_truncated_scan(workspace):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("fault, expected", [("twice", "in both"), ("copy", "two names"), ("empty", "empty")])
+@pytest.mark.parametrize(
+    "fault, expected", [("twice", "in both"), ("copy", "two names"), ("empty", "empty")]
+)
 def test_bad_lists(workspace, fault, expected):
     path = workspace / "data/dataset_0.json"
     lists = json.loads(path.read_text())

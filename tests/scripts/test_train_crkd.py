@@ -1,4 +1,6 @@
-"""The semi-supervised scripts as a user runs them: every method, scores, exact resume, labelled sets, bad input."""
+"""The semi-supervised scripts as a user runs them: every method, scores, exact resume, labelled
+sets, bad input.
+"""
 
 import csv
 import json
@@ -95,7 +97,9 @@ class Kind(NamedTuple):
 
 
 def yaml_value(config: str, key: str) -> str:
-    return next(line.split(": ")[1] for line in CONFIGS[config].splitlines() if line.startswith(f"{key}:"))
+    return next(
+        line.split(": ")[1] for line in CONFIGS[config].splitlines() if line.startswith(f"{key}:")
+    )
 
 
 PATIENTS = ["patient003", "patient001", "patient004", "patient002"]
@@ -107,11 +111,14 @@ KINDS = {
     "la": Kind("la", 3, "vnet", SCANS, [], ["T1", "T2"]),
     "la-val": Kind("la", 3, "vnet", SCANS, ["V"], ["T1", "T2"]),
 }
-TWO_DECODERS = {"mlrpl": "vnet_dual", "lefed": "vnet_lefed"}  # methods that need a network of their own, in 3D alone
+# methods that need a network of their own, in 3D alone
+TWO_DECODERS = {"mlrpl": "vnet_dual", "lefed": "vnet_lefed"}
 CELLS = [
-    (kind, method) for kind in ("acdc", "images2d", "la") for method in SSL_METHODS
+    (kind, method)
+    for kind in ("acdc", "images2d", "la")
+    for method in SSL_METHODS
     if KINDS[kind].dims == 3 or method not in TWO_DECODERS
-]  # fmt: skip
+]
 SCORED = [*CELLS, ("la-val", "supervised"), ("la-val", "crkd")]
 
 
@@ -120,7 +127,9 @@ def blocks(shape: tuple[int, ...], num_classes: int, rng: np.random.Generator) -
     label = np.zeros(shape, np.uint8)
     for k in range(1, num_classes):
         starts = [int(rng.integers(k, k + 3)) for _ in shape]
-        label[tuple(slice(start, max(n - 2 * k - 1, start + 2)) for start, n in zip(starts, shape))] = k
+        label[
+            tuple(slice(start, max(n - 2 * k - 1, start + 2)) for start, n in zip(starts, shape))
+        ] = k
     return label
 
 
@@ -141,13 +150,19 @@ def write_data(folder: Path, kind: Kind) -> None:
                 image = (label / 4 + rng.uniform(0, 0.2, label.shape)).clip(0, 1)
                 save_h5(folder / f"data/data/{stem}.h5", image=image, label=label)
                 for z in range(3):
-                    save_h5(folder / f"data/data/slices/{stem}_slice_{z + 1}.h5", image=image[z], label=label[z])
+                    save_h5(
+                        folder / f"data/data/slices/{stem}_slice_{z + 1}.h5",
+                        image=image[z],
+                        label=label[z],
+                    )
         elif kind.config == "images2d":
             label = blocks((30, 40), 2, rng)
             pixels = (100 * label[..., None] + rng.integers(0, 100, (30, 40, 3))).astype(np.uint8)
             for part in ("images", "masks"):
                 (folder / "data" / part).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"data/images/{name}.{'jpg' if name in PHOTOS[:3] else 'png'}")
+            Image.fromarray(pixels).save(
+                folder / f"data/images/{name}.{'jpg' if name in PHOTOS[:3] else 'png'}"
+            )
             Image.fromarray(255 * label).save(folder / f"data/masks/{name}.png")
         else:
             label = blocks((24, 20, 18), 2, rng)
@@ -175,9 +190,13 @@ class Site(NamedTuple):
         script = f"train_{self.kind.dims}d_crkd.py"
         return run(script, "--config", "tiny.yaml", *arguments, cwd=self.folder, ok=ok)
 
-    def score(self, run_folder: Path, *arguments: str, checkpoint: str = "best.pt", ok: bool = True) -> Result:
+    def score(
+        self, run_folder: Path, *arguments: str, checkpoint: str = "best.pt", ok: bool = True
+    ) -> Result:
         script = f"test_{self.kind.dims}d.py"
-        return run(script, "--ckpt", str(run_folder / checkpoint), *arguments, cwd=self.folder, ok=ok)
+        return run(
+            script, "--ckpt", str(run_folder / checkpoint), *arguments, cwd=self.folder, ok=ok
+        )
 
     def run_folder(self, method: str = "crkd", labelled: str = "2", seed: str = "seed0") -> Path:
         return self.folder / self.kind.base / method / f"{self.network(method)}-{labelled}" / seed
@@ -192,15 +211,20 @@ class Site(NamedTuple):
 
     def training_file(self) -> Path:
         """One that is read as unlabelled."""
-        return self.folder / ("data/data/slices/patient002_frame01_slice_2.h5" if self.kind.dims == 2 else
-                              "data/B/mri_norm2.h5")  # fmt: skip
+        return self.folder / (
+            "data/data/slices/patient002_frame01_slice_2.h5"
+            if self.kind.dims == 2
+            else "data/B/mri_norm2.h5"
+        )
 
 
 def make_site(folder: Path, kind: str) -> Site:
     """Data of a kind and its tiny.yaml, in an existing folder."""
     write_data(folder, KINDS[kind])
     select_on = "val" if KINDS[kind].val else "test"
-    (folder / "tiny.yaml").write_text(f"{CONFIGS[KINDS[kind].config]}{COMMON}select_on: {select_on}\n")
+    (folder / "tiny.yaml").write_text(
+        f"{CONFIGS[KINDS[kind].config]}{COMMON}select_on: {select_on}\n"
+    )
     return Site(folder, KINDS[kind])
 
 
@@ -259,14 +283,20 @@ def log_of(folder: Path) -> list[dict]:
 
 
 def case_names(kind: Kind, names: list[str]) -> list[str]:
-    return [f"{name}_frame0{frame}" for name in names for frame in (1, 2)] if kind.config == "acdc" else names
+    return (
+        [f"{name}_frame0{frame}" for name in names for frame in (1, 2)]
+        if kind.config == "acdc"
+        else names
+    )
 
 
 def stored_label(site: Site, name: str) -> np.ndarray:
     if site.kind.config == "images2d":
         return np.asarray(Image.open(site.folder / f"data/masks/{name}.png")) // 255
     acdc = site.kind.config == "acdc"
-    with h5py.File(site.folder / (f"data/data/{name}.h5" if acdc else f"data/{name}/mri_norm2.h5")) as file:
+    with h5py.File(
+        site.folder / (f"data/data/{name}.h5" if acdc else f"data/{name}/mri_norm2.h5")
+    ) as file:
         return np.moveaxis(file["label"][()], 0, -1) if acdc else file["label"][()]
 
 
@@ -285,7 +315,9 @@ def test_every_method_trains_on_every_kind_of_data(trained, kind, method):
     assert {p.name for p in folder.iterdir()} >= {"best.pt", "last.pt", "log.jsonl", "config.yaml"}
     assert any(p.name.startswith("events.out") for p in folder.iterdir())
     assert [(e["step"], e["kind"]) for e in log_of(folder)] == [(1, "train"), (1, "val")]
-    assert {"dice", *load_checkpoint(folder / "best.pt")["class_names"][1:]} <= log_of(folder)[1].keys()
+    assert {"dice", *load_checkpoint(folder / "best.pt")["class_names"][1:]} <= log_of(folder)[
+        1
+    ].keys()
     checkpoint = load_checkpoint(folder / "last.pt")
     assert (checkpoint["step"], checkpoint["kind"]) == (2, f"{site.kind.dims}d-semi")
 
@@ -302,41 +334,75 @@ def test_every_run_is_scored_by_both_protocols(trained, kind, method, protocol):
     assert f"({site.kind.unit})" in result.stdout and f"{protocol} protocol" in result.stdout
 
     ending = ".png" if kind == "images2d" else ".nii.gz"
-    assert sorted(p.name for p in (folder / f"predictions{suffix}").iterdir()) == sorted(n + ending for n in names)
-    assert sorted(p.name for p in (folder / f"overlays{suffix}").iterdir()) == sorted(f"{n}.png" for n in names)
+    assert sorted(p.name for p in (folder / f"predictions{suffix}").iterdir()) == sorted(
+        n + ending for n in names
+    )
+    assert sorted(p.name for p in (folder / f"overlays{suffix}").iterdir()) == sorted(
+        f"{n}.png" for n in names
+    )
     classes = load_checkpoint(folder / "best.pt")["class_names"][1:]
     with (folder / f"metrics{suffix}.csv").open() as file:
         rows = list(csv.DictReader(file))
     unit, published = site.kind.unit, protocol == "published"
-    hd95, sides = ("directed", "mean_of_both") if published and unit == "pixels" else ("pooled", "one_sided")
-    titles = ["dice", "jaccard", f"hd95_{hd95}_{unit}", f"asd_{sides}_{unit}"] + [f"assd_{unit}"] * (not published)
+    hd95, sides = (
+        ("directed", "mean_of_both") if published and unit == "pixels" else ("pooled", "one_sided")
+    )
+    titles = ["dice", "jaccard", f"hd95_{hd95}_{unit}", f"asd_{sides}_{unit}"] + [
+        f"assd_{unit}"
+    ] * (not published)
     last = [*FLAGS, "accuracy", f"diagonal_{unit}"]
     assert list(rows[0]) == ["case", "class", *(f"{title}_{protocol}" for title in titles), *last]
-    assert [(row["case"], row["class"]) for row in rows] == [(name, k) for name in names for k in classes]
+    assert [(row["case"], row["class"]) for row in rows] == [
+        (name, k) for name in names for k in classes
+    ]
     for row in rows:
         k = 1 + classes.index(row["class"])
         label = stored_label(site, row["case"])
         prediction = stored_prediction(folder / f"predictions{suffix}", row["case"])
         assert prediction.shape == label.shape
-        expected = 2 * ((prediction == k) & (label == k)).sum() / ((prediction == k).sum() + (label == k).sum())
+        expected = (
+            2
+            * ((prediction == k) & (label == k)).sum()
+            / ((prediction == k).sum() + (label == k).sum())
+        )
         assert float(row[f"dice_{protocol}"]) == pytest.approx(expected, rel=1e-5)
         assert float(row["accuracy"]) == pytest.approx((prediction == label).mean(), rel=1e-5)
 
     summary = json.loads((folder / f"summary{suffix}.json").read_text())
-    assert summary["protocol"] == protocol and summary["unit"] == unit and summary["hd95_definition"] == hd95
+    assert (
+        summary["protocol"] == protocol
+        and summary["unit"] == unit
+        and summary["hd95_definition"] == hd95
+    )
     assert summary["empty_policy"] == ("zero" if published else "agree")
-    assert (summary["labelled"], summary["method"], summary["step"], summary["max_steps"]) == (2, method, 2, 2)
+    assert (summary["labelled"], summary["method"], summary["step"], summary["max_steps"]) == (
+        2,
+        method,
+        2,
+        2,
+    )
     assert summary["split"] == ("val+test" if both else "test" if site.kind.test else "val")
-    assert summary["native"]["cases"] == len(names) and list(summary["native"]["classes"]) == classes
+    assert (
+        summary["native"]["cases"] == len(names) and list(summary["native"]["classes"]) == classes
+    )
     weights = load_checkpoint(folder / "best.pt")["weights"]
-    counted = [value for key, value in weights.items() if "running_" not in key and "num_batches" not in key]
+    counted = [
+        value
+        for key, value in weights.items()
+        if "running_" not in key and "num_batches" not in key
+    ]
     if method not in TWO_DECODERS:  # of which prediction uses one
         assert summary["parameters"] == sum(value.numel() for value in counted)
-    means = [np.mean([float(r[f"dice_{protocol}"]) for r in rows if r["class"] == name]) for name in classes]
+    means = [
+        np.mean([float(r[f"dice_{protocol}"]) for r in rows if r["class"] == name])
+        for name in classes
+    ]
     assert summary["native"]["mean"]["dice"] == pytest.approx(np.mean(means), rel=1e-5)
     assert "published_protocol" not in summary
 
-    table = run("tools/results_table.py", str(folder / f"summary{suffix}.json"), cwd=site.folder).stdout
+    table = run(
+        "tools/results_table.py", str(folder / f"summary{suffix}.json"), cwd=site.folder
+    ).stdout
     assert f"{site.network(method)}, 2 labelled, {method}" in table and f"HD95 {unit}" in table
     assert f"Protocol (reporting.py): {protocol}." in table
 
@@ -345,14 +411,19 @@ def test_a_run_is_scored_where_its_data_was_moved_to(trained, tmp_path):
     site, folder = trained("acdc")
     shutil.copytree(site.folder / "data", tmp_path / "elsewhere")
     out = tmp_path / "scores"
-    site.score(folder, "--data-root", str(tmp_path / "elsewhere"), "--out", str(out), "--no-predictions")
+    site.score(
+        folder, "--data-root", str(tmp_path / "elsewhere"), "--out", str(out), "--no-predictions"
+    )
     assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "summary.json"]
 
 
 @pytest.mark.parametrize("kind", ["acdc", "la-val"])
 def test_other_splits_are_written_beside(trained, tmp_path, kind):
     site, folder = trained(kind)
-    assert "note: this checkpoint was selected" in site.score(folder, "--split", "val", "--out", str(tmp_path)).stdout
+    assert (
+        "note: this checkpoint was selected"
+        in site.score(folder, "--split", "val", "--out", str(tmp_path)).stdout
+    )
     assert json.loads((tmp_path / "summary_val.json").read_text())["selected_on_reported"] is True
     site.score(folder, "--out", str(tmp_path))
     assert json.loads((tmp_path / "summary.json").read_text())["selected_on_reported"] is False
@@ -367,7 +438,18 @@ def test_published_scores_of_other_splits_do_not_replace_those_of_both(trained, 
 
 def test_stride_and_largest_component_are_options_of_volumes(trained, tmp_path):
     site, folder = trained("la-val")
-    site.score(folder, "--stride", "16", "16", "16", "--largest-component", "--tta", "--fast", "--out", str(tmp_path))
+    site.score(
+        folder,
+        "--stride",
+        "16",
+        "16",
+        "16",
+        "--largest-component",
+        "--tta",
+        "--fast",
+        "--out",
+        str(tmp_path),
+    )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["stride"] == [16, 16, 16]
     assert summary["largest_component"] is summary["tta"] is summary["fast"] is True
@@ -383,14 +465,21 @@ def test_a_stride_that_leaves_gaps_is_refused_by_the_tester(trained, tmp_path, s
 
 
 @pytest.mark.parametrize("kind, notes", [("la", 1), ("images2d", 1), ("la-val", 0), ("acdc", 0)])
-def test_last_is_scored_too_where_best_was_selected_on_the_reported_cases(trained, tmp_path, kind, notes):
+def test_last_is_scored_too_where_best_was_selected_on_the_reported_cases(
+    trained, tmp_path, kind, notes
+):
     site, folder = trained(kind)
     selected_on = "test" if kind == "la" else "val"
     for name in ("best.pt", "last.pt"):
         assert load_checkpoint(folder / name)["selected_on"] == selected_on
     result = site.score(folder, "--out", str(tmp_path))
-    assert result.stdout.count("note: this checkpoint was selected on cases that are reported here") == notes
-    assert result.stdout.count("best.pt, step") == 1 and result.stdout.count("last.pt, step") == notes
+    assert (
+        result.stdout.count("note: this checkpoint was selected on cases that are reported here")
+        == notes
+    )
+    assert (
+        result.stdout.count("best.pt, step") == 1 and result.stdout.count("last.pt, step") == notes
+    )
     for suffix in ("", "_last"):
         assert (tmp_path / f"summary{suffix}.json").exists() == (suffix == "" or bool(notes))
         assert (tmp_path / f"metrics{suffix}.csv").exists() == (suffix == "" or bool(notes))
@@ -398,8 +487,13 @@ def test_last_is_scored_too_where_best_was_selected_on_the_reported_cases(traine
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["selected_on"], summary["selected_on_reported"]) == (selected_on, bool(notes))
     if notes:
-        assert json.loads((tmp_path / "summary_last.json").read_text())["selected_on_reported"] is False
-        only_last = site.score(folder, "--out", str(tmp_path / "again"), checkpoint="last.pt").stdout
+        assert (
+            json.loads((tmp_path / "summary_last.json").read_text())["selected_on_reported"]
+            is False
+        )
+        only_last = site.score(
+            folder, "--out", str(tmp_path / "again"), checkpoint="last.pt"
+        ).stdout
         assert "best.pt" not in only_last and "note" not in only_last
 
 
@@ -409,7 +503,9 @@ def test_tables_of_distillation_leave_out_semi_supervised_runs(site):
         acdc.train("--method", "supervised", "--labelled", labelled, "--opts", "max_steps=1")
         acdc.score(acdc.run_folder("supervised", labelled), "--no-predictions")
     arguments = ("--layout", "kd", "--runs-dir", "runs", "--dataset", "btcv")
-    assert "btcv: trained alone" in run("tools/results_table.py", *arguments, cwd=acdc.folder).stdout
+    assert (
+        "btcv: trained alone" in run("tools/results_table.py", *arguments, cwd=acdc.folder).stdout
+    )
 
 
 # The log
@@ -453,12 +549,24 @@ def stop_in_process(monkeypatch, site: Site, *arguments: str) -> Result:
 
 
 def stop_process(site: Site, *arguments: str, folder: Path) -> None:
-    """Train in a process of its own and send SIGTERM as soon as it has validated after two steps."""
-    command = [sys.executable, str(ROOT / f"train_{site.kind.dims}d_crkd.py"), "--config", "tiny.yaml", *arguments]
+    """Train in a process of its own and send SIGTERM as soon as it has validated after two
+    steps.
+    """
+    command = [
+        sys.executable,
+        str(ROOT / f"train_{site.kind.dims}d_crkd.py"),
+        "--config",
+        "tiny.yaml",
+        *arguments,
+    ]
     process = subprocess.Popen(
-        command, cwd=site.folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        command,
+        cwd=site.folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     log = folder / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and '"step": 1,' in log.read_text()):
@@ -484,7 +592,10 @@ def assert_equal_runs(first: Path, second: Path) -> None:
 
 # The log's interval leaves running means in the checkpoint.
 RESUMED = {
-    "acdc": ("log_interval=3", "method_args={crkd: {threshold: 0.25, ema_decay: 0.9, csd_samples: 16}}"),
+    "acdc": (
+        "log_interval=3",
+        "method_args={crkd: {threshold: 0.25, ema_decay: 0.9, csd_samples: 16}}",
+    ),
     "la": ("log_interval=3", "method_args={crkd: {threshold: 0.5, csd_samples: 16}}"),
 }
 
@@ -510,8 +621,13 @@ def test_every_method_resumes_bit_identically(site, monkeypatch, kind, method):
     tiny.train(*options, "tag=straight")
     stopped = stop_in_process(monkeypatch, tiny, *options, "tag=broken")
     assert stopped.returncode == 128 + signal.SIGTERM
-    assert "stopped after step 2; go on with: python" in stopped.stderr and "--resume" in stopped.stderr
-    straight, broken = (tiny.run_folder(method, seed=f"seed0-{tag}") for tag in ("straight", "broken"))
+    assert (
+        "stopped after step 2; go on with: python" in stopped.stderr
+        and "--resume" in stopped.stderr
+    )
+    straight, broken = (
+        tiny.run_folder(method, seed=f"seed0-{tag}") for tag in ("straight", "broken")
+    )
     assert load_checkpoint(broken / "last.pt")["step"] == 2
     tiny.train("--resume", *options, "tag=broken")
     assert_equal_runs(straight, broken)
@@ -561,7 +677,10 @@ def test_autocast(site, kind):
     tiny = site(kind)
     tiny.train("--opts", "amp=bf16", "max_steps=2", "tag=half")
     tiny.train("--opts", "max_steps=2")
-    assert log_of(tiny.run_folder(seed="seed0-half"))[0]["loss"] != log_of(tiny.run_folder())[0]["loss"]
+    assert (
+        log_of(tiny.run_folder(seed="seed0-half"))[0]["loss"]
+        != log_of(tiny.run_folder())[0]["loss"]
+    )
     tiny.score(tiny.run_folder(seed="seed0-half"), "--amp", "bf16")
 
 
@@ -578,7 +697,9 @@ def test_a_recipe_holds_for_its_method_alone_and_yields_to_options(site):
         file.write("recipe: {supervised: {augmentation: supervised, lr: 0.5}}\n")
     tiny.train("--method", "supervised", "--opts", "max_steps=1", "lr=0.25")
     tiny.train("--opts", "max_steps=1")
-    supervised, crkd = (load_checkpoint(tiny.run_folder(m) / "last.pt")["config"] for m in ("supervised", "crkd"))
+    supervised, crkd = (
+        load_checkpoint(tiny.run_folder(m) / "last.pt")["config"] for m in ("supervised", "crkd")
+    )
     assert (supervised["augmentation"], supervised["lr"]) == ("supervised", 0.25)
     assert (crkd["augmentation"], crkd["lr"]) == ("semi", 0.01)
 
@@ -590,11 +711,15 @@ def test_a_recipe_holds_for_its_method_alone_and_yields_to_options(site):
 @pytest.mark.parametrize(
     "flag, value, name, share",
     [
-        ("--labelled", "2", "2", 2), ("--label_num", "2", "2", 2), ("--labeled_num", "2", "2", 2),
-        ("--labeled-num", "2", "2", 2), ("--label_rat", "0.5", "50%", 0.5), ("--labelled", "50%", "50%", 0.5),
+        ("--labelled", "2", "2", 2),
+        ("--label_num", "2", "2", 2),
+        ("--labeled_num", "2", "2", 2),
+        ("--labeled-num", "2", "2", 2),
+        ("--label_rat", "0.5", "50%", 0.5),
+        ("--labelled", "50%", "50%", 0.5),
         ("--labelled", "all", "all", 1.0),
     ],
-)  # fmt: skip
+)
 def test_every_spelling_of_the_labelled_set(site, kind, flag, value, name, share):
     tiny = site(kind)
     options = ("--method", "supervised", flag, value)
@@ -605,10 +730,15 @@ def test_every_spelling_of_the_labelled_set(site, kind, flag, value, name, share
     checkpoint = load_checkpoint(folder / "last.pt")
     assert checkpoint["config"]["labelled"] == share
     count = share if isinstance(share, int) else int(share * len(tiny.kind.train))
-    owners = {split: [case.split("_")[0] for case in checkpoint["cases"][split]] for split in checkpoint["cases"]}
+    owners = {
+        split: [case.split("_")[0] for case in checkpoint["cases"][split]]
+        for split in checkpoint["cases"]
+    }
     assert len(set(owners["labelled"])) == count
     assert set(owners["labelled"]) | set(owners["unlabelled"]) == set(tiny.kind.train)
-    assert len(owners["labelled"]) + len(owners["unlabelled"]) == (24 if kind == "acdc" else len(tiny.kind.train))
+    assert len(owners["labelled"]) + len(owners["unlabelled"]) == (
+        24 if kind == "acdc" else len(tiny.kind.train)
+    )
     assert (set(owners["val"]), set(owners["test"])) == (set(tiny.kind.val), set(tiny.kind.test))
     assert sum(len(set(names)) for names in owners.values()) == len(set().union(*owners.values()))
     if kind != "images2d":
@@ -667,7 +797,9 @@ def refused(site: Site, *arguments: str) -> str:
     result = site.train(*arguments, ok=False)
     assert result.returncode == 1
     assert result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
-    assert not list(site.folder.glob("runs/**/log.jsonl")) and not list(site.folder.glob("runs/**/*.pt"))
+    assert not list(site.folder.glob("runs/**/log.jsonl")) and not list(
+        site.folder.glob("runs/**/*.pt")
+    )
     return result.stderr.split("error: ")[1]
 
 
@@ -677,8 +809,10 @@ def refused(site: Site, *arguments: str) -> str:
         ("max_step=4", "unknown key 'max_step'; did you mean 'max_steps'?"),
         ("max_steps=many", "must be an integer"),
         ("method=crdk", "method: unknown value 'crdk'; choose from supervised, crkd"),
-        ("method_args={crkd: {treshold: 0.9}}",
-            "method_args: crkd: unknown argument 'treshold'; did you mean 'threshold'?"),
+        (
+            "method_args={crkd: {treshold: 0.9}}",
+            "method_args: crkd: unknown argument 'treshold'; did you mean 'threshold'?",
+        ),
         ("method_args={crkd: {threshold: 1.5}}", "threshold must lie in [0, 1]"),
         ("method_args={crkd: {pseudo_mode: evil}}", "pseudo_mode"),
         ("preset=released", "preset: unknown value 'released'"),
@@ -709,14 +843,25 @@ def test_bad_configurations(site, kind, option, expected):
         ("acdc", "format=la", "format: unknown value 'la'; choose from acdc, images2d"),
         ("la", "format=acdc", "format: unknown value 'acdc'; choose from la"),
         ("acdc", "patch_size=[32,40]", "patch_size: [32, 40] must be multiples of 16 for unet2d"),
-        ("la", "patch_size=[16,16,24]", "patch_size: [16, 16, 24] must be multiples of 16 for vnet"),
+        (
+            "la",
+            "patch_size=[16,16,24]",
+            "patch_size: [16, 16, 24] must be multiples of 16 for vnet",
+        ),
         ("acdc", "patch_size=[32,32,32]", "list of 2 values"),
         ("la", "stride=[8,17,8]", "stride: [8, 17, 8] leaves gaps between windows of [16, 16, 16]"),
         ("la", "val_stride=[32,16,16]", "val_stride: [32, 16, 16] leaves gaps"),
         ("la", "stride=[8,0,8]", "stride: must lie in [1, inf)"),
-        ("acdc", "network_args={unet2d: {chanels: [2]}}",
-            "unet2d: unknown argument 'chanels'; did you mean 'channels'?"),
-        ("la", "network_args={vnet: {filters: 2}}", "vnet: unknown argument 'filters'; did you mean 'n_filters'?"),
+        (
+            "acdc",
+            "network_args={unet2d: {chanels: [2]}}",
+            "unet2d: unknown argument 'chanels'; did you mean 'channels'?",
+        ),
+        (
+            "la",
+            "network_args={vnet: {filters: 2}}",
+            "vnet: unknown argument 'filters'; did you mean 'n_filters'?",
+        ),
         ("acdc", "augmentation=supervised", "the data format 'acdc' does not use this key"),
         ("images2d", "class_names=[a, b, c]", "masks are binary"),
         ("la", "class_names=[]", "class_names"),
@@ -731,7 +876,10 @@ def test_bad_configurations_of_one_kind_of_data(site, kind, option, expected):
 @pytest.mark.parametrize("method", TWO_DECODERS)
 def test_methods_of_two_decoders_are_refused_for_images(site, kind, method):
     message = refused(site(kind), "--method", method)
-    assert f"method: {method} is a method for 3D networks" in message and len(message.strip().splitlines()) == 1
+    assert (
+        f"method: {method} is a method for 3D networks" in message
+        and len(message.strip().splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["acdc", "images2d", "la"])
@@ -764,10 +912,22 @@ def with_value(array: np.ndarray, value: float) -> np.ndarray:
 FAULTS = {
     "other key": (lambda image, label: {"image": image, "mask": label}, "no array 'label'"),
     "shapes": (lambda image, label: {"image": image, "label": label[:-1]}, "expected the same"),
-    "axes": (lambda image, label: {"image": image[None], "label": label[None]}, "expected the same"),
-    "ids": (lambda image, label: {"image": image, "label": with_value(label, 9)}, "label ids [9]; expected only 0.."),
-    "nan": (lambda image, label: {"image": with_value(image, np.nan), "label": label}, "1 voxels are NaN or infinite"),
-    "constant": (lambda image, label: {"image": np.zeros_like(image), "label": label}, "constant image"),
+    "axes": (
+        lambda image, label: {"image": image[None], "label": label[None]},
+        "expected the same",
+    ),
+    "ids": (
+        lambda image, label: {"image": image, "label": with_value(label, 9)},
+        "label ids [9]; expected only 0..",
+    ),
+    "nan": (
+        lambda image, label: {"image": with_value(image, np.nan), "label": label},
+        "1 voxels are NaN or infinite",
+    ),
+    "constant": (
+        lambda image, label: {"image": np.zeros_like(image), "label": label},
+        "constant image",
+    ),
 }
 
 
@@ -825,8 +985,15 @@ def test_intensities_of_slices_outside_0_to_1_are_refused(site):
     assert "expected 0..1" in refused(tiny)
 
 
-@pytest.mark.parametrize("suffix, expected", [("size", "30 x 30 pixels, but its image"), ("cut", "truncated"),
-                                              ("gone", "has no mask"), ("ids", "its largest value is 1")])  # fmt: skip
+@pytest.mark.parametrize(
+    "suffix, expected",
+    [
+        ("size", "30 x 30 pixels, but its image"),
+        ("cut", "truncated"),
+        ("gone", "has no mask"),
+        ("ids", "its largest value is 1"),
+    ],
+)
 def test_a_bad_image_stops_before_training_and_is_named(site, suffix, expected):
     tiny = site("images2d")
     path = tiny.folder / "data/masks/photo4.png"
@@ -870,7 +1037,14 @@ def test_lists_without_anything_to_validate_on_are_refused(site):
 @pytest.mark.parametrize("kind, method", [cell for cell in CELLS if cell[0] != "images2d"])
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(site, kind, method):
     tiny = site(kind)
-    options = ("lr=1e30", "weight_decay=0", "val_interval=4", "save_interval=4", "log_interval=1", "momentum=0")
+    options = (
+        "lr=1e30",
+        "weight_decay=0",
+        "val_interval=4",
+        "save_interval=4",
+        "log_interval=1",
+        "momentum=0",
+    )
     result = tiny.train("--method", method, "--opts", *options, ok=False)
     assert result.returncode == 1 and "the loss is not finite" in result.stderr
     assert not list(tiny.folder.glob("runs/**/last.pt"))

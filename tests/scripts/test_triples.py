@@ -28,7 +28,9 @@ def trained_teachers(tmp_path_factory):
     """A workspace whose patches suit every stride, with one-step teachers."""
     folder = make_workspace(tmp_path_factory.mktemp("triples"))
     config = CONFIG.split("network_args")[0].replace("[16, 16, 16]", "[32, 32, 32]")
-    config = config.replace("max_steps: 4", "max_steps: 2").replace("log_interval: 2", "log_interval: 1")
+    config = config.replace("max_steps: 4", "max_steps: 2").replace(
+        "log_interval: 2", "log_interval: 1"
+    )
     (folder / "tiny.yaml").write_text(config + NARROW)
     for teacher in TEACHERS:
         train("--method", "supervised", "--student", teacher, "--opts", "max_steps=1", cwd=folder)
@@ -36,7 +38,9 @@ def trained_teachers(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("teacher, student, method", itertools.product(TEACHERS, STUDENTS, KD_METHODS))
+@pytest.mark.parametrize(
+    "teacher, student, method", itertools.product(TEACHERS, STUDENTS, KD_METHODS)
+)
 def test_two_steps(trained_teachers, teacher, student, method):
     flags = ("--teacher", teacher, "--student", student, "--method", method)
     folder = trained_teachers / train(*flags, "--show-run", cwd=trained_teachers).stdout.strip()

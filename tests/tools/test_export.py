@@ -1,4 +1,6 @@
-"""Exported models: equal to the network they come from, described, refused when they are not good."""
+"""Exported models: equal to the network they come from, described, refused when they are not
+good.
+"""
 
 import json
 import shutil
@@ -47,7 +49,10 @@ def ckpt(workspace, monkeypatch):
 def network_of(checkpoint):
     described = checkpoint["network"]
     network = build_network(
-        described["name"], described["in_channels"], described["num_classes"], **described["arguments"]
+        described["name"],
+        described["in_channels"],
+        described["num_classes"],
+        **described["arguments"],
     )
     network.load_state_dict(checkpoint["weights"])
     return network.eval()
@@ -66,21 +71,45 @@ def enliven(network, seed=0):
 def semi_checkpoint(path, form, network, classes, patch, **extra):
     """A checkpoint of a network of few labels, built without training."""
     arguments = SMALL[network]
-    built = enliven(build_network(network, 3 if form == "images2d" else 1, len(classes), **arguments))
+    built = enliven(
+        build_network(network, 3 if form == "images2d" else 1, len(classes), **arguments)
+    )
     dims = len(patch)
-    atomic_save({
-        "kind": f"{dims}d-semi", "class_names": classes, "code": "test", "step": 2, "selected_on": "val",
-        "network": {
-            "name": network, "in_channels": built.in_channels, "num_classes": len(classes), "arguments": arguments,
+    atomic_save(
+        {
+            "kind": f"{dims}d-semi",
+            "class_names": classes,
+            "code": "test",
+            "step": 2,
+            "selected_on": "val",
+            "network": {
+                "name": network,
+                "in_channels": built.in_channels,
+                "num_classes": len(classes),
+                "arguments": arguments,
+            },
+            "config": {
+                "dataset": form,
+                "method": "crkd",
+                "preset": "clean",
+                "seed": 0,
+                "max_steps": 2,
+                "patch_size": patch,
+                "tag": "",
+                "labelled": 1,
+                **extra,
+            },
+            "dataset": {
+                "format": form,
+                "root": "nowhere",
+                "class_names": classes,
+                "patch_size": patch,
+            },
+            "cases": {"labelled": ["a"], "unlabelled": [], "val": ["b"], "test": []},
+            "weights": built.state_dict(),
         },
-        "config": {
-            "dataset": form, "method": "crkd", "preset": "clean", "seed": 0, "max_steps": 2, "patch_size": patch,
-            "tag": "", "labelled": 1, **extra,
-        },
-        "dataset": {"format": form, "root": "nowhere", "class_names": classes, "patch_size": patch},
-        "cases": {"labelled": ["a"], "unlabelled": [], "val": ["b"], "test": []},
-        "weights": built.state_dict(),
-    }, path)  # fmt: skip
+        path,
+    )
     return built
 
 
@@ -89,9 +118,16 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
     assert export.main(["--ckpt", str(ckpt), "--format", form, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     path = tmp_path / f"model{FORMATS[form]}"
-    assert "largest difference" in printed and "the first case of the test list" in printed and "100.0000 %" in printed
+    assert (
+        "largest difference" in printed
+        and "the first case of the test list" in printed
+        and "100.0000 %" in printed
+    )
     left = {file.name for file in tmp_path.iterdir()}
-    assert left == {file.name for file in exported.model_files(path)} | {f"{path.name}.json", "model_card.md"}
+    assert left == {file.name for file in exported.model_files(path)} | {
+        f"{path.name}.json",
+        "model_card.md",
+    }
 
     checkpoint, model = load_checkpoint(ckpt), ExportedModel(path)
     for key in ("kind", "network", "class_names", "step", "code"):
@@ -108,10 +144,28 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
 
     # In the place of the checkpoint where new scans are predicted
     scan = ("--input", "data/imagesTr/case6.nii.gz", "--threads", "1")
-    out = run("predict_3d.py", "--model", str(path), *scan, "--output", str(tmp_path / "model"), cwd=workspace)
+    out = run(
+        "predict_3d.py",
+        "--model",
+        str(path),
+        *scan,
+        "--output",
+        str(tmp_path / "model"),
+        cwd=workspace,
+    )
     assert "segmented 1, there already 0, failed 0" in out.stdout
-    run("predict_3d.py", "--ckpt", str(ckpt), *scan, "--output", str(tmp_path / "ckpt"), cwd=workspace)
-    found, expected = (np.asarray(nib.load(tmp_path / k / "case6.nii.gz").dataobj) for k in ("model", "ckpt"))
+    run(
+        "predict_3d.py",
+        "--ckpt",
+        str(ckpt),
+        *scan,
+        "--output",
+        str(tmp_path / "ckpt"),
+        cwd=workspace,
+    )
+    found, expected = (
+        np.asarray(nib.load(tmp_path / k / "case6.nii.gz").dataobj) for k in ("model", "ckpt")
+    )
     assert len(np.unique(expected)) == 3 and np.array_equal(found, expected)
     about = [json.loads((tmp_path / k / "case6.json").read_text()) for k in ("model", "ckpt")]
     assert about[0]["settings"] == about[1]["settings"] | {"model": path.name}
@@ -120,36 +174,62 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
 
 def test_model_card(ckpt, tmp_path):
     summary = {
-        "split": "test", "selected_on_reported": False,
+        "split": "test",
+        "selected_on_reported": False,
         "native": {
-            "cases": 1, "counts": {"pairs": 2, "missed": 1, "spurious": 0, "absent": 0},
+            "cases": 1,
+            "counts": {"pairs": 2, "missed": 1, "spurious": 0, "absent": 0},
             "mean": {"dice": 0.4321, "jaccard": 0.3, "hd95": None, "asd": 1.0},
             "classes": {"ball": {"dice": 0.8, "jaccard": 0.6, "hd95": 3.25, "asd": 1.0}},
         },
-    }  # fmt: skip
+    }
     common = ["--ckpt", str(ckpt), "--out", str(tmp_path)]
     export.main([*common, "--format", "torchscript"])
     assert "Not measured: there is no summary.json" in (tmp_path / "model_card.md").read_text()
     ckpt.with_name("summary.json").write_text(json.dumps(summary))
     try:
-        export.main([*common, "--format", "torch_export", "--licence", "CC-BY-SA 4.0", "--intended-use", "teaching"])
+        export.main(
+            [
+                *common,
+                "--format",
+                "torch_export",
+                "--licence",
+                "CC-BY-SA 4.0",
+                "--intended-use",
+                "teaching",
+            ]
+        )
     finally:
         ckpt.with_name("summary.json").unlink()
     card = (tmp_path / "model_card.md").read_text()
     for part in (
-        "# unet for tiny", "1. ball", "axes turned to RAS", "resampled to 2.0 x 2.0 x 2.0 mm",
-        "intensities 0..100 mapped to 0..1", "windows of 16 x 16 x 16 that overlap by 0.5",
+        "# unet for tiny",
+        "1. ball",
+        "axes turned to RAS",
+        "resampled to 2.0 x 2.0 x 2.0 mm",
+        "intensities 0..100 mapped to 0..1",
+        "windows of 16 x 16 x 16 that overlap by 0.5",
         "| ball | 80.00 | 60.00 | 3.25",
-        "| mean of cases | 43.21 | 30.00 | - |", "CC-BY-SA 4.0", "teaching", "torch 2.", "--format torch_export",
-        "`model.ts`", "`model.pt2`", "5 train, 1 val, 1 test",
-    ):  # fmt: skip
+        "| mean of cases | 43.21 | 30.00 | - |",
+        "CC-BY-SA 4.0",
+        "teaching",
+        "torch 2.",
+        "--format torch_export",
+        "`model.ts`",
+        "`model.pt2`",
+        "5 train, 1 val, 1 test",
+    ):
         assert part in card, part
 
 
 def one_of_each(network):
-    """The network with one block of those that follow each other alike: exporting takes its time by their number."""
+    """The network with one block of those that follow each other alike: exporting takes its time by
+    their number.
+    """
     for name, layers in list(network.named_modules()):
-        if isinstance(layers, nn.Sequential) and all(isinstance(layer, EESP | InvertedResidual) for layer in layers):
+        if isinstance(layers, nn.Sequential) and all(
+            isinstance(layer, EESP | InvertedResidual) for layer in layers
+        ):
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, layers[:1])
     return network
@@ -157,7 +237,9 @@ def one_of_each(network):
 
 # The U-Net is in the tests above; the V-Nets of two decoders run the V-Net's layers.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resunet", "segresnet", "espnetv2", "mobile_unet", "lcovnet", "vnet", "unet2d"])
+@pytest.mark.parametrize(
+    "name", ["resunet", "segresnet", "espnetv2", "mobile_unet", "lcovnet", "vnet", "unet2d"]
+)
 def test_every_network_as_onnx_and_openvino(name, tmp_path):
     dims = NETWORKS[name].dims
     fewer = {"blocks_down": (1, 1, 1, 1)} if name == "segresnet" else {}
@@ -166,7 +248,10 @@ def test_every_network_as_onnx_and_openvino(name, tmp_path):
     size = (32,) * dims if name == "mobile_unet" else (32, 16, 48)[:dims]
     export.write_onnx(network, tmp_path / "model.onnx", torch.zeros(2, 2, *size))
     export.write_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
-    runtimes = [exported._onnx(tmp_path / "model.onnx", 1), exported._openvino(tmp_path / "model.xml", 1)]
+    runtimes = [
+        exported._onnx(tmp_path / "model.onnx", 1),
+        exported._openvino(tmp_path / "model.xml", 1),
+    ]
     for batch in (1, 3):
         image = torch.randn(batch, 2, *size)
         with torch.inference_mode():
@@ -177,18 +262,34 @@ def test_every_network_as_onnx_and_openvino(name, tmp_path):
             torch.testing.assert_close(predict(image), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("size, target", [((6, 5, 7), (5, 5, 5)), ((3, 8, 2), (5, 8, 1)), ((9, 4, 6), (1, 1, 1))])
+@pytest.mark.parametrize(
+    "size, target", [((6, 5, 7), (5, 5, 5)), ((3, 8, 2), (5, 8, 1)), ((9, 4, 6), (1, 1, 1))]
+)
 def test_average_pool_is_the_adaptive_one(size, target):
     image = torch.randn(2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(export.average_pool(image, target), F.adaptive_avg_pool3d(image, target))
+    torch.testing.assert_close(
+        export.average_pool(image, target), F.adaptive_avg_pool3d(image, target)
+    )
 
 
 @pytest.fixture(scope="module")
 def model(workspace):
     """A TorchScript model of the workspace's network."""
     out = workspace / "deployed"
-    export.main(["--ckpt", str(workspace / RUN / "last.pt"), "--format", "torchscript", "--out", str(out),
-                 "--data-root", str(workspace / "data"), "--cache-dir", str(workspace / "cache")])  # fmt: skip
+    export.main(
+        [
+            "--ckpt",
+            str(workspace / RUN / "last.pt"),
+            "--format",
+            "torchscript",
+            "--out",
+            str(out),
+            "--data-root",
+            str(workspace / "data"),
+            "--cache-dir",
+            str(workspace / "cache"),
+        ]
+    )
     return out / "model.ts"
 
 
@@ -207,7 +308,9 @@ def test_spoilt_files_are_refused(model, tmp_path):
     with path.open("r+b") as file:
         file.seek(200)
         file.write(b"\0\1\2\3")
-    with pytest.raises(CheckpointError, match=r"model.ts: damaged, or not the file that model.ts.json describes"):
+    with pytest.raises(
+        CheckpointError, match=r"model.ts: damaged, or not the file that model.ts.json describes"
+    ):
         ExportedModel(path)
     described.write_text(content[:100])
     with pytest.raises(CheckpointError, match=r"model.ts.json: not valid JSON"):
@@ -215,7 +318,9 @@ def test_spoilt_files_are_refused(model, tmp_path):
     described.write_text("[]")
     with pytest.raises(CheckpointError, match="expected an object, got list"):
         ExportedModel(path)
-    spoilt = {key: value for key, value in json.loads(content).items() if key not in ("config", "dataset")}
+    spoilt = {
+        key: value for key, value in json.loads(content).items() if key not in ("config", "dataset")
+    }
     described.write_text(json.dumps(spoilt))
     with pytest.raises(CheckpointError, match="lacks config, dataset"):
         ExportedModel(path)
@@ -259,13 +364,17 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_another_window_is_refused(model):
-    with pytest.raises(ValueError, match=r"expected an input \(B, 1, 16, 16, 16\), got \(1, 1, 24, 16, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"expected an input \(B, 1, 16, 16, 16\), got \(1, 1, 24, 16, 16\)"
+    ):
         ExportedModel(model)(torch.zeros(1, 1, 24, 16, 16))
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"--int8 needs the package onnxruntime .*requirements-export\.txt"):
+    with pytest.raises(
+        ConfigError, match=r"--int8 needs the package onnxruntime .*requirements-export\.txt"
+    ):
         exported.optional("onnxruntime", "--int8")
 
 
@@ -280,7 +389,9 @@ def test_a_model_that_differs_is_not_left_behind(ckpt, tmp_path, monkeypatch):
 
     with monkeypatch.context() as changed:
         changed.setattr(export, "write", wrong)
-        with pytest.raises(export.ExportError, match=r"differs from PyTorch by .* allowed .* the model was removed"):
+        with pytest.raises(
+            export.ExportError, match=r"differs from PyTorch by .* allowed .* the model was removed"
+        ):
             export.main(common)
     assert not (tmp_path / "out").exists()
     export.main(common)
@@ -289,7 +400,8 @@ def test_a_model_that_differs_is_not_left_behind(ckpt, tmp_path, monkeypatch):
     with pytest.raises(export.ExportError):
         export.main(common)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    export.main([*common, "--tolerance", "10", "--min-agreement", "0"])  # the bounds are what stops it
+    # the bounds are what stops it
+    export.main([*common, "--tolerance", "10", "--min-agreement", "0"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} != before
 
 
@@ -307,7 +419,10 @@ def test_without_the_data_a_generated_scan_serves(workspace, tmp_path, monkeypat
     common = ["--ckpt", str(workspace / RUN / "best.pt"), "--format", "torchscript", "--out", "out"]
     export.main(common)
     printed = capsys.readouterr()
-    assert "model.ts, a generated scan" in printed.out and "checking on a generated scan" in printed.err
+    assert (
+        "model.ts, a generated scan" in printed.out
+        and "checking on a generated scan" in printed.err
+    )
     scan = workspace / "data/imagesTr/case2.nii.gz"
     export.main([*common, "--input", str(scan)])
     assert "model.ts, the scan of --input" in capsys.readouterr().out
@@ -339,16 +454,33 @@ class Own(nn.Module):
 def test_a_network_of_ones_own(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     (workspace / "own.py").write_text(OWN)
-    train("--method", "supervised", "--student", "own.py:Own", "--opts", "max_steps=2", cwd=workspace)
-    common = ["--ckpt", "runs/tiny/supervised/Own/seed0/best.pt", "--format", "torchscript", "--out", str(tmp_path)]
+    train(
+        "--method", "supervised", "--student", "own.py:Own", "--opts", "max_steps=2", cwd=workspace
+    )
+    common = [
+        "--ckpt",
+        "runs/tiny/supervised/Own/seed0/best.pt",
+        "--format",
+        "torchscript",
+        "--out",
+        str(tmp_path),
+    ]
     with pytest.raises(CheckpointError, match=r"--plugin .*own\.py:Own"):
         export.main(common)
     export.main([*common, "--plugin", "own.py:Own"])
     assert "100.0000 % of labels agree" in capsys.readouterr().out
     (workspace / "own.py").unlink()  # the model has it
     path = str(tmp_path / "model.ts")
-    run("predict_3d.py", "--model", path, "--input", "data/imagesTr/case6.nii.gz", "--output", str(tmp_path / "out"),
-        cwd=workspace)  # fmt: skip
+    run(
+        "predict_3d.py",
+        "--model",
+        path,
+        "--input",
+        "data/imagesTr/case6.nii.gz",
+        "--output",
+        str(tmp_path / "out"),
+        cwd=workspace,
+    )
     assert (tmp_path / "out/case6.nii.gz").is_file()
 
 
@@ -358,11 +490,20 @@ def test_other_checkpoints_are_refused(tmp_path):
         export.main(["--ckpt", str(tmp_path / "x.pt"), "--format", "onnx"])
 
 
-@pytest.mark.parametrize("form, network, classes, patch, extra", [
-    ("acdc", "unet2d", ["background", "a", "b"], [32, 48], {"eval_batch": 4}),
-    ("images2d", "unet2d", ["background", "lesion"], [32, 32], {"eval_batch": 4}),
-    ("la", "vnet", ["background", "atrium"], [32, 32, 16], {"stride": [16, 24, 8], "window_batch": 2}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, network, classes, patch, extra",
+    [
+        ("acdc", "unet2d", ["background", "a", "b"], [32, 48], {"eval_batch": 4}),
+        ("images2d", "unet2d", ["background", "lesion"], [32, 32], {"eval_batch": 4}),
+        (
+            "la",
+            "vnet",
+            ["background", "atrium"],
+            [32, 32, 16],
+            {"stride": [16, 24, 8], "window_batch": 2},
+        ),
+    ],
+)
 def test_networks_of_few_labels(form, network, classes, patch, extra, tmp_path, capsys):
     built = semi_checkpoint(tmp_path / "best.pt", form, network, classes, patch, **extra)
     export.main(["--ckpt", str(tmp_path / "best.pt"), "--format", "torchscript"])
@@ -375,7 +516,16 @@ def test_networks_of_few_labels(form, network, classes, patch, extra, tmp_path, 
         isic = deployed.phantom_files(model.description, tmp_path)[0]
         for which in ("--ckpt best.pt", "--model export/model.ts"):
             flag, file = which.split()
-            run("predict_2d.py", flag, file, "--input", str(isic), "--output", flag[2:], cwd=tmp_path)
+            run(
+                "predict_2d.py",
+                flag,
+                file,
+                "--input",
+                str(isic),
+                "--output",
+                flag[2:],
+                cwd=tmp_path,
+            )
         masks = [(tmp_path / flag / "phantom.png").read_bytes() for flag in ("ckpt", "model")]
         assert masks[0] == masks[1]
     card = (tmp_path / "export/model_card.md").read_text()
@@ -383,7 +533,15 @@ def test_networks_of_few_labels(form, network, classes, patch, extra, tmp_path, 
 
 
 def test_prediction_refuses_what_a_model_cannot_do(model, workspace):
-    common = ("predict_3d.py", "--model", str(model), "--input", "data/imagesTr", "--output", "none")
+    common = (
+        "predict_3d.py",
+        "--model",
+        str(model),
+        "--input",
+        "data/imagesTr",
+        "--output",
+        "none",
+    )
     for flags in (("--fast",), ("--amp", "bf16")):
         result = run(*common, *flags, cwd=workspace, ok=False)
         assert "error: --fast, --amp: model.ts has the precision of its export" in result.stderr
@@ -393,7 +551,17 @@ def test_prediction_refuses_what_a_model_cannot_do(model, workspace):
 
 @pytest.mark.slow
 def test_int8(ckpt, tmp_path, capsys):  # of OpenVINO: tests/benchmarks/test_deployment.py
-    common = ["--ckpt", str(ckpt), "--format", "onnx", "--int8", "--calibration", "6", "--out", str(tmp_path)]
+    common = [
+        "--ckpt",
+        str(ckpt),
+        "--format",
+        "onnx",
+        "--int8",
+        "--calibration",
+        "6",
+        "--out",
+        str(tmp_path),
+    ]
     export.main([*common, "--max-dice-cost", "0.1"])
     printed = capsys.readouterr().out
     path = tmp_path / "model_int8.onnx"
@@ -410,7 +578,9 @@ def test_int8(ckpt, tmp_path, capsys):  # of OpenVINO: tests/benchmarks/test_dep
     bounds = export.parse_args([*common, "--max-dice-cost", "0.01"])
     export.enforce(bounds, "x", checks | {"dice": {"cost": 0.0099}})
     for cost in (0.0101, float("nan")):
-        with pytest.raises(export.ExportError, match=r"more than --max-dice-cost 0\.01; the model was removed"):
+        with pytest.raises(
+            export.ExportError, match=r"more than --max-dice-cost 0\.01; the model was removed"
+        ):
             export.enforce(bounds, "x", checks | {"dice": {"cost": cost}})
 
 
@@ -426,11 +596,21 @@ def test_monai_bundle(ckpt, workspace, tmp_path, capsys):
     folder = tmp_path / "bundle"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
-        "configs/inference.json", "configs/metadata.json", "docs/README.md", "docs/metadata_schema.json",
-        "models/model.ts", "models/model.ts.json",
-    }  # fmt: skip
+        "configs/inference.json",
+        "configs/metadata.json",
+        "docs/README.md",
+        "docs/metadata_schema.json",
+        "models/model.ts",
+        "models/model.ts.json",
+    }
 
-    verify = ("verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", "docs/metadata_schema.json")
+    verify = (
+        "verify_metadata",
+        "--meta_file",
+        "configs/metadata.json",
+        "--filepath",
+        "docs/metadata_schema.json",
+    )
     result = monai(*verify, cwd=folder)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "metadata is verified with no error" in result.stdout + result.stderr
@@ -444,14 +624,22 @@ def test_monai_bundle(ckpt, workspace, tmp_path, capsys):
 
     # From inside the bundle, on scans in two orientations, with nothing of ours on the path
     result = monai(
-        "run", "--config_file", "configs/inference.json", "--dataset_dir", workspace / "data/imagesTr",
-        "--output_dir", tmp_path / "labels", cwd=folder,
-    )  # fmt: skip
+        "run",
+        "--config_file",
+        "configs/inference.json",
+        "--dataset_dir",
+        workspace / "data/imagesTr",
+        "--output_dir",
+        tmp_path / "labels",
+        cwd=folder,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     made = sorted(path.name for path in (tmp_path / "labels").iterdir())
     assert made == [f"case{k}.nii.gz" for k in range(7)]
     run("test_3d.py", "--ckpt", str(ckpt), "--out", str(tmp_path / "tested"), cwd=workspace)
-    ours, theirs = (nib.load(tmp_path / part / "case6.nii.gz") for part in ("tested/predictions", "labels"))
+    ours, theirs = (
+        nib.load(tmp_path / part / "case6.nii.gz") for part in ("tested/predictions", "labels")
+    )
     np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-5)
     ours, theirs = np.asarray(ours.dataobj), np.asarray(theirs.dataobj)
     assert len(np.unique(ours)) > 1
@@ -467,16 +655,40 @@ def test_bundle_of_regions(tmp_path, monkeypatch, capsys):
     names = ["tumour core", "whole tumour", "enhancing tumour"]
     network = build_network("unet", 4, 3, channels=[2, 4, 4, 8])
     nn.init.constant_(network.up_layer3.conv.bias, 0.02)  # or hardly any voxel were in a region
-    atomic_save({
-        "kind": "3d", "class_names": names, "code": "test", "step": 2,
-        "network": {"name": "unet", "in_channels": 4, "num_classes": 3, "arguments": {"channels": [2, 4, 4, 8]}},
-        "config": {
-            "dataset": "tiny", "method": "supervised", "preset": "clean", "seed": 0, "max_steps": 2, "overlap": 0.5,
-            "patch_size": [16, 16, 16], "tag": "", "window_batch": 2,
+    atomic_save(
+        {
+            "kind": "3d",
+            "class_names": names,
+            "code": "test",
+            "step": 2,
+            "network": {
+                "name": "unet",
+                "in_channels": 4,
+                "num_classes": 3,
+                "arguments": {"channels": [2, 4, 4, 8]},
+            },
+            "config": {
+                "dataset": "tiny",
+                "method": "supervised",
+                "preset": "clean",
+                "seed": 0,
+                "max_steps": 2,
+                "overlap": 0.5,
+                "patch_size": [16, 16, 16],
+                "tag": "",
+                "window_batch": 2,
+            },
+            "dataset": {
+                "format": "brats",
+                "root": "data",
+                "datalist": "dataset_0.json",
+                "class_names": names,
+            },
+            "cases": {"train": ["case0"], "val": ["case1"], "test": ["case2"]},
+            "weights": network.state_dict(),
         },
-        "dataset": {"format": "brats", "root": "data", "datalist": "dataset_0.json", "class_names": names},
-        "cases": {"train": ["case0"], "val": ["case1"], "test": ["case2"]}, "weights": network.state_dict(),
-    }, tmp_path / "best.pt")  # fmt: skip
+        tmp_path / "best.pt",
+    )
     monkeypatch.chdir(tmp_path)
     export.main(["--ckpt", "best.pt", "--format", "monai_bundle", "--min-agreement", "1"])
     assert "100.0000 % of the file's voxels labelled as PyTorch does" in capsys.readouterr().out
@@ -487,7 +699,9 @@ def test_bundle_of_regions(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_bundle_of_few_labels(tmp_path, capsys):
     extra = {"stride": [16, 24, 8], "window_batch": 2}
-    semi_checkpoint(tmp_path / "best.pt", "la", "vnet", ["background", "atrium"], [32, 32, 16], **extra)
+    semi_checkpoint(
+        tmp_path / "best.pt", "la", "vnet", ["background", "atrium"], [32, 32, 16], **extra
+    )
     export.main(["--ckpt", str(tmp_path / "best.pt"), "--format", "monai_bundle"])
     assert "bundle, run by MONAI on a generated scan: " in capsys.readouterr().out
 

@@ -1,4 +1,6 @@
-"""Released checkpoints: roles, aliases, unused tensors, refusals; the result is a checkpoint of ours."""
+"""Released checkpoints: roles, aliases, unused tensors, refusals; the result is a checkpoint of
+ours.
+"""
 
 import json
 import os
@@ -21,46 +23,75 @@ from tools.import_checkpoint import diagnosis, main
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ConfigError, load_config
 
-# Different widths, as in the released networks: where two are equal, a shortcut convolution falls away.
+# Different widths, as in the released networks: where two are equal, a shortcut convolution falls
+# away.
 SMALL = {
-    "resunet": {"channels": [4, 8, 16, 32]}, "segresnet": {"init_filters": 4}, "unet": {"channels": [4, 8, 16, 32]},
-    "espnetv2": {"channels": [16, 32, 48, 64]}, "mobile_unet": {"width": 0.5},
-    "lcovnet": {"channels": [4, 8, 16, 32, 64]}, "unet2d": {"channels": [4, 6, 8, 10, 12]}, "vnet": {"n_filters": 4},
-    "vnet_dual": {"n_filters": 4}, "vnet_lefed": {"n_filters": 4},
-}  # fmt: skip
+    "resunet": {"channels": [4, 8, 16, 32]},
+    "segresnet": {"init_filters": 4},
+    "unet": {"channels": [4, 8, 16, 32]},
+    "espnetv2": {"channels": [16, 32, 48, 64]},
+    "mobile_unet": {"width": 0.5},
+    "lcovnet": {"channels": [4, 8, 16, 32, 64]},
+    "unet2d": {"channels": [4, 6, 8, 10, 12]},
+    "vnet": {"n_filters": 4},
+    "vnet_dual": {"n_filters": 4},
+    "vnet_lefed": {"n_filters": 4},
+}
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A configuration with three tiny scans, three classes and narrow networks; runs go to tmp_path/runs."""
+    """A configuration with three tiny scans, three classes and narrow networks; runs go to
+    tmp_path/runs.
+    """
     monkeypatch.chdir(tmp_path)
     entries = []
     for k in range(3):
-        for kind, values in (("image", np.arange(512).reshape(8, 8, 8) % 97), ("label", np.zeros((8, 8, 8)))):
-            nib.save(nib.Nifti1Image(values.astype(np.int16), np.eye(4)), tmp_path / f"{kind}{k}.nii.gz")
+        for kind, values in (
+            ("image", np.arange(512).reshape(8, 8, 8) % 97),
+            ("label", np.zeros((8, 8, 8))),
+        ):
+            nib.save(
+                nib.Nifti1Image(values.astype(np.int16), np.eye(4)), tmp_path / f"{kind}{k}.nii.gz"
+            )
         entries.append({"image": f"image{k}.nii.gz", "label": f"label{k}.nii.gz"})
-    (tmp_path / "dataset.json").write_text(json.dumps({"training": entries[:2], "validation": entries[2:]}))
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"training": entries[:2], "validation": entries[2:]})
+    )
     values = {
-        "dataset": "tiny", "data_root": str(tmp_path), "datalist": "dataset.json", "max_steps": 4,
-        "class_names": ["background", "a", "b"], "patch_size": [32, 32, 32], "network_args": SMALL,
-    }  # fmt: skip
+        "dataset": "tiny",
+        "data_root": str(tmp_path),
+        "datalist": "dataset.json",
+        "max_steps": 4,
+        "class_names": ["background", "a", "b"],
+        "patch_size": [32, 32, 32],
+        "network_args": SMALL,
+    }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     return "tiny.yaml"
 
 
 def released(name, classes=3):
-    """A network as released files hold it: unused tensors allocated, LCOV-Net's convolutions under two names."""
+    """A network as released files hold it: unused tensors allocated, LCOV-Net's convolutions under
+    two names.
+    """
     flag = "released_layout" if name == "unet2d" else "allocate_unused"
     extra = {flag: True} if getattr(NETWORKS[name], "unused_keys", ()) else {}
     state = build_network(name, 1, classes, **SMALL[name], **extra).state_dict()
     if name == "lcovnet":
-        state |= {re.sub(r"\.conv\.", ".conv1.", k): v for k, v in state.items() if re.match(r"up[1-4]\.conv\.", k)}
+        state |= {
+            re.sub(r"\.conv\.", ".conv1.", k): v
+            for k, v in state.items()
+            if re.match(r"up[1-4]\.conv\.", k)
+        }
     return state
 
 
 def save(path, roles, **meta):
     """Write a file with the state dicts of `roles`: {prefix: state}."""
-    state = OrderedDict((prefix + key, value) for prefix, tensors in roles.items() for key, value in tensors.items())
+    state = OrderedDict(
+        (prefix + key, value) for prefix, tensors in roles.items() for key, value in tensors.items()
+    )
     torch.save({"meta": {"epoch": 800, "iter": 19200, **meta}, "state_dict": state}, path)
 
 
@@ -75,11 +106,23 @@ def test_teacher_of_a_supervised_run(config):
     # The distillation script takes it as a teacher, and test_3d.py finds every key it reads.
     cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, config))
     dataset = build_dataset(**checkpoint["dataset"])
-    teacher, scores = train_3d_distill.load_teacher(Namespace(config=config, plugins={}), cfg, dataset, [])
+    teacher, scores = train_3d_distill.load_teacher(
+        Namespace(config=config, plugins={}), cfg, dataset, []
+    )
     assert scores is None  # imported weights bring none
     assert all(torch.equal(teacher.state_dict()[key], value) for key, value in state.items())
     assert checkpoint["kind"] == "3d"
-    keys = {"dataset", "method", "preset", "teacher", "seed", "tag", "max_steps", "patch_size", "overlap"}
+    keys = {
+        "dataset",
+        "method",
+        "preset",
+        "teacher",
+        "seed",
+        "tag",
+        "max_steps",
+        "patch_size",
+        "overlap",
+    }
     assert keys <= checkpoint["config"].keys()
     with pytest.raises(CheckpointError, match="exists already"):
         main(["--ckpt", "released.pth", "--config", config, "--network", "resunet"])
@@ -87,12 +130,18 @@ def test_teacher_of_a_supervised_run(config):
 
 def test_student_and_teacher_of_a_distillation_run(config):
     student, teacher = released("lcovnet"), released("resunet")
-    save("both.pth", {
-        "architecture.segmentor.backbone.": student, "teacher.segmentor.backbone.": teacher,
-        "distiller.distill_losses.loss_afd.": {"attn.weight": torch.zeros(2)},
-    })  # fmt: skip
+    save(
+        "both.pth",
+        {
+            "architecture.segmentor.backbone.": student,
+            "teacher.segmentor.backbone.": teacher,
+            "distiller.distill_losses.loss_afd.": {"attn.weight": torch.zeros(2)},
+        },
+    )
     common = ["--ckpt", "both.pth", "--config", config]
-    with pytest.raises(CheckpointError, match=r"several networks: student \(\d+ tensors\), teacher \(\d+ tensors\)"):
+    with pytest.raises(
+        CheckpointError, match=r"several networks: student \(\d+ tensors\), teacher \(\d+ tensors\)"
+    ):
         main([*common, "--network", "lcovnet"])
     with pytest.raises(CheckpointError, match="holds no teacher-run"):
         main([*common, "--network", "lcovnet", "--role", "teacher-run"])
@@ -109,7 +158,10 @@ def test_student_and_teacher_of_a_distillation_run(config):
 
 def test_bare_state_dict(config):
     torch.save(released("unet"), "bare.pth")
-    assert main(["--ckpt", "bare.pth", "--config", config, "--network", "unet", "--out", "unet.pt"]) == 0
+    assert (
+        main(["--ckpt", "bare.pth", "--config", config, "--network", "unet", "--out", "unet.pt"])
+        == 0
+    )
     assert load_checkpoint("unet.pt")["step"] == 0
 
 
@@ -117,7 +169,10 @@ def test_bare_state_dict(config):
 def test_unused_tensors_are_left_out(config, name):
     state = released(name)
     save("released.pth", {"segmentor.backbone.": state})
-    assert main(["--ckpt", "released.pth", "--config", config, "--network", name, "--out", "x.pt"]) == 0
+    assert (
+        main(["--ckpt", "released.pth", "--config", config, "--network", name, "--out", "x.pt"])
+        == 0
+    )
     own = build_network(name, 1, 3, **SMALL[name]).state_dict()
     assert load_checkpoint("x.pt")["weights"].keys() == own.keys()
     assert len(own) < len(state)
@@ -125,7 +180,9 @@ def test_unused_tensors_are_left_out(config, name):
 
 def test_aliases_that_differ_are_refused(config):
     state = released("lcovnet")
-    key = next(key for key in state if ".conv1." in key and "weight" in key and key.startswith("up1"))
+    key = next(
+        key for key in state if ".conv1." in key and "weight" in key and key.startswith("up1")
+    )
     state[key] = state[key] + 1
     save("released.pth", {"segmentor.backbone.": state})
     with pytest.raises(CheckpointError, match="one tensor under two names, but differ"):
@@ -171,8 +228,11 @@ def test_damaged_missing_and_foreign_files(config):
     torch.save([1, 2], "list.pth")
     torch.save({"state_dict": {"epoch": 3}}, "empty.pth")
     for name, message in (
-        ("damaged", "damaged or not"), ("missing", "no such checkpoint"), ("list", "got list"), ("empty", "no tensors"),
-    ):  # fmt: skip
+        ("damaged", "damaged or not"),
+        ("missing", "no such checkpoint"),
+        ("list", "got list"),
+        ("empty", "no tensors"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             main(["--ckpt", f"{name}.pth", "--config", config, "--network", "unet"])
 
@@ -190,11 +250,21 @@ def test_log_buffers_and_numpy_scalars_become_placeholders(config, monkeypatch):
             return self.values.mean()
 
     HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
-    HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = module.__name__, "HistoryBuffer.mean"
+    HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = (
+        module.__name__,
+        "HistoryBuffer.mean",
+    )
     module.HistoryBuffer = HistoryBuffer
     for name in ("mmengine", "mmengine.logging"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    save("log.pth", {"segmentor.backbone.": released("unet")}, best=np.float32(81.7), buffer=HistoryBuffer())
-    assert main(["--ckpt", "log.pth", "--config", config, "--network", "unet", "--out", "x.pt"]) == 0
+    save(
+        "log.pth",
+        {"segmentor.backbone.": released("unet")},
+        best=np.float32(81.7),
+        buffer=HistoryBuffer(),
+    )
+    assert (
+        main(["--ckpt", "log.pth", "--config", config, "--network", "unet", "--out", "x.pt"]) == 0
+    )
     assert load_checkpoint("x.pt")["step"] == 19200

@@ -1,4 +1,6 @@
-"""The report of run folders: what it holds, counts and compares. Real trainings and a browser: test_report_browser."""
+"""The report of run folders: what it holds, counts and compares. Real trainings and a browser:
+test_report_browser.
+"""
 
 import re
 
@@ -14,7 +16,9 @@ from utils.statistics import average_seeds, case_means, paired_comparison
 
 
 def report(*folders, cwd, ok=True, options=()):
-    result = run("tools/report.py", *map(str, folders), "--out", "page.html", *options, cwd=cwd, ok=ok)
+    result = run(
+        "tools/report.py", *map(str, folders), "--out", "page.html", *options, cwd=cwd, ok=ok
+    )
     return (cwd / "page.html").read_text(encoding="utf-8") if ok else result.stderr
 
 
@@ -27,7 +31,10 @@ def section(page, name):
 def table_rows(text):
     """The rows of the tables in a piece of HTML, as lists of texts."""
     rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
-    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+    return [
+        [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+        for row in rows
+    ]
 
 
 @pytest.fixture
@@ -48,10 +55,20 @@ def page(tmp_path_factory):
 def test_one_run(page):
     rows = table_rows(section(page, "summary"))
     assert rows[1][0] == "unet ← resunet, kd" and "1 of 36" in rows[1] and "1,234,567" in rows[1]
-    assert any(cell.endswith(" / 30.50*") for cell in rows[1])  # the distance with the miss as the diagonal
+    # the distance with the miss as the diagonal
+    assert any(cell.endswith(" / 30.50*") for cell in rows[1])
     assert "* with missed and wrongly predicted organs" in section(page, "summary")
     assert section(page, "comparison") is None
-    for name in ("teacher", "classes", "cases", "pictures", "training", "validation", "terms", "settings"):
+    for name in (
+        "teacher",
+        "classes",
+        "cases",
+        "pictures",
+        "training",
+        "validation",
+        "terms",
+        "settings",
+    ):
         assert section(page, name), name
 
 
@@ -86,14 +103,20 @@ def test_every_term_and_every_class_has_its_curve(page):
 
 def test_terms_are_explained(page):
     terms = section(page, "terms")
-    assert "The term &#x27;kd&#x27; is negligible: at most 0.4 % of the gradient norm in 5 measurements" in terms
+    assert (
+        "The term &#x27;kd&#x27; is negligible: at most 0.4 % of the gradient norm in 5 "
+        "measurements" in terms
+    )
     row = next(row for row in table_rows(terms) if row[0] == "kd")
     assert row == ["kd", "60.0", "0.4", "0.4 to 0.4", "+0.20", "5"]
 
 
 def test_a_teacher_that_is_no_better(runs, tmp_path):
     page = report(write_run(runs, teacher_dice=0.6), cwd=tmp_path)
-    assert "The teacher is not better than the student on the validation cases: Dice 0.6000" in section(page, "terms")
+    assert (
+        "The teacher is not better than the student on the validation cases: Dice 0.6000"
+        in section(page, "terms")
+    )
 
 
 def test_a_log_without_measurements_says_so(runs, tmp_path):
@@ -119,11 +142,16 @@ def test_seeds_are_one_cell_in_a_comparison(runs, tmp_path):
     comparison = section(report(*alone, *taught, cwd=tmp_path), "comparison")
     row = next(row for row in table_rows(comparison) if "seeds) −" in row[0])
     assert row[0] == "unet ← resunet, kd (2 seeds) − unet, supervised (2 seeds)" and row[1] == "12"
-    means = {folder: case_means({"": read_rows(folder / "metrics.csv", "resampled")}, "dice")[0][""]
-             for folder in (*alone, *taught)}  # fmt: skip
-    (expected,) = paired_comparison({
-        "alone": average_seeds([means[f] for f in alone]), "taught": average_seeds([means[f] for f in taught]),
-    })  # fmt: skip
+    means = {
+        folder: case_means({"": read_rows(folder / "metrics.csv", "resampled")}, "dice")[0][""]
+        for folder in (*alone, *taught)
+    }
+    (expected,) = paired_comparison(
+        {
+            "alone": average_seeds([means[f] for f in alone]),
+            "taught": average_seeds([means[f] for f in taught]),
+        }
+    )
     assert row[4] == f"+{100 * expected['difference']:.2f}"
     assert row[5] == f"+{100 * expected['low']:.2f} to +{100 * expected['high']:.2f}"
     assert row[8] == (f"{expected['p']:.4f}" if expected["p"] < 0.01 else f"{expected['p']:.3f}")
@@ -132,16 +160,23 @@ def test_seeds_are_one_cell_in_a_comparison(runs, tmp_path):
 
 
 def test_three_runs_are_compared_in_pairs_or_with_the_first(runs, tmp_path):
-    folders = [write_run(runs, "supervised"), write_run(runs, "kd"), write_run(runs, "cwd", gain=0.1)]
+    folders = [
+        write_run(runs, "supervised"),
+        write_run(runs, "kd"),
+        write_run(runs, "cwd", gain=0.1),
+    ]
     text = section(report(*folders, cwd=tmp_path), "comparison")
-    assert sum("−" in row[0] and "first" not in row[0] for row in table_rows(text)) == 6  # 3 pairs, 2 metrics
+    # 3 pairs, 2 metrics
+    assert sum("−" in row[0] and "first" not in row[0] for row in table_rows(text)) == 6
     text = section(report(*folders, cwd=tmp_path, options=["--against-first"]), "comparison")
     assert sum("−" in row[0] and "first" not in row[0] for row in table_rows(text)) == 4
 
 
 def test_few_cases_are_pointed_out(runs, tmp_path):
     folders = [write_run(runs, "supervised", cases=4), write_run(runs, "kd", cases=4, gain=0.1)]
-    assert "so few differing cases can give is 0.125" in section(report(*folders, cwd=tmp_path), "comparison")
+    assert "so few differing cases can give is 0.125" in section(
+        report(*folders, cwd=tmp_path), "comparison"
+    )
 
 
 def test_runs_without_scores_say_how_to_make_them(runs, tmp_path):
@@ -153,9 +188,14 @@ def test_runs_without_scores_say_how_to_make_them(runs, tmp_path):
 
 
 def test_runs_with_few_labels(runs, tmp_path):
-    folders = [write_run(runs, "supervised", few_labels=True), write_run(runs, "crkd", few_labels=True, gain=0.1)]
+    folders = [
+        write_run(runs, "supervised", few_labels=True),
+        write_run(runs, "crkd", few_labels=True, gain=0.1),
+    ]
     page = report(*folders, cwd=tmp_path)
-    assert "HD95, voxels" in section(page, "summary") and "unet2d, 3 labelled, crkd" in section(page, "comparison")
+    assert "HD95, voxels" in section(page, "summary") and "unet2d, 3 labelled, crkd" in section(
+        page, "comparison"
+    )
     assert section(page, "teacher") is None
     assert "python test_2d.py" in section(page, "pictures")  # there is no data set here
 
@@ -188,7 +228,9 @@ def test_names_with_markup_are_text(runs, tmp_path):
     assert "&lt;b onclick=" in page
 
 
-@pytest.mark.parametrize("content", ["", '{"step": 9, "kind": "train", "loss": 1.0}\n{"step": 19, "ki'])
+@pytest.mark.parametrize(
+    "content", ["", '{"step": 9, "kind": "train", "loss": 1.0}\n{"step": 19, "ki']
+)
 def test_a_log_that_is_empty_or_cut_off(runs, tmp_path, content):
     folder = write_run(runs)
     (folder / "log.jsonl").write_text(content)
@@ -202,7 +244,9 @@ def test_runs_of_equal_names_are_told_apart(runs, tmp_path):
     assert section(page, "comparison") is None  # seeds of one cell are not compared
 
 
-@pytest.mark.parametrize("name, expected", [("nowhere", "no such folder"), (".", "neither config.yaml nor best.pt")])
+@pytest.mark.parametrize(
+    "name, expected", [("nowhere", "no such folder"), (".", "neither config.yaml nor best.pt")]
+)
 def test_what_is_no_run(tmp_path, name, expected):
     assert expected in report(tmp_path / name, cwd=tmp_path, ok=False)
 

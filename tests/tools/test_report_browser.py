@@ -1,7 +1,9 @@
-"""Reports of real, tiny runs in a headless browser: what a reader sees, sorts and reads without a mouse or a network.
+"""Reports of real, tiny runs in a headless browser: what a reader sees, sorts and reads without a
+mouse or a network.
 
-Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver). Continuous integration installs them
-and fails without; on another machine without them these tests are skipped, and say so.
+Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver). Continuous
+integration installs them and fails without; on another machine without them these tests are
+skipped, and say so.
 """
 
 import os
@@ -23,7 +25,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    binary = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     driver = shutil.which("chromedriver")
     if not binary or not driver:
         reason = "needs Chromium and chromedriver: apt-get install chromium chromium-driver"
@@ -34,10 +40,17 @@ def browser(tmp_path_factory):
     options.binary_location = binary
     profile = tmp_path_factory.mktemp("profile")
     for flag in (
-        "headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-sync",
-        "disable-background-networking", "disable-component-update", f"user-data-dir={profile}",
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "no-first-run",
+        "disable-sync",
+        "disable-background-networking",
+        "disable-component-update",
+        f"user-data-dir={profile}",
         "window-size=1200,900",
-    ):  # fmt: skip
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -64,7 +77,10 @@ def page(tmp_path_factory):
 def many_cases(tmp_path_factory):
     """A report of generated scores, which differ from case to case."""
     folder = tmp_path_factory.mktemp("many")
-    runs = [write_run(folder / "runs", "supervised", cases=20), write_run(folder / "runs", gain=0.04, cases=20)]
+    runs = [
+        write_run(folder / "runs", "supervised", cases=20),
+        write_run(folder / "runs", gain=0.04, cases=20),
+    ]
     run("tools/report.py", *map(str, runs), "--out", "page.html", cwd=folder)
     return folder / "page.html"
 
@@ -72,9 +88,10 @@ def many_cases(tmp_path_factory):
 def opened(browser, path, width=1200, scheme="light"):
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False,
-    })  # fmt: skip
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
     browser.get_log("browser")
     browser.get_log("performance")
     browser.get(path.as_uri())
@@ -99,13 +116,25 @@ def test_a_report_of_real_runs(browser, page, tmp_path):
     assert "2 runs on tiny" in browser.find_element(By.TAG_NAME, "h1").text
     sections = [each.text for each in browser.find_elements(By.TAG_NAME, "h2")]
     assert sections == [
-        "Summary", "Comparison", "Teacher and student", "Classes", "Cases", "Pictures", "Training", "Validation",
-        "Loss terms", "Settings",
-    ]  # fmt: skip
-    # One test case is best, median and worst: of each run an image, a ground truth and a prediction, all decoded.
+        "Summary",
+        "Comparison",
+        "Teacher and student",
+        "Classes",
+        "Cases",
+        "Pictures",
+        "Training",
+        "Validation",
+        "Loss terms",
+        "Settings",
+    ]
+    # One test case is best, median and worst: of each run an image, a ground truth and a
+    # prediction, all decoded.
     pictures = browser.find_elements(By.CSS_SELECTOR, "#pictures img")
     assert len(pictures) == 6
-    assert all(int(browser.execute_script("return arguments[0].naturalWidth", each)) > 100 for each in pictures)
+    assert all(
+        int(browser.execute_script("return arguments[0].naturalWidth", each)) > 100
+        for each in pictures
+    )
     assert "best, median, worst: case6" in browser.find_element(By.ID, "pictures").text
     charts = browser.find_elements(By.CSS_SELECTOR, ".chart svg")
     assert len(charts) == 20
@@ -114,8 +143,14 @@ def test_a_report_of_real_runs(browser, page, tmp_path):
     for name in ("seg", "afd", "cfd", "hbd", "sbd"):
         assert name in terms
     # Nothing was fetched, and nothing went wrong.
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
-    requests = [e["message"] for e in browser.get_log("performance") if "Network.requestWillBeSent\"" in e["message"]]
+    assert [
+        entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ] == []
+    requests = [
+        e["message"]
+        for e in browser.get_log("performance")
+        if 'Network.requestWillBeSent"' in e["message"]
+    ]
     assert all('"url":"file:' in r or '"url":"data:' in r for r in requests), requests
     shot = screenshot(browser, tmp_path / "page.png")
     assert shot.shape[:2] == (900, 1200)
@@ -135,14 +170,20 @@ def test_pressing_a_heading_sorts(browser, many_cases):
     headings[1].find_element(By.TAG_NAME, "button").click()
     assert headings[1].get_attribute("aria-sort") == "descending"
     assert [float(value) for _, value in column(table, 1)] == sorted(unsorted, reverse=True)
-    # Another column takes over; rows go as a whole, and what is undefined stays at the end in both directions.
+    # Another column takes over; rows go as a whole, and what is undefined stays at the end in both
+    # directions.
     duct = len(headings) - 1
     for order in ("ascending", "descending"):
         headings[duct].find_element(By.TAG_NAME, "button").click()
-        assert headings[duct].get_attribute("aria-sort") == order and headings[1].get_attribute("aria-sort") == "none"
+        assert (
+            headings[duct].get_attribute("aria-sort") == order
+            and headings[1].get_attribute("aria-sort") == "none"
+        )
         values = [value for _, value in column(table, duct)]
         assert values[-1] == "" and "" not in values[:-1]
-        assert [float(v) for v in values[:-1]] == sorted((float(v) for v in values[:-1]), reverse=order != "ascending")
+        assert [float(v) for v in values[:-1]] == sorted(
+            (float(v) for v in values[:-1]), reverse=order != "ascending"
+        )
         assert column(table, 0)[-1][0] == "case02"
     assert ("missed", "0") in column(table, duct)
 
@@ -175,7 +216,8 @@ def test_the_page_fits_its_window(browser, request, name, width):
 def test_light_and_dark(browser, many_cases, tmp_path):
     """Paper and ink change places, and the text of charts goes along."""
     light, dark = (
-        screenshot(opened(browser, many_cases, scheme=scheme), tmp_path / "window.png") for scheme in ("light", "dark")
+        screenshot(opened(browser, many_cases, scheme=scheme), tmp_path / "window.png")
+        for scheme in ("light", "dark")
     )
     assert light.mean() > 200 and dark.mean() < 70
     colour = browser.execute_script(

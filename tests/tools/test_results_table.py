@@ -1,4 +1,6 @@
-"""Tables: explicit runs, and the published layout with means over seeds, presets apart and published figures."""
+"""Tables: explicit runs, and the published layout with means over seeds, presets apart and
+published figures.
+"""
 
 import csv
 import json
@@ -12,16 +14,36 @@ from networks import NETWORKS
 from tools import results_table
 
 
-def summary(dice=0.7, hd95=10.0, seed=0, method="supervised", teacher=None, student="unet", **values):
+def summary(
+    dice=0.7, hd95=10.0, seed=0, method="supervised", teacher=None, student="unet", **values
+):
     mean = {"dice": dice, "jaccard": dice / 2, "hd95": hd95, "asd": 1.0}
     space = {"mean": mean, "cases": 6, "counts": {"missed": 1, "spurious": 0, "pairs": 78}}
     space["penalised"] = {"mean": {"hd95": 15.0, "asd": 4.0}}
     return {
-        "dataset": "btcv", "method": method, "teacher": teacher, "student": student, "seed": seed, "preset": "clean",
-        "tag": "", "checkpoint": "best.pt", "step": 90, "max_steps": 100, "split": "val", "selected_on_reported": True,
-        "hd95_definition": "pooled", "resampled": space, "native": space, "parameters": 1961012, "gmacs": 8.1219,
-        "patch_size": [96, 96, 96], "ms_per_volume": 12.0, "device": "CPU", "threads": 1, **values,
-    }  # fmt: skip
+        "dataset": "btcv",
+        "method": method,
+        "teacher": teacher,
+        "student": student,
+        "seed": seed,
+        "preset": "clean",
+        "tag": "",
+        "checkpoint": "best.pt",
+        "step": 90,
+        "max_steps": 100,
+        "split": "val",
+        "selected_on_reported": True,
+        "hd95_definition": "pooled",
+        "resampled": space,
+        "native": space,
+        "parameters": 1961012,
+        "gmacs": 8.1219,
+        "patch_size": [96, 96, 96],
+        "ms_per_volume": 12.0,
+        "device": "CPU",
+        "threads": 1,
+        **values,
+    }
 
 
 def write(folder, **values):
@@ -39,7 +61,11 @@ def run(monkeypatch, capsys, *arguments):
 def row(output, title, start):
     """Cells of the line that begins with `start` in the table under the heading `title`."""
     table = output.split(f"### {title}\n")[1].split("###")[0]
-    return [[part.strip() for part in line.strip("|").split("|")] for line in table.splitlines() if start in line]
+    return [
+        [part.strip() for part in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if start in line
+    ]
 
 
 def test_explicit_runs(tmp_path, monkeypatch, capsys):
@@ -65,30 +91,73 @@ def test_published_layout(tmp_path, monkeypatch, capsys):
         write(runs / f"btcv/supervised/unet/seed{seed}", dice=dice, seed=seed)
     taught = {"method": "acf_bckd", "teacher": "resunet"}
     write(
-        runs / "btcv/acf_bckd/resunet-unet/seed0", dice=0.762, hd95=20.0,
-        published_protocol={"dice": 76.0, "hd95_voxels": 11.25, "hd95_voxels_penalised": 13.5}, **taught,
-    )  # fmt: skip
-    write(runs / "btcv/acf_bckd-as_released/resunet-unet/seed0", dice=0.75, preset="as_released", **taught)
+        runs / "btcv/acf_bckd/resunet-unet/seed0",
+        dice=0.762,
+        hd95=20.0,
+        published_protocol={"dice": 76.0, "hd95_voxels": 11.25, "hd95_voxels_penalised": 13.5},
+        **taught,
+    )
+    write(
+        runs / "btcv/acf_bckd-as_released/resunet-unet/seed0",
+        dice=0.75,
+        preset="as_released",
+        **taught,
+    )
     write(runs / "btcv/acf_bckd/resunet-unet/seed0-wide", dice=0.1, tag="wide", **taught)
     write(runs / "btcv/cwd/segresnet-unet/seed0", method="cwd", teacher="segresnet", hd95=None)
     write(runs / "word/supervised/unet/seed0", dataset="word", dice=0.5)
     layout = ("--layout", "kd", "--runs-dir", runs, "--dataset", "btcv")
     output = run(monkeypatch, capsys, *layout, "--csv", tmp_path / "x")
     assert row(output, "btcv: trained alone", "| U-Net") == [
-        ["U-Net", "1,961,012", "8.12", "65.00 ± 1.00 / 10.00 ± 0.00 / 15.00*, missed 2/156", "2",
-            "65.08 ± 0.87 / 31.55 vox"]
+        [
+            "U-Net",
+            "1,961,012",
+            "8.12",
+            "65.00 ± 1.00 / 10.00 ± 0.00 / 15.00*, missed 2/156",
+            "2",
+            "65.08 ± 0.87 / 31.55 vox",
+        ]
     ]
     assert row(output, "btcv: trained alone", "LCOV-Net")[0][3] == "not run"
     assert row(output, "btcv: ACF-BCKD", "| U-Net") == [
-        ["U-Net", "1,961,012", "8.12", "clean", "76.20 / 20.00 / 15.00* (11.25 / 13.50* vox), missed 1/78", "1",
+        [
+            "U-Net",
+            "1,961,012",
+            "8.12",
+            "clean",
+            "76.20 / 20.00 / 15.00* (11.25 / 13.50* vox), missed 1/78",
+            "1",
             "76.28",
-         "not run", "-", "76.33"],
-        ["U-Net", "1,961,012", "8.12", "as_released", "75.00 / 10.00 / 15.00*, missed 1/78", "1", "76.28",
-         "not run", "-", "76.33"],
+            "not run",
+            "-",
+            "76.33",
+        ],
+        [
+            "U-Net",
+            "1,961,012",
+            "8.12",
+            "as_released",
+            "75.00 / 10.00 / 15.00*, missed 1/78",
+            "1",
+            "76.28",
+            "not run",
+            "-",
+            "76.33",
+        ],
     ]
     assert row(output, "btcv: methods, student U-Net", "CWD") == [
-        ["CWD", "1,961,012", "8.12", "clean", "not run", "-", "75.84", "70.00 / - / 15.00*, missed 1/78", "1",
-         "75.76"]
+        [
+            "CWD",
+            "1,961,012",
+            "8.12",
+            "clean",
+            "not run",
+            "-",
+            "75.84",
+            "70.00 / - / 15.00*, missed 1/78",
+            "1",
+            "75.76",
+        ]
     ]
     assert "voxels of the resampled grid" in output
     assert "1 tagged run(s) left out" in output
@@ -96,15 +165,25 @@ def test_published_layout(tmp_path, monkeypatch, capsys):
     with (tmp_path / "x").open(encoding="utf-8") as file:
         cells = list(csv.DictReader(file))
     assert len(cells) == 6 + 2 * (4 + 1) + 2 * 9
-    alone = next(cell for cell in cells if cell["method"] == "supervised" and cell["student"] == "unet")
+    alone = next(
+        cell for cell in cells if cell["method"] == "supervised" and cell["student"] == "unet"
+    )
     assert (alone["dice"], alone["dice_std"], alone["seeds"]) == ("65.00", "1.00", "0 1")
     assert (alone["published_dice"], alone["published_hd95_voxels"]) == ("65.08", "31.55")
 
 
 def test_a_dataset_without_published_figures(tmp_path, monkeypatch, capsys):
-    write(tmp_path / "runs/own/kd/resunet-unet/seed0", dataset="own", method="kd", teacher="resunet")
-    output = run(monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path / "runs", "--dataset", "own")
-    assert row(output, "own: methods, student U-Net", "KD")[0][4:7] == ["70.00 / 10.00 / 15.00*, missed 1/78", "1", "-"]
+    write(
+        tmp_path / "runs/own/kd/resunet-unet/seed0", dataset="own", method="kd", teacher="resunet"
+    )
+    output = run(
+        monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path / "runs", "--dataset", "own"
+    )
+    assert row(output, "own: methods, student U-Net", "KD")[0][4:7] == [
+        "70.00 / 10.00 / 15.00*, missed 1/78",
+        "1",
+        "-",
+    ]
 
 
 def test_a_run_without_the_penalised_figure_is_marked(tmp_path, monkeypatch, capsys):
@@ -114,9 +193,15 @@ def test_a_run_without_the_penalised_figure_is_marked(tmp_path, monkeypatch, cap
     (tmp_path / "btcv").mkdir()
     (tmp_path / "btcv/summary.json").write_text(json.dumps(old), encoding="utf-8")
     lines = run(monkeypatch, capsys, tmp_path / "btcv").splitlines()
-    assert lines[2].split("|")[4].strip() == "10.00 / nan*" and "nan: not known" in lines[-1] + lines[-2]
+    assert (
+        lines[2].split("|")[4].strip() == "10.00 / nan*"
+        and "nan: not known" in lines[-1] + lines[-2]
+    )
     output = run(monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path, "--dataset", "btcv")
-    assert row(output, "btcv: trained alone", "| U-Net")[0][3] == "70.00 / 10.00 / unknown*, missed 1/78"
+    assert (
+        row(output, "btcv: trained alone", "| U-Net")[0][3]
+        == "70.00 / 10.00 / unknown*, missed 1/78"
+    )
     old["resampled"]["counts"] = {"missed": 0, "spurious": 0, "pairs": 78}
     (tmp_path / "btcv/summary.json").write_text(json.dumps(old), encoding="utf-8")
     output = run(monkeypatch, capsys, "--layout", "kd", "--runs-dir", tmp_path, "--dataset", "btcv")
@@ -139,7 +224,9 @@ def test_published_figures_are_complete():
         assert list(tables["alone"]) == [*results_table.TEACHERS, *results_table.STUDENTS]
         assert list(tables["distilled"]["acf_bckd"]) == list(results_table.STUDENTS)
         rivals = [method for method in tables["distilled"] if method != "acf_bckd"]
-        assert rivals == list(results_table.RIVALS[:2] if name == "brats21" else results_table.RIVALS)
+        assert rivals == list(
+            results_table.RIVALS[:2] if name == "brats21" else results_table.RIVALS
+        )
         for students in tables["distilled"].values():
             for taught in students.values():
                 assert list(taught) == list(results_table.TEACHERS)

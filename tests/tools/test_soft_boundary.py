@@ -1,4 +1,6 @@
-"""What the soft boundary term sees: against loops, a student that gives a class up, the table of finished runs."""
+"""What the soft boundary term sees: against loops, a student that gives a class up, the table of
+finished runs.
+"""
 
 import hashlib
 import math
@@ -36,7 +38,9 @@ def test_equal_to_loops(multilabel):
         chances = torch.softmax(logits, 0)[1:].numpy()
         regions = np.stack([target.argmax(0).numpy() == c for c in (1, 2)])
         ids = np.random.default_rng(0).integers(0, 3, SHAPE)
-        label, predicted = (np.stack([values == c for c in (1, 2)]) for values in (ids, logits.argmax(0).numpy()))
+        label, predicted = (
+            np.stack([values == c for c in (1, 2)]) for values in (ids, logits.argmax(0).numpy())
+        )
     rows = seen(logits, target, label if multilabel else ids, multilabel)
     assert len(rows) == len(regions)
     for c, row in enumerate(rows):
@@ -58,8 +62,10 @@ def test_equal_to_loops(multilabel):
 
 
 def two_blocks(first):
-    """SBD and its classes for a teacher that sees two flat structures, 16 voxels long, end to end; the student has the
-    second one right, and the first where `first`, a function of the structures' masks, says."""
+    """SBD and its classes for a teacher that sees two flat structures, 16 voxels long, end to end;
+    the student has the second one right, and the first where `first`, a function of the structures'
+    masks, says.
+    """
     label = np.zeros((40, 12, 8), np.int64)
     label[4:20, 4:8, 2:5], label[20:36, 4:8, 2:5] = 1, 2
     ids = torch.tensor(label)
@@ -104,15 +110,36 @@ def test_a_class_that_is_nowhere():
 def test_the_table_of_finished_runs(tmp_path):
     folder = make_workspace(tmp_path)
     train("--method", "supervised", "--student", "resunet", cwd=folder)
-    train("--method", "kd", "--opts", "teacher_checkpoint=runs/tiny/supervised/resunet/seed0/best.pt", cwd=folder)
-    teacher, student = "runs/tiny/supervised/resunet/seed0/best.pt", "runs/tiny/kd/resunet-unet/seed0/last.pt"
-    result = run("tools/soft_boundary.py", "--teacher", teacher, student, teacher, "--split", "train", cwd=folder)
+    train(
+        "--method",
+        "kd",
+        "--opts",
+        "teacher_checkpoint=runs/tiny/supervised/resunet/seed0/best.pt",
+        cwd=folder,
+    )
+    teacher, student = (
+        "runs/tiny/supervised/resunet/seed0/best.pt",
+        "runs/tiny/kd/resunet-unet/seed0/last.pt",
+    )
+    result = run(
+        "tools/soft_boundary.py",
+        "--teacher",
+        teacher,
+        student,
+        teacher,
+        "--split",
+        "train",
+        cwd=folder,
+    )
     lines = result.stdout.splitlines()
     assert lines[-1] == f"5 train cases, teacher {teacher}" and len(lines) == 7
     rows = [line.strip("| ").split(" | ") for line in lines[2:6]]
-    assert [(cells[0], cells[2]) for cells in rows] == [(f"`{path}`", name) for path in (student, teacher)
-                                                         for name in ("ball", "box")]  # fmt: skip
-    assert all(len(cells) == 8 and np.isfinite([float(cell) for cell in cells[3:]]).all() for cells in rows)
+    assert [(cells[0], cells[2]) for cells in rows] == [
+        (f"`{path}`", name) for path in (student, teacher) for name in ("ball", "box")
+    ]
+    assert all(
+        len(cells) == 8 and np.isfinite([float(cell) for cell in cells[3:]]).all() for cells in rows
+    )
     one = run("tools/soft_boundary.py", "--teacher", teacher, student, "--cases", "1", cwd=folder)
     assert one.stdout.splitlines()[-1].startswith("1 val cases")
 
@@ -125,17 +152,37 @@ def test_the_table_of_finished_runs(tmp_path):
         ([student, "--cases", "0"], "expected 1 or more"),
         (["nothing.pt"], "nothing.pt"),
     ):
-        failed = run("tools/soft_boundary.py", "--teacher", teacher, *arguments, cwd=folder, ok=False)
+        failed = run(
+            "tools/soft_boundary.py", "--teacher", teacher, *arguments, cwd=folder, ok=False
+        )
         assert failed.returncode and expected in failed.stderr
     changed = load_checkpoint(folder / student)
     for name, values, expected in (
-        ("finer", {"dataset": changed["dataset"] | {"spacing": (1.0, 1.0, 1.0)}}, "spacing (1.0, 1.0, 1.0) instead of"),
+        (
+            "finer",
+            {"dataset": changed["dataset"] | {"spacing": (1.0, 1.0, 1.0)}},
+            "spacing (1.0, 1.0, 1.0) instead of",
+        ),
         ("fold", {"cases": changed["cases"] | {"val": ["case0"]}}, "another val list"),
     ):
         atomic_save(changed | values, folder / f"{name}.pt")
-        failed = run("tools/soft_boundary.py", "--teacher", teacher, student, f"{name}.pt", cwd=folder, ok=False)
-        assert f"{name}.pt: not comparable with {student}" in failed.stderr and expected in failed.stderr
-    atomic_save(load_checkpoint(folder / teacher) | {"class_names": ["background", "box", "ball"]}, folder / "other.pt")
+        failed = run(
+            "tools/soft_boundary.py",
+            "--teacher",
+            teacher,
+            student,
+            f"{name}.pt",
+            cwd=folder,
+            ok=False,
+        )
+        assert (
+            f"{name}.pt: not comparable with {student}" in failed.stderr
+            and expected in failed.stderr
+        )
+    atomic_save(
+        load_checkpoint(folder / teacher) | {"class_names": ["background", "box", "ball"]},
+        folder / "other.pt",
+    )
     failed = run("tools/soft_boundary.py", "--teacher", "other.pt", student, cwd=folder, ok=False)
     assert "classes background, box, ball instead of background, ball, box" in failed.stderr
 
@@ -145,10 +192,15 @@ def test_the_table_of_finished_runs(tmp_path):
     own = changed | {"plugins": {"Own": record}, "network": changed["network"] | {"name": "Own"}}
     atomic_save(own, folder / "own.pt")
     arguments = ("--teacher", teacher, "own.pt", student, "--cases", "1")
-    table_of_both = run("tools/soft_boundary.py", *arguments, "--plugin", "own.py:Own", cwd=folder).stdout
+    table_of_both = run(
+        "tools/soft_boundary.py", *arguments, "--plugin", "own.py:Own", cwd=folder
+    ).stdout
     assert [line.split(" | ")[1:] for line in table_of_both.splitlines()[2:4]] == [
         line.split(" | ")[1:] for line in table_of_both.splitlines()[4:6]
     ]
-    for more, expected in (((), "to run that file, say so"), (("--plugin", "own.py:Else"), "leave it out")):
+    for more, expected in (
+        ((), "to run that file, say so"),
+        (("--plugin", "own.py:Else"), "leave it out"),
+    ):
         failed = run("tools/soft_boundary.py", *arguments, *more, cwd=folder, ok=False)
         assert failed.returncode and expected in failed.stderr

@@ -22,7 +22,12 @@ from utils.checkpoint import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
-CONTENT = {"weights": {"w": torch.arange(6.0).view(2, 3)}, "step": 3, "names": ["a", "b"], "best": {"dice": 0.5}}
+CONTENT = {
+    "weights": {"w": torch.arange(6.0).view(2, 3)},
+    "step": 3,
+    "names": ["a", "b"],
+    "best": {"dice": 0.5},
+}
 
 
 def fail_halfway(content, file):
@@ -128,7 +133,9 @@ def test_a_missing_last_falls_back(tmp_path):
 
 
 def test_nothing_to_resume_from(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot resume: .*last\.pt: no such .*start without --resume"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot resume: .*last\.pt: no such .*start without --resume"
+    ):
         load_last(tmp_path)
     with pytest.raises(CheckpointError, match=r"missing\.pt: no such checkpoint"):
         load_checkpoint(tmp_path / "missing.pt")
@@ -142,11 +149,15 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))]
+)
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, save):
     trap, path = tmp_path / "trap", tmp_path / "x.pt"
     save({"weights": Malicious(trap)}, path)
-    with pytest.raises(CheckpointError, match=r"x\.pt: (refused, it holds more than tensors|.*not in torch.save)"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.pt: (refused, it holds more than tensors|.*not in torch.save)"
+    ):
         load_checkpoint(path)
     assert not trap.exists()
 
@@ -161,7 +172,10 @@ def test_not_a_dictionary(tmp_path):
     "change, message",
     [
         (lambda state: state.pop("weight"), r"1 missing \['weight'\], 0 unexpected"),
-        (lambda state: state.update(extra=torch.zeros(1)), r"0 missing \[\], 1 unexpected \['extra'\]"),
+        (
+            lambda state: state.update(extra=torch.zeros(1)),
+            r"0 missing \[\], 1 unexpected \['extra'\]",
+        ),
         (lambda state: state.update(bias=torch.zeros(5)), r"bias: \(5,\) instead of \(2,\)"),
     ],
 )
@@ -171,16 +185,24 @@ def test_weights_that_do_not_fit_are_listed(change, message):
     state = {key: torch.ones_like(value) for key, value in network.state_dict().items()}
     load_network_weights(torch.nn.Linear(3, 2), state, "file.pt")
     change(state)
-    with pytest.raises(CheckpointError, match=r"file\.pt: the weights do not fit the network.*" + message):
+    with pytest.raises(
+        CheckpointError, match=r"file\.pt: the weights do not fit the network.*" + message
+    ):
         load_network_weights(network, state, "file.pt")
     assert digest(network.state_dict()) == before
 
 
 def test_digest_sees_names_and_bits():
-    state = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3), "c": torch.zeros(4, dtype=torch.bfloat16)}
+    state = {
+        "a": torch.tensor([1.0, 2.0]),
+        "b": torch.tensor(3),
+        "c": torch.zeros(4, dtype=torch.bfloat16),
+    }
     same = {key: state[key].clone() for key in ("c", "b", "a")}
     assert digest(state) == digest(same)
     nudged = state["a"].clone()
     nudged[1] = torch.nextafter(nudged[1], torch.tensor(9.0))
     assert digest({**state, "a": nudged}) != digest(state)
-    assert digest({("z" if key == "a" else key): value for key, value in state.items()}) != digest(state)
+    assert digest({("z" if key == "a" else key): value for key, value in state.items()}) != digest(
+        state
+    )

@@ -15,8 +15,8 @@ from networks.unet import UNet
 from utils.complexity import count_macs, count_parameters, measure_latency, peak_memory, saved_bytes
 
 
-# Published convolution GMACs of one sample at 96 x 96 x 96: BTCV, WORD, BraTS. The tolerance is above half a digit,
-# because one of them, Mobile U-Net's 2.2114979, was published as 2.212.
+# Published convolution GMACs of one sample at 96 x 96 x 96: BTCV, WORD, BraTS. The tolerance is
+# above half a digit, because one of them, Mobile U-Net's 2.2114979, was published as 2.212.
 @pytest.mark.parametrize(
     "cls, published",
     [
@@ -32,14 +32,18 @@ def test_macs_are_the_published_ones(cls, published):
     for (in_channels, num_classes), gmacs in zip([(1, 14), (1, 17), (4, 3)], published):
         with torch.device("meta"):
             net = cls(in_channels, num_classes)
-        assert count_macs(net, (1, in_channels, 96, 96, 96)) / 1e9 == pytest.approx(gmacs, abs=0.0006)
+        assert count_macs(net, (1, in_channels, 96, 96, 96)) / 1e9 == pytest.approx(
+            gmacs, abs=0.0006
+        )
 
 
 def test_macs_by_hand():
     net = nn.Sequential(
-        nn.Conv3d(4, 6, 3, stride=2, padding=1, groups=2),  # 6 x 4^3 outputs, 2 inputs each, 27 taps
+        # 6 x 4^3 outputs, 2 inputs each, 27 taps
+        nn.Conv3d(4, 6, 3, stride=2, padding=1, groups=2),
         nn.BatchNorm3d(6),
-        nn.ConvTranspose3d(6, 8, 4, stride=2, padding=1, groups=2),  # 6 x 4^3 inputs, 4 outputs each, 64 taps
+        # 6 x 4^3 inputs, 4 outputs each, 64 taps
+        nn.ConvTranspose3d(6, 8, 4, stride=2, padding=1, groups=2),
         nn.Flatten(),
         nn.Linear(8 * 512, 3),  # left out by the convention
     )
@@ -80,9 +84,13 @@ def test_peak_memory_of_a_known_allocation():
 
 
 def test_saved_bytes_are_what_autograd_keeps():
-    """A convolution keeps its input, a ReLU its output; weights do not count, nor does the input twice."""
+    """A convolution keeps its input, a ReLU its output; weights do not count, nor does the input
+    twice.
+    """
     voxels = 8**3
-    net = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(3, 1, 1))
+    net = torch.nn.Sequential(
+        torch.nn.Conv3d(2, 3, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(3, 1, 1)
+    )
     assert saved_bytes(net, (2, 2, 8, 8, 8)) == 4 * 2 * voxels * (2 + 3)
     double = torch.nn.Sequential(net, torch.nn.Sigmoid())
     assert saved_bytes(double, (2, 2, 8, 8, 8)) == 4 * 2 * voxels * (2 + 3 + 1)

@@ -42,7 +42,16 @@ def test_every_type(file):
     args: {unet: {channels: [8, 16]}}
     """
     cfg = load_config(Schema, file(text))
-    assert cfg == Schema("demo", 10, 0.001, True, (-175.0, 2.5), ("a", "b", "c"), None, {"unet": {"channels": [8, 16]}})
+    assert cfg == Schema(
+        "demo",
+        10,
+        0.001,
+        True,
+        (-175.0, 2.5),
+        ("a", "b", "c"),
+        None,
+        {"unet": {"channels": [8, 16]}},
+    )
     assert isinstance(cfg.lr, float) and isinstance(cfg.window[0], float)
 
 
@@ -50,7 +59,9 @@ def test_defaults_and_precedence(file):
     path = file("name: demo\nsteps: 10\nlr: 0.1\n")
     assert load_config(Schema, path) == Schema("demo", 10, 0.1)
     assert load_config(Schema, path, ["lr=0.2", "steps=5", "lr=0.3"]) == Schema("demo", 5, 0.3)
-    assert load_config(Schema, path, ["lr=0.2"], {"lr": 0.4, "name": None, "steps": 7}) == Schema("demo", 7, 0.4)
+    assert load_config(Schema, path, ["lr=0.2"], {"lr": 0.4, "name": None, "steps": 7}) == Schema(
+        "demo", 7, 0.4
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +94,10 @@ def test_options_are_yaml(file, option, key, value):
         ("lr: false", "'lr' must be a finite number, got False"),
         ("flag: 1", "'flag' must be true or false, got 1"),
         ("name: [5]", "'name' must be text, got [5]"),
-        ("window: [1]", "'window' must be a list of 2 values: a finite number, a finite number, got [1]"),
+        (
+            "window: [1]",
+            "'window' must be a list of 2 values: a finite number, a finite number, got [1]",
+        ),
         ("window: 3", "'window' must be a list of 2 values"),
         ("window: [1, a]", "'window' must be a finite number, got 'a'"),
         ("names: abc", "'names' must be a list of text, got 'abc'"),
@@ -148,7 +162,9 @@ def test_bytes_that_are_no_text(tmp_path):
 
 def test_a_missing_file_lists_its_neighbours(file, tmp_path):
     path = file()
-    with pytest.raises(ConfigError, match=rf"demp\.yaml: no such configuration file; found {re.escape(str(path))}"):
+    with pytest.raises(
+        ConfigError, match=rf"demp\.yaml: no such configuration file; found {re.escape(str(path))}"
+    ):
         read_yaml(tmp_path / "demp.yaml")
     with pytest.raises(ConfigError, match="no such configuration file"):
         read_yaml(tmp_path / "nowhere" / "demo.yaml")

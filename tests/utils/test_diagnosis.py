@@ -28,7 +28,11 @@ def network():
 
 def terms_of(network):
     out = network(torch.linspace(-1, 1, 15).view(5, 3))
-    return {"seg": out.square().mean(), "kd": 3 * (out[:, 0] - 1).abs().mean(), "l1": -0.5 * network[0].weight.sum()}
+    return {
+        "seg": out.square().mean(),
+        "kd": 3 * (out[:, 0] - 1).abs().mean(),
+        "l1": -0.5 * network[0].weight.sum(),
+    }
 
 
 def gradient_alone(network, name):
@@ -48,7 +52,9 @@ def test_shares_are_those_of_separate_backward_passes(network):
     for name, norm in norms.items():
         assert found[f"grad_norm/{name}"] == pytest.approx(norm, rel=1e-5)
         assert found[f"grad_share/{name}"] == pytest.approx(norm / sum(norms.values()), rel=1e-5)
-        assert found[f"loss_share/{name}"] == pytest.approx(values[name] / sum(values.values()), rel=1e-5)
+        assert found[f"loss_share/{name}"] == pytest.approx(
+            values[name] / sum(values.values()), rel=1e-5
+        )
     for name in ("kd", "l1"):
         cosine = torch.dot(alone[name], alone["seg"]) / (norms[name] * norms["seg"])
         assert found[f"cosine/{name}"] == pytest.approx(cosine.item(), abs=1e-5)
@@ -90,7 +96,10 @@ def test_the_scale_keeps_half_precision_from_underflow_and_gives_way_to_overflow
     half = network.half()
 
     def shares(weight, scale):
-        terms = {"seg": half[2].bias.sum().float(), "kd": (half[2].bias.square() * weight).sum().float()}
+        terms = {
+            "seg": half[2].bias.sum().float(),
+            "kd": (half[2].bias.square() * weight).sum().float(),
+        }
         return term_shares(terms, list(half.parameters()), World(), scale)
 
     with torch.no_grad():
@@ -100,7 +109,8 @@ def test_the_scale_keeps_half_precision_from_underflow_and_gives_way_to_overflow
     fine = {"seg": half[2].bias.sum().float(), "kd": half[2].bias.float().sum() * small}
     found = term_shares(fine, list(half.parameters()), World(), 2.0**16)
     assert found["grad_norm/kd"] == pytest.approx(small * math.sqrt(2), rel=1e-3)
-    assert shares(1.0, 2.0**16)["grad_norm/kd"] == pytest.approx(2 * math.sqrt(2), rel=1e-3)  # 2^17 overflows
+    # 2^17 overflows
+    assert shares(1.0, 2.0**16)["grad_norm/kd"] == pytest.approx(2 * math.sqrt(2), rel=1e-3)
 
 
 def test_steps_that_are_measured(network):
@@ -119,25 +129,35 @@ def test_steps_that_are_measured(network):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", KD_METHODS)
 def test_every_method_can_be_measured_and_trained_on(method):
-    """The backward pass of each method's terms can run more than once, and gives the step's own gradient again."""
+    """The backward pass of each method's terms can run more than once, and gives the step's own
+    gradient again.
+    """
     torch.manual_seed(0)
     student = build_network("unet", 1, 3, channels=[2, 4, 4, 8])
     teacher = build_network("resunet", 1, 3, channels=[4, 4, 8, 8]).eval().requires_grad_(False)
     kd = build_kd(method, student.feature_channels, teacher.feature_channels, 3)
     image, label = torch.randn(2, 1, 16, 16, 16), torch.randint(0, 3, (2, 1, 16, 16, 16))
     output = student(image, return_features=True)
-    terms = {"seg": output.logits.square().mean()} | kd(output, teacher(image, return_features=True), label, 0.5)
+    terms = {"seg": output.logits.square().mean()} | kd(
+        output, teacher(image, return_features=True), label, 0.5
+    )
     found = term_shares(terms, list(student.parameters()), World())
     gradients = {}
     for name, term in terms.items():
-        parts = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
+        parts = torch.autograd.grad(
+            term, list(student.parameters()), retain_graph=True, allow_unused=True
+        )
         gradients[name] = [0.0 if part is None else part for part in parts]
         assert found[f"grad_norm/{name}"] == pytest.approx(
-            math.sqrt(sum(torch.as_tensor(part).square().sum().item() for part in gradients[name])), rel=1e-4
+            math.sqrt(sum(torch.as_tensor(part).square().sum().item() for part in gradients[name])),
+            rel=1e-4,
         )
     sum(terms.values()).backward()
-    # Some are differences of large numbers: close beside the whole gradient, not each beside itself.
-    size = math.sqrt(sum(p.grad.square().sum().item() for p in student.parameters() if p.grad is not None))
+    # Some are differences of large numbers: close beside the whole gradient, not each beside
+    # itself.
+    size = math.sqrt(
+        sum(p.grad.square().sum().item() for p in student.parameters() if p.grad is not None)
+    )
     for k, parameter in enumerate(student.parameters()):
         expected = sum(parts[k] for parts in gradients.values())
         if parameter.grad is not None:
@@ -160,32 +180,51 @@ def log_of(shares=(), teacher=None, val=(), cosine=None):
         (log_of(teacher=0.8), []),
         (log_of(val=[0.8]), []),
         (log_of([0.3, 0.4]), []),
-        (log_of([0.001, 0.004, math.nan]), ["'kd' is negligible: at most 0.4 %", "2 measurements", "'seg' dominates"]),
+        (
+            log_of([0.001, 0.004, math.nan]),
+            ["'kd' is negligible: at most 0.4 %", "2 measurements", "'seg' dominates"],
+        ),
         (log_of([0.001, 0.02, 0.3]), ["'seg' dominates: 98 %"]),
         (log_of([0.9, 0.95, 0.1]), ["'kd' dominates: 90 %"]),
-        (log_of([0.0]), ["negligible: at most 0 % of the gradient norm in 1 measurement;", "'seg' dominates"]),
+        (
+            log_of([0.0]),
+            ["negligible: at most 0 % of the gradient norm in 1 measurement;", "'seg' dominates"],
+        ),
         (log_of([0.5, 0.5], cosine=-0.4), ["'kd' works against 'seg'", "-0.40"]),
         (log_of([0.5, 0.5], cosine=0.4), []),
         (log_of([0.5, 0.5], cosine=None), []),
     ],
 )
 def test_findings(log, expected):
-    texts = findings([{k: None if v != v else v for k, v in line.items()} for line in log])  # undefined: null
+    # undefined: null
+    texts = findings([{k: None if v != v else v for k, v in line.items()} for line in log])
     assert bool(texts) == bool(expected)
     for part in expected:
         assert any(part in text for text in texts), texts
 
 
 def logged(values, shares, rest=0.5):
-    train = [{"step": k, "kind": "train", "loss": rest + value, "kd": value} for k, value in enumerate(values)]
+    train = [
+        {"step": k, "kind": "train", "loss": rest + value, "kd": value}
+        for k, value in enumerate(values)
+    ]
     return train + log_of(shares)
 
 
 def test_a_term_that_is_stuck_is_told_from_one_that_was_taken_away():
-    """Without gradient to the end while its value stays: a saturated unit. With its value gone: a schedule's end."""
-    expected = "'kd' is stuck: since step 3 it has under 1 % of the gradient norm, while its value stays at 1.6"
-    assert any(expected in text for text in findings(logged([1.2, 1.6, 1.6, 1.6], [0.3, 0.3, 0.001, 0.0])))
-    assert any("'kd' is stuck: since step 1 " in text for text in findings(logged([1.6] * 4, [0.0, 0.001])))
+    """Without gradient to the end while its value stays: a saturated unit. With its value gone: a
+    schedule's end.
+    """
+    expected = (
+        "'kd' is stuck: since step 3 it has under 1 % of the gradient norm, while its value stays "
+        "at 1.6"
+    )
+    assert any(
+        expected in text for text in findings(logged([1.2, 1.6, 1.6, 1.6], [0.3, 0.3, 0.001, 0.0]))
+    )
+    assert any(
+        "'kd' is stuck: since step 1 " in text for text in findings(logged([1.6] * 4, [0.0, 0.001]))
+    )
     for values, shares in (
         ([1.6, 0.5, 0.01, 0.001], [0.3, 0.3, 0.001, 0.0]),  # its weight fell
         ([1.6, 1.6, 1.6, 1.6], [0.3, 0.3, 0.3, 0.0]),  # only lately
@@ -197,7 +236,9 @@ def test_a_term_that_is_stuck_is_told_from_one_that_was_taken_away():
         assert not any("stuck" in text for text in findings(logged(values, shares)))
     for values, shares in (([0.010, 0.009, 0.008], [0.004, 0.004]), ([1e-10, 1e-10], [0.0, 0.0])):
         texts = findings(logged(values, shares))
-        assert any("negligible" in text for text in texts) and not any("stuck" in text for text in texts)
+        assert any("negligible" in text for text in texts) and not any(
+            "stuck" in text for text in texts
+        )
 
 
 def test_history():

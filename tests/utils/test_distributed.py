@@ -26,7 +26,11 @@ def test_one_process_is_left_alone(monkeypatch):
     assert parameter.grad is None
     norm = nn.BatchNorm2d(1)
     assert world.synchronised(norm, torch.device("cuda")) is norm
-    assert world.gathered(3) == [3] and world.merged([1, 2]) == [1, 2] and world.part("abc") == list("abc")
+    assert (
+        world.gathered(3) == [3]
+        and world.merged([1, 2]) == [1, 2]
+        and world.part("abc") == list("abc")
+    )
     assert world.means({"a": math.nan})["a"] != world.means({"a": 1.0})["a"]
     assert world.any(True) and not world.any(False) and world.launcher == ["python"]
     with world.main_first():
@@ -40,7 +44,9 @@ def test_shares():
     assert {world.share(12, "batch") for world in worlds} == {4}
     assert [world.main for world in worlds] == [True, False, False]
     assert worlds[0].launcher == ["torchrun", "--nproc_per_node=3"]
-    with pytest.raises(ConfigError, match="batch: 4 cannot be shared by 3 processes; make it a multiple"):
+    with pytest.raises(
+        ConfigError, match="batch: 4 cannot be shared by 3 processes; make it a multiple"
+    ):
         worlds[1].share(4, "batch")
 
 
@@ -49,7 +55,11 @@ def test_processes_share_the_draws_of_one(size):
     """Batch by batch, the parts in the order of the processes are the batch of one process."""
     whole = list(DrawSampler(5, 7, 12, 36, stream=1))
     parts = [list(DrawSampler(5, 7, 12, 36, 1, 6, rank, size)) for rank in range(size)]
-    assert {len(part) for part in parts} == {len(DrawSampler(5, 7, 12, 36, 1, 6, 0, size))} == {24 // size}
+    assert (
+        {len(part) for part in parts}
+        == {len(DrawSampler(5, 7, 12, 36, 1, 6, 0, size))}
+        == {24 // size}
+    )
     each = 6 // size
     again = [draw for k in range(4) for part in parts for draw in part[k * each : (k + 1) * each]]
     assert again == whole
@@ -62,8 +72,13 @@ def test_draws_that_cannot_be_shared(start, batch, size):
 
 
 def join(rank, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     return join_world("cpu")
 
@@ -71,7 +86,10 @@ def join(rank, port):
 def process(rank, port, folder):
     world, device = join(rank, port)
     assert world == World(rank, 2, rank) and device == "cpu"
-    assert world.gathered({"x": torch.tensor(rank)}) == [{"x": torch.tensor(0)}, {"x": torch.tensor(1)}]
+    assert world.gathered({"x": torch.tensor(rank)}) == [
+        {"x": torch.tensor(0)},
+        {"x": torch.tensor(1)},
+    ]
     assert world.merged(world.part([10, 11, 12])) == [10, 11, 12]
     means = world.means({"a": float(rank), "b": math.nan if rank else 4.0, "c": math.nan})
     assert means["a"] == 0.5 and means["b"] == 4.0 and math.isnan(means["c"])
@@ -101,10 +119,13 @@ def late_import(rank, port):
     assert "torch._dynamo" not in sys.modules
     world, _ = join(rank, port)
     group = weakref.ref(torch.distributed.group.WORLD)
-    importlib.import_module("torch._dynamo")  # as the first optimiser and the counter of operations do
+    # as the first optimiser and the counter of operations do
+    importlib.import_module("torch._dynamo")
     assert world.any(rank == 1) and group() is not None
     world.leave()
-    assert group() is None, "the process group outlives its destruction: its threads can abort the process at its end"
+    assert group() is None, (
+        "the process group outlives its destruction: its threads can abort the process at its end"
+    )
 
 
 @pytest.fixture

@@ -77,6 +77,8 @@ def test_buffers_can_be_left_alone():
     average, network = pair()
     kept = {name: buffer.clone() for name, buffer in average.named_buffers()}
     ema_update(average, network, 0.0, buffers=False)
-    assert len(kept) == 3 and all(torch.equal(buffer, kept[name]) for name, buffer in average.named_buffers())
+    assert len(kept) == 3 and all(
+        torch.equal(buffer, kept[name]) for name, buffer in average.named_buffers()
+    )
     for p, q in zip(average.parameters(), network.parameters()):
         torch.testing.assert_close(p, q)

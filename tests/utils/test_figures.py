@@ -25,7 +25,9 @@ def test_a_grey_picture_without_ids_is_the_image():
 def test_grey_pictures_are_stretched_and_colours_are_not():
     assert np.array_equal(views([(7 * GREY[None] - 3, None)], 3), views([(GREY[None], None)], 3))
     image = np.stack([0.2 + 0.1 * GREY, 0.3 + 0 * GREY, 0.9 - 0.1 * GREY])
-    assert np.array_equal(views([(image, None)], 3), (255 * np.moveaxis(image, 0, -1)).round().astype(np.uint8))
+    assert np.array_equal(
+        views([(image, None)], 3), (255 * np.moveaxis(image, 0, -1)).round().astype(np.uint8)
+    )
 
 
 def test_a_constant_image_is_a_picture():
@@ -42,9 +44,13 @@ def test_borders_are_opaque_and_insides_tinted(channels):
     image = np.full((channels, 6, 8), 0.6)
     picture = views([(image, SQUARE)], 3)
     plain = views([(image, None)], 3)
-    assert (picture[4, 3:7] == colour(1)).all() and (picture[2:5, 6] == colour(1)).all()  # its last row and column
-    assert (picture[1, 3:7] == 255).all() and (picture[2:5, 2] == 255).all()  # the background beside it
-    assert np.array_equal(picture[2, 4], (0.7 * plain[2, 4].astype(int) + 0.3 * 255 * palette(3)[1]).round())
+    # its last row and column
+    assert (picture[4, 3:7] == colour(1)).all() and (picture[2:5, 6] == colour(1)).all()
+    # the background beside it
+    assert (picture[1, 3:7] == 255).all() and (picture[2:5, 2] == 255).all()
+    assert np.array_equal(
+        picture[2, 4], (0.7 * plain[2, 4].astype(int) + 0.3 * 255 * palette(3)[1]).round()
+    )
     assert np.array_equal(picture[0], plain[0]) and np.array_equal(picture[:, 7], plain[:, 7])
 
 
@@ -65,13 +71,17 @@ def test_pairs_stand_in_a_row_with_white_gaps():
     colours = np.stack([GREY] * 3)
     picture = views([(GREY[None], None), (colours, SQUARE), (None, SQUARE)], 3)
     assert picture.shape == (6, 3 * 8 + 2 * GAP, 3) and picture.dtype == np.uint8
-    assert (picture[:, 8 : 8 + GAP] == 255).all() and (picture[:, 16 + GAP : 16 + 2 * GAP] == 255).all()
+    assert (picture[:, 8 : 8 + GAP] == 255).all() and (
+        picture[:, 16 + GAP : 16 + 2 * GAP] == 255
+    ).all()
     assert np.array_equal(picture[:, :8], views([(GREY[None], None)], 3))
     assert np.array_equal(picture[:, 8 + GAP : 16 + GAP], views([(colours, SQUARE)], 3))
 
 
 def volume():
-    """(1, 6, 8, 5), each slice at its own place between two fixed values, and ids fullest at slice 3."""
+    """(1, 6, 8, 5), each slice at its own place between two fixed values, and ids fullest at slice
+    3.
+    """
     image = np.zeros((1, 6, 8, 5))
     image[:, 0, 0], image[:, 5, 7] = -1, 2
     image[:, 3, 3] = np.arange(5) / 5
@@ -85,7 +95,9 @@ def test_volumes_show_the_fullest_slice_of_the_first_ids():
     image, ids = volume()
     other = np.zeros_like(ids)
     other[0, 0, 0] = 1
-    expected = views([(image[..., 3], None), (image[..., 3], ids[..., 3]), (image[..., 3], other[..., 3])], 3)
+    expected = views(
+        [(image[..., 3], None), (image[..., 3], ids[..., 3]), (image[..., 3], other[..., 3])], 3
+    )
     assert np.array_equal(views([(image, None), (image, ids), (image, other)], 3), expected)
     assert np.array_equal(views([(None, ids)], 3), views([(None, ids[..., 3])], 3))
 
@@ -103,8 +115,14 @@ def test_the_arrays_are_not_written_to():
 
 
 def test_tensors_become_arrays():
-    image, ids = as_arrays(torch.ones(1, 2, 3, dtype=torch.bfloat16, requires_grad=True), torch.ones(2, 3).byte())
+    image, ids = as_arrays(
+        torch.ones(1, 2, 3, dtype=torch.bfloat16, requires_grad=True), torch.ones(2, 3).byte()
+    )
     assert image.shape == (1, 2, 3) and ids.shape == (2, 3)
     assert image.dtype == ids.dtype == np.float32 and (ids == 1).all()
     assert as_arrays(None, torch.zeros(2))[0] is None and as_arrays(torch.zeros(2), None)[1] is None
-    assert views([as_arrays(torch.rand(3, 6, 8), torch.randint(0, 3, (6, 8)))], 3).shape == (6, 8, 3)
+    assert views([as_arrays(torch.rand(3, 6, 8), torch.randint(0, 3, (6, 8)))], 3).shape == (
+        6,
+        8,
+        3,
+    )

@@ -1,4 +1,6 @@
-"""Freed memory is kept: a step that takes the same again does not wait for the system to clear pages."""
+"""Freed memory is kept: a step that takes the same again does not wait for the system to clear
+pages.
+"""
 
 import os
 import platform
@@ -33,7 +35,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(mode):
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+    own = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))
+    }
     command = [sys.executable, "-c", PROGRAM, mode]
     out = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
     return int(out.stdout)

@@ -7,7 +7,9 @@ from utils.modes import evaluating, statistics_kept, weightless
 
 def make():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.InstanceNorm2d(3))
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.InstanceNorm2d(3)
+    )
 
 
 IMAGE = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -103,7 +105,9 @@ def test_statistics_move_again_after_an_error_and_after_nested_blocks():
     assert network[1].track_running_stats
 
 
-@pytest.mark.parametrize("norm, shape", [(nn.BatchNorm1d, (4, 2)), (nn.BatchNorm3d, (4, 2, 3, 3, 3))])
+@pytest.mark.parametrize(
+    "norm, shape", [(nn.BatchNorm1d, (4, 2)), (nn.BatchNorm3d, (4, 2, 3, 3, 3))]
+)
 def test_every_rank_of_batch_norm_is_kept(norm, shape):
     layer = norm(2)
     with statistics_kept(layer):
@@ -117,6 +121,12 @@ def test_weightless_modules_have_shapes_and_nothing_else():
         layer = nn.Conv3d(2, 3, 1)
         nn.init.kaiming_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
-    assert layer.weight.device.type == layer.bias.device.type == "meta" and layer.weight.shape == (3, 2, 1, 1, 1)
+    assert layer.weight.device.type == layer.bias.device.type == "meta" and layer.weight.shape == (
+        3,
+        2,
+        1,
+        1,
+        1,
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.zeros(1).normal_().device.type == "cpu"

@@ -23,21 +23,34 @@ def watched(folder, allowed=0, scaler=OFF):
 
 def step(watch, number, loss=1.0, **more):
     terms = {"seg": torch.tensor(loss), "kd": torch.tensor(0.5)}
-    return watch.passes(number, terms, {"image": torch.full((1,), float(number))}, ["case7"], **more)
+    return watch.passes(
+        number, terms, {"image": torch.full((1,), float(number))}, ["case7"], **more
+    )
 
 
 def test_a_finite_step_passes_and_leaves_no_file(tmp_path):
     _, watch = watched(tmp_path)
-    assert all(step(watch, k) for k in range(5)) and not list(tmp_path.iterdir()) and watch.report() == {}
+    assert (
+        all(step(watch, k) for k in range(5))
+        and not list(tmp_path.iterdir())
+        and watch.report() == {}
+    )
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite(tmp_path, loss):
     _, watch = watched(tmp_path)
-    with pytest.raises(FloatingPointError, match=r"step 4: the loss is not finite \(seg .*, kd 0\.5\); cases \['case7"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 4: the loss is not finite \(seg .*, kd 0\.5\); cases \['case7",
+    ):
         step(watch, 4, loss)
     kept = load_checkpoint(tmp_path / "nonfinite_step4.pt")
-    assert kept["nonfinite_gradients"] == [] and kept["batch"]["image"].item() == 4 and kept["terms"]["kd"] == 0.5
+    assert (
+        kept["nonfinite_gradients"] == []
+        and kept["batch"]["image"].item() == 4
+        and kept["terms"]["kd"] == 0.5
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -45,9 +58,13 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, value):
     network, watch = watched(tmp_path)
     network[0].bias.grad[1] = value
     network[1].weight.grad = None  # of a parameter that was not used
-    with pytest.raises(FloatingPointError, match=r"step 0: 1 gradients are not .* that of student\.0\.bias,"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: 1 gradients are not .* that of student\.0\.bias,"
+    ):
         step(watch, 0)
-    assert load_checkpoint(tmp_path / "nonfinite_step0.pt")["nonfinite_gradients"] == ["student.0.bias"]
+    assert load_checkpoint(tmp_path / "nonfinite_step0.pt")["nonfinite_gradients"] == [
+        "student.0.bias"
+    ]
 
 
 def test_huge_gradients_are_finite(tmp_path):
@@ -71,7 +88,9 @@ class Late:
 
 
 @pytest.mark.parametrize("behind, at", [(0, 3), (2, 5), (100, 3 + AHEAD)])
-def test_a_verdict_that_arrives_late_names_its_own_step_and_batch(tmp_path, monkeypatch, behind, at):
+def test_a_verdict_that_arrives_late_names_its_own_step_and_batch(
+    tmp_path, monkeypatch, behind, at
+):
     """As on a GPU: nothing waits, but for a verdict of more than AHEAD steps ago."""
     _, watch = watched(tmp_path)
     clock, look = [0], watch._look
@@ -112,7 +131,9 @@ def test_buffers_are_as_before_a_step_that_is_left_out(tmp_path):
     network(torch.full((4, 2), math.nan))
     assert not torch.isfinite(network[1].running_mean).all()
     assert not step(watch, 0, math.nan)
-    assert torch.equal(network[1].running_mean, torch.zeros(3)) and network[1].num_batches_tracked == 0
+    assert (
+        torch.equal(network[1].running_mean, torch.zeros(3)) and network[1].num_batches_tracked == 0
+    )
     assert watch.report() == {"skipped": 1.0} and watch.state_dict() == {"skipped": 1}
 
 
@@ -125,7 +146,9 @@ def test_a_step_of_several_updates_counts_once_and_the_count_goes_on_after_a_res
     resumed.load_state_dict(watch.state_dict())
     resumed.before()
     assert not step(resumed, 6, math.nan)
-    with pytest.raises(FloatingPointError, match=r"step 7: .*2 steps before were left out.*skip_nonfinite=12"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 7: .*2 steps before were left out.*skip_nonfinite=12"
+    ):
         step(resumed, 7, math.nan)
 
 
@@ -147,7 +170,9 @@ def test_overflow_under_fp16_is_the_scalers_business_until_the_scale_collapses(t
         scaler.step(optimizer)
         scaler.update()
     assert watch.report() == {"loss_scale": 0.5}
-    with pytest.raises(FloatingPointError, match=r"step 3: the fp16 loss scale fell to 0\.5.*--amp bf16"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 3: the fp16 loss scale fell to 0\.5.*--amp bf16"
+    ):
         step(watch, 3, wait=True)
     assert len(load_checkpoint(tmp_path / "nonfinite_step3.pt")["nonfinite_gradients"]) == 4
     with pytest.raises(FloatingPointError, match="step 4: the loss is not finite"):
@@ -160,14 +185,20 @@ def test_operations_without_a_deterministic_form_are_named_once():
         "import torch\n"
         "from utils.numerics import use_deterministic\n"
         "use_deterministic(torch.device('cpu'), compiled=True)\n"
-        "assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic\n"
+        "assert torch.are_deterministic_algorithms_enabled() and "
+        "torch.backends.cudnn.deterministic\n"
         "import os, warnings\n"
         "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n"
         "for _ in range(3):\n"
         "    torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))\n"
         "warnings.warn('another matter')\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("put_ has no such form") == 1 and "another matter" in result.stderr
-    assert "with the same processor type" in result.stderr and "torch.compile generates is outside" in result.stderr
+    assert (
+        "with the same processor type" in result.stderr
+        and "torch.compile generates is outside" in result.stderr
+    )

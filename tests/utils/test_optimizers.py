@@ -56,8 +56,16 @@ def test_sgd_settings_arrive(nesterov):
     optimizer = build("sgd", parameter(), nesterov=nesterov)
     assert type(optimizer) is torch.optim.SGD
     group = optimizer.param_groups[0]
-    settings = {key: group[key] for key in ("lr", "momentum", "weight_decay", "nesterov", "dampening")}
-    assert settings == {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov, "dampening": 0}
+    settings = {
+        key: group[key] for key in ("lr", "momentum", "weight_decay", "nesterov", "dampening")
+    }
+    assert settings == {
+        "lr": 0.5,
+        "momentum": 0.9,
+        "weight_decay": 0.1,
+        "nesterov": nesterov,
+        "dampening": 0,
+    }
 
 
 def test_adamw_settings_arrive_and_momentum_is_of_no_use_to_it():
@@ -90,4 +98,6 @@ def test_adamw_decays_apart_from_the_gradient():
 def test_parameters_may_come_from_a_generator(name):
     layer = torch.nn.Linear(2, 3)
     optimizer = build_optimizer(name, (p for p in layer.parameters()), 0.1, 0.9, 0.0, False)
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in layer.parameters()]
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+        id(p) for p in layer.parameters()
+    ]

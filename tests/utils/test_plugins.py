@@ -1,4 +1,6 @@
-"""Classes of the user's own: what is loaded, what is refused and why, and that no checkpoint makes a file run."""
+"""Classes of the user's own: what is loaded, what is refused and why, and that no checkpoint makes
+a file run.
+"""
 
 import hashlib
 
@@ -55,14 +57,22 @@ CONTRACTS = {"student": plugins.network(NETWORKS), "teacher": plugins.network(NE
 def test_a_reference_becomes_a_name(tmp_path):
     (tmp_path / "my net.py").write_text(STUDENT)
     reference = "my net.py:OneConvolution"
-    values = given(student=reference, teacher="resunet", network_args={reference: {"kernel": 1}, "other.py:X": {},
-        "unet": {}})
+    values = given(
+        student=reference,
+        teacher="resunet",
+        network_args={reference: {"kernel": 1}, "other.py:X": {}, "unet": {}},
+    )
     used = plugins.plug_in(values, CONTRACTS)
-    assert values["student"] == ("OneConvolution", "--opts") and values["teacher"] == ("resunet", "--opts")
+    assert values["student"] == ("OneConvolution", "--opts") and values["teacher"] == (
+        "resunet",
+        "--opts",
+    )
     assert values["network_args"] == ({"OneConvolution": {"kernel": 1}, "unet": {}}, "--opts")
     digest = hashlib.sha256(STUDENT.encode()).hexdigest()
     assert used == {"OneConvolution": {"file": "my net.py", "sha256": digest, "roles": ["student"]}}
-    assert issubclass(NETWORKS["OneConvolution"], nn.Module) and plugins.is_plugged_in(NETWORKS["OneConvolution"])
+    assert issubclass(NETWORKS["OneConvolution"], nn.Module) and plugins.is_plugged_in(
+        NETWORKS["OneConvolution"]
+    )
     how = plugins.trial(NETWORKS["OneConvolution"], (16, 16, 16), 4)
     assert how == {"size": (8, 8, 8), "batch": 2}
     assert check_network("OneConvolution", 2, 3, **how) == {"decoder": 2}
@@ -72,34 +82,60 @@ def test_a_reference_becomes_a_name(tmp_path):
 
 def test_a_configuration_makes_no_file_run(tmp_path):
     (tmp_path / "net.py").write_text("open('it ran', 'w')\n" + STUDENT)
-    with pytest.raises(ConfigError, match=r"mine\.yaml: student: .*only the command line can name: --opts student=net"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mine\.yaml: student: .*only the command line can name: --opts student=net",
+    ):
         plugins.plug_in(given("mine.yaml", student="net.py:OneConvolution"), CONTRACTS)
     assert not (tmp_path / "it ran").exists()
 
 
 def test_names_of_registries_are_left_alone():
     values = given(student="unet", network_args={"unet": {}})
-    assert plugins.plug_in(values, CONTRACTS) == {} and values == given(student="unet", network_args={"unet": {}})
+    assert plugins.plug_in(values, CONTRACTS) == {} and values == given(
+        student="unet", network_args={"unet": {}}
+    )
 
 
-@pytest.mark.parametrize("reference, source, expected", [
-    ("none.py:A", None, "none.py: no such file to take A from"),
-    ("net.py", STUDENT, "'net.py': expected path/to/file.py:ClassName"),
-    ("net.py:", STUDENT, "expected path/to/file.py:ClassName"),
-    ("net.py:OneConvolutoin", STUDENT, "no class OneConvolutoin; did you mean OneConvolution?"),
-    ("net.py:X", "import torch\n", "no class X; it has no class"),
-    ("net.py:nn", STUDENT, "no class nn"),
-    ("net.py:A", "x = 1\nclass A(:\n", "net.py: line 2: SyntaxError"),
-    ("net.py:A", "\nimport no_such_module\n", "net.py: line 2: ModuleNotFoundError: No module named 'no_such_module'"),
-    ("net.py:A", "def f():\n    return 1 / 0\nf()\n", "net.py: line 2: ZeroDivisionError"),
-    ("net.py:A", "class A:\n    pass\n",
-        "must derive from torch.nn.modules.module.Module; networks/unet.py is an example"),
-    ("net.py:OneConvolution", STUDENT.replace("stride = 1", ""), "lacks the class attribute 'stride' (int)"),
-    ("net.py:OneConvolution", STUDENT.replace("in_channels, num_classes, k", "c, k"), "add in_channels, num_classes"),
-    ("net.py:UNet", STUDENT.replace("OneConvolution", "UNet"), None),
-    ("net.py:unet", STUDENT.replace("OneConvolution", "unet"),
-        "'unet' is the name of a built-in one; rename the class"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reference, source, expected",
+    [
+        ("none.py:A", None, "none.py: no such file to take A from"),
+        ("net.py", STUDENT, "'net.py': expected path/to/file.py:ClassName"),
+        ("net.py:", STUDENT, "expected path/to/file.py:ClassName"),
+        ("net.py:OneConvolutoin", STUDENT, "no class OneConvolutoin; did you mean OneConvolution?"),
+        ("net.py:X", "import torch\n", "no class X; it has no class"),
+        ("net.py:nn", STUDENT, "no class nn"),
+        ("net.py:A", "x = 1\nclass A(:\n", "net.py: line 2: SyntaxError"),
+        (
+            "net.py:A",
+            "\nimport no_such_module\n",
+            "net.py: line 2: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("net.py:A", "def f():\n    return 1 / 0\nf()\n", "net.py: line 2: ZeroDivisionError"),
+        (
+            "net.py:A",
+            "class A:\n    pass\n",
+            "must derive from torch.nn.modules.module.Module; networks/unet.py is an example",
+        ),
+        (
+            "net.py:OneConvolution",
+            STUDENT.replace("stride = 1", ""),
+            "lacks the class attribute 'stride' (int)",
+        ),
+        (
+            "net.py:OneConvolution",
+            STUDENT.replace("in_channels, num_classes, k", "c, k"),
+            "add in_channels, num_classes",
+        ),
+        ("net.py:UNet", STUDENT.replace("OneConvolution", "UNet"), None),
+        (
+            "net.py:unet",
+            STUDENT.replace("OneConvolution", "unet"),
+            "'unet' is the name of a built-in one; rename the class",
+        ),
+    ],
+)
 def test_what_is_wrong_is_said(tmp_path, reference, source, expected):
     if source is not None:
         (tmp_path / "net.py").write_text(source)
@@ -111,13 +147,27 @@ def test_what_is_wrong_is_said(tmp_path, reference, source, expected):
     assert str(caught.value).startswith("--opts: student: ") and expected in str(caught.value)
 
 
-@pytest.mark.parametrize("contract, source, expected", [
-    (plugins.distillation(KD_METHODS), "from torch import nn\nclass A(nn.Module):\n  def __init__(self, tau): ...\n",
-     "add student_channels, teacher_channels, num_classes, multilabel, preset; losses/kd.py is an example"),
-    (plugins.semi_supervised(SSL_METHODS, Method), "from torch import nn\nclass A(nn.Module): ...\n",
-     "must derive from methods.base.Method"),
-    (plugins.data_format(DATASETS, MSDDataset), "class A: ...\n", "must derive from dataloaders.msd.MSDDataset"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "contract, source, expected",
+    [
+        (
+            plugins.distillation(KD_METHODS),
+            "from torch import nn\nclass A(nn.Module):\n  def __init__(self, tau): ...\n",
+            "add student_channels, teacher_channels, num_classes, multilabel, preset; losses/kd.py "
+            "is an example",
+        ),
+        (
+            plugins.semi_supervised(SSL_METHODS, Method),
+            "from torch import nn\nclass A(nn.Module): ...\n",
+            "must derive from methods.base.Method",
+        ),
+        (
+            plugins.data_format(DATASETS, MSDDataset),
+            "class A: ...\n",
+            "must derive from dataloaders.msd.MSDDataset",
+        ),
+    ],
+)
 def test_each_kind_has_a_contract(tmp_path, contract, source, expected):
     (tmp_path / "a.py").write_text(source)
     with pytest.raises(ConfigError) as caught:
@@ -128,21 +178,38 @@ def test_each_kind_has_a_contract(tmp_path, contract, source, expected):
 def test_two_classes_of_one_name_are_refused(tmp_path):
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text(f"# {name}\n{STUDENT}")
-    same = plugins.plug_in(given(student="a.py:OneConvolution", teacher="a.py:OneConvolution"), CONTRACTS)
+    same = plugins.plug_in(
+        given(student="a.py:OneConvolution", teacher="a.py:OneConvolution"), CONTRACTS
+    )
     assert same["OneConvolution"]["roles"] == ["student", "teacher"]
-    with pytest.raises(ConfigError, match=r"a\.py and b\.py both have a class OneConvolution; rename one"):
-        plugins.plug_in(given(student="a.py:OneConvolution", teacher="b.py:OneConvolution"), CONTRACTS)
+    with pytest.raises(
+        ConfigError, match=r"a\.py and b\.py both have a class OneConvolution; rename one"
+    ):
+        plugins.plug_in(
+            given(student="a.py:OneConvolution", teacher="b.py:OneConvolution"), CONTRACTS
+        )
 
 
-@pytest.mark.parametrize("change, expected", [
-    ((", return_features=False", ""), "unexpected keyword argument"),
-    (("SegOutput(logits, {\"decoder\": image}) if return_features else logits", "logits"),
-        "must return networks.SegOutput"),
-    (("nn.Conv3d(in_channels, num_classes", "nn.Conv3d(in_channels, 7"), r"have the shape \(1, 7, 8, 8, 8\)"),
-    (("padding=kernel // 2", "padding=0"), r"have the shape \(1, 3, 6, 6, 6\)"),
-    (("self.feature_channels = ", "self.channels = "), "lacks `feature_channels`"),
-    (("{\"decoder\": in_channels}", "{\"stage1\": 4}"), r"\{'decoder': 2\}, but feature_channels says \{'stage1': 4\}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ((", return_features=False", ""), "unexpected keyword argument"),
+        (
+            ('SegOutput(logits, {"decoder": image}) if return_features else logits', "logits"),
+            "must return networks.SegOutput",
+        ),
+        (
+            ("nn.Conv3d(in_channels, num_classes", "nn.Conv3d(in_channels, 7"),
+            r"have the shape \(1, 7, 8, 8, 8\)",
+        ),
+        (("padding=kernel // 2", "padding=0"), r"have the shape \(1, 3, 6, 6, 6\)"),
+        (("self.feature_channels = ", "self.channels = "), "lacks `feature_channels`"),
+        (
+            ('{"decoder": in_channels}', '{"stage1": 4}'),
+            r"\{'decoder': 2\}, but feature_channels says \{'stage1': 4\}",
+        ),
+    ],
+)
 def test_a_network_must_keep_its_promises(tmp_path, change, expected):
     assert change[0] in STUDENT
     (tmp_path / "net.py").write_text(STUDENT.replace(*change))
@@ -161,7 +228,9 @@ def test_ours_keep_theirs(name):
 
 
 def stored(sha256, roles=("student",)):
-    return {"plugins": {"OneConvolution": {"file": "net.py", "sha256": sha256, "roles": list(roles)}}}
+    return {
+        "plugins": {"OneConvolution": {"file": "net.py", "sha256": sha256, "roles": list(roles)}}
+    }
 
 
 PAIR = (plugins.network(NETWORKS), plugins.data_format(DATASETS, MSDDataset))
@@ -176,7 +245,9 @@ def test_a_test_needs_the_class_named_and_unchanged(tmp_path):
     assert "OneConvolution" not in NETWORKS
     plugins.plug_in_for(stored(DIGEST), "best.pt", named, PAIR, False)
     assert "OneConvolution" in NETWORKS
-    with pytest.raises(CheckpointError, match=r"has changed since it was trained .*--allow-changed-plugin"):
+    with pytest.raises(
+        CheckpointError, match=r"has changed since it was trained .*--allow-changed-plugin"
+    ):
         plugins.plug_in_for(stored("0" * 64), "best.pt", named, PAIR, False)
     plugins.plug_in_for(stored("0" * 64), "best.pt", named, PAIR, True)
     for checkpoint in ({}, stored(DIGEST, ["teacher"]), stored(DIGEST, ["method"])):
@@ -190,7 +261,10 @@ def test_same_sources():
     plugins.check_same(mine, mine, "run")
     plugins.check_same({}, {}, "run")
     plugins.check_same(mine, other, "run", names=["resunet"])
-    with pytest.raises(CheckpointError, match=r"source of OneConvolution has changed since .sha256 1{12} then, 2{12}"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"source of OneConvolution has changed since .sha256 1{12} then, 2{12}",
+    ):
         plugins.check_same(mine, other, "run")
     for before, after in ((mine, {}), ({}, mine)):
         with pytest.raises(CheckpointError, match="'OneConvolution' was"):
@@ -206,7 +280,9 @@ def test_training_resuming_and_testing(tmp_path):
     folder = workspace / "runs/tiny/supervised/OneConvolution/seed0"
     state = load_checkpoint(folder / "last.pt")
     assert state["plugins"]["OneConvolution"]["sha256"] == DIGEST
-    assert state["network"]["name"] == "OneConvolution" and state["network"]["arguments"] == {"kernel": 1}
+    assert state["network"]["name"] == "OneConvolution" and state["network"]["arguments"] == {
+        "kernel": 1
+    }
     assert torch.isfinite(state["weights"]["conv.weight"]).all()
 
     train(*flags, "--resume", *opts, cwd=workspace)
@@ -224,4 +300,6 @@ def test_training_resuming_and_testing(tmp_path):
     changed = run(*test, "--plugin", "net.py:OneConvolution", cwd=workspace, ok=False)
     assert changed.returncode == 1 and "--allow-changed-plugin" in changed.stderr
     again = train(*flags, "--resume", *opts, "max_steps=6", cwd=workspace, ok=False)
-    assert again.returncode == 1 and "the source of OneConvolution has changed since" in again.stderr
+    assert (
+        again.returncode == 1 and "the source of OneConvolution has changed since" in again.stderr
+    )

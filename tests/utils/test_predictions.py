@@ -6,7 +6,15 @@ import pytest
 
 from tests.dataloaders.test_msd import AFFINES
 from utils.config import ConfigError
-from utils.predictions import SizeTable, beside, failure, millilitres, save_volume, settings_of, structure_sizes
+from utils.predictions import (
+    SizeTable,
+    beside,
+    failure,
+    millilitres,
+    save_volume,
+    settings_of,
+    structure_sizes,
+)
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -47,8 +55,10 @@ def test_the_table_keeps_what_it_has(tmp_path):
     table["a"] = {"liver, left": (1, 0.5)}
     table.write()
     assert path.read_text().splitlines() == [
-        "case,structure,voxels,volume_ml", 'a,"liver, left",1,0.5', 'b,"liver, left",3,0.25'
-    ]  # fmt: skip
+        "case,structure,voxels,volume_ml",
+        'a,"liver, left",1,0.5',
+        'b,"liver, left",3,0.25',
+    ]
     with pytest.raises(ConfigError, match="no table of case, structure, pixels, percent"):
         SizeTable(path, "pixels", "percent")
 

@@ -9,7 +9,9 @@ from utils.runlog import Averages, RunLog
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def write(folder, steps, start=0):
@@ -22,7 +24,8 @@ def write(folder, steps, start=0):
 def test_one_line_per_call(tmp_path):
     log = RunLog(tmp_path)
     log.scalars(3, "train", {"loss": 1.5, "lr": 1})
-    assert lines(tmp_path) == [{"step": 3, "kind": "train", "loss": 1.5, "lr": 1}]  # flushed at once
+    # flushed at once
+    assert lines(tmp_path) == [{"step": 3, "kind": "train", "loss": 1.5, "lr": 1}]
     log.scalars(3, "val", {"dice": 0.5})
     log.image(3, "picture", np.zeros((4, 4, 3), np.uint8))
     log.close()
@@ -40,7 +43,12 @@ def test_what_is_not_finite_becomes_null(tmp_path, value):
         raise AssertionError(f"{name} is not JSON")
 
     text = (tmp_path / "log.jsonl").read_text()
-    assert json.loads(text, parse_constant=refuse) == {"step": 0, "kind": "val", "dice": None, "liver": 0.5}
+    assert json.loads(text, parse_constant=refuse) == {
+        "step": 0,
+        "kind": "val",
+        "dice": None,
+        "liver": 0.5,
+    }
 
 
 def test_resume_drops_lines_from_the_start_step_on(tmp_path):
@@ -108,7 +116,13 @@ def test_averages_start_anew_after_they_are_taken():
 
 def test_averages_take_no_graph_and_any_dtype_along():
     averages = Averages()
-    averages.add({"a": torch.tensor(2.0, requires_grad=True) ** 2, "b": torch.tensor(3), "c": torch.tensor(1.5).half()})
+    averages.add(
+        {
+            "a": torch.tensor(2.0, requires_grad=True) ** 2,
+            "b": torch.tensor(3),
+            "c": torch.tensor(1.5).half(),
+        }
+    )
     assert not any(value.requires_grad for value in averages.sums.values())
     assert averages.take() == {"a": 4.0, "b": 3.0, "c": 1.5}
 

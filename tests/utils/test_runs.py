@@ -44,7 +44,9 @@ class Config:
     ],
 )
 def test_run_folder(method, networks, preset, tag, expected):
-    assert run_folder("runs", "btcv", method, networks, 3, preset, tag) == Path("runs/btcv") / expected
+    assert (
+        run_folder("runs", "btcv", method, networks, 3, preset, tag) == Path("runs/btcv") / expected
+    )
 
 
 def test_new_run_writes_its_configuration(tmp_path):
@@ -52,9 +54,13 @@ def test_new_run_writes_its_configuration(tmp_path):
     open_run(folder, Config(), resume=False)
     stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     assert stored == {
-        "lr": 1e-6, "max_steps": 10, "workers": 4, "patch_size": [8, 8, 8],
-        "args": {"unet": {"channels": [8, 16]}}, "names": ["background", "Leber ä"],
-    }  # fmt: skip
+        "lr": 1e-6,
+        "max_steps": 10,
+        "workers": 4,
+        "patch_size": [8, 8, 8],
+        "args": {"unet": {"channels": [8, 16]}},
+        "names": ["background", "Leber ä"],
+    }
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
@@ -111,7 +117,17 @@ def test_resume_without_the_configuration_is_refused(tmp_path):
 
 
 def test_resumable_keys_leave_the_arithmetic_alone():
-    forbidden = {"lr", "seed", "patch_size", "cases_per_batch", "crops_per_case", "method", "student", "teacher", "amp"}
+    forbidden = {
+        "lr",
+        "seed",
+        "patch_size",
+        "cases_per_batch",
+        "crops_per_case",
+        "method",
+        "student",
+        "teacher",
+        "amp",
+    }
     assert not RESUMABLE & forbidden
 
 
@@ -158,26 +174,63 @@ def test_a_run_from_before_a_key_existed_can_go_on(tmp_path):
         open_run(tmp_path, Now(regions={}), resume=True)
 
 
-@pytest.mark.parametrize("text, value", [
-    ("3", 3), ("1", 1), ("0.05", 0.05), ("5%", 0.05), ("12.5%", 0.125), ("100%", 1.0), ("1.0", 1.0), ("all", 1.0),
-    ("3.0", 3), ("1e-2", 0.01),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("3", 3),
+        ("1", 1),
+        ("0.05", 0.05),
+        ("5%", 0.05),
+        ("12.5%", 0.125),
+        ("100%", 1.0),
+        ("1.0", 1.0),
+        ("all", 1.0),
+        ("3.0", 3),
+        ("1e-2", 0.01),
+    ],
+)
 def test_labelled_units_are_a_number_or_a_share(text, value):
     parsed = parse_labelled(text)
     assert parsed == value and type(parsed) is type(value)
 
 
-@pytest.mark.parametrize("text", [
-    "", "%", "three", "3 patients", "5 %%", "ALL", "1/3", "200%", "0%", "-1", "0", "1.5", "inf", "nan",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "%",
+        "three",
+        "3 patients",
+        "5 %%",
+        "ALL",
+        "1/3",
+        "200%",
+        "0%",
+        "-1",
+        "0",
+        "1.5",
+        "inf",
+        "nan",
+    ],
+)
 def test_labelled_units_are_nothing_else(text):
     with pytest.raises(ValueError):
         parse_labelled(text)
 
 
-@pytest.mark.parametrize("labelled, name", [
-    (3, "3"), (1, "1"), (0.05, "5%"), (0.07, "7%"), (0.29, "29%"), (0.125, "12.5%"), (1.0, "all"), (None, "all"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "labelled, name",
+    [
+        (3, "3"),
+        (1, "1"),
+        (0.05, "5%"),
+        (0.07, "7%"),
+        (0.29, "29%"),
+        (0.125, "12.5%"),
+        (1.0, "all"),
+        (None, "all"),
+    ],
+)
 def test_labelled_units_in_the_name_of_a_folder(labelled, name):
     assert labelled_name(labelled) == name
 
@@ -189,8 +242,12 @@ def test_a_name_of_labelled_units_reads_back_as_itself(text):
 
 def test_too_little_memory_of_a_gpu_is_said_in_a_sentence():
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 8 GiB. See the docs.")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 8 GiB. See the docs."
+        )
 
     said = run_script(main)
-    assert said.startswith("error: the GPU has too little memory (CUDA out of memory. Tried to allocate 20.00 MiB. GPU")
+    assert said.startswith(
+        "error: the GPU has too little memory (CUDA out of memory. Tried to allocate 20.00 MiB. GPU"
+    )
     assert "cases_per_batch" in said and {"window_batch", "eval_batch"} <= RESUMABLE

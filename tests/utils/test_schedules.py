@@ -3,14 +3,25 @@ import itertools
 import pytest
 import torch
 
-from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer, constant_lr, poly_lr, poly_lr_open, set_lr, step_lr
+from utils.schedules import (
+    OPTIMIZERS,
+    SCHEDULES,
+    build_optimizer,
+    constant_lr,
+    poly_lr,
+    poly_lr_open,
+    set_lr,
+    step_lr,
+)
 
 
 @pytest.mark.parametrize(
     "step, published", [(0, 0.01), (1, 0.00999099), (500, 0.00535404), (998, 1.997e-5), (999, 0.0)]
 )
 def test_poly_lr_at_the_published_samples(step, published):
-    assert poly_lr(step, 0.01, 1000) == pytest.approx(published, rel=2e-4 if step == 998 else 1e-6, abs=0)
+    assert poly_lr(step, 0.01, 1000) == pytest.approx(
+        published, rel=2e-4 if step == 998 else 1e-6, abs=0
+    )
 
 
 @pytest.mark.parametrize("max_steps, min_lr", [(300, 1e-6), (100, 0.0), (50, 1e-4), (2, 1e-3)])
@@ -28,7 +39,9 @@ def test_poly_lr_at_the_edges():
 
 def test_set_lr_reaches_every_group():
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:], "lr": 1.0}], lr=0.5)
+    optimizer = torch.optim.SGD(
+        [{"params": weights[:1]}, {"params": weights[1:], "lr": 1.0}], lr=0.5
+    )
     set_lr(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
@@ -44,8 +57,12 @@ def test_open_poly_lr_stays_above_min_lr_until_the_end(max_steps, min_lr):
 
 @pytest.mark.parametrize("step", [0, 1, 500, 999])
 def test_open_poly_lr_is_its_formula(step):
-    assert poly_lr_open(step, 0.01, 1000) == pytest.approx(0.01 * (1 - step / 1000) ** 0.9, rel=1e-12)
-    assert poly_lr_open(step, 0.01, 1000, 1e-4, 2.0) == pytest.approx(0.0099 * (1 - step / 1000) ** 2 + 1e-4, rel=1e-12)
+    assert poly_lr_open(step, 0.01, 1000) == pytest.approx(
+        0.01 * (1 - step / 1000) ** 0.9, rel=1e-12
+    )
+    assert poly_lr_open(step, 0.01, 1000, 1e-4, 2.0) == pytest.approx(
+        0.0099 * (1 - step / 1000) ** 2 + 1e-4, rel=1e-12
+    )
     assert poly_lr_open(step, 0.01, 999) == pytest.approx(poly_lr(step, 0.01, 1000), rel=1e-12)
 
 
@@ -70,7 +87,10 @@ def test_optimizers_by_name_have_their_settings():
     weight = torch.nn.Parameter(torch.zeros(1))
     built = {name: build_optimizer(name, [weight], 0.1, 0.9, 1e-4, True) for name in OPTIMIZERS}
     assert {name: type(optimizer) for name, optimizer in built.items()} == {
-        "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW,
-    }  # fmt: skip
-    assert all((o.defaults["lr"], o.defaults["weight_decay"]) == (0.1, 1e-4) for o in built.values())
+        "sgd": torch.optim.SGD,
+        "adamw": torch.optim.AdamW,
+    }
+    assert all(
+        (o.defaults["lr"], o.defaults["weight_decay"]) == (0.1, 1e-4) for o in built.values()
+    )
     assert (built["sgd"].defaults["momentum"], built["sgd"].defaults["nesterov"]) == (0.9, True)

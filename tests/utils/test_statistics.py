@@ -21,7 +21,9 @@ NAN = math.nan
 
 
 def reference_p(differences):
-    """Share of the 2^n sign patterns whose smaller rank sum is at most the observed one; ties share their mean rank."""
+    """Share of the 2^n sign patterns whose smaller rank sum is at most the observed one; ties share
+    their mean rank.
+    """
     sizes = [abs(d) for d in differences if d]
     ranks = [sum(o < s for o in sizes) + (sum(o == s for o in sizes) + 1) / 2 for s in sizes]
     total = sum(ranks)
@@ -46,7 +48,9 @@ def test_p_is_the_share_of_sign_patterns(size, ties):
 
 
 def test_p_of_a_textbook_sample():
-    """Nine differences, all but the smallest two positive: W = 3, not exceeded by 5 of 512 patterns in each tail."""
+    """Nine differences, all but the smallest two positive: W = 3, not exceeded by 5 of 512 patterns
+    in each tail.
+    """
     differences = [-1, -2, 3, 4, 5, 6, 7, 8, 9]
     assert signed_rank_p(differences) == pytest.approx(10 / 512)
 
@@ -61,7 +65,9 @@ def test_p_without_ties_is_that_of_scipy(size):
 def test_p_of_many_cases():
     """Beyond 50 the normal approximation takes over, without a step."""
     differences = np.random.default_rng(1).normal(0.25, 1, 51)
-    assert signed_rank_p(differences) == scipy.stats.wilcoxon(differences, method="asymptotic").pvalue
+    assert (
+        signed_rank_p(differences) == scipy.stats.wilcoxon(differences, method="asymptotic").pvalue
+    )
     exact = scipy.stats.wilcoxon(differences, method="exact").pvalue
     assert signed_rank_p(differences) == pytest.approx(exact, rel=0.05)
 
@@ -80,16 +86,24 @@ def test_p_does_not_depend_on_zeros_or_scale():
 @pytest.mark.parametrize(
     "differences, expected",
     [
-        ([1, 2, 3], 1.0), ([-1, -2], -1.0), ([1, -1], 0.0), ([0, 0], 0.0), ([], None),
-        ([3, -1, 2], (3 + 2 - 1) / 6), ([0, 3, -1], (2 - 1) / 3), ([2, 2, -2, 5], (2 + 2 - 2 + 4) / 10),
+        ([1, 2, 3], 1.0),
+        ([-1, -2], -1.0),
+        ([1, -1], 0.0),
+        ([0, 0], 0.0),
+        ([], None),
+        ([3, -1, 2], (3 + 2 - 1) / 6),
+        ([0, 3, -1], (2 - 1) / 3),
+        ([2, 2, -2, 5], (2 + 2 - 2 + 4) / 10),
     ],
-)  # fmt: skip
+)
 def test_rank_biserial(differences, expected):
     assert rank_biserial(differences) == (None if expected is None else pytest.approx(expected))
 
 
 def reference_holm(values):
-    """Adjusted p of hypothesis i: the largest, over the j with p_j <= p_i, of p_j times the number of p_k >= p_j."""
+    """Adjusted p of hypothesis i: the largest, over the j with p_j <= p_i, of p_j times the number
+    of p_k >= p_j.
+    """
     ordered = sorted(values)
     scaled = [min(1.0, (len(values) - k) * value) for k, value in enumerate(ordered)]
     return [max(s for s, o in zip(scaled, ordered) if o <= value) for value in values]
@@ -142,8 +156,16 @@ def scores(*values):
 
 
 def test_comparison_of_two_runs():
-    (row,) = paired_comparison({"alone": scores(0.5, 0.6, 0.7, 0.8), "taught": scores(0.6, 0.65, 0.7, 0.79)})
-    assert (row["a"], row["b"], row["n"], row["rises"], row["falls"]) == ("alone", "taught", 4, 2, 1)
+    (row,) = paired_comparison(
+        {"alone": scores(0.5, 0.6, 0.7, 0.8), "taught": scores(0.6, 0.65, 0.7, 0.79)}
+    )
+    assert (row["a"], row["b"], row["n"], row["rises"], row["falls"]) == (
+        "alone",
+        "taught",
+        4,
+        2,
+        1,
+    )
     assert row["mean_a"] == pytest.approx(0.65) and row["mean_b"] == pytest.approx(0.685)
     assert row["difference"] == pytest.approx(0.035)
     assert row["low"] < row["difference"] < row["high"]
@@ -162,7 +184,10 @@ def test_undefined_and_unmatched_cases_are_left_out_and_counted():
 def test_runs_without_common_cases():
     (row,) = paired_comparison({"a": {"x": 1.0}, "b": {"y": 1.0}})
     assert (row["n"], row["unmatched"]) == (0, 2)
-    assert all(row[key] is None for key in ("p", "p_holm", "effect", "difference", "low", "high", "least_p"))
+    assert all(
+        row[key] is None
+        for key in ("p", "p_holm", "effect", "difference", "low", "high", "least_p")
+    )
 
 
 def test_holm_counts_all_pairs_or_those_with_the_reference():
@@ -180,14 +205,18 @@ def test_holm_counts_all_pairs_or_those_with_the_reference():
 def test_exchanging_the_runs_changes_signs_only():
     runs = {"a": scores(1, 2, 3, 4.5), "b": scores(2, 2.5, 2.9, 5)}
     (one,), (other,) = paired_comparison(runs), paired_comparison(runs, reference="b")
-    assert other["difference"] == pytest.approx(-one["difference"]) and other["effect"] == pytest.approx(-one["effect"])
+    assert other["difference"] == pytest.approx(-one["difference"]) and other[
+        "effect"
+    ] == pytest.approx(-one["effect"])
     assert other["p"] == one["p"]
 
 
 def test_seeds_are_averaged_case_by_case():
     assert average_seeds([scores(1.0, 2.0), scores(3.0, 4.0)]) == scores(2.0, 3.0)
     # A seed that fails must not improve the mean by staying away.
-    assert average_seeds([scores(1.0, None), {"case0": 3.0, "case1": 9.0}, {"case0": 2.0}]) == scores(2.0, None)
+    assert average_seeds(
+        [scores(1.0, None), {"case0": 3.0, "case1": 9.0}, {"case0": 2.0}]
+    ) == scores(2.0, None)
 
 
 def row(case, name, value):

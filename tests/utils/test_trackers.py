@@ -29,7 +29,9 @@ class FakeWandb:
         self.inits, self.metrics, self.lines, self.finished = [], [], [], 0
 
     def init(self, *, project, name, id, resume, dir, config):
-        self.inits.append({"project": project, "name": name, "id": id, "resume": resume, "config": config})
+        self.inits.append(
+            {"project": project, "name": name, "id": id, "resume": resume, "config": config}
+        )
         return self
 
     def define_metric(self, name, step_metric):
@@ -46,7 +48,14 @@ class FakeMlflow:
     """The fluent interface of mlflow."""
 
     def __init__(self):
-        self.uri, self.experiment, self.starts, self.params, self.lines, self.ended = None, None, [], [], [], 0
+        self.uri, self.experiment, self.starts, self.params, self.lines, self.ended = (
+            None,
+            None,
+            [],
+            [],
+            [],
+            0,
+        )
 
     def set_tracking_uri(self, uri):
         self.uri = uri
@@ -56,7 +65,9 @@ class FakeMlflow:
 
     def start_run(self, run_id, run_name):
         self.starts.append((run_id, run_name))
-        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id or f"run{len(self.starts)}"))
+        return types.SimpleNamespace(
+            info=types.SimpleNamespace(run_id=run_id or f"run{len(self.starts)}")
+        )
 
     def log_params(self, params):
         self.params.append(params)
@@ -84,7 +95,14 @@ def wandb(monkeypatch):
 @pytest.fixture
 def mlflow(monkeypatch):
     fake = FakeMlflow()
-    names = ("set_tracking_uri", "set_experiment", "start_run", "log_params", "log_metrics", "end_run")
+    names = (
+        "set_tracking_uri",
+        "set_experiment",
+        "start_run",
+        "log_params",
+        "log_metrics",
+        "end_run",
+    )
     members = {name: getattr(fake, name) for name in names}
     monkeypatch.setitem(sys.modules, "mlflow", module("mlflow", **members))
     return fake
@@ -119,7 +137,11 @@ def test_wandb(wandb, folder, tmp_path):
     log.scalars(3, "val", {"dice": 0.5, "liver": math.nan})
     log.close()
     (start,) = wandb.inits
-    assert start["project"] == "tiny" and start["name"] == "tiny/kd/a-b/seed0" and start["resume"] is None
+    assert (
+        start["project"] == "tiny"
+        and start["name"] == "tiny/kd/a-b/seed0"
+        and start["resume"] is None
+    )
     assert start["config"]["lr"] == 0.1
     assert wandb.lines == [{"step": 3, "val/dice": 0.5}]
     assert wandb.metrics == [("*", "step")] and wandb.finished == 1
@@ -163,7 +185,9 @@ def test_identifiers_of_both_services_are_kept(wandb, mlflow, folder, tmp_path):
     assert json.loads((folder / "tracker.json").read_text()).keys() == {"wandb", "mlflow"}
 
 
-def test_a_service_that_fails_does_not_stop_the_training(wandb, folder, tmp_path, monkeypatch, capsys):
+def test_a_service_that_fails_does_not_stop_the_training(
+    wandb, folder, tmp_path, monkeypatch, capsys
+):
     log = RunLog(folder, 0, open_tracker("wandb", folder, config(tmp_path), False))
 
     def fail(values):
@@ -182,6 +206,8 @@ def test_a_service_that_does_not_start_is_a_clear_error(folder, tmp_path, monkey
         raise RuntimeError("no account")
 
     monkeypatch.setitem(sys.modules, "wandb", module("wandb", init=init))
-    with pytest.raises(ConfigError, match=r"wandb does not start \(no account\).*WANDB_MODE=offline"):
+    with pytest.raises(
+        ConfigError, match=r"wandb does not start \(no account\).*WANDB_MODE=offline"
+    ):
         open_tracker("wandb", folder, config(tmp_path), False)
     assert not (folder / "tracker.json").exists()
