@@ -21,6 +21,11 @@ NEGLIGIBLE = 0.01  # share of the gradient norm below which a term does nothing
 VANISHED = 0.001
 DOMINANT = 0.8  # median share above which a term leaves the others without effect
 OPPOSED = -0.2  # median cosine with the first term's gradient below which a term works against it
+LOST = 0.25  # share of the true foreground below which pseudo-labels have lost it
+UNSEEN = 0.05  # recall of a class below which pseudo-labels have lost it
+UNLEARNT = 0.1  # best mean Dice below which nothing was learnt
+FAQ_BACKGROUND = "docs/faq.md, 'The network predicts nothing but background'"
+FAQ_COLLAPSE = "docs/faq.md, 'Few labels: the pseudo-labels collapse'"
 
 
 class Diagnosis:
@@ -212,4 +217,42 @@ def findings(entries: Sequence[Mapping]) -> list[str]:
                 f"{median:.2f} at the median of "
                 f"{len(measured)} measurement{'s' * (len(measured) > 1)}"
             )
+    return texts + _pseudo_label_findings(entries) + _unlearnt(validated)
+
+
+def _pseudo_label_findings(entries: Sequence[Mapping]) -> list[str]:
+    """What the pseudo-labels of the last quarter of the training lack, where the truth is known."""
+    foreground, truth = _logged(entries, "pseudo_foreground"), _logged(entries, "true_foreground")
+    if not foreground or not truth:
+        return []
+    found, expected = _last_quarter(foreground), _last_quarter(truth)
+    if found < LOST * expected:
+        return [
+            f"the pseudo-labels have lost the foreground: {100 * found:.2f} % of the voxels at the "
+            f"end, where the truth has {100 * expected:.2f} %; see {FAQ_COLLAPSE}"
+        ]
+    scores = next((entry for entry in reversed(entries) if entry["kind"] == "val"), {})
+    names = [key for key in scores if key not in ("step", "kind", "dice")]
+    texts = []
+    for number in range(1, len(names) + 1):
+        recalls = _logged(entries, f"recall_{number}")
+        if recalls and _last_quarter(recalls) < UNSEEN:
+            texts.append(
+                f"the pseudo-labels have lost the class '{names[number - 1]}': "
+                f"{100 * _last_quarter(recalls):.1f} % of its voxels have it at the end; see "
+                f"{FAQ_COLLAPSE}"
+            )
     return texts
+
+
+def _unlearnt(validated: Sequence[float]) -> list[str]:
+    if not validated or max(validated) >= UNLEARNT:
+        return []
+    return [
+        f"the validation stayed near 0: the best mean Dice is {max(validated):.4f}; see "
+        f"{FAQ_BACKGROUND}"
+    ]
+
+
+def _last_quarter(values: Sequence[float]) -> float:
+    return statistics.fmean(values[-max(1, len(values) // 4) :])

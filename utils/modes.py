@@ -68,24 +68,34 @@ def statistics_estimated(
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain mean over all batches
-                norm.training = True
-            see_images()
-        for norm, (mean, variance, _) in zip(norms, before):
+            with _training(norms):
+                see_images()
+        for norm, statistics in zip(norms, before):
             if not norm.num_batches_tracked:
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(variance)
-        average(
-            [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
-        )
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
+                _set_statistics(norm, statistics)
+        average([values for norm in norms for values in (norm.running_mean, norm.running_var)])
         yield
     finally:
-        for norm, momentum, (mean, variance, count) in zip(norms, momenta, before):
+        for norm, momentum, statistics in zip(norms, momenta, before):
             norm.momentum = momentum
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
-            norm.num_batches_tracked.copy_(count)
+            _set_statistics(norm, statistics)
+
+
+def _set_statistics(norm: nn.Module, values: tuple[Tensor, Tensor, Tensor]) -> None:
+    for own, value in zip((norm.running_mean, norm.running_var, norm.num_batches_tracked), values):
+        own.copy_(value)
+
+
+@contextlib.contextmanager
+def _training(modules: list[nn.Module]) -> Iterator[None]:
+    """Training mode of some modules of a network that is in evaluation mode."""
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = False
 
 
 def running_norms(network: nn.Module) -> list[nn.Module]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from tests.scripts.conftest import ROOT, run, train
+from tests.scripts.conftest import CONFIG, ROOT, run, train
 from utils.checkpoint import digest, load_checkpoint
 
 TEACHER = ("--method", "supervised", "--student", "resunet")
@@ -179,6 +180,27 @@ def test_resume_is_bit_identical(workspace, workers):
     assert straight["best"] == broken["best"]
     logs = [(base / name / "log.jsonl").read_text() for name in ("seed0-straight", "seed0-broken")]
     assert logs[0] == logs[1]
+
+
+def test_a_student_with_batch_norm_is_saved_with_clean_statistics(workspace):
+    """What goes on training keeps the running statistics, and resuming is exact."""
+    config = CONFIG.replace("[16, 16, 16]", "[32, 32, 32]")
+    config += "  lcovnet: {channels: [2, 2, 4, 4, 4]}\n"
+    (workspace / "tiny.yaml").write_text(config)
+    flags = ("--method", "supervised", "--student", "lcovnet")
+    train(*flags, "--opts", "max_steps=3", "tag=whole", cwd=workspace)
+    train(*flags, "--opts", "max_steps=3", "tag=again", "save_interval=1", cwd=workspace)
+    whole, again = (
+        workspace / f"runs/tiny/supervised/lcovnet/seed0-{tag}" for tag in ("whole", "again")
+    )
+    last = load_checkpoint(whole / "last.pt")
+    differ = {key for key, v in last["student"].items() if not torch.equal(last["weights"][key], v)}
+    assert differ and all("running" in key or "num_batches" in key for key in differ)
+    (again / "last.previous.pt").replace(again / "last.pt")
+    train(*flags, "--opts", "max_steps=3", "tag=again", "--resume", cwd=workspace)
+    resumed = load_checkpoint(again / "last.pt")
+    for part in ("student", "weights"):
+        assert digest(resumed[part]) == digest(last[part])
 
 
 def test_the_command_of_the_readme_without_data(tmp_path):

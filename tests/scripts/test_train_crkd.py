@@ -633,6 +633,28 @@ def test_every_method_resumes_bit_identically(site, monkeypatch, kind, method):
     assert_equal_runs(straight, broken)
 
 
+@pytest.mark.parametrize("kind", ["acdc", "la"])
+def test_saved_weights_have_the_statistics_of_clean_images(trained, kind):
+    """The running ones, after two steps, lag; the training goes on with them all the same."""
+    _, folder = trained(kind)
+    last, best = (load_checkpoint(folder / name) for name in ("last.pt", "best.pt"))
+    own = {key.removeprefix("network."): value for key, value in last["method"].items()}
+    differ = {key for key, value in last["weights"].items() if not torch.equal(own[key], value)}
+    statistics = {key for key in last["weights"] if "running" in key or "num_batches" in key}
+    assert differ == statistics
+    assert {last["weights"][key].item() for key in statistics if "num_batches" in key} == {20}
+    if best["step"] == last["step"]:
+        assert digest(best["weights"]) == digest(last["weights"])
+
+
+def test_running_statistics_are_saved_on_demand(site):
+    tiny = site("acdc")
+    tiny.train("--method", "supervised", "--opts", "max_steps=1", "bn_batches=0")
+    last = load_checkpoint(tiny.run_folder("supervised") / "last.pt")
+    own = {key.removeprefix("network."): value for key, value in last["method"].items()}
+    assert digest(own) == digest(last["weights"])
+
+
 def test_crkd_with_a_moving_average_resumes_bit_identically(site, monkeypatch):
     tiny = site("acdc")
     options = ("--opts", *RESUMED["acdc"])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.modes import evaluating, statistics_kept, weightless
+from utils.modes import evaluating, statistics_estimated, statistics_kept, weightless
 
 
 def make():
@@ -113,6 +113,110 @@ def test_every_rank_of_batch_norm_is_kept(norm, shape):
     with statistics_kept(layer):
         layer(torch.randn(shape))
     assert layer.num_batches_tracked == 0 and not layer.running_mean.any()
+
+
+def lagging():
+    """A network with two norms, whose weights have moved far since its statistics were made."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Dropout(0.5),
+        nn.Conv2d(3, 2, 1),
+        nn.BatchNorm2d(2),
+    )
+    for _ in range(5):
+        network(IMAGE)
+    with torch.no_grad():
+        network[0].weight.mul_(-4)
+        network[3].bias.add_(7)
+    return network
+
+
+def test_estimated_statistics_are_those_of_the_images_under_the_present_weights():
+    """In float64, layer by layer: the mean of the batches' means and unbiased variances."""
+    network = lagging()
+    batches = [torch.randn(2, 1, 6, 6) + k for k in range(3)]
+    inputs = [batch.double() for batch in batches]
+    expected = []
+    for layer in network:
+        if isinstance(layer, nn.BatchNorm2d):
+            flat = [x.transpose(0, 1).flatten(1) for x in inputs]
+            mean = torch.stack([x.mean(1) for x in flat]).mean(0)
+            variance = torch.stack([x.var(1, unbiased=True) for x in flat]).mean(0)
+            expected.append((mean, variance))
+            inputs = [  # training mode: each batch by its own statistics
+                (x - x.mean((0, 2, 3), keepdim=True))
+                / (x.var((0, 2, 3), unbiased=False, keepdim=True) + layer.eps).sqrt()
+                for x in inputs
+            ]
+        elif isinstance(layer, nn.Conv2d):
+            weight, bias = layer.weight.double(), layer.bias.double()
+            inputs = [nn.functional.conv2d(x, weight, bias) for x in inputs]
+    with statistics_estimated(network, lambda: [network(batch) for batch in batches]):
+        found = [(network[k].running_mean, network[k].running_var) for k in (1, 4)]
+        for (mean, variance), (own_mean, own_variance) in zip(found, expected):
+            torch.testing.assert_close(mean.double(), own_mean, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(variance.double(), own_variance, atol=1e-5, rtol=1e-4)
+
+
+def test_estimated_statistics_leave_the_training_as_it_was():
+    network = lagging()
+    before, random = buffers(network), torch.get_rng_state()
+    with statistics_estimated(network, lambda: network(IMAGE)):
+        assert not equal(buffers(network), before)
+    assert equal(buffers(network), before) and all(modes(network))
+    assert [network[k].momentum for k in (1, 4)] == [0.1, 0.1]
+    assert torch.equal(torch.get_rng_state(), random)  # dropout is off
+
+
+def test_lagging_statistics_are_mended_inside_the_block_only():
+    network = lagging()
+    network.eval()
+    with torch.no_grad():
+        lagged = network(IMAGE).std()
+        with statistics_estimated(network, lambda: network(IMAGE)):
+            mended = network(IMAGE)
+        assert lagged > 1.5 and abs(mended.std() - 1) < 0.05 and mended.mean().abs() < 0.05
+        assert network(IMAGE).std() == lagged
+
+
+def test_a_norm_that_sees_no_image_keeps_its_statistics():
+    network = lagging()
+    with statistics_estimated(network, lambda: network[:3](IMAGE)):
+        inside = network[4].running_mean.clone()
+    assert torch.equal(inside, network[4].running_mean) and inside.any()
+
+
+def test_a_network_without_running_statistics_asks_for_no_image():
+    network = nn.Sequential(nn.InstanceNorm2d(1), nn.BatchNorm2d(1, track_running_stats=False))
+    with statistics_estimated(network, lambda: pytest.fail("asked for images")):
+        pass
+
+
+def test_statistics_come_back_after_an_error():
+    network = lagging()
+    before = buffers(network)
+    with (
+        pytest.raises(RuntimeError),
+        statistics_estimated(network, lambda: network(IMAGE[0, 0, 0])),
+    ):
+        pass
+    assert equal(buffers(network), before) and network[1].momentum == 0.1 and all(modes(network))
+
+
+def test_estimated_statistics_are_averaged_over_processes():
+    network = lagging()
+
+    def average(tensors):  # with a process whose statistics are all zero
+        for tensor in tensors:
+            tensor.div_(2)
+
+    with statistics_estimated(network, lambda: network(IMAGE)):
+        alone = [network[k].running_mean.clone() for k in (1, 4)]
+    with statistics_estimated(network, lambda: network(IMAGE), average):
+        for mean, k in zip(alone, (1, 4)):
+            torch.testing.assert_close(network[k].running_mean, mean / 2)
 
 
 def test_weightless_modules_have_shapes_and_nothing_else():
