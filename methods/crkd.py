@@ -65,11 +65,11 @@ class CRKD(Method):
     (UniMatch's Dice has both); dice_absent: count classes that the pseudo-labels of the batch lack,
     which pushes them to nothing.
     pseudo_weight, pseudo_ramp: their weight, and the fraction of the training over which it rises.
-    pseudo_mode: pass that makes them: 'eval' mode; 'train' mode by itself; 'joint', a part of the
-    labelled pass.
-    statistics: whether the running statistics of batch norm follow every pass or only those of
+    pseudo_mode: pass that makes them: 'train' mode by itself; 'joint', a part of the labelled pass;
+    'eval' mode, whose running statistics lag behind the weights.
+    statistics: whether the running statistics of batch norm follow 'all' passes or only those of
     'clean' images (labelled, and weak ones in the modes 'train' and 'joint'). The perturbed views
-    have other statistics, and pseudo-labels and validation live on clean images.
+    have other statistics, and the network is used on clean images.
     warmup: fraction of the training on labels only.
     consistency, ramp_length: largest w(t), and the fraction of the training at which it is reached.
     lec, csd, ckd_pixel, ckd_feature: relative weights. lec_beta, lec_distance, csd_samples,
@@ -97,9 +97,9 @@ class CRKD(Method):
         dice_average: bool = False,
         dice_absent: bool = True,
         pseudo_weight: float = 0.5,
-        pseudo_ramp: float = 0.0,
-        pseudo_mode: str = "eval",
-        statistics: str = "all",
+        pseudo_ramp: float = 0.2,
+        pseudo_mode: str = "train",
+        statistics: str = "clean",
         warmup: float = 0.0,
         consistency: float = 0.1,
         ramp_length: float = 2 / 3,

@@ -36,15 +36,15 @@ trial consistency_1 crkd "$threshold, consistency: 1.0" "" "$@"                 
 trial no_lec crkd "$threshold, lec: 0.0" "" "$@"
 trial no_csd crkd "$threshold, csd: 0.0" "" "$@"
 trial no_ckd crkd "$threshold, ckd_pixel: 0.0, ckd_feature: 0.0" "" "$@"
-trial ramped_pseudo crkd "$threshold, pseudo_ramp: 0.67" "" "$@"                          # D1, D3
+trial no_pseudo_ramp crkd "$threshold, pseudo_ramp: 0.0" "" "$@"                          # D1, D3
 trial cross_entropy crkd "$threshold, pseudo_loss: ce" "" "$@"                            # D2
 trial dice crkd "$threshold, pseudo_loss: dice, dice_background: true, dice_average: true" "" "$@"  # D2: UniMatch's
 trial present_classes crkd "$threshold, dice_absent: false" "" "$@"                       # D2
 trial ema crkd "$threshold, ema_decay: 0.99" "" "$@"                                      # D4
-trial train_mode crkd "$threshold, pseudo_mode: train" "" "$@"                            # D5
 trial joint crkd "$threshold, pseudo_mode: joint" "" "$@"                                 # D5
-trial clean_statistics crkd "$threshold, statistics: clean" "" "$@"
-trial joint_clean_statistics crkd "$threshold, pseudo_mode: joint, statistics: clean" "" "$@"
+trial eval crkd "$threshold, pseudo_mode: eval" "" "$@"                                   # D5
+trial all_statistics crkd "$threshold, statistics: all" "" "$@"
+trial first_form crkd "$threshold, pseudo_mode: eval, statistics: all, pseudo_ramp: 0.0" "" "$@"
 trial unmixed_fp crkd "$threshold, fp_input: weak" "" "$@"                                # D6
 trial tau_1 crkd "$threshold, csd_tau: 1.0" "" "$@"                                       # D7
 trial projected crkd "$threshold, feature_space: projected" "" "$@"                       # D9
