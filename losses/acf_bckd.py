@@ -17,6 +17,7 @@ schedule is a function of progress, so resuming cannot restart it. SBD is skippe
 is 0. An empty boundary is skipped by its size, not by the sum of its indices.
 """
 
+import dataclasses
 from collections import OrderedDict
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from losses.distance import boundary_distance_squared
-from losses.kd import check_not_negative, check_weights
+from losses.kd import check_choice, check_not_negative, check_weights, takes_options
 from losses.taps import attention_energy, class_map, energy_distance, require_taps, resize_nearest
 from losses.voxelwise import voxel_chunks, voxel_sums
 
@@ -375,14 +376,38 @@ class AttentionCorrection(nn.Module):
         )
 
 
+CHOICES = {
+    "feature_reduction": ("mean", "sum"),
+    "boundary_reduction": ("mean", "voxel"),
+    "border": ("count", "ignore"),
+    "correction_source": (None, "residual", "output"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Decisions beside the weights. Settings of a configuration like the others.
+
+    feature_reduction: 'mean' over voxels (the paper's scale, whose strength depends on the grid) or
+    'sum'.
+    boundary_reduction, border, label_classes: see `hard_boundary_loss`.
+    correction_source: 'residual' or 'output'; None follows the preset.
+    """
+
+    feature_reduction: str = "mean"
+    boundary_reduction: str = "mean"
+    border: str = "count"
+    label_classes: int | None = None
+    correction_source: str | None = None
+
+
+@takes_options(Options)
 class ACFBCKD(nn.Module):
     """All four terms with the schedule; terms `afd`, `cfd`, `hbd`, `sbd`, each weighted.
 
     afd, cfd: weights of the feature terms. hbd, sbd: factors on the scheduled boundary weights. A
-    weight of 0 leaves the term out. floor, decay: see `hard_boundary_weight`. feature_reduction:
-    'mean' over voxels (the paper's scale, whose strength depends on the grid) or 'sum'.
-    correction_source: 'residual' or 'output'; None follows the preset.
-    boundary_reduction, border, label_classes: see `hard_boundary_loss`.
+    weight of 0 leaves the term out. floor, decay: see `hard_boundary_weight`. options: see
+    `Options`.
     """
 
     student_taps = ("acf",)
@@ -400,39 +425,28 @@ class ACFBCKD(nn.Module):
         sbd: float = 1.0,
         floor: float = 0.001,
         decay: float = 1.0,
-        feature_reduction: str = "mean",
-        boundary_reduction: str = "mean",
-        border: str = "count",
-        label_classes: int | None = None,
-        correction_source: str | None = None,
+        **options,
     ) -> None:
         super().__init__()
-        choices = {
-            "feature_reduction": (feature_reduction, ("mean", "sum")),
-            "boundary_reduction": (boundary_reduction, ("mean", "voxel")),
-            "border": (border, ("count", "ignore")),
-            "correction_source": (correction_source, (None, "residual", "output")),
-        }
-        for key, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(
-                    f"acf_bckd: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}"
-                )
+        self.options = option = Options(**options)
+        for name, allowed in CHOICES.items():
+            check_choice("acf_bckd", name, getattr(option, name), allowed)
         if not 0.0 <= floor <= 1.0:
             raise ValueError(f"acf_bckd: floor must lie in [0, 1], got {floor}")
         check_weights("acf_bckd", afd=afd, cfd=cfd, hbd=hbd, sbd=sbd)
         check_not_negative("acf_bckd", decay=decay)
-        if label_classes is not None and not 1 <= label_classes <= num_classes:
+        if option.label_classes is not None and not 1 <= option.label_classes <= num_classes:
             raise ValueError(
-                f"acf_bckd: label_classes must lie in 1..{num_classes}, got {label_classes}"
+                f"acf_bckd: label_classes must lie in 1..{num_classes}, got {option.label_classes}"
             )
-        if correction_source is None:
+        if option.correction_source is None:
             # A network in whose reference hook the sum had overwritten f(X) says so by a
             # `hooked_residual` tap.
             hooked = preset == "as_released" and "hooked_residual" in teacher_channels
             self.correction_tap = "hooked_residual" if hooked else "residual"
         else:
-            self.correction_tap = "corrected" if correction_source == "output" else "residual"
+            taps = {"residual": "residual", "output": "corrected"}
+            self.correction_tap = taps[option.correction_source]
         self.teacher_taps = tuple({"corrected": None, self.correction_tap: None})
         if not (afd or cfd):
             self.student_taps = self.teacher_taps = ()
@@ -441,8 +455,6 @@ class ACFBCKD(nn.Module):
         self.num_classes, self.multilabel = num_classes, multilabel
         self.afd, self.cfd, self.hbd, self.sbd = afd, cfd, hbd, sbd
         self.floor, self.decay = floor, decay
-        self.feature_reduction, self.boundary_reduction = feature_reduction, boundary_reduction
-        self.border, self.label_classes = border, label_classes
         self.features = AttentionCorrection(student_channels["acf"]) if afd or cfd else None
 
     def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
@@ -454,7 +466,7 @@ class ACFBCKD(nn.Module):
                 student.features["acf"],
                 teacher.features["corrected"],
                 teacher.features[self.correction_tap],
-                self.feature_reduction,
+                self.options.feature_reduction,
             )
             terms["afd"], terms["cfd"] = self.afd * afd, self.cfd * cfd
         if self.hbd * alpha > 0:
@@ -463,9 +475,9 @@ class ACFBCKD(nn.Module):
                 teacher.logits,
                 label,
                 self.multilabel,
-                self.boundary_reduction,
-                self.border,
-                self.label_classes,
+                self.options.boundary_reduction,
+                self.options.border,
+                self.options.label_classes,
             )
         if self.sbd * (1.0 - alpha) > 0:
             terms["sbd"] = (self.sbd * (1.0 - alpha)) * soft_boundary_loss(

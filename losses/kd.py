@@ -17,7 +17,8 @@ voxel; 'voxel' sums over the channels and averages over the voxels.
 The divergences here serve the other methods that have a logit term.
 """
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,24 @@ def check_choice(method: str, name: str, value: object, allowed: Collection) -> 
         raise ValueError(
             f"{method}: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
         )
+
+
+def takes_options(options: type) -> Callable[[type], type]:
+    """Decorates a method whose constructor ends in `**options`, the fields of a dataclass: they are
+    arguments like the others, so configurations name them beside those, and only the code groups
+    them.
+    """
+
+    def decorate(cls: type) -> type:
+        own = list(inspect.signature(cls).parameters.values())[:-1]
+        fields = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(options).parameters.values()
+        ]
+        cls.__signature__ = inspect.Signature([*own, *fields])
+        return cls
+
+    return decorate
 
 
 def check_positive(method: str, **values: float) -> None:

@@ -23,6 +23,7 @@ compares them.
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -44,46 +45,80 @@ from losses.crkd import (
     pseudo_label,
     symmetric_cutmix,
 )
-from losses.kd import check_choice, check_positive, check_weights
+from losses.kd import check_choice, check_positive, check_weights, takes_options
 from methods.base import Method, pseudo_label_report, require_method
 from utils.ema import ema_decay, ema_update
 from utils.modes import evaluating, statistics_kept
 
-PSEUDO_LOSSES = ("ce_dice", "ce", "dice", "none")
-PSEUDO_MODES = ("eval", "train", "joint")
-STATISTICS = ("all", "clean")
-EMA_USES = ("labels", "evaluation", "both")
+CHOICES = {
+    "pseudo_loss": ("ce_dice", "ce", "dice", "none"),
+    "pseudo_mode": ("eval", "train", "joint"),
+    "statistics": ("all", "clean"),
+    "lec_distance": ("kl", "l1"),
+    "feature_space": ("raw", "projected"),
+    "fp_input": ("mixed", "weak"),
+    "ema_for": ("labels", "evaluation", "both"),
+}
 
 
-class CRKD(Method):
-    """The terms `sup`, `pseudo_s`, `pseudo_fp`, `lec`, `csd`, `ckd_pixel`, `ckd_feature`; a term of
-    weight 0 is not computed.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Decisions that the figure leaves open. Settings of a configuration like the others.
 
-    threshold: lowest confidence of a pseudo-label that counts.
     pseudo_loss: of the pseudo-labels: cross-entropy and Dice by halves, one of them, or none.
     dice_background, dice_average: count the background, average the classes instead of summing them
     (UniMatch's Dice has both); dice_absent: count classes that the pseudo-labels of the batch lack,
     which pushes them to nothing.
-    pseudo_weight, pseudo_ramp: their weight, and the fraction of the training over which it rises.
     pseudo_mode: pass that makes them: 'train' mode by itself; 'joint', a part of the labelled pass;
     'eval' mode, whose running statistics lag behind the weights.
     statistics: whether the running statistics of batch norm follow 'all' passes or only those of
     'clean' images (labelled, and weak ones in the modes 'train' and 'joint'). The perturbed views
     have other statistics, and the network is used on clean images.
-    warmup: fraction of the training on labels only.
-    consistency, ramp_length: largest w(t), and the fraction of the training at which it is reached.
-    lec, csd, ckd_pixel, ckd_feature: relative weights. lec_beta, lec_distance, csd_samples,
-    csd_tau, csd_use_tp, csd_threshold, temperature, feature_tau, detach_better: see losses/crkd.py;
-    None follows the preset. csd_pool: average-pool the features by this factor first. lec_masked:
-    LEC where V holds only.
+    lec_beta, lec_distance, csd_tau, csd_use_tp, csd_threshold, temperature, feature_tau,
+    detach_better: see losses/crkd.py; None follows the preset. lec_masked: LEC where V holds only.
+    csd_pool: average-pool the features by this factor first.
     feature_space: CFKD on the 'raw' features or on their 'projected' ones (memory: 256 channels per
     voxel).
-    cutmix_prob: of a pair; perturb: probability of dropping an encoder channel; fp_input: the
-    feature-perturbed view sees the 'mixed' weak image, or the 'weak' one, whose content then
-    differs from the other view's (and, in the pasted boxes, from the pseudo-labels, which are mixed
-    either way).
-    ema_decay: of a moving average of the weights, 0 for none; ema_for: what it serves,
-    pseudo-'labels', 'evaluation' or 'both'.
+    fp_input: the feature-perturbed view sees the 'mixed' weak image, or the 'weak' one, whose
+    content then differs from the other view's (and, in the pasted boxes, from the pseudo-labels,
+    which are mixed either way).
+    ema_for: what the moving average serves, pseudo-'labels', 'evaluation' or 'both'.
+    """
+
+    pseudo_loss: str = "ce_dice"
+    dice_background: bool = False
+    dice_average: bool = False
+    dice_absent: bool = True
+    pseudo_mode: str = "train"
+    statistics: str = "clean"
+    lec_beta: float = 1.0
+    lec_distance: str = "kl"
+    lec_masked: bool = False
+    csd_tau: float | None = None
+    csd_use_tp: bool | None = None
+    csd_threshold: float | None = None
+    csd_pool: int = 1
+    projection_channels: int = 256
+    temperature: float = 1.0
+    feature_tau: float | None = None
+    detach_better: bool | None = None
+    feature_space: str = "raw"
+    fp_input: str = "mixed"
+    ema_for: str = "labels"
+
+
+@takes_options(Options)
+class CRKD(Method):
+    """The terms `sup`, `pseudo_s`, `pseudo_fp`, `lec`, `csd`, `ckd_pixel`, `ckd_feature`; a term of
+    weight 0 is not computed.
+
+    threshold: lowest confidence of a pseudo-label that counts.
+    pseudo_weight, pseudo_ramp: weight of the pseudo-label loss, and the fraction of the training
+    over which it rises. warmup: fraction of the training on labels only.
+    consistency, ramp_length: largest w(t), and the fraction of the training at which it is reached.
+    lec, csd, ckd_pixel, ckd_feature: relative weights. csd_samples: anchors, and rows of each view.
+    cutmix_prob: of a pair; perturb: probability of dropping an encoder channel.
+    ema_decay: of a moving average of the weights, 0 for none. options: see `Options`.
     """
 
     def __init__(
@@ -92,68 +127,37 @@ class CRKD(Method):
         max_steps: int,
         preset: str = "clean",
         threshold: float = 0.8,
-        pseudo_loss: str = "ce_dice",
-        dice_background: bool = False,
-        dice_average: bool = False,
-        dice_absent: bool = True,
         pseudo_weight: float = 0.5,
         pseudo_ramp: float = 0.2,
-        pseudo_mode: str = "train",
-        statistics: str = "clean",
         warmup: float = 0.0,
         consistency: float = 0.1,
         ramp_length: float = 2 / 3,
         lec: float = 1.0,
-        lec_beta: float = 1.0,
-        lec_distance: str = "kl",
-        lec_masked: bool = False,
         csd: float = 1.0,
         csd_samples: int = 256,
-        csd_tau: float | None = None,
-        csd_use_tp: bool | None = None,
-        csd_threshold: float | None = None,
-        csd_pool: int = 1,
-        projection_channels: int = 256,
         ckd_pixel: float = 1.0,
         ckd_feature: float = 1.0,
-        temperature: float = 1.0,
-        feature_tau: float | None = None,
-        detach_better: bool | None = None,
-        feature_space: str = "raw",
         cutmix_prob: float = 0.5,
         perturb: float = 0.5,
-        fp_input: str = "mixed",
         ema_decay: float = 0.0,
-        ema_for: str = "labels",
+        **options,
     ) -> None:
         super().__init__(make_network, max_steps)
+        self.options = option = Options(**options)
         require_method("crkd", self.network, "perturb", "unet2d" if self.dims == 2 else "vnet")
-        check_choice("crkd", "pseudo_loss", pseudo_loss, PSEUDO_LOSSES)
-        check_choice("crkd", "pseudo_mode", pseudo_mode, PSEUDO_MODES)
-        check_choice("crkd", "statistics", statistics, STATISTICS)
-        check_choice("crkd", "lec_distance", lec_distance, ("kl", "l1"))
-        check_choice("crkd", "feature_space", feature_space, ("raw", "projected"))
-        check_choice("crkd", "fp_input", fp_input, ("mixed", "weak"))
-        check_choice("crkd", "ema_for", ema_for, EMA_USES)
-        check_positive(
+        for name, allowed in CHOICES.items():
+            check_choice("crkd", name, getattr(option, name), allowed)
+        positive = ("csd_pool", "temperature", "projection_channels", "csd_tau", "feature_tau")
+        given = {name: getattr(option, name) for name in positive}
+        check_positive("crkd", **{name: v for name, v in given.items() if v is not None})
+        self.weights = {"lec": lec, "csd": csd, "ckd_pixel": ckd_pixel, "ckd_feature": ckd_feature}
+        check_weights(
             "crkd",
-            csd_pool=csd_pool,
-            temperature=temperature,
-            projection_channels=projection_channels,
+            pseudo_weight=pseudo_weight,
+            consistency=consistency,
+            lec_beta=option.lec_beta,
+            **self.weights,
         )
-        for name, value in (("csd_tau", csd_tau), ("feature_tau", feature_tau)):
-            if value is not None:
-                check_positive("crkd", **{name: value})
-        weights = {
-            "pseudo_weight": pseudo_weight,
-            "consistency": consistency,
-            "lec": lec,
-            "lec_beta": lec_beta,
-            "csd": csd,
-            "ckd_pixel": ckd_pixel,
-            "ckd_feature": ckd_feature,
-        }
-        check_weights("crkd", **weights)
         if csd_samples < self.num_classes:
             raise ValueError(
                 f"crkd: csd_samples must be at least 1 for each of the {self.num_classes} classes, "
@@ -173,50 +177,43 @@ class CRKD(Method):
                 raise ValueError(
                     f"crkd: {name} must lie in [0, 1], below 1 if it leaves nothing, got {value}"
                 )
-        if ema_decay and pseudo_mode == "joint" and ema_for != "evaluation":
+        if ema_decay and option.pseudo_mode == "joint" and option.ema_for != "evaluation":
             raise ValueError(
                 "crkd: pseudo_mode 'joint' labels with the trained network; an average needs "
                 "another mode"
             )
-        released = preset == "as_released"
-        self.threshold, self.pseudo_loss, self.pseudo_weight = threshold, pseudo_loss, pseudo_weight
-        self.dice = {"background": dice_background, "average": dice_average, "absent": dice_absent}
-        self.pseudo_ramp, self.pseudo_mode, self.statistics, self.warmup = (
-            pseudo_ramp,
-            pseudo_mode,
-            statistics,
-            warmup,
-        )
+        self.threshold, self.pseudo_weight = threshold, pseudo_weight
+        self.pseudo_ramp, self.warmup = pseudo_ramp, warmup
         self.consistency, self.ramp_length = consistency, ramp_length
-        self.weights = {"lec": lec, "csd": csd, "ckd_pixel": ckd_pixel, "ckd_feature": ckd_feature}
-        self.lec = {"beta": lec_beta, "distance": lec_distance}
-        self.lec_masked = lec_masked
+        self.cutmix_prob, self.perturb, self.ema_decay = cutmix_prob, perturb, ema_decay
+        released = preset == "as_released"
+        self.dice = {
+            "background": option.dice_background,
+            "average": option.dice_average,
+            "absent": option.dice_absent,
+        }
         self.csd = {
             "samples": csd_samples,
-            "tau": (1.0 if released else 0.1) if csd_tau is None else csd_tau,
-            "threshold": csd_threshold,
-            "use_tp": not released if csd_use_tp is None else csd_use_tp,
+            "tau": (1.0 if released else 0.1) if option.csd_tau is None else option.csd_tau,
+            "threshold": option.csd_threshold,
+            "use_tp": not released if option.csd_use_tp is None else option.csd_use_tp,
             "preset": preset,
         }
-        self.csd_pool = csd_pool
         self.ckd = {
-            "temperature": temperature,
-            "feature_tau": feature_tau,
-            "detach_better": detach_better,
+            "temperature": option.temperature,
+            "feature_tau": option.feature_tau,
+            "detach_better": option.detach_better,
             "preset": preset,
         }
-        self.feature_space, self.fp_input = feature_space, fp_input
-        self.cutmix_prob, self.perturb = cutmix_prob, perturb
         self.head = ProjectionHead(
-            self.network.feature_channels["decoder"], projection_channels, dims=self.dims
+            self.network.feature_channels["decoder"], option.projection_channels, dims=self.dims
         )
-        self.ema_decay, self.ema_for = ema_decay, ema_for
         # A copy, not a second draw: at first the average is the network.
         self.average = copy.deepcopy(self.network).requires_grad_(False) if ema_decay else None
 
     @property
     def evaluated(self) -> nn.Module:
-        return self.average if self.ema_decay and self.ema_for != "labels" else self.network
+        return self.average if self.ema_decay and self.options.ema_for != "labels" else self.network
 
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
         progress = step / self.max_steps
@@ -227,7 +224,7 @@ class CRKD(Method):
         weak, strong = unlabelled["weak"], unlabelled["strong0"]
 
         # 1, 3: labelled pass and pseudo-labels
-        if self.pseudo_mode == "joint":
+        if self.options.pseudo_mode == "joint":
             both = self.network(torch.cat([image_l, weak]), return_features=True)
             logits_l, feature_l = (
                 both.logits[: len(image_l)],
@@ -249,11 +246,11 @@ class CRKD(Method):
         )
         with (
             statistics_kept(self.network)
-            if self.statistics == "clean"
+            if self.options.statistics == "clean"
             else contextlib.nullcontext()
         ):
             out_s = self.network(mixed_strong, return_features=True)
-            seen = mixed_weak if self.fp_input == "mixed" else weak
+            seen = mixed_weak if self.options.fp_input == "mixed" else weak
             out_fp = self.network(seen, return_features=True, perturb=self.perturb)
         feature_s, feature_fp = out_s.features["decoder"], out_fp.features["decoder"]
         valid = conf_u >= self.threshold
@@ -261,15 +258,19 @@ class CRKD(Method):
         # 6 and the losses
         terms = {"sup": ce_dice_loss(logits_l, label_l)}
         pseudo = self.pseudo_weight * sigmoid_rampup(progress - self.warmup, self.pseudo_ramp)
-        if self.pseudo_loss != "none" and self.pseudo_weight:
+        if self.options.pseudo_loss != "none" and self.pseudo_weight:
             terms["pseudo_s"] = 0.5 * pseudo * self._pseudo(out_s.logits, pred_u, valid)
             terms["pseudo_fp"] = 0.5 * pseudo * self._pseudo(out_fp.logits, pred_u, valid)
         ramp = self.consistency * sigmoid_rampup(progress, self.ramp_length)
         weight = {name: ramp * value for name, value in self.weights.items() if value}
         if "lec" in weight:
-            counted = valid if self.lec_masked else None
+            counted = valid if self.options.lec_masked else None
             terms["lec"] = weight["lec"] * low_entropy_consistency(
-                out_s.logits, out_fp.logits, mask=counted, **self.lec
+                out_s.logits,
+                out_fp.logits,
+                mask=counted,
+                beta=self.options.lec_beta,
+                distance=self.options.lec_distance,
             )
         if "csd" in weight:
             features = [self._pooled(feature) for feature in (feature_l, feature_s, feature_fp)]
@@ -287,7 +288,7 @@ class CRKD(Method):
             with torch.no_grad():
                 ce = [cross_entropy_map(out.logits, pred_u) for out in (out_s, out_fp)]
                 s_better = comparison_mask(*ce)
-            if self.feature_space == "projected" and "ckd_feature" in weight:
+            if self.options.feature_space == "projected" and "ckd_feature" in weight:
                 feature_s, feature_fp = self.head(feature_s), self.head(feature_fp)
             cross = cross_distillation(
                 out_s.logits, out_fp.logits, feature_s, feature_fp, s_better, valid, **self.ckd
@@ -313,8 +314,12 @@ class CRKD(Method):
 
     @torch.no_grad()
     def _pseudo_labels(self, weak: Tensor) -> tuple[Tensor, Tensor]:
-        labeller = self.average if self.ema_decay and self.ema_for != "evaluation" else self.network
-        if self.pseudo_mode == "eval":
+        labeller = (
+            self.average
+            if self.ema_decay and self.options.ema_for != "evaluation"
+            else self.network
+        )
+        if self.options.pseudo_mode == "eval":
             with evaluating(labeller):
                 return pseudo_label(labeller(weak))
         # An average keeps the statistics that ema_update gives it.
@@ -324,17 +329,17 @@ class CRKD(Method):
             return pseudo_label(labeller(weak))
 
     def _pseudo(self, logits: Tensor, pred: Tensor, valid: Tensor) -> Tensor:
-        if self.pseudo_loss == "ce":
+        if self.options.pseudo_loss == "ce":
             return cross_entropy_loss(logits, pred, valid)
-        if self.pseudo_loss == "dice":
+        if self.options.pseudo_loss == "dice":
             return dice_loss(logits, pred, mask=valid, **self.dice)
         return ce_dice_loss(logits, pred, mask=valid, **self.dice)
 
     def _pooled(self, feature: Tensor) -> Tensor:
-        if self.csd_pool == 1:
+        if self.options.csd_pool == 1:
             return feature
         pool = nn.functional.avg_pool2d if self.dims == 2 else nn.functional.avg_pool3d
-        return pool(feature, self.csd_pool)
+        return pool(feature, self.options.csd_pool)
 
 
 def _ids(logits: Tensor, dim: int) -> Tensor:

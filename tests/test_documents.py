@@ -358,7 +358,7 @@ def test_arguments_and_defaults_of_methods():
     given = {"self", "preset", "student_channels", "teacher_channels", "num_classes", "multilabel"}
     given |= {"make_network", "max_steps"}
     for name, cls in (KD_METHODS | SSL_METHODS).items():
-        parameters = inspect.signature(cls.__init__).parameters.values()
+        parameters = inspect.signature(cls).parameters.values()
         actual = {p.name: p.default for p in parameters if p.name not in given}
         actual = {
             key: list(value) if isinstance(value, tuple) else value for key, value in actual.items()
