@@ -1,10 +1,11 @@
-"""CRKD: cross reciprocal knowledge distillation between an image-perturbed and a feature-perturbed
+"""CRKD: cross reliable knowledge distillation between an image-perturbed and a feature-perturbed
 view.
 
-Semi-supervised segmentation. Source: the loss functions of the CRKD repository's history; its
-training script was never released. P_s are the logits of the strongly augmented image, P_fp those
-of the weak image whose encoder features lose channels; both images have been mixed by the same
-symmetric CutMix, so the views show the same content.
+Paper: "Semi-supervised Medical Image Segmentation via Cross Reliable Knowledge Distillation".
+Source: the loss functions of the CRKD repository's history; its training script was never released.
+P_s are the logits of the strongly augmented image, P_fp those of the weak image whose encoder
+features lose channels; both images have been mixed by the same symmetric CutMix, so the views show
+the same content.
 
     LEC   low-entropy consistency        both views are drawn to their confidence-weighted mean
     CSD   class semantic distillation    labelled features are anchors, unlabelled ones their
