@@ -10,7 +10,9 @@ classes over the trusted pixels V:
 
 P_l, P_w and P_fp come from one pass over labelled and weak images, P_s1 and P_s2 from one over the
 strong views, into each of which a box of another unlabelled image is pasted (CutMix), with that
-image's pseudo-label. 3D: the same, with boxes and channel dropout in 3D.
+image's pseudo-label. 3D: the same, with boxes and channel dropout in 3D. A box of 2D has an area of
+2 to 40 % of the image and proportions of 0.3 to 1 / 0.3; proportions and place are drawn again
+until it lies inside (`draw_box` in losses/crkd.py).
 
 Presets: 'as_released' decodes perturbed features of the labelled images too, which no term uses,
 but whose statistics batch norm sees; 'clean' leaves them out.
