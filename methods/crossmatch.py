@@ -1,14 +1,15 @@
 """CrossMatch: image views and decoders under weak and strong channel dropout teach one another.
 
-Source: the released code of CrossMatch (ACDC, LA). Each pass decodes a batch (A, B) four ways: A
-and B plain, and B with its encoder channels dropped weakly (p = 0.25) and strongly (p = 0.75). With
-a Dice loss D on trusted voxels, T_w the pseudo-label of the weak image's plain prediction, T_1 and
-T_2 the same with the boxes that CutMix pasted into the strong views, and T_2^wk, T_2^st those of
-the weak image's perturbed predictions, boxed like T_2:
+Source: the released code of CrossMatch (ACDC, LA). A plain pass and one beside the labelled images
+label the images that will be pasted; then labelled and weak images are seen together, and both
+strong views. All passes but the plain one decode a batch (A, B) four ways: A and B plain, and B
+with its encoder channels dropped weakly (p = 0.25) and strongly (p = 0.75). With a Dice loss D on
+trusted voxels, T_w the pseudo-label of the weak image's plain prediction, T_1 and T_2 the same with
+the boxes that CutMix pasted into the strong views, and T_2^wk, T_2^st those of the weak image's
+perturbed predictions, boxed like T_2:
 
     L_kd = (1 - eta)/4 [D(P_w^wk, T_w) + D(P_w^st, T_w) + D(P_s2^wk, T_2) + D(P_s2^st, T_2)]
-           + eta/2 [D(P_s2^wk, T_2^wk) + D(P_s2^st, T_2^st)],                                   eta
-           0.3
+           + eta/2 [D(P_s2^wk, T_2^wk) + D(P_s2^st, T_2^st)],        eta = 0.3
     L = 1/2 { 1/2 (CE + D)(P_l, y) + 1/4 D(P_s1, T_1) + 1/4 D(P_s2, T_2) + kd_weight L_kd }
 
 2D (ACDC): D averages all classes, eps 1e-4; kd_weight 1/2; threshold 0.95. 3D (LA): D of the
@@ -175,9 +176,12 @@ class CrossMatch(Method):
         """Pseudo-labels of the images that are pasted, by the plain network and by both perturbed
         decoders.
         """
+        # The plain pass comes first, as in the released code: running statistics are those of the
+        # last pass most of all.
+        plain = self.network(mix)
         _, _, weakly, strongly = self._four_ways(image_l, mix)
         return {
-            "": pseudo_label(self.network(mix)),
+            "": pseudo_label(plain),
             "_weak": pseudo_label(weakly),
             "_strong": pseudo_label(strongly),
         }
