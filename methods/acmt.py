@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.consistency import ce_dice_loss, sigmoid_rampup
+from losses.consistency import SUP_LOSSES, sigmoid_rampup, supervised_loss
 from losses.kd import (
     check_choice,
     check_fractions,
@@ -70,6 +70,8 @@ class ACMT(Method):
     clamped at twice it.
     consistency, ramp_length: largest w(t) and the fraction of the training at which it is reached.
     entropy_weight: of the entropy term relative to the consistency term.
+    sup_loss: on the labelled images, 'own' or CRKD's 'ce_dice', with the Dice of the foreground
+    instead of D.
     """
 
     strong_views = 0
@@ -85,9 +87,11 @@ class ACMT(Method):
         consistency: float = 0.1,
         ramp_length: float = 0.75,
         entropy_weight: float = 1.0,
+        sup_loss: str = "own",
     ) -> None:
         super().__init__(make_network, max_steps)
         check_choice("acmt", "strategy", strategy, STRATEGIES)
+        check_choice("acmt", "sup_loss", sup_loss, SUP_LOSSES)
         check_fractions("acmt", ema_decay=ema_decay)
         check_not_negative("acmt", ramp_length=ramp_length)  # above 1: longer than the training
         check_positive("acmt", noise=noise)
@@ -108,6 +112,7 @@ class ACMT(Method):
             consistency,
         )
         self.ramp_length, self.entropy_weight = ramp_length, entropy_weight
+        self.sup_loss = sup_loss
         self.released = preset == "as_released"
         self.teacher = copy.deepcopy(self.network).requires_grad_(False)
 
@@ -129,7 +134,7 @@ class ACMT(Method):
         counted = 1 if self.released and self.strategy == "mc_dropout" else self.num_classes
         consistency = (squared * ambiguous[:, None]).sum() / (counted * ambiguous.sum() + 1e-16)
         weight = self.weight_at(step)
-        sup = ce_dice_loss(logits_l, label_l, background=True, average=True)
+        sup = supervised_loss(logits_l, label_l, self.sup_loss, background=True, average=True)
         terms = {"sup": sup, "consistency": weight * consistency}
         if self.strategy == "prototype":
             sure = ~ambiguous

@@ -32,15 +32,13 @@ def ramp(t, length=1.0):
 
 
 def slow_dice(logits, label, eps=1e-5):
-    p, total = logits.double().softmax(1), 0.0
+    """Of each class."""
+    p, losses = logits.double().softmax(1), []
     for k in range(logits.shape[1]):
         is_k = (label == k).double()
-        total = (
-            total
-            + 1
-            - (2 * (p[:, k] * is_k).sum() + eps) / ((p[:, k] ** 2).sum() + is_k.sum() + eps)
-        )
-    return total / logits.shape[1]
+        overlap, squares = (p[:, k] * is_k).sum(), (p[:, k] ** 2).sum() + is_k.sum()
+        losses.append(1 - (2 * overlap + eps) / (squares + eps))
+    return torch.stack(losses)
 
 
 def slow_cross_entropy(logits, label):
@@ -202,7 +200,9 @@ def compare_gradients(network, other):
             ), name
 
 
-def reference(student_net, teacher_net, labelled, weak, step, strategy, released, noise=0.1):
+def reference(
+    student_net, teacher_net, labelled, weak, step, strategy, released, noise=0.1, sup_loss="own"
+):
     """One step of networks without dropout; draws the noise from the global generator in the order
     of the method.
     """
@@ -239,8 +239,10 @@ def reference(student_net, teacher_net, labelled, weak, step, strategy, released
     times = 1 if released and strategy == "mc_dropout" else classes
     consistency = sum(part.sum() for part in chosen) / (times * mask.sum() + 1e-16)
     weight = 0.1 * (ramp(step // 150, 40) if released else ramp(t, 0.75))
+    dice = slow_dice(out[:2], label)
+    dice = dice[1:].sum() if sup_loss == "ce_dice" else dice.mean()
     terms = {
-        "sup": (slow_cross_entropy(out[:2], label) + slow_dice(out[:2], label)) / 2,
+        "sup": (slow_cross_entropy(out[:2], label) + dice) / 2,
         "consistency": weight * consistency,
     }
     if strategy == "prototype":
@@ -417,17 +419,26 @@ def test_a_whole_step_equals_a_second_implementation(dims, preset, strategy):
     compare_gradients(method.network, student)
 
 
-@pytest.mark.parametrize("strategy", ["entropy", "mc_dropout", "confident"])
-def test_a_whole_step_of_three_classes_equals_a_second_implementation(strategy):
-    method = make(2, classes=3, strategy=strategy)
+@pytest.mark.parametrize(
+    "strategy, sup_loss",
+    [("entropy", "own"), ("mc_dropout", "own"), ("confident", "own"), ("entropy", "ce_dice")],
+)
+def test_a_whole_step_of_three_classes_equals_a_second_implementation(strategy, sup_loss):
+    method = make(2, classes=3, strategy=strategy, sup_loss=sup_loss)
     labelled, unlabelled = make_batch(2, classes=3)
     student, teacher = copy.deepcopy(method.network), copy.deepcopy(method.teacher)
     torch.manual_seed(7)
     terms = method.loss(labelled, unlabelled, 3)
     torch.manual_seed(7)
-    expected, mask = reference(student, teacher, labelled, unlabelled["weak"], 3, strategy, False)
+    weak = unlabelled["weak"]
+    expected, mask = reference(
+        student, teacher, labelled, weak, 3, strategy, False, sup_loss=sup_loss
+    )
     assert 0 < mask.sum() < mask.numel()
     assert values(terms) == pytest.approx(values(expected), rel=1e-4)
+    sum(terms.values()).backward()
+    sum(expected.values()).backward()
+    compare_gradients(method.network, student)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -642,6 +653,7 @@ def test_it_asks_for_weak_views_alone():
             {"strategy": "mu"},
             "acmt: strategy must be one of entropy, mc_dropout, prototype, confident, got 'mu'",
         ),
+        ({"sup_loss": "dice"}, "acmt: sup_loss must be one of own, ce_dice, got 'dice'"),
         ({"ema_decay": 1.2}, r"acmt: ema_decay must lie in \[0, 1\]"),
         ({"noise": 0.0}, "acmt: noise must be above 0"),
         (
