@@ -1,6 +1,7 @@
-"""ACF-BCKD: attention-correction feature distillation and boundary-constraint distillation.
+"""ACF-BCKD: attention correction feature and boundary constraint knowledge distillation.
 
-Source: the ACF-BCKD paper on efficient 3D medical image segmentation and its released code.
+Paper: "Attention Correction Feature and Boundary Constraint Knowledge Distillation for Efficient
+Medical Image Segmentation"; its released code.
 Total: L = L_seg + L_AFD + L_CFD + a L_HBD + (1 - a) L_SBD, where a falls with training.
 
 - AFD: attention distance between the attended student map and the teacher block's output f(X) + X.

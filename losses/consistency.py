@@ -7,21 +7,26 @@ The sums of Dice run over the whole batch, so a class that one image lacks is st
 others. The papers differ in which classes they take, which is all that `background`, `average` and
 `eps` choose:
 
-    CRKD, supervised                   foreground, summed                    the defaults here
-    SSL4MIS, UniMatch, AC-MT           all classes, averaged, eps 1e-5       background=True,
-    average=True CrossMatch (ACDC)                  all classes, averaged, eps 1e-4
-    background=True, average=True, eps=1e-4 LeFeD, CrossMatch (left atrium)    the one foreground
-    class of two       the defaults here
+    CRKD, supervised                foreground, summed: the defaults here
+    SSL4MIS, UniMatch, AC-MT        all classes, averaged: background=True, average=True
+    CrossMatch (ACDC)               the same with eps=1e-4 instead of 1e-5
+    LeFeD, CrossMatch (left atrium) the one foreground class of two: the defaults here
+
+UniMatch and CrossMatch give the labelled images half the weight as well. `supervised_loss` chooses
+between a method's own form and CRKD's, so that a comparison can hold the supervised part equal.
 
 Label maps, masks and confidences may be (B, 1, *spatial) or (B, *spatial).
 """
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from losses.kd import class_masks
+
+SUP_LOSSES = ("own", "ce_dice")
 
 
 def sigmoid_rampup(t: float, length: float) -> float:
@@ -119,3 +124,16 @@ def ce_dice_loss(
     """
     dice = dice_loss(logits, label, background, average, eps, mask, absent)
     return 0.5 * (cross_entropy_loss(logits, label, mask) + dice)
+
+
+def supervised_loss(
+    logits: Tensor, label: Tensor, sup_loss: str = "own", weight: float = 1.0, **own: Any
+) -> Tensor:
+    """The loss on labelled images, scalar float32, as `sup_loss` says (one of SUP_LOSSES).
+
+    own: the method's, `weight` times `ce_dice_loss` with the arguments `own`. ce_dice: that of CRKD
+    and of the labels alone, `ce_dice_loss` with its defaults and weight 1, whatever the method's.
+    """
+    if sup_loss == "ce_dice":
+        return ce_dice_loss(logits, label)
+    return weight * ce_dice_loss(logits, label, **own)

@@ -1,10 +1,11 @@
-"""CRKD: cross reciprocal knowledge distillation between an image-perturbed and a feature-perturbed
+"""CRKD: cross reliable knowledge distillation between an image-perturbed and a feature-perturbed
 view.
 
-Semi-supervised segmentation. Source: the loss functions of the CRKD repository's history; its
-training script was never released. P_s are the logits of the strongly augmented image, P_fp those
-of the weak image whose encoder features lose channels; both images have been mixed by the same
-symmetric CutMix, so the views show the same content.
+Paper: "Semi-supervised Medical Image Segmentation via Cross Reliable Knowledge Distillation".
+Source: the loss functions of the CRKD repository's history; its training script was never released.
+P_s are the logits of the strongly augmented image, P_fp those of the weak image whose encoder
+features lose channels; both images have been mixed by the same symmetric CutMix, so the views show
+the same content.
 
     LEC   low-entropy consistency        both views are drawn to their confidence-weighted mean
     CSD   class semantic distillation    labelled features are anchors, unlabelled ones their
@@ -631,45 +632,59 @@ def draw_box(
     generator: torch.Generator | None = None,
     fraction: tuple[float, float] = (0.02, 0.4),
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
+    reject: bool = False,
 ) -> tuple[slice, ...]:
     """A random box inside a 2D or 3D `shape`, one slice per axis, none empty.
 
     fraction: range of the box's share of the image; ratio: range of its proportions r; both
     uniform. 2D: extents sqrt(a r) and sqrt(a / r) for area a, r drawn among the values that fit
     (where none of the range fits, the nearest that does). 3D: (v / r)^(1/3), (v r)^(1/3), v^(1/3)
-    for volume v, each clipped to its axis. Position uniform.
+    for volume v, each clipped to its axis. Position uniform among those inside.
+    reject: UniMatch's rule. The first corner is uniform over the whole image, and proportions and
+    corner are drawn again, the size is not, until the box lies inside. So long boxes are rarer, and
+    the middle of the image is covered more often.
     """
+    if len(shape) not in (2, 3):
+        raise ValueError(f"draw_box: the shape must have 2 or 3 axes, got {tuple(shape)}")
     size = math.prod(shape) * _uniform(*fraction, generator)
+    while True:
+        extents = _box_extents(shape, size, ratio, generator)
+        rooms = [side if reject else side - n + 1 for side, n in zip(shape, extents)]
+        starts = [int(_integers(room, 1, generator)) for room in rooms]
+        stops = [start + n for start, n in zip(starts, extents)]
+        if all(stop <= side for stop, side in zip(stops, shape)):
+            return tuple(slice(*ends) for ends in zip(starts, stops))
+
+
+def _box_extents(
+    shape: Sequence[int], size: float, ratio: tuple[float, float], generator: torch.Generator | None
+) -> list[int]:
+    """Extents of a box of `size` pixels or voxels, with proportions drawn from `ratio`; see
+    `draw_box`.
+    """
     if len(shape) == 2:
         height, width = shape
         # Extents are rounded down, so they fit as long as they stay below the side plus one.
         fits = (size / (width + 1) ** 2, (height + 1) ** 2 / size)
         low, high = (min(max(bound, fits[0]), fits[1]) for bound in ratio)
         r = _uniform(low, high, generator)
-        extents = (math.sqrt(size * r), math.sqrt(size / r))
-    elif len(shape) == 3:
-        r = _uniform(*ratio, generator)
-        extents = ((size / r) ** (1 / 3), (size * r) ** (1 / 3), size ** (1 / 3))
+        wanted = (math.sqrt(size * r), math.sqrt(size / r))
     else:
-        raise ValueError(f"draw_box: the shape must have 2 or 3 axes, got {tuple(shape)}")
-    box = []
-    for side, wanted in zip(shape, extents):
-        extent = min(max(int(wanted), 1), side)
-        start = int(_integers(side - extent + 1, 1, generator))
-        box.append(slice(start, start + extent))
-    return tuple(box)
+        r = _uniform(*ratio, generator)
+        wanted = ((size / r) ** (1 / 3), (size * r) ** (1 / 3), size ** (1 / 3))
+    return [min(max(int(extent), 1), side) for side, extent in zip(shape, wanted)]
 
 
 def draw_boxes(
     batch: int, shape: Sequence[int], prob: float = 0.5, generator: torch.Generator | None = None
 ) -> Tensor:
     """Mask (batch, *shape) bool on the CPU: for each sample, with probability `prob`, a box of its
-    own (`draw_box`).
+    own (`draw_box`), in 2D by UniMatch's rule.
     """
     mask = torch.zeros(batch, *shape, dtype=torch.bool)
     for sample in mask:
         if _uniform(0.0, 1.0, generator) < prob:
-            sample[draw_box(shape, generator)] = True
+            sample[draw_box(shape, generator, reject=len(shape) == 2)] = True
     return mask
 
 

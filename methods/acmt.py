@@ -24,10 +24,15 @@ t)^2):
 
 The dropout passes leave running statistics alone.
 
-Presets: 'as_released' averages parameters only, the teacher's batch norm following its own passes,
-counts the ramp of w(t) in units of 150 steps, 40 of them, and makes mc_dropout passes with the
-student, its A counted once for all classes. 'clean' averages the statistics too, counts in
-fractions of the training, makes those passes with the teacher and counts A once for each class.
+Presets: 'as_released' averages parameters only, the statistics of batch norm following all passes
+of a network; counts the ramp of w(t) in units of 150 steps, 40 of them; and differs in two
+strategies. mc_dropout: the passes are the student's, and A is counted once for all classes.
+prototype: the passes are without noise; certainty is asked of each logit on its own, and voxels
+that are not certainly foreground are background; the classes and their probabilities are those of
+one more pass without noise; each sample has prototypes of its own (0 for a class without voxels);
+maps are enlarged without aligned corners. 'clean' averages the statistics too, counts in fractions
+of the training, makes all passes with the teacher and counts A once for each class. The entropy
+term has one form, a mean over the other voxels in nats.
 """
 
 import contextlib
@@ -39,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.consistency import ce_dice_loss, sigmoid_rampup
+from losses.consistency import SUP_LOSSES, sigmoid_rampup, supervised_loss
 from losses.kd import (
     check_choice,
     check_fractions,
@@ -65,6 +70,8 @@ class ACMT(Method):
     clamped at twice it.
     consistency, ramp_length: largest w(t) and the fraction of the training at which it is reached.
     entropy_weight: of the entropy term relative to the consistency term.
+    sup_loss: on the labelled images, 'own' or CRKD's 'ce_dice', with the Dice of the foreground
+    instead of D.
     """
 
     strong_views = 0
@@ -80,9 +87,11 @@ class ACMT(Method):
         consistency: float = 0.1,
         ramp_length: float = 0.75,
         entropy_weight: float = 1.0,
+        sup_loss: str = "own",
     ) -> None:
         super().__init__(make_network, max_steps)
         check_choice("acmt", "strategy", strategy, STRATEGIES)
+        check_choice("acmt", "sup_loss", sup_loss, SUP_LOSSES)
         check_fractions("acmt", ema_decay=ema_decay)
         check_not_negative("acmt", ramp_length=ramp_length)  # above 1: longer than the training
         check_positive("acmt", noise=noise)
@@ -103,6 +112,7 @@ class ACMT(Method):
             consistency,
         )
         self.ramp_length, self.entropy_weight = ramp_length, entropy_weight
+        self.sup_loss = sup_loss
         self.released = preset == "as_released"
         self.teacher = copy.deepcopy(self.network).requires_grad_(False)
 
@@ -115,12 +125,8 @@ class ACMT(Method):
         logits = self.network(torch.cat([image_l, weak]))
         logits_l, logits_u = logits[: len(image_l)], logits[len(image_l) :]
         student = logits_u.float().softmax(1)
-        with (
-            torch.no_grad(),
-            contextlib.nullcontext() if self.released else statistics_kept(self.teacher),
-        ):
-            out = self.teacher(self._noisy(weak), return_features=True)
-            teacher = out.logits.float().softmax(1)
+        with torch.no_grad(), self._statistics(self.teacher):
+            teacher = self.teacher(self._noisy(weak)).float().softmax(1)
             # (B, *spatial)
             ambiguous = self._ambiguous(student.detach(), teacher, weak, step / self.max_steps)
 
@@ -128,7 +134,7 @@ class ACMT(Method):
         counted = 1 if self.released and self.strategy == "mc_dropout" else self.num_classes
         consistency = (squared * ambiguous[:, None]).sum() / (counted * ambiguous.sum() + 1e-16)
         weight = self.weight_at(step)
-        sup = ce_dice_loss(logits_l, label_l, background=True, average=True)
+        sup = supervised_loss(logits_l, label_l, self.sup_loss, background=True, average=True)
         terms = {"sup": sup, "consistency": weight * consistency}
         if self.strategy == "prototype":
             sure = ~ambiguous
@@ -157,11 +163,15 @@ class ACMT(Method):
     def _noisy(self, image: Tensor) -> Tensor:
         return image + (self.noise * torch.randn_like(image)).clamp(-2 * self.noise, 2 * self.noise)
 
-    def _passes(self, network: nn.Module, image: Tensor, count: int):
-        """Outputs of `count` noisy passes with dropout; they leave the running statistics alone."""
-        with statistics_kept(network):
+    def _statistics(self, network: nn.Module) -> contextlib.AbstractContextManager:
+        """Keeps the running statistics inside the block; the released code lets them move."""
+        return contextlib.nullcontext() if self.released else statistics_kept(network)
+
+    def _passes(self, network: nn.Module, image: Tensor, count: int, noisy: bool = True):
+        """Outputs of `count` passes with dropout, of the image with noise or without."""
+        with self._statistics(network):
             for _ in range(count):
-                yield network(self._noisy(image), return_features=True)
+                yield network(self._noisy(image) if noisy else image, return_features=True)
 
     def _ambiguous(self, student: Tensor, teacher: Tensor, weak: Tensor, progress: float) -> Tensor:
         """A as a mask (B, *spatial), bool."""
@@ -175,13 +185,17 @@ class ACMT(Method):
             return entropy_map(mean) >= (0.75 + 0.15 * ramp) * nats
         if self.strategy == "confident":
             return label_errors(teacher, student.argmax(1))
-        outputs = list(self._passes(self.teacher, weak, MC_PASSES["prototype"]))
-        probs = torch.stack([out.logits.float().softmax(1) for out in outputs])
+        count = MC_PASSES["prototype"]
+        outputs = list(self._passes(self.teacher, weak, count, noisy=not self.released))
         # The released code takes the spread of sigmoid(logit / 2), which is less than that of the
         # softmax.
-        spread = torch.stack([(out.logits.float() / 2).sigmoid() for out in outputs]).std(0).amax(1)
-        feature = sum(out.features["stage6"].float() for out in outputs) / len(outputs)
-        return far_from_prototype(feature, probs.mean(0), spread < 0.1, student.argmax(1))
+        spread = torch.stack([(out.logits.float() / 2).sigmoid() for out in outputs]).std(0)
+        feature = sum(out.features["stage6"].float() for out in outputs) / count
+        if self.released:
+            probs = self.teacher(weak).float().softmax(1)
+            return far_from_own_prototype(feature, probs, spread < 0.1, student.argmax(1))
+        probs = torch.stack([out.logits.float().softmax(1) for out in outputs]).mean(0)
+        return far_from_prototype(feature, probs, spread.amax(1) < 0.1, student.argmax(1))
 
 
 def far_from_prototype(feature: Tensor, probs: Tensor, certain: Tensor, pred: Tensor) -> Tensor:
@@ -191,17 +205,52 @@ def far_from_prototype(feature: Tensor, probs: Tensor, certain: Tensor, pred: Te
     voxels whose largest of `probs` (B, 2, *spatial) is that class, weighted by it, over the batch.
     Distances are Euclidean. Nothing is far where a class has no certain voxel.
     """
+    feature = _enlarged(feature, pred, align_corners=True)
+    weights = probs * (certain[:, None] & _of_class(probs.argmax(1)))
+    axes = [0, *range(2, feature.ndim)]
+    known = weights.sum(axes).gt(0).all()
+    return (_nearer_prototype(feature, weights, axes, 0.0) != pred) & known
+
+
+def far_from_own_prototype(feature: Tensor, probs: Tensor, certain: Tensor, pred: Tensor) -> Tensor:
+    """The released form of `far_from_prototype`; bool (B, *spatial).
+
+    certain: of each class, (B, 2, *spatial). Where the probability of a class is not certain it
+    counts as 0; a voxel is foreground where that leaves more of the foreground, and background
+    elsewhere. A prototype is the mean over a sample, weighted by the probability of its class, with
+    1e-5 added to the sum of the weights, so that of a class without voxels is 0.
+    """
+    feature = _enlarged(feature, pred, align_corners=False)
+    kept = probs.where(certain, 0.0)
+    weights = probs * _of_class((kept[:, 1] > kept[:, 0]).long())
+    axes = list(range(2, feature.ndim))
+    return _nearer_prototype(feature, weights, axes, 1e-5) != pred
+
+
+def _enlarged(feature: Tensor, pred: Tensor, align_corners: bool) -> Tensor:
     mode = "bilinear" if feature.ndim == 4 else "trilinear"
-    feature = F.interpolate(feature, size=tuple(pred.shape[1:]), mode=mode, align_corners=True)
-    confidence, label = probs.max(1)
-    distances, known = [], torch.ones((), dtype=torch.bool, device=pred.device)
+    size = tuple(pred.shape[1:])
+    return F.interpolate(feature, size=size, mode=mode, align_corners=align_corners)
+
+
+def _of_class(label: Tensor) -> Tensor:
+    """(B, *spatial) of ids 0 and 1 -> (B, 2, *spatial) bool."""
+    return torch.stack([label == 0, label == 1], 1)
+
+
+def _nearer_prototype(feature: Tensor, weights: Tensor, axes: list[int], eps: float) -> Tensor:
+    """Which of two prototypes is nearer, 0 or 1, (B, *spatial); 0 where they are equally near.
+
+    A prototype is the mean of `feature` (B, c, *spatial) over `axes`, weighted by its channel of
+    `weights` (B, 2, *spatial); eps is added to the sum of the weights.
+    """
+    distances = []
     for k in range(2):
-        weight = (confidence * (certain & (label == k)))[:, None]
-        known = known & weight.any()
-        axes = [0, *range(2, feature.ndim)]
-        prototype = (feature * weight).sum(axes, keepdim=True) / weight.sum()
+        weight = weights[:, k : k + 1]
+        total = weight.sum(axes, keepdim=True) + eps
+        prototype = (feature * weight).sum(axes, keepdim=True) / total
         distances.append((feature - prototype).square().sum(1))
-    return ((distances[1] < distances[0]).long() != pred) & known
+    return (distances[1] < distances[0]).long()
 
 
 def label_errors(probs: Tensor, given: Tensor) -> Tensor:

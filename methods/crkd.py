@@ -1,4 +1,4 @@
-"""CRKD: cross reciprocal knowledge distillation between an image-perturbed and a feature-perturbed
+"""CRKD: cross reliable knowledge distillation between an image-perturbed and a feature-perturbed
 view.
 
 The released code has the losses (losses/crkd.py) and the configurations, not the training; the flow

@@ -1,14 +1,15 @@
 """CrossMatch: image views and decoders under weak and strong channel dropout teach one another.
 
-Source: the released code of CrossMatch (ACDC, LA). Each pass decodes a batch (A, B) four ways: A
-and B plain, and B with its encoder channels dropped weakly (p = 0.25) and strongly (p = 0.75). With
-a Dice loss D on trusted voxels, T_w the pseudo-label of the weak image's plain prediction, T_1 and
-T_2 the same with the boxes that CutMix pasted into the strong views, and T_2^wk, T_2^st those of
-the weak image's perturbed predictions, boxed like T_2:
+Source: the released code of CrossMatch (ACDC, LA). A plain pass and one beside the labelled images
+label the images that will be pasted; then labelled and weak images are seen together, and both
+strong views. All passes but the plain one decode a batch (A, B) four ways: A and B plain, and B
+with its encoder channels dropped weakly (p = 0.25) and strongly (p = 0.75). With a Dice loss D on
+trusted voxels, T_w the pseudo-label of the weak image's plain prediction, T_1 and T_2 the same with
+the boxes that CutMix pasted into the strong views, and T_2^wk, T_2^st those of the weak image's
+perturbed predictions, boxed like T_2:
 
     L_kd = (1 - eta)/4 [D(P_w^wk, T_w) + D(P_w^st, T_w) + D(P_s2^wk, T_2) + D(P_s2^st, T_2)]
-           + eta/2 [D(P_s2^wk, T_2^wk) + D(P_s2^st, T_2^st)],                                   eta
-           0.3
+           + eta/2 [D(P_s2^wk, T_2^wk) + D(P_s2^st, T_2^st)],        eta = 0.3
     L = 1/2 { 1/2 (CE + D)(P_l, y) + 1/4 D(P_s1, T_1) + 1/4 D(P_s2, T_2) + kd_weight L_kd }
 
 2D (ACDC): D averages all classes, eps 1e-4; kd_weight 1/2; threshold 0.95. 3D (LA): D of the
@@ -27,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from losses.consistency import ce_dice_loss, dice_loss, sigmoid_rampup
+from losses.consistency import SUP_LOSSES, dice_loss, sigmoid_rampup, supervised_loss
 from losses.crkd import draw_boxes, pseudo_label
 from losses.kd import check_choice, check_fractions, check_weights
 from losses.taps import moved
@@ -46,9 +47,10 @@ def crossmatch_terms(
     dice: dict,
     eta: float,
     kd_weight: float,
+    sup_loss: str = "own",
 ) -> dict[str, Tensor]:
     """Weighted terms. logits: l, s1, s2, w_weak, w_strong, s2_weak, s2_strong; targets: w, s1, s2,
-    s2_weak, s2_strong.
+    s2_weak, s2_strong. sup_loss: as in `supervised_loss`.
     """
 
     def delta(name: str, target: str) -> Tensor:
@@ -63,7 +65,7 @@ def crossmatch_terms(
     )
     decoders = delta("s2_weak", "s2_weak") + delta("s2_strong", "s2_strong")
     return {
-        "sup": 0.5 * ce_dice_loss(logits["l"], label_l, **dice),
+        "sup": supervised_loss(logits["l"], label_l, sup_loss, 0.5, **dice),
         "strong1": 0.125 * delta("s1", "s1"),
         "strong2": 0.125 * delta("s2", "s2"),
         "kd_views": 0.5 * kd_weight * (1 - eta) / 4 * views,
@@ -78,6 +80,8 @@ class CrossMatch(Method):
     probabilities of dropping an encoder channel. cutmix_prob: of a box in a strong view.
     pseudo_mode: mode of the network in the passes that label the pasted images, 'train' (since the
     authors' correction; dropout is a part of the method) or 'eval'.
+    sup_loss: on the labelled images, 'own' or CRKD's 'ce_dice', 1/2 (CE + Dice of the foreground)
+    instead of 1/4 (CE + D).
     """
 
     strong_views = 2
@@ -95,6 +99,7 @@ class CrossMatch(Method):
         perturb_strong: float = 0.75,
         cutmix_prob: float = 0.5,
         pseudo_mode: str = "train",
+        sup_loss: str = "own",
     ) -> None:
         super().__init__(make_network, max_steps)
         require_method("crossmatch", self.network, "drop", "unet2d" if self.dims == 2 else "vnet")
@@ -110,6 +115,8 @@ class CrossMatch(Method):
         )
         check_weights("crossmatch", kd_weight=kd_weight)
         check_choice("crossmatch", "pseudo_mode", pseudo_mode, ("train", "eval"))
+        check_choice("crossmatch", "sup_loss", sup_loss, SUP_LOSSES)
+        self.sup_loss = sup_loss
         self.threshold, self.eta = threshold, eta
         self.kd_weight = (0.5 if flat else 1.0) if kd_weight is None else kd_weight
         self.perturb_weak, self.perturb_strong, self.cutmix_prob = (
@@ -161,7 +168,7 @@ class CrossMatch(Method):
             "strong 2, its prediction": (strong[1][0], logits["s2"][0].detach().argmax(0)),
         }
         return crossmatch_terms(
-            logits, label_l, targets, threshold, self.dice, self.eta, self.kd_weight
+            logits, label_l, targets, threshold, self.dice, self.eta, self.kd_weight, self.sup_loss
         )
 
     def threshold_at(self, step: int) -> float:
@@ -175,9 +182,12 @@ class CrossMatch(Method):
         """Pseudo-labels of the images that are pasted, by the plain network and by both perturbed
         decoders.
         """
+        # The plain pass comes first, as in the released code: running statistics are those of the
+        # last pass most of all.
+        plain = self.network(mix)
         _, _, weakly, strongly = self._four_ways(image_l, mix)
         return {
-            "": pseudo_label(self.network(mix)),
+            "": pseudo_label(plain),
             "_weak": pseudo_label(weakly),
             "_strong": pseudo_label(strongly),
         }

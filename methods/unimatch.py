@@ -10,7 +10,9 @@ classes over the trusted pixels V:
 
 P_l, P_w and P_fp come from one pass over labelled and weak images, P_s1 and P_s2 from one over the
 strong views, into each of which a box of another unlabelled image is pasted (CutMix), with that
-image's pseudo-label. 3D: the same, with boxes and channel dropout in 3D.
+image's pseudo-label. 3D: the same, with boxes and channel dropout in 3D. A box of 2D has an area of
+2 to 40 % of the image and proportions of 0.3 to 1 / 0.3; proportions and place are drawn again
+until it lies inside (`draw_box` in losses/crkd.py).
 
 Presets: 'as_released' decodes perturbed features of the labelled images too, which no term uses,
 but whose statistics batch norm sees; 'clean' leaves them out.
@@ -21,9 +23,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from losses.consistency import ce_dice_loss, dice_loss
+from losses.consistency import SUP_LOSSES, dice_loss, supervised_loss
 from losses.crkd import draw_boxes, pseudo_label
-from losses.kd import check_fractions
+from losses.kd import check_choice, check_fractions
 from losses.taps import moved
 from methods.base import Method, pseudo_label_report, require_method
 from utils.modes import evaluating
@@ -39,13 +41,14 @@ def unimatch_terms(
     logits_fp: Tensor,
     target_w: tuple[Tensor, Tensor],
     threshold: float,
+    sup_loss: str = "own",
 ) -> dict[str, Tensor]:
     """The four weighted terms. A target is (ids, confidence), both (B, *spatial); logits (B, C,
-    *spatial).
+    *spatial). sup_loss: as in `supervised_loss`.
     """
     (pred1, conf1), (pred2, conf2), (pred_w, conf_w) = *targets_s, target_w
     return {
-        "sup": 0.5 * ce_dice_loss(logits_l, label_l, **DICE),
+        "sup": supervised_loss(logits_l, label_l, sup_loss, 0.5, **DICE),
         "strong1": 0.125 * dice_loss(logits_s[0], pred1, mask=conf1 >= threshold, **DICE),
         "strong2": 0.125 * dice_loss(logits_s[1], pred2, mask=conf2 >= threshold, **DICE),
         "perturbed": 0.25 * dice_loss(logits_fp, pred_w, mask=conf_w >= threshold, **DICE),
@@ -56,7 +59,8 @@ class UniMatch(Method):
     """The terms `sup`, `strong1`, `strong2`, `perturbed`.
 
     threshold: lowest confidence of a pseudo-label. cutmix_prob: of a box in a strong view. perturb:
-    probability of dropping an encoder channel.
+    probability of dropping an encoder channel. sup_loss: on the labelled images, 'own' or CRKD's
+    'ce_dice', 1/2 (CE + Dice of the foreground) instead of 1/4 (CE + D).
     """
 
     strong_views = 2
@@ -70,10 +74,13 @@ class UniMatch(Method):
         threshold: float = 0.95,
         cutmix_prob: float = 0.5,
         perturb: float = 0.5,
+        sup_loss: str = "own",
     ) -> None:
         super().__init__(make_network, max_steps)
         require_method("unimatch", self.network, "drop", "unet2d" if self.dims == 2 else "vnet")
         check_fractions("unimatch", threshold=threshold, cutmix_prob=cutmix_prob, perturb=perturb)
+        check_choice("unimatch", "sup_loss", sup_loss, SUP_LOSSES)
+        self.sup_loss = sup_loss
         self.preset, self.threshold, self.cutmix_prob, self.perturb = (
             preset,
             threshold,
@@ -126,5 +133,12 @@ class UniMatch(Method):
             "strong 2, its prediction": (strong[1][0], logits_s[1][0].detach().argmax(0)),
         }
         return unimatch_terms(
-            logits_l, label_l, logits_s, targets, logits_fp, (pred_w, conf_w), self.threshold
+            logits_l,
+            label_l,
+            logits_s,
+            targets,
+            logits_fp,
+            (pred_w, conf_w),
+            self.threshold,
+            self.sup_loss,
         )

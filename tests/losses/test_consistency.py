@@ -10,6 +10,7 @@ from losses.consistency import (
     cross_entropy_map,
     dice_loss,
     sigmoid_rampup,
+    supervised_loss,
     without_channel,
 )
 from tests.losses import reference as ref
@@ -269,3 +270,17 @@ def test_ce_dice_hands_the_absent_classes_on(average):
         cross_entropy_loss(logits, label, mask) + dice_loss(logits, label, mask=mask, **form)
     )
     torch.testing.assert_close(ce_dice_loss(logits, label, mask=mask, **form), expected)
+
+
+@pytest.mark.parametrize("weight, own", [(0.5, FORMS[2]), (1.0, FORMS[1])])
+def test_the_supervised_loss_is_the_own_one_or_that_of_the_labels_alone(weight, own):
+    logits, label, mask = make((5, 4))
+    arrays = logits.double().numpy(), label.numpy(), np.ones_like(mask)
+    entropy = slow_cross_entropy(*arrays)
+    expected = {
+        "own": weight * (entropy + slow_dice(*arrays, **own)) / 2,
+        "ce_dice": (entropy + slow_dice(*arrays)) / 2,
+    }
+    for sup_loss, value in expected.items():
+        found = supervised_loss(logits, label, sup_loss, weight, **own)
+        assert found.item() == pytest.approx(value, rel=1e-5)

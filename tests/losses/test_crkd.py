@@ -18,6 +18,7 @@ from losses.crkd import (
     cross_distillation,
     divergence_map,
     draw_box,
+    draw_boxes,
     draw_exchange,
     exchange,
     low_entropy_consistency,
@@ -1117,14 +1118,63 @@ def test_box_proportions():
 )
 def test_boxes_of_flat_patches(shape):
     rng = seeded()
-    for _ in range(200):
-        box = draw_box(shape, rng)
-        assert all(0 <= b.start < b.stop <= side for side, b in zip(shape, box))
+    for reject in (False, True):
+        for _ in range(200):
+            box = draw_box(shape, rng, reject=reject)
+            assert all(0 <= b.start < b.stop <= side for side, b in zip(shape, box))
     if shape == (256, 16):  # no admissible ratio fits a large area: the box keeps its area
         fractions = [
             math.prod(b.stop - b.start for b in draw_box(shape, rng)) / 4096 for _ in range(1000)
         ]
         assert np.mean(fractions) == pytest.approx(0.21, abs=0.02)
+
+
+def expected_box(shape, fraction=(0.02, 0.4), ratio=(0.3, 1 / 0.3)):
+    """Mean height, width and area (shares of the image) of boxes whose proportions and first corner
+    are drawn again until they lie inside: over a grid of areas and proportions, each weighted by
+    how many of the image's pixels can be its first corner.
+    """
+    height, width = shape
+    means = []
+    for a in np.linspace(*fraction, 203)[1:-1] * height * width:
+        total, sums = 0, np.zeros(3)
+        for r in np.linspace(*ratio, 403)[1:-1]:
+            h, w = math.floor(math.sqrt(a * r)), math.floor(math.sqrt(a / r))
+            corners = max(height - h + 1, 0) * max(width - w + 1, 0)
+            total += corners
+            sums += corners * np.array([h / height, w / width, h * w / (height * width)])
+        means.append(sums / total)
+    return np.mean(means, 0)
+
+
+@pytest.mark.parametrize(
+    "shape, known", [((256, 256), (0.531, 0.387, 0.208)), ((96, 160), None), ((64, 64), None)]
+)
+def test_boxes_of_unimatch_are_drawn_again_until_they_lie_inside(shape, known):
+    rng, found = seeded(), []
+    for _ in range(4000):
+        rows, columns = draw_box(shape, rng, reject=True)
+        assert 0 <= rows.start < rows.stop <= shape[0]
+        assert 0 <= columns.start < columns.stop <= shape[1]
+        h, w = (rows.stop - rows.start) / shape[0], (columns.stop - columns.start) / shape[1]
+        # Of a box that lies inside, every place is as likely as another.
+        place = rows.start / max(shape[0] - rows.stop + rows.start, 1)
+        found.append((h, w, h * w, place))
+    expected = expected_box(shape)
+    mean, error = np.mean(found, 0), np.std(found, 0) / math.sqrt(len(found))
+    assert (np.abs(mean - [*expected, 0.5]) < 4 * error).all()
+    if known:
+        assert expected == pytest.approx(known, abs=0.001)
+
+
+def test_only_2d_boxes_of_single_images_are_rejected():
+    for shape, reject in (((256, 256), True), ((24, 20, 16), False)):
+        found, rng = draw_boxes(6, shape, 0.7, seeded(3)), seeded(3)
+        for mask in found:
+            expected = torch.zeros(shape, dtype=torch.bool)
+            if torch.rand((), dtype=torch.float64, generator=rng) < 0.7:
+                expected[draw_box(shape, rng, reject=reject)] = True
+            assert torch.equal(mask, expected)
 
 
 def test_boxes_need_two_or_three_axes():

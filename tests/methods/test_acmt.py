@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from methods import acmt
-from methods.acmt import ACMT, STRATEGIES, far_from_prototype, label_errors
+from methods.acmt import ACMT, STRATEGIES, far_from_own_prototype, far_from_prototype, label_errors
 from networks.unet2d import UNet2D
 from networks.vnet import VNet
 
@@ -32,15 +32,13 @@ def ramp(t, length=1.0):
 
 
 def slow_dice(logits, label, eps=1e-5):
-    p, total = logits.double().softmax(1), 0.0
+    """Of each class."""
+    p, losses = logits.double().softmax(1), []
     for k in range(logits.shape[1]):
         is_k = (label == k).double()
-        total = (
-            total
-            + 1
-            - (2 * (p[:, k] * is_k).sum() + eps) / ((p[:, k] ** 2).sum() + is_k.sum() + eps)
-        )
-    return total / logits.shape[1]
+        overlap, squares = (p[:, k] * is_k).sum(), (p[:, k] ** 2).sum() + is_k.sum()
+        losses.append(1 - (2 * overlap + eps) / (squares + eps))
+    return torch.stack(losses)
 
 
 def slow_cross_entropy(logits, label):
@@ -87,9 +85,15 @@ def slow_label_errors(probs, given):
     return torch.tensor([v in errors for v in range(len(labels))]).view_as(given)
 
 
-def enlarged(array, size):
+def enlarged(array, size, corners=True):
+    """Linear; the first and last voxels of both grids are at one place (corners), or both grids
+    have the same edges, and what lies outside the centres is the nearest one.
+    """
     for axis, length in enumerate(size, start=2):
-        at = np.linspace(0, array.shape[axis] - 1, length)
+        have = array.shape[axis]
+        at = np.linspace(0, have - 1, length)
+        if not corners:
+            at = (np.arange(length) + 0.5) * have / length - 0.5
         array = np.apply_along_axis(
             lambda row, at=at: np.interp(at, np.arange(len(row)), row), axis, array
         )
@@ -111,6 +115,30 @@ def slow_far(feature, probs, certain, pred):
     for row, label in zip(rows, pred.flatten().tolist()):
         distances = [np.linalg.norm(row - prototype) for prototype in prototypes]
         far.append((1 if distances[1] < distances[0] else 0) != label)
+    return torch.tensor(far).view_as(pred)
+
+
+def slow_far_own(feature, probs, certain, pred):
+    """Prototypes of one sample at a time; certain is of each class."""
+    feature, far = enlarged(feature.double().numpy(), pred.shape[1:], corners=False), []
+    for b in range(len(pred)):
+        rows = np.moveaxis(feature[b], 0, -1).reshape(-1, feature.shape[1])
+        p = probs[b].double().movedim(0, -1).reshape(-1, 2).numpy()
+        sure = certain[b].movedim(0, -1).reshape(-1, 2).tolist()
+        label = [
+            1 if sure[v][1] and (not sure[v][0] or p[v, 1] > p[v, 0]) else 0
+            for v in range(len(rows))
+        ]
+        prototypes = []
+        for k in range(2):
+            total, weight = np.zeros(rows.shape[1]), 1e-5
+            for v, row in enumerate(rows):
+                if label[v] == k:
+                    total, weight = total + p[v, k] * row, weight + p[v, k]
+            prototypes.append(total / weight)
+        for row, given in zip(rows, pred[b].flatten().tolist()):
+            background, foreground = (np.linalg.norm(row - other) for other in prototypes)
+            far.append((1 if foreground < background else 0) != given)
     return torch.tensor(far).view_as(pred)
 
 
@@ -172,7 +200,9 @@ def compare_gradients(network, other):
             ), name
 
 
-def reference(student_net, teacher_net, labelled, weak, step, strategy, released, noise=0.1):
+def reference(
+    student_net, teacher_net, labelled, weak, step, strategy, released, noise=0.1, sup_loss="own"
+):
     """One step of networks without dropout; draws the noise from the global generator in the order
     of the method.
     """
@@ -194,18 +224,25 @@ def reference(student_net, teacher_net, labelled, weak, step, strategy, released
         elif strategy == "confident":
             mask = slow_label_errors(teacher, fixed.argmax(1))
         else:
-            outputs = [teacher_net(noisy(), return_features=True) for _ in range(10)]
+            inputs = [weak if released else noisy() for _ in range(10)]
+            outputs = [teacher_net(image, return_features=True) for image in inputs]
             halves = torch.stack([1 / (1 + torch.exp(-out.logits.double() / 2)) for out in outputs])
             spread = ((halves - halves.mean(0)) ** 2).sum(0).div(9).sqrt()
             feature = torch.stack([out.features["stage6"].double() for out in outputs]).mean(0)
-            probs = torch.stack([softmax(out.logits) for out in outputs]).mean(0)
-            mask = slow_far(feature, probs, (spread < 0.1).all(1), fixed.argmax(1))
+            if released:
+                probs = softmax(teacher_net(weak))
+                mask = slow_far_own(feature, probs, spread < 0.1, fixed.argmax(1))
+            else:
+                probs = torch.stack([softmax(out.logits) for out in outputs]).mean(0)
+                mask = slow_far(feature, probs, (spread < 0.1).all(1), fixed.argmax(1))
     chosen = [(student[:, k] - teacher[:, k])[mask] ** 2 for k in range(classes)]
     times = 1 if released and strategy == "mc_dropout" else classes
     consistency = sum(part.sum() for part in chosen) / (times * mask.sum() + 1e-16)
     weight = 0.1 * (ramp(step // 150, 40) if released else ramp(t, 0.75))
+    dice = slow_dice(out[:2], label)
+    dice = dice[1:].sum() if sup_loss == "ce_dice" else dice.mean()
     terms = {
-        "sup": (slow_cross_entropy(out[:2], label) + slow_dice(out[:2], label)) / 2,
+        "sup": (slow_cross_entropy(out[:2], label) + dice) / 2,
         "consistency": weight * consistency,
     }
     if strategy == "prototype":
@@ -303,6 +340,49 @@ def test_nothing_is_far_where_a_class_has_no_certain_voxel(absent):
     ).any()
 
 
+@pytest.mark.parametrize("grid, size", [((3, 2), (6, 5)), ((2, 3, 2), (4, 6, 3)), ((5, 4), (5, 4))])
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_the_released_prototypes_equal_distances_voxel_by_voxel(grid, size, share):
+    rng = torch.Generator().manual_seed(len(grid))
+    feature = torch.randn(2, 3, *grid, generator=rng)
+    feature[1] += 2.0  # so that prototypes of the batch would not do
+    probs = (2 * torch.randn(2, 2, *size, generator=rng)).softmax(1)
+    certain = torch.rand(2, 2, *size, generator=rng) < share
+    pred = torch.randint(0, 2, (2, *size), generator=rng)
+    found = far_from_own_prototype(feature, probs, certain, pred)
+    assert found.dtype == torch.bool and 0 < found.sum() < found.numel()
+    assert torch.equal(found, slow_far_own(feature, probs, certain, pred))
+
+
+def test_released_prototypes_count_what_is_not_certain_as_background():
+    pred = torch.tensor([[[0, 0, 1, 1]]])
+    feature = torch.tensor([-1.0, -1.0, 1.0, 20.0]).view(1, 1, 1, 4)
+    probs = torch.where(pred[:, None] == torch.arange(2).view(1, 2, 1, 1), 0.8, 0.2)
+    certain = torch.ones(1, 2, 1, 4, dtype=torch.bool)
+    far = far_from_own_prototype(feature, probs, certain, pred)
+    assert far.tolist() == [[[False, False, True, False]]]  # the foreground is at 10.5
+    certain[..., 3] = False  # so the foreground is at 1, and the background at 1.3
+    far = far_from_own_prototype(feature, probs, certain, pred)
+    assert far.tolist() == [[[True, True, False, True]]]
+
+
+def test_the_released_prototype_of_a_class_without_voxels_is_zero():
+    feature = torch.tensor([0.1, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    probs = torch.tensor([0.9, 0.1]).view(1, 2, 1, 1).expand(1, 2, 1, 4)
+    certain = torch.ones(1, 2, 1, 4, dtype=torch.bool)
+    far = far_from_own_prototype(feature, probs, certain, torch.zeros(1, 1, 4).long())
+    assert far.tolist() == [[[True, False, False, False]]]
+
+
+def test_released_prototypes_are_found_without_noise():
+    method, seen = make(2, preset="as_released", strategy="prototype"), []
+    method.teacher.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    labelled, unlabelled = make_batch(2)
+    method.loss(labelled, unlabelled, 6)
+    same = [torch.equal(image, unlabelled["weak"]) for image in seen]
+    assert same == [False] + [True] * 11
+
+
 # The whole step.
 
 
@@ -331,22 +411,34 @@ def test_a_whole_step_equals_a_second_implementation(dims, preset, strategy):
     assert method.monitor["mask_ratio"].item() == pytest.approx((~mask).double().mean().item())
     assert list(terms) == list(expected)
     assert values(terms) == pytest.approx(values(expected), rel=1e-4)
+    if preset == "as_released":
+        for (name, ours), theirs in zip(method.network.named_buffers(), student.buffers()):
+            torch.testing.assert_close(ours, theirs, msg=name)
     sum(terms.values()).backward()
     sum(expected.values()).backward()
     compare_gradients(method.network, student)
 
 
-@pytest.mark.parametrize("strategy", ["entropy", "mc_dropout", "confident"])
-def test_a_whole_step_of_three_classes_equals_a_second_implementation(strategy):
-    method = make(2, classes=3, strategy=strategy)
+@pytest.mark.parametrize(
+    "strategy, sup_loss",
+    [("entropy", "own"), ("mc_dropout", "own"), ("confident", "own"), ("entropy", "ce_dice")],
+)
+def test_a_whole_step_of_three_classes_equals_a_second_implementation(strategy, sup_loss):
+    method = make(2, classes=3, strategy=strategy, sup_loss=sup_loss)
     labelled, unlabelled = make_batch(2, classes=3)
     student, teacher = copy.deepcopy(method.network), copy.deepcopy(method.teacher)
     torch.manual_seed(7)
     terms = method.loss(labelled, unlabelled, 3)
     torch.manual_seed(7)
-    expected, mask = reference(student, teacher, labelled, unlabelled["weak"], 3, strategy, False)
+    weak = unlabelled["weak"]
+    expected, mask = reference(
+        student, teacher, labelled, weak, 3, strategy, False, sup_loss=sup_loss
+    )
     assert 0 < mask.sum() < mask.numel()
     assert values(terms) == pytest.approx(values(expected), rel=1e-4)
+    sum(terms.values()).backward()
+    sum(expected.values()).backward()
+    compare_gradients(method.network, student)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -487,7 +579,9 @@ def test_noise_is_clamped_at_twice_its_deviation():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_statistics_follow_one_pass_of_the_student_and_of_the_released_teacher(preset, strategy):
+def test_statistics_follow_all_passes_as_released_and_one_of_the_student_otherwise(
+    preset, strategy
+):
     method = make(2, dropout=0.3, preset=preset, strategy=strategy)
     before = [buffer.clone() for buffer in method.teacher.buffers()]
     method.loss(*make_batch(2), 6)
@@ -495,7 +589,10 @@ def test_statistics_follow_one_pass_of_the_student_and_of_the_released_teacher(p
         name: {int(b) for key, b in network.named_buffers() if key.endswith("num_batches_tracked")}
         for name, network in (("student", method.network), ("teacher", method.teacher))
     }
-    assert counts == {"student": {1}, "teacher": {1 if preset == "as_released" else 0}}
+    released = preset == "as_released"
+    student = 1 + 8 if released and strategy == "mc_dropout" else 1
+    teacher = (12 if strategy == "prototype" else 1) if released else 0
+    assert counts == {"student": {student}, "teacher": {teacher}}
     same = [torch.equal(a, b) for a, b in zip(before, method.teacher.buffers())]
     assert any(same) == all(same) == (preset == "clean")
 
@@ -556,6 +653,7 @@ def test_it_asks_for_weak_views_alone():
             {"strategy": "mu"},
             "acmt: strategy must be one of entropy, mc_dropout, prototype, confident, got 'mu'",
         ),
+        ({"sup_loss": "dice"}, "acmt: sup_loss must be one of own, ce_dice, got 'dice'"),
         ({"ema_decay": 1.2}, r"acmt: ema_decay must lie in \[0, 1\]"),
         ({"noise": 0.0}, "acmt: noise must be above 0"),
         (

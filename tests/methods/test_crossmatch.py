@@ -44,17 +44,18 @@ def slow_label(logits):
     return ids, conf
 
 
-def slow_terms(logits, label, targets, threshold, flat, eta, kd_weight):
+def slow_terms(logits, label, targets, threshold, flat, eta, kd_weight, sup_loss="own"):
     def d(name, target):
         return slow_dice(logits[name], targets[target][0], targets[target][1] >= threshold, flat)
 
-    labelled = slow_cross_entropy(logits["l"], label) + slow_dice(
-        logits["l"], label, label >= 0, flat
-    )
+    # CRKD's Dice is the sum over the foreground, and its loss has twice the weight.
+    own = sup_loss == "own"
+    dice = slow_dice(logits["l"], label, label >= 0, flat and own)
+    labelled = (slow_cross_entropy(logits["l"], label) + dice) / 2
     views = d("w_weak", "w") + d("w_strong", "w") + d("s2_weak", "s2") + d("s2_strong", "s2")
     decoders = d("s2_weak", "s2_weak") + d("s2_strong", "s2_strong")
     return {
-        "sup": labelled / 2 / 2,
+        "sup": labelled / 2 if own else labelled,
         "strong1": d("s1", "s1") / 4 / 2,
         "strong2": d("s2", "s2") / 4 / 2,
         "kd_views": (1 - eta) / 4 * views * kd_weight / 2,
@@ -127,7 +128,7 @@ def fixed_boxes(dims, monkeypatch):
     return boxes, calls
 
 
-def reference(network, labelled, unlabelled, boxes, threshold, flat, kd_weight, mode):
+def reference(network, labelled, unlabelled, boxes, threshold, flat, kd_weight, mode, sup_loss):
     """One step of a network without dropout whose `drop` is deterministic."""
 
     def four(first, second):
@@ -138,8 +139,9 @@ def reference(network, labelled, unlabelled, boxes, threshold, flat, kd_weight, 
 
     network.train(mode == "train")
     with torch.no_grad():
+        plain = network(unlabelled["mix_weak"])
         perturbed = four(labelled["image"], unlabelled["mix_weak"])[2:]
-        mix = [slow_label(logits) for logits in (network(unlabelled["mix_weak"]), *perturbed)]
+        mix = [slow_label(logits) for logits in (plain, *perturbed)]
     network.train()
     strong = []
     for k in range(2):
@@ -164,7 +166,7 @@ def reference(network, labelled, unlabelled, boxes, threshold, flat, kd_weight, 
         "s2_strong": boxed(1, "w_strong", 2),
     }
     label = labelled["label"][:, 0].long()
-    return slow_terms(logits, label, targets, threshold, flat, 0.3, kd_weight)
+    return slow_terms(logits, label, targets, threshold, flat, 0.3, kd_weight, sup_loss)
 
 
 def values(terms):
@@ -184,13 +186,15 @@ def compare_gradients(network, other):
 @pytest.mark.parametrize(
     "threshold, eta, kd_weight", [(0.0, 0.3, 0.5), (0.8, 0.3, 1.0), (0.8, 0.6, 0.7)]
 )
-def test_terms_and_gradients_equal_slow_arithmetic(grid, classes, flat, threshold, eta, kd_weight):
+@pytest.mark.parametrize("sup_loss", ["own", "ce_dice"])
+def test_terms_and_gradients_equal_slow_arithmetic(
+    grid, classes, flat, threshold, eta, kd_weight, sup_loss
+):
     leaves, label, targets = random_case(grid, classes)
     assert all(0 < (conf >= 0.8).sum() < label.numel() for _, conf in targets.values())
-    terms = crossmatch_terms(
-        leaves, label, targets, threshold, FLAT if flat else {}, eta, kd_weight
-    )
-    expected = slow_terms(leaves, label, targets, threshold, flat, eta, kd_weight)
+    dice = FLAT if flat else {}
+    terms = crossmatch_terms(leaves, label, targets, threshold, dice, eta, kd_weight, sup_loss)
+    expected = slow_terms(leaves, label, targets, threshold, flat, eta, kd_weight, sup_loss)
     assert list(terms) == list(expected) == TERMS
     assert values(terms) == pytest.approx(values(expected), rel=1e-5)
     inputs = list(leaves.values())
@@ -215,24 +219,29 @@ def test_without_a_view_weight_the_perturbed_predictions_teach_nothing():
     assert one["kd_views"] == 0 and one["kd_decoders"] > 0
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    "mode, sup_loss", [("train", "own"), ("eval", "own"), ("train", "ce_dice")]
+)
 @pytest.mark.parametrize("preset", ["clean", "as_released"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_a_whole_step_equals_a_second_implementation(dims, preset, mode, monkeypatch):
+def test_a_whole_step_equals_a_second_implementation(dims, preset, mode, sup_loss, monkeypatch):
     labelled, unlabelled = make_batch(dims)
     boxes, calls = fixed_boxes(dims, monkeypatch)
-    method = make(dims, preset=preset, pseudo_mode=mode).train()
+    method = make(dims, preset=preset, pseudo_mode=mode, sup_loss=sup_loss).train()
     method.network.drop = lambda maps, p: [m * (1.5 - p) for m in maps]
     other = copy.deepcopy(method.network)
     terms = method.loss(labelled, unlabelled, 1)
     released = preset == "as_released" and dims == 3
     threshold = (0.6 + 0.4 * math.exp(-5)) * math.log(2) if released else 0.6
+    flat, weight = dims == 2, 0.5 if dims == 2 else 1.0
     expected = reference(
-        other, labelled, unlabelled, boxes, threshold, dims == 2, 0.5 if dims == 2 else 1.0, mode
+        other, labelled, unlabelled, boxes, threshold, flat, weight, mode, sup_loss
     )
     assert list(terms) == TERMS and 0.1 < method.monitor["mask_ratio"] < 0.95
     assert values(terms) == pytest.approx(values(expected), rel=1e-4)
     assert calls == [(2, torch.Size(grid_of(dims)), 0.5)] * 2
+    for (name, ours), theirs in zip(method.network.named_buffers(), other.buffers()):
+        torch.testing.assert_close(ours, theirs, msg=name)
     sum(terms.values()).backward()
     sum(expected.values()).backward()
     compare_gradients(method.network, other)
@@ -308,7 +317,7 @@ def test_the_four_ways_perturb_the_second_half_weakly_and_strongly():
     method.network.drop = lambda maps, p: calls.append((len(maps[0]), p)) or drop(maps, p)
     method.network.decoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0][0])))
     method.loss(*make_batch(2), 0)
-    assert calls == [(2, 0.25), (2, 0.75)] * 3 and sorted(sizes) == [2, 8, 8, 8]
+    assert calls == [(2, 0.25), (2, 0.75)] * 3 and sizes == [2, 8, 8, 8]
 
 
 def test_channels_are_dropped_in_evaluation_mode_too():
@@ -375,6 +384,7 @@ def test_the_released_threshold_is_the_one_that_the_loss_uses():
 def test_the_defaults_are_those_of_the_paper(dims, weight):
     method = CrossMatch(lambda: make_network(dims), max_steps=STEPS)
     assert (method.kd_weight, method.eta, method.pseudo_mode) == (weight, 0.3, "train")
+    assert method.sup_loss == "own"
     assert (method.perturb_weak, method.perturb_strong, method.cutmix_prob) == (0.25, 0.75, 0.5)
     assert method.dice == (FLAT if dims == 2 else {})
     assert method.evaluated is method.network
@@ -409,6 +419,11 @@ def test_it_asks_for_two_strong_views_and_a_second_batch():
 def test_fractions_outside_the_unit_interval_are_refused(name, value):
     with pytest.raises(ValueError, match=f"crossmatch: {name} must lie in"):
         make(2, **{name: value})
+
+
+def test_an_unknown_supervised_loss_lists_the_known_ones():
+    with pytest.raises(ValueError, match="crossmatch: sup_loss must be one of own, ce_dice, got 1"):
+        make(2, sup_loss=1)
 
 
 def test_an_unknown_mode_lists_the_known_ones():

@@ -18,16 +18,16 @@ TERMS = ["sup", "strong1", "strong2", "perturbed"]
 
 
 def slow_dice(logits, ids, valid, eps=1e-5):
-    """Mean over all classes; the voxels that count are collected one image at a time."""
-    p, total = logits.double().softmax(1), 0.0
+    """Of each class; the voxels that count are collected one image at a time."""
+    p, losses = logits.double().softmax(1), []
     for k in range(logits.shape[1]):
         overlap = squares = 0.0
         for b in range(len(logits)):
             chosen, is_k = p[b, k][valid[b]], (ids[b][valid[b]] == k).double()
             overlap = overlap + (chosen * is_k).sum()
             squares = squares + (chosen**2).sum() + is_k.sum()
-        total = total + 1 - (2 * overlap + eps) / (squares + eps)
-    return total / logits.shape[1]
+        losses.append(1 - (2 * overlap + eps) / (squares + eps))
+    return torch.stack(losses)
 
 
 def slow_cross_entropy(logits, label):
@@ -40,17 +40,17 @@ def slow_label(logits):
     return ids, conf
 
 
-def slow_terms(logits_l, label, logits_s, targets, logits_fp, target_w, threshold):
-    everywhere = torch.ones_like(label, dtype=torch.bool)
-    terms = {
-        "sup": (slow_cross_entropy(logits_l, label) + slow_dice(logits_l, label, everywhere))
-        / 2
-        / 2
-    }
+def slow_terms(logits_l, label, logits_s, targets, logits_fp, target_w, threshold, sup_loss="own"):
+    entropy = slow_cross_entropy(logits_l, label)
+    dice = slow_dice(logits_l, label, torch.ones_like(label, dtype=torch.bool))
+    if sup_loss == "ce_dice":
+        terms = {"sup": (entropy + dice[1:].sum()) / 2}
+    else:
+        terms = {"sup": (entropy + dice.mean()) / 2 / 2}
     for k in range(2):
         ids, conf = targets[k]
-        terms[f"strong{k + 1}"] = slow_dice(logits_s[k], ids, conf >= threshold) / 4 / 2
-    terms["perturbed"] = slow_dice(logits_fp, target_w[0], target_w[1] >= threshold) / 2 / 2
+        terms[f"strong{k + 1}"] = slow_dice(logits_s[k], ids, conf >= threshold).mean() / 4 / 2
+    terms["perturbed"] = slow_dice(logits_fp, target_w[0], target_w[1] >= threshold).mean() / 2 / 2
     return terms
 
 
@@ -116,7 +116,7 @@ def fixed_boxes(dims, monkeypatch):
     return boxes, calls
 
 
-def reference(network, labelled, unlabelled, boxes, threshold, released):
+def reference(network, labelled, unlabelled, boxes, threshold, released, sup_loss):
     """One step of a network without dropout whose `drop` is deterministic."""
     network.eval()
     with torch.no_grad():
@@ -137,7 +137,8 @@ def reference(network, labelled, unlabelled, boxes, threshold, released):
         ids[boxes[k]], conf[boxes[k]] = mix[0][boxes[k]], mix[1][boxes[k]]
         targets.append((ids, conf))
     label = labelled["label"][:, 0].long()
-    return slow_terms(out[:2], label, (out_s[:2], out_s[2:]), targets, out[-2:], own, threshold)
+    strong = out_s[:2], out_s[2:]
+    return slow_terms(out[:2], label, strong, targets, out[-2:], own, threshold, sup_loss)
 
 
 def values(terms):
@@ -154,11 +155,20 @@ def compare_gradients(network, other):
 
 
 @pytest.mark.parametrize("grid, classes", [((5, 4), 4), ((3, 4, 2), 2)])
-@pytest.mark.parametrize("threshold", [0.0, 0.8])
-def test_terms_and_gradients_equal_slow_arithmetic(grid, classes, threshold):
+@pytest.mark.parametrize("threshold, sup_loss", [(0.0, "own"), (0.8, "own"), (0.8, "ce_dice")])
+def test_terms_and_gradients_equal_slow_arithmetic(grid, classes, threshold, sup_loss):
     leaves, label, targets = random_case(grid, classes)
     assert 0 < (targets[0][1] >= 0.8).sum() < label.numel()
-    arguments = leaves[0], label, leaves[1:3], targets[:2], leaves[3], targets[2], threshold
+    arguments = (
+        leaves[0],
+        label,
+        leaves[1:3],
+        targets[:2],
+        leaves[3],
+        targets[2],
+        threshold,
+        sup_loss,
+    )
     terms, expected = unimatch_terms(*arguments), slow_terms(*arguments)
     assert list(terms) == list(expected) == TERMS
     assert values(terms) == pytest.approx(values(expected), rel=1e-5)
@@ -186,16 +196,19 @@ def test_a_confidence_equal_to_the_threshold_is_trusted():
     assert values(at) == values(zero)
 
 
-@pytest.mark.parametrize("preset", ["clean", "as_released"])
+@pytest.mark.parametrize(
+    "preset, sup_loss", [("clean", "own"), ("as_released", "own"), ("clean", "ce_dice")]
+)
 @pytest.mark.parametrize("dims", [2, 3])
-def test_a_whole_step_equals_a_second_implementation(dims, preset, monkeypatch):
+def test_a_whole_step_equals_a_second_implementation(dims, preset, sup_loss, monkeypatch):
     labelled, unlabelled = make_batch(dims)
     boxes, calls = fixed_boxes(dims, monkeypatch)
-    method = make(dims, preset=preset).train()
+    method = make(dims, preset=preset, sup_loss=sup_loss).train()
     method.network.drop = lambda maps, p: [m * p for m in maps]
     other = copy.deepcopy(method.network)
     terms = method.loss(labelled, unlabelled, 0)
-    expected = reference(other, labelled, unlabelled, boxes, 0.6, preset == "as_released")
+    released = preset == "as_released"
+    expected = reference(other, labelled, unlabelled, boxes, 0.6, released, sup_loss)
     assert list(terms) == TERMS and 0.1 < method.monitor["mask_ratio"] < 0.9
     assert values(terms) == pytest.approx(values(expected), rel=1e-4)
     assert calls == [(2, torch.Size(grid_of(dims)), 0.5)] * 2
@@ -330,7 +343,14 @@ def test_the_defaults_are_those_of_the_paper():
         0.5,
         "clean",
     )
-    assert method.evaluated is method.network
+    assert method.sup_loss == "own" and method.evaluated is method.network
+
+
+def test_an_unknown_supervised_loss_lists_the_known_ones():
+    with pytest.raises(
+        ValueError, match="unimatch: sup_loss must be one of own, ce_dice, got 'ce'"
+    ):
+        make(2, sup_loss="ce")
 
 
 @pytest.mark.parametrize("name", ["threshold", "cutmix_prob", "perturb"])
