@@ -575,7 +575,6 @@ def classes_section(runs: list[Run], order: list[str]) -> str:
         return ""
     names = list(dict.fromkeys(row["class"] for run in tested for row in run.rows))
     text = legend(tested, order)
-    shown_order = [run.name for run in tested]
     for metric in ("dice", "hd95"):
         values = {
             name: {
@@ -594,7 +593,7 @@ def classes_section(runs: list[Run], order: list[str]) -> str:
         label = f"{METRICS[metric]}, {'%' if metric in PERCENT else unit_of(tested)}"
         text += (
             '<figure class="chart '
-            f'wide">{charts.box_chart(METRICS[metric], scaled, shown_order, label)}</figure>'
+            f'wide">{charts.box_chart(METRICS[metric], scaled, order, label)}</figure>'
         )
     text += paragraph(
         "Box: quartiles and median; whiskers: the last case within 1.5 box lengths; every case is "
