@@ -60,25 +60,14 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def dash(index: int):
+def dash(index: int, dashes: Sequence = DASHES):
     """Another one for each colour, and for each round of the colours."""
-    return DASHES[_round(index)]
+    return dashes[(index + index // len(COLOURS)) % len(dashes)]
 
 
-def swatch(index: int, kind: str = "line") -> str:
-    """A legend's mark: how the line, or the area, of this index looks."""
-    if kind == "area":
-        return f'<span class="swatch" style="background:{colour(index)}"></span>'
-    dashes = SWATCH_DASHES[_round(index)]
-    return (
-        '<svg class="swatch" width="30" height="10" aria-hidden="true"><line x1="1" y1="5" '
-        'x2="29" y2="5" '
-        f'stroke="{colour(index)}" stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
-    )
-
-
-def _round(index: int) -> int:
-    return (index + index // len(COLOURS)) % len(DASHES)
+def swatch_dash(index: int) -> str:
+    """The same as a value of stroke-dasharray, for legends."""
+    return dash(index, SWATCH_DASHES)
 
 
 @matplotlib.rc_context(STYLE)
@@ -98,6 +87,8 @@ def line_chart(
     figure, axes = _over_steps(title, ylabel)
     for name, points in series.items():
         index = order.index(name)
+        if log:  # its axis has no place for the others
+            points = [point for point in points if point[1] > 0]
         marker = "o" if marks or len(points) == 1 else None
         look = {"color": colour(index), "linestyle": dash(index), "marker": marker}
         axes.plot(*zip(*points), linewidth=1.6, markersize=3.5, **look)
@@ -154,8 +145,8 @@ def box_chart(
     """
     count = max(len(of_runs) for of_runs in values.values())
     height = 0.8 / count
-    each = max(0.3, 0.2 * count + 0.12)
-    figure, axes = _in_rows(title, list(values), label, 1.0, each, margin=0.55)
+    of_class = max(0.3, 0.2 * count + 0.12)  # inches
+    figure, axes = _in_rows(title, list(values), label, 1.0 + of_class * len(values), margin=0.55)
     axes.tick_params(axis="y", length=0)
     for place, of_runs in enumerate(values.values()):
         for slot, (run, found) in enumerate(of_runs.items()):
@@ -191,7 +182,7 @@ def interval_chart(
     mean, low, high).
     """
     names = [row[0] for row in rows]
-    figure, axes = _in_rows(title, names, label, 0.95, 0.34, margin=0.6)
+    figure, axes = _in_rows(title, names, label, 0.95 + 0.34 * len(rows), margin=0.6)
     axes.axvline(0, color=INK, linewidth=1)
     for place, (_, mean, low, high) in enumerate(rows):
         if low is not None:
@@ -206,7 +197,7 @@ def dot_chart(
     title: str, names: Sequence[str], series: Mapping[str, Sequence[float | None]], label: str
 ) -> str:
     """For each name a line with one mark for each series, in the order of `series`."""
-    figure, axes = _in_rows(title, names, label, 1.25, 0.3, margin=0.5)
+    figure, axes = _in_rows(title, names, label, 1.25 + 0.3 * len(names), margin=0.5)
     columns = np.array(list(series.values()), float)  # None becomes NaN
     for place, values in enumerate(columns.T):
         if not np.isnan(values).all():
@@ -233,18 +224,18 @@ def _over_steps(title: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _in_rows(
-    title: str, names: Sequence[str], label: str, base: float, each: float, margin: float
+    title: str, names: Sequence[str], label: str, height: float, margin: float
 ) -> tuple[Figure, Axes]:
-    """A wide figure and its axes with one row for each name, from the top. base, each: height in
-    inches, of the rest and of a row; margin: above the first row and below the last, in rows.
+    """A wide figure and its axes with one row for each name, from the top. height: in inches;
+    margin: above the first row and below the last, in rows.
     """
-    figure = Figure(figsize=(7.4, base + each * len(names)), layout="constrained")
+    figure = Figure(figsize=(7.4, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, parse_math=False)
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_ylim(len(names) - 1 + margin, -margin)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(label)
+    axes.set_xlabel(label, parse_math=False)
     return figure, axes
 
 
