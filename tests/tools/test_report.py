@@ -2,7 +2,10 @@
 test_report_browser.
 """
 
+import html
+import json
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import yaml
 from tests.scripts.conftest import run
 from tests.tools.report_runs import CLASSES, scores_of, write_run, write_scores
 from tools import report_charts
-from tools.report import read_rows
+from tools.report_data import read_rows
 from utils.statistics import average_seeds, case_means, paired_comparison
 
 
@@ -23,9 +26,9 @@ def report(*folders, cwd, ok=True, options=()):
 
 
 def section(page, name):
-    """What is between the tags of a section."""
+    """What is between the tags of a section, with plain spaces for line breaks."""
     found = re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL)
-    return found.group(1) if found else None
+    return " ".join(found.group(1).split()) if found else None
 
 
 def table_rows(text):
@@ -104,8 +107,8 @@ def test_every_term_and_every_class_has_its_curve(page):
 def test_terms_are_explained(page):
     terms = section(page, "terms")
     assert (
-        "The term &#x27;kd&#x27; is negligible: at most 0.4 % of the gradient norm in 5 "
-        "measurements" in terms
+        "The term 'kd' is negligible: at most 0.4 % of the gradient norm in 5 measurements"
+        in html.unescape(terms)
     )
     row = next(row for row in table_rows(terms) if row[0] == "kd")
     assert row == ["kd", "60.0", "0.4", "0.4 to 0.4", "+0.20", "5"]
@@ -217,15 +220,50 @@ def test_another_test_of_the_same_run(runs, tmp_path):
     assert section(report(folder, cwd=tmp_path, options=["--suffix", "_last"]), "cases")
 
 
-def test_names_with_markup_are_text(runs, tmp_path):
-    folder = write_run(runs, tag="<script>alert(1)</script>")
+class Elements(HTMLParser):
+    """The scripts of a page and the names of all attributes, as a browser would see them."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.scripts, self.attributes = 0, set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        self.attributes |= {name for name, _ in attrs}
+
+
+HOSTILE = "\"'><script>alert(1)</script><b onclick=x>&amp;{{ 7 * 7 }}$x_$ $y$"
+
+
+def test_names_with_markup_are_text(tmp_path):
+    """Of tags, settings, cases, classes, terms, checkpoints and code: whatever comes from files."""
+    folder = write_run(tmp_path / "runs", tag=HOSTILE, note=HOSTILE)
+    second = write_run(tmp_path / "runs", "cwd", note="plain")
     rows = scores_of(np.random.default_rng(0), 3, 0.0)
     for row in rows:
-        row["case"] = f'<b onclick="x">{row["case"]}'
+        row["case"] += HOSTILE
+        row["class"] += HOSTILE
     write_scores(folder, yaml.safe_load((folder / "config.yaml").read_text()), rows)
-    page = report(folder, cwd=tmp_path)
-    assert "<script>alert" not in page and "<b onclick" not in page
-    assert "&lt;b onclick=" in page
+    summary = json.loads((folder / "summary.json").read_text())
+    for key in ("checkpoint", "code", "split", "hd95_definition", "unit", "device"):
+        summary[key] = HOSTILE.replace("/", "")  # the checkpoint is a file
+    (folder / "summary.json").write_text(json.dumps(summary))
+    log = folder / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        for key in [key for key in line if key not in ("step", "kind", "loss", "lr", "dice")]:
+            line[key + HOSTILE] = line.pop(key)
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(folder, second, cwd=tmp_path, options=["--title", HOSTILE])
+    harmless = Elements(report(second, cwd=tmp_path))
+    found = Elements(page)
+    assert found.scripts == harmless.scripts == 1
+    assert "onclick" not in found.attributes
+    assert "<b " not in page and "<script>alert" not in page
+    shown = html.unescape(page)
+    for name in ("comparison", "classes", "cases", "pictures", "training", "terms", "settings"):
+        assert HOSTILE in section(shown, name), name
 
 
 @pytest.mark.parametrize(

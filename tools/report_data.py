@@ -1,0 +1,236 @@
+"""Run folders as tools/report.py reads them: what was set, logged and, after a test, scored."""
+
+import csv
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+from tools.results_table import scores, title
+from utils.checkpoint import load_checkpoint
+from utils.runlog import read_log
+from utils.runs import run_folder
+from utils.statistics import case_means
+
+METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "asd": "ASD"}
+PERCENT = ("dice", "jaccard")  # shown in %; the other metrics are distances
+FLAGS = ("missed", "spurious", "absent")
+
+
+class ReportError(ValueError):
+    """Something that no report can be made of; the message names the file and the fix."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder: what was set, logged and, after a test, scored."""
+
+    folder: Path
+    config: dict
+    name: str  # told apart from the others of the page
+    cell: tuple[str, str]  # data set and what was trained: equal for seeds
+    log: list[dict]
+    summary: dict | None
+    rows: list[dict]  # of each case and class: case, class, METRICS (None: undefined), FLAGS
+    suffix: str  # of the files of this test: '', '_last', ...
+    space: str  # of the rows, where a test has several
+
+    @property
+    def unit(self) -> str:
+        return (self.summary or {}).get("unit", "mm")
+
+    @property
+    def distilled(self) -> bool:
+        return "labelled" not in self.config and self.config["method"] != "supervised"
+
+    @property
+    def test_command(self) -> str:
+        script = "test_2d.py" if len(self.config["patch_size"]) == 2 else "test_3d.py"
+        return f"python {script} --ckpt {self.folder / 'best.pt'}"
+
+    @property
+    def scores(self) -> dict:
+        """Means and counts of the rows that are shown: of their space."""
+        return scores(self.summary, self.space)
+
+    @property
+    def cases(self) -> list[str]:
+        return list(dict.fromkeys(row["case"] for row in self.rows))
+
+    @property
+    def classes(self) -> list[str]:
+        return list(dict.fromkeys(row["class"] for row in self.rows))
+
+    def of_class(self, name: str) -> list[dict]:
+        return [row for row in self.rows if row["class"] == name]
+
+    def case_means(self, metric: str) -> dict[str, float | None]:
+        return case_means({"": self.rows}, metric)[0][""]
+
+    def class_dice(self) -> dict[str, float | None]:
+        """Mean Dice of each class, and under 'dice' the mean over cases."""
+        means = {name: mean(row["dice"] for row in self.of_class(name)) for name in self.classes}
+        return {"dice": mean(self.case_means("dice").values()), **means}
+
+    def teacher(self) -> "Run | None":
+        """The teacher's run of a distilled one, where its own configuration has it."""
+        if self.config.get("teacher_checkpoint"):
+            return read_if_there(Path(self.config["teacher_checkpoint"]).parent, self.space)
+        return self.supervised(self.config["teacher"], self.config["teacher_seed"])
+
+    def alone(self) -> "Run | None":
+        """The same student with the same seed without a teacher, if it was trained."""
+        return self.supervised(self.config["student"], self.config["seed"])
+
+    def supervised(self, network: str, seed: int) -> "Run | None":
+        """The supervised run of a network beside this one, if there is one."""
+        # Where this one lies now: runs_dir/<dataset>/<method>/<teacher>-<student>/seed<k>.
+        runs_dir, dataset = str(self.folder.resolve() / "../../../.."), self.config["dataset"]
+        folder = run_folder(runs_dir, dataset, "supervised", network, seed, "clean", "")
+        return read_if_there(folder, self.space)
+
+    def best_validation(self) -> dict | None:
+        """Scores of the validation with the highest mean Dice."""
+        lines = [figures_of(line) for line in self.log if line["kind"] == "val"]
+        lines = [line for line in lines if line.get("dice") is not None]
+        return max(lines, key=lambda line: line["dice"], default=None)
+
+
+def read_run(folder: Path, space: str, suffix: str) -> Run:
+    """The run in `folder`; ReportError if there is none."""
+    if not folder.is_dir():
+        raise ReportError(
+            f"{folder}: no such folder; name one such as runs/btcv/acf_bckd/resunet-unet/seed0"
+        )
+    if (folder / "config.yaml").is_file():
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    elif (folder / "best.pt").is_file():  # imported weights
+        config = load_checkpoint(folder / "best.pt").get("config", {})
+    else:
+        raise ReportError(
+            f"{folder}: holds neither config.yaml nor best.pt; name a run's folder, with its seed"
+        )
+    metrics, summary = folder / f"metrics{suffix}.csv", folder / f"summary{suffix}.json"
+    if suffix and not metrics.is_file():
+        there = ", ".join(sorted(path.name for path in folder.glob("metrics*.csv"))) or "none"
+        raise ReportError(
+            f"{metrics}: no such scores; there are: {there}; --suffix is what follows 'metrics'"
+        )
+    tested = metrics.is_file() and summary.is_file()
+    name = name_of(config)
+    return Run(
+        folder=folder,
+        config=config,
+        name=name,
+        cell=(config["dataset"], name),
+        log=read_log(folder / "log.jsonl"),
+        summary=json.loads(summary.read_text(encoding="utf-8")) if tested else None,
+        rows=read_rows(metrics, space) if tested else [],
+        suffix=suffix,
+        space=space,
+    )
+
+
+def read_if_there(folder: Path, space: str) -> Run | None:
+    return read_run(folder, space, "") if (folder / "config.yaml").is_file() else None
+
+
+def name_of(config: dict) -> str:
+    """Which network, taught how, under which tag."""
+    described = {"method": config["method"], "preset": config["preset"]}
+    if "labelled" in config:
+        described |= {"student": config["network"], "labelled": config["labelled"]}
+    else:
+        taught = config["method"] != "supervised"
+        described |= {
+            "student": config["student"],
+            "teacher": config["teacher"] if taught else None,
+        }
+    tag = f" [{config['tag']}]" if config.get("tag") else ""
+    return (title(described) + tag).replace("<-", "←")
+
+
+def read_rows(path: Path, space: str) -> list[dict]:
+    """Rows of metrics.csv as test_3d.py (of one space) or reporting.py wrote it; an undefined
+    value is None.
+    """
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = {metric: column_of(metric, reader.fieldnames or (), path) for metric in METRICS}
+        for line in reader:
+            if line.get("space", space) != space:
+                continue
+            row = {"case": line["case"], "class": line["class"]}
+            row |= {metric: known(line[column]) for metric, column in columns.items()}
+            row |= {flag: int(line[flag]) for flag in FLAGS}
+            rows.append(row)
+    return rows
+
+
+def known(text: str) -> float | None:
+    return None if text in ("", "nan") else float(text)
+
+
+def column_of(metric: str, columns: Iterable[str], path: Path) -> str:
+    """The column of a metric: its name, perhaps with a definition and a unit behind it."""
+    found = [name for name in columns if name == metric or name.startswith(f"{metric}_")]
+    if len(found) != 1:
+        raise ReportError(
+            f"{path}: expected one column of {metric}, found {found}; test the run again"
+        )
+    return found[0]
+
+
+def named(runs: list[Run]) -> list[Run]:
+    """The runs under names of their own: the seed, data set and folder are added where needed."""
+    for key, text in (("seed", ", seed {}"), ("dataset", ", {}"), ("folder", ", {}")):
+        before = [run.name for run in runs]
+        for run in runs:
+            if before.count(run.name) > 1:
+                run.name += text.format(run.config.get(key, run.folder))
+    return runs
+
+
+def teacher_validation(run: Run, teacher: Run | None) -> dict | None:
+    """The teacher's Dice on the validation cases: from the run's own log, or the teacher's best
+    step.
+    """
+    for line in run.log:
+        if line["kind"] == "teacher":
+            return figures_of(line)
+    return teacher.best_validation() if teacher else None
+
+
+def log_series(runs: list[Run], kind: str, factor: float = 1) -> dict[str, dict[str, list]]:
+    """Figures of a kind of log lines: key -> run -> (updates done, factor * value); undefined
+    values are left out.
+    """
+    series = {}
+    for run in runs:
+        for line in run.log:
+            if line["kind"] != kind:
+                continue
+            for key, value in figures_of(line).items():
+                if value is not None:
+                    points = series.setdefault(key, {}).setdefault(run.name, [])
+                    points.append((line["step"] + 1, factor * value))
+    return series
+
+
+def figures_of(line: Mapping) -> dict:
+    """What a line of the log holds beside its step and kind."""
+    return {key: value for key, value in line.items() if key not in ("step", "kind")}
+
+
+def defined(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of the values that are defined; None if there are none."""
+    found = defined(values)
+    return statistics.fmean(found) if found else None
