@@ -158,7 +158,7 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     split = args.split or ("test" if checkpoint["cases"]["test"] else "val")
     cases = dataset.find(checkpoint["cases"][split])
     if not cases:
-        raise DataError(f"{args.ckpt}: the run had no {split} list; choose --split val")
+        raise DataError(f"{args.ckpt}: the run had no {split} list; choose another --split")
     with world.main_first():
         dataset.prepare({split: cases})
     network = build_network(
@@ -248,6 +248,12 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
     # estimate.
     selected_on = checkpoint.get("selected_on", "val")
     selected_on_reported = split == selected_on and args.ckpt.stem == "best"
+    published = {}
+    if args.published:
+        published["published_protocol"] = {
+            key: none_if_nan(nan_mean([case[key] for _, case, _ in results]))
+            for key in ("dice", "hd95_voxels", "hd95_voxels_penalised")
+        }
     summary = {
         "dataset": config["dataset"],
         "method": config["method"],
@@ -262,25 +268,21 @@ def score(args: argparse.Namespace, world: World, device: torch.device) -> None:
         "split": split,
         "selected_on": selected_on,
         "selected_on_reported": selected_on_reported,
+        "patch_size": list(config["patch_size"]),
+        "code": checkpoint["code"],
         "hd95_definition": args.hd95,
         "empty_policy": args.empty,
         "tta": args.tta,
         "amp": args.amp,
         "fast": args.fast,
         **{space: summarise(rows[space]) for space in SPACES},
+        **published,
         "parameters": count_parameters(network),
         "gmacs": count_macs(network, (1, described["in_channels"], *config["patch_size"])) / 1e9,
-        "patch_size": list(config["patch_size"]),
         "ms_per_volume": 1000 * statistics.median(seconds),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "code": checkpoint["code"],
     }
-    if args.published:
-        summary["published_protocol"] = {
-            key: none_if_nan(nan_mean([case[key] for _, case, _ in results]))
-            for key in ("dice", "hd95_voxels", "hd95_voxels_penalised")
-        }
     (out / f"summary{suffix}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     report(summary, names, selected_on_reported)
     print(f"results in {out}: metrics{suffix}.csv, summary{suffix}.json")
