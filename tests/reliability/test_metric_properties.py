@@ -23,7 +23,7 @@ from monai.metrics import (
 import reporting
 from metrics import DISTANCES, METRICS, case_metrics, class_dice, diagonal, mean_dice, summarise
 from tests.reliability import profiles  # noqa: F401
-from tools import results_table
+from tools import tables
 
 NUM_CLASSES = 4
 NAMES = ("background", "liver", "left kidney", "spleen")
@@ -361,13 +361,16 @@ def test_every_table_prints_the_number_of_misses_and_the_penalised_means(drawn, 
     )
     assert f"{both['counts']['missed']} missed" in table and "compare runs by these" in table
 
-    cells = results_table.cells(run, "native")
-    assert [cells[3].split(" / ")[1], cells[4].split(" / ")[1]] == [f"{value}*" for value in marked]
-    assert cells[5] == f"{native['counts']['missed']}/{native['counts']['pairs']}"
-    fields = results_table.few_label_fields([run])
-    assert results_table.with_spread(fields, "hd95").endswith(f" / {marked[0]}*")
-    fields = results_table.statistics_of([run | full], "native")
-    shown = results_table.shown(fields)
+    header, (cells,) = tables.runs_table([run], "native")
+    cells = dict(zip(header, cells))
+    assert [cells[f"{name} voxels"].split(" / ")[1] for name in ("HD95", "ASD")] == [
+        f"{value}*" for value in marked
+    ]
+    assert cells["missed"] == f"{native['counts']['missed']}/{native['counts']['pairs']}"
+    row = tables.row_of(run)
+    assert tables.shown([row], "hd95").endswith(f" ({marked[0]}*)")
+    assert tables.failed_fields([row], {"hd95": "hd95"})["hd95_penalised"] == marked[0]
+    shown = tables.kd_cell([tables.row_of(run | full, "native")])
     assert f" / {both['penalised']['mean']['hd95']:.2f}*" in shown
     assert shown.endswith(f", missed {both['counts']['missed']}/{both['counts']['pairs']}")
 
