@@ -371,7 +371,7 @@ def kd_layout(runs_dir: Path, chosen: str | None, space: str) -> list[dict]:
     published = published_figures(PUBLISHED_KD)
     runs, tagged = gather(runs_dir, "summary.json", space, kd_key)
     written = []
-    for dataset in [chosen] if chosen else published:
+    for dataset in [chosen] if chosen else in_order(published, (key[0] for key in runs)):
         own = {key[1:]: rows for key, rows in runs.items() if key[0] == dataset}
         written += kd_tables(dataset, own, published.get(dataset, {}))
     used = [row for cell in written for row in cell.pop("rows")]
@@ -386,9 +386,9 @@ def kd_tables(dataset: str, runs: dict[tuple, list[dict]], published: dict) -> l
     """
     written = []
     taught = published.get("distilled", {})
-    teachers = list(TEACHERS)
-    students = list(STUDENTS)
-    networks = [*teachers, *students]
+    teachers = in_order(TEACHERS, (key[1] for key in runs if key[1]))
+    students = in_order(STUDENTS, (key[2] for key in runs if key[1]))
+    networks = in_order(TEACHERS, students, (key[2] for key in runs))
 
     def cell(method: str, teacher: str | None, student: str, preset: str) -> list[str]:
         rows = runs.get((method, teacher, student, preset), [])
@@ -426,12 +426,13 @@ def kd_tables(dataset: str, runs: dict[tuple, list[dict]], published: dict) -> l
     for student in students:
         body += lines("acf_bckd", student, network_name(student))
     print_table(f"{dataset}: ACF-BCKD", ["student", *header], body)
-    known = taught or {key[0]: None for key in runs}
-    methods = [method for method in RIVALS[:9] if method in known]
-    for student in ("unet",):
+    methods = in_order(RIVALS, (key[0] for key in runs if key[1] and key[0] != "acf_bckd"))
+    for student in students:
         body = []
         for method in methods:
-            body += lines(method, student, method.upper())
+            run = any(key[0] == method and key[2] == student for key in runs)
+            if run or student in taught.get(method, {}):
+                body += lines(method, student, method.upper())
         if body:
             name = f"{dataset}: methods, student {network_name(student)}"
             print_table(name, ["method", *header], body)
