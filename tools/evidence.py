@@ -46,6 +46,7 @@ from tools.tables import (
     Results,
     gap_closed,
     in_unit,
+    joined,
     kd_cells,
     make_table,
     mean,
@@ -69,6 +70,10 @@ SCORING = {
     "amp": "off",
     "protocol": "clean",
 }
+DESCRIBED = (
+    *("dataset", "method", "preset", "teacher", "student", "labelled", "seed", "tag"),
+    *("step", "max_steps", "split", "selected_on_reported"),
+)
 EMPTY_AGREES = "agree"  # empty_policy of few-label runs
 
 
@@ -148,16 +153,13 @@ def compact(run: Path) -> tuple[list[str], dict]:
             f"{run}: summary.json lacks {', '.join(sorted(missing))}; test the run again"
         )
     for key, usual in SCORING.items():
-        if summary.get(key, usual) not in (
-            usual,
-            *((EMPTY_AGREES,) if key == "empty_policy" else ()),
-        ):
+        few_labels = key == "empty_policy" and summary[key] == EMPTY_AGREES
+        if summary.get(key, usual) != usual and not few_labels:
             raise ValueError(
                 f"{run}: scored with {key} {summary[key]!r}, not {usual!r}; test it without flags "
                 "again"
             )
     row, cases = row_of(summary), case_scores(run / "metrics.csv")
-    spurious = summary.get("resampled", summary["native"])["counts"]["spurious"]
     penalised = row.get("penalised", {})
     if None in map(rounded, penalised.values()):
         raise ValueError(f"{run}: summary.json lacks the penalised distances; test the run again")
@@ -170,19 +172,12 @@ def compact(run: Path) -> tuple[list[str], dict]:
     line = {
         "run": "/".join(run.resolve().parts[-4:]),
         "command": command_of(config),
-        **{key: summary[key] for key in ("dataset", "method", "preset", "teacher", "student")},
-        **({"labelled": summary["labelled"]} if "labelled" in summary else {}),
-        **{
-            key: summary[key]
-            for key in ("seed", "tag", "step", "max_steps", "split", "selected_on_reported")
-        },
+        **{key: summary[key] for key in DESCRIBED if key in summary},
         "lr": config["lr"],
         "parameters": summary["parameters"],
         "gmacs": round(summary["gmacs"], 4),
         "hd95": summary["hd95_definition"],
-        "missed": row["missed"],
-        "spurious": spurious,
-        "pairs": row["pairs"],
+        **{key: row[key] for key in ("missed", "spurious", "pairs")},
         "mean": {key: rounded(row["mean"][key]) for key in SHOWN if key in row["mean"]},
         **({"penalised": {k: rounded(v) for k, v in penalised.items()}} if penalised else {}),
         "cases": {
@@ -212,19 +207,16 @@ def case_scores(path: Path) -> dict[str, dict[str, float | None]]:
     # hd95_pooled_mm: the words after the metric are its definition
     columns = {name.split("_")[0]: name for name in rows[0]}
     columns = {metric: columns[metric] for metric in SHOWN if metric in columns}
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict] = {}
     for row in rows:
         of_case = found.setdefault(row["case"], {metric: [] for metric in columns})
         for metric, column in columns.items():
             if row[column] not in ("", "nan"):
                 of_case[metric].append(float(row[column]))
-    return {
-        case: {
-            metric: statistics.fmean(values) if values else None
-            for metric, values in of_case.items()
-        }
-        for case, of_case in found.items()
-    }
+    for of_case in found.values():
+        for metric, values in of_case.items():
+            of_case[metric] = statistics.fmean(values) if values else None
+    return found
 
 
 def time_of(run: Path) -> tuple[int, str]:
@@ -247,10 +239,8 @@ def time_of(run: Path) -> tuple[int, str]:
                 f"copy run folders with their times (cp -p, tar, rsync -t)"
             )
         starts.append((begin, end))
-    last = max(end for _, end in starts)
-    return round(sum(end - begin for begin, end in starts)), datetime.date.fromtimestamp(
-        last
-    ).isoformat()
+    last = datetime.date.fromtimestamp(max(end for _, end in starts))
+    return round(sum(end - begin for begin, end in starts)), last.isoformat()
 
 
 def command_of(config: Mapping) -> str:
@@ -277,9 +267,8 @@ def command_of(config: Mapping) -> str:
 
 def flow(value) -> str:
     """A value as YAML in one line."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("...\n").strip()
 
 
 # --- the document ---
@@ -403,12 +392,13 @@ def curves_figure(results: Results) -> Figure:
     for axes, teacher, name in found:
         cells = kd_cells(results, teacher, weaker=False)
         cells = {title(method): rows for method, rows in cells.items()}
-        alone = same_seeds(results.alone("unet"), [row for rows in cells.values() for row in rows])
+        alone = same_seeds(results.alone("unet"), joined(cells.values()))
         cells = {"student alone": alone} | cells
         for index, (label, rows) in enumerate(cells.items()):
             at: dict[int, list[float]] = {}
-            for step, dice in (point for row in rows for point in row["curve"]):
-                at.setdefault(step, []).append(dice)
+            for row in rows:
+                for step, dice in row["curve"]:
+                    at.setdefault(step, []).append(dice)
             values = [statistics.fmean(at[step]) for step in sorted(at)]
             if values:
                 ends.append(values[-1])

@@ -10,6 +10,7 @@ case by case; p values are Holm's over the rows of a table.
 
 import csv
 import functools
+import itertools
 import json
 import math
 import re
@@ -69,6 +70,8 @@ TRIALS = {
 }
 # variant of ACF-BCKD: AFD and CFD as strong as the paper's weights are on its grid of 48x48x48
 WEAKER = "sum"
+BRIEF = ("dice", "hd95", "asd")  # what most tables of RESULTS.md have room for
+BRIEF_TITLES = [METRICS[metric].title for metric in BRIEF]
 Rows = Sequence[dict]
 Table = tuple[list[str], list[list[str]], list[dict]]  # header, body, the rows that it is of
 
@@ -84,11 +87,11 @@ def row_of(summary: dict, space: str = "resampled") -> dict:
     found = scores(summary, space)
     counts = found["counts"]
     mean = {key: in_unit(found["mean"][key], key) for key in SHOWN if key in found["mean"]}
-    row = summary | {"missed": counts["missed"], "pairs": counts["pairs"], "mean": mean}
+    row = summary | {"spurious": 0} | counts | {"mean": mean}
     for key, value in summary.get("published_protocol", {}).items():
         if key != "dice":
             row["mean"][key] = value
-    if counts["missed"] + counts.get("spurious", 0):
+    if row["missed"] + row["spurious"]:
         also = found.get("penalised", {"mean": {}})["mean"]
         row["penalised"] = {key: also.get(key, math.nan) for key in mean if key in DISTANCES}
     return row
@@ -123,7 +126,7 @@ def mean_penalised(rows: Rows, metric: str) -> float | None:
     """
     if metric not in DISTANCES or not any("penalised" in row for row in rows):
         return None
-    values = [row.get("penalised", row["mean"])[metric] for row in rows]
+    values = [row.get("penalised", row["mean"]).get(metric) for row in rows]
     return math.nan if None in values else statistics.fmean(values)
 
 
@@ -180,12 +183,13 @@ def title(name: str) -> str:
     return NAMES.get(name, name.upper())
 
 
+def joined(lists: Iterable[Rows]) -> list[dict]:
+    return list(itertools.chain.from_iterable(lists))
+
+
 def in_order(first: Iterable[str], *others: Iterable[str]) -> list[str]:
     """All names, each once."""
-    names = dict.fromkeys(first)
-    for more in others:
-        names |= dict.fromkeys(more)
-    return list(names)
+    return list(dict.fromkeys(itertools.chain(first, *others)))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> str:
@@ -262,12 +266,12 @@ def selections(summaries: list[dict]) -> str:
 
 def notes(summaries: list[dict], space: str) -> list[str]:
     """What a reader must know to compare the rows."""
-    first = summaries[0]
+    first, rows = summaries[0], [row_of(summary, space) for summary in summaries]
     cases = {summary["native"]["cases"] for summary in summaries}
     steps = ", ".join(f"{run_title(s)} {s['step']} of {s['max_steps']}" for s in summaries)
+    shares = " and ".join(METRICS[key].title for key in metrics_of(rows) if key in SHARES)
     counted = (
-        f"Dice and Jaccard in %, means over {'/'.join(map(str, sorted(cases)))} {first['split']} "
-        "cases"
+        f"{shares} in %, means over {'/'.join(map(str, sorted(cases)))} {first['split']} cases"
     )
     if any(summary.get("protocol") == "published" for summary in summaries):
         counted += "; distances as published tables of the data set have them (reporting.py)."
@@ -290,7 +294,7 @@ def notes(summaries: list[dict], space: str) -> list[str]:
             "This data set has no third list: best.pt was selected on the cases reported here; see "
             "last.pt too."
         )
-    if any("penalised" in row_of(summary, space) for summary in summaries):
+    if any("penalised" in row for row in rows):
         lines.append(PENALISED)
     protocols = {summary["protocol"] for summary in summaries if "protocol" in summary}
     if protocols:
@@ -518,7 +522,7 @@ def few_labels_layout(runs_dir: Path, chosen: str | None, protocol: str) -> list
     published = published_figures(PUBLISHED_SSL)
     name = "summary_published.json" if protocol == "published" else "summary.json"
     runs, tagged = gather(runs_dir, name, "native", few_labels_key)
-    metrics = metrics_of([row for rows in runs.values() for row in rows])
+    metrics = metrics_of(joined(runs.values()))
     written = []
     for dataset in [chosen] if chosen else in_order(published, (key[0] for key in runs)):
         figures = {str(count): known for count, known in published.get(dataset, {}).items()}
@@ -534,7 +538,7 @@ def few_labels_layout(runs_dir: Path, chosen: str | None, protocol: str) -> list
     )
     print(PENALISED)
     if runs:
-        print(selections([row for rows in runs.values() for row in rows]))
+        print(selections(joined(runs.values())))
     if tagged:
         print(f"{tagged} tagged run(s) left out.")
     return written
@@ -635,15 +639,12 @@ def footer(rows: Rows, cases: int | None) -> list[str]:
     dates = sorted({row["date"] for row in rows})
     minutes = sum(row["seconds"] for row in rows) / 60
     gpus = [row["device"] for row in rows if row["device"] != "CPU"]
+    splits = "/".join(sorted({row["split"] for row in rows}))
     of = "" if len(gpus) == len(rows) else f"{len(gpus)} of them "
     text = (
         f"{len(rows)} training{'s' * (len(rows) > 1)} of {minutes:.0f} minutes together, "
         + (f"{of}tested on {' and '.join(sorted(set(gpus)))}, " if gpus else "")
-        + (
-            f"{cases} {'/'.join(sorted({row['split'] for row in rows}))} cases; "
-            if cases is not None
-            else ""
-        )
+        + (f"{cases} {splits} cases; " if cases is not None else "")
         + f"{' to '.join(dates[:1] + dates[1:][-1:])}; "
         f"commit {', '.join(sorted({row['code'] for row in rows}))}."
     )
@@ -728,12 +729,10 @@ class Results:
         for name, rows in others.items():
             seeds = {row["seed"] for row in rows} & {row["seed"] for row in reference}
             if seeds:
-                sides = (
-                    [row for row in side if row["seed"] in seeds] for side in (reference, rows)
-                )
-                scores = dict(
-                    zip(("reference", name), (self.by_patient(side, "dice") for side in sides))
-                )
+                scores = {}
+                for key, side in (("reference", reference), (name, rows)):
+                    same = [row for row in side if row["seed"] in seeds]
+                    scores[key] = self.by_patient(same, "dice")
                 pairs[name] = paired_comparison(scores, "reference")[0]
         for row, corrected in zip(pairs.values(), holm([row["p"] for row in pairs.values()])):
             # Where so few patients cannot reach 0.05 whatever they say, a p value would only look
@@ -790,18 +789,10 @@ def alone_table(results: Results) -> Table:
         rows = results.alone(network)
         used += rows
         published = [f"{figures_[data]['alone'][network][0]:.2f}" for data in ("btcv", "word")]
-        scores = [shown(rows, metric) for metric in ("dice", "hd95", "asd")]
-        body.append(
-            [
-                name,
-                *size(rows),
-                str(rows[0]["max_steps"]) if rows else "-",
-                str(len(rows)),
-                *scores,
-                *published,
-            ]
-        )
-    header = ["network", "parameters", "GMACs", "steps", "runs", "Dice", "HD95", "ASD"]
+        scores = [shown(rows, metric) for metric in BRIEF]
+        steps = str(rows[0]["max_steps"]) if rows else "-"
+        body.append([name, *size(rows), steps, str(len(rows)), *scores, *published])
+    header = ["network", "parameters", "GMACs", "steps", "runs", *BRIEF_TITLES]
     return [*header, "published Dice: BTCV", "WORD"], body, used
 
 
@@ -837,7 +828,7 @@ def methods_table(results: Results, teacher: str, which: str = "") -> Table:
     rivals = results.compared(
         found["acf_bckd"], {method: rows for method, rows in run.items() if method != "acf_bckd"}
     )
-    own = [shown(alone, metric) for metric in ("dice", "hd95", "asd")]
+    own = [shown(alone, metric) for metric in BRIEF]
     body = [["none", str(len(alone)), *own, *["-"] * 8]]
     for method, rows in (run if which == "run" else found).items():
         row = tested.get(method)
@@ -847,7 +838,7 @@ def methods_table(results: Results, teacher: str, which: str = "") -> Table:
             [
                 title(method),
                 str(len(rows)),
-                *(shown(rows, metric) for metric in ("dice", "hd95", "asd")),
+                *(shown(rows, metric) for metric in BRIEF),
                 str(order.index(method) + 1) if rows else "-",
                 percent(gap_closed(mean(rows, "dice"), mean(same, "dice"), mean(above, "dice"))),
                 change(row),
@@ -859,9 +850,7 @@ def methods_table(results: Results, teacher: str, which: str = "") -> Table:
     header = [
         "method",
         "runs",
-        "Dice",
-        "HD95",
-        "ASD",
+        *BRIEF_TITLES,
         "rank",
         "gap closed",
         "Dice above the student alone",
@@ -871,7 +860,7 @@ def methods_table(results: Results, teacher: str, which: str = "") -> Table:
         "WORD",
         "BraTS",
     ]
-    return header, body, [*above, *alone, *(row for rows in found.values() for row in rows)]
+    return header, body, [*above, *alone, *joined(found.values())]
 
 
 def same_seeds(alone: Rows, rows: Rows) -> Rows:
@@ -905,7 +894,7 @@ def rates_table(results: Results) -> Table:
     best in bold.
     """
     tried = [list(rows.values()) for rows in results.rates.values() if len(rows) > 1]
-    rates = sorted({row["lr"] for rows in tried for row in rows})
+    rates = sorted({row["lr"] for row in joined(tried)})
     body = []
     for rows in tried:
         if rows[0]["seed"] or variant_of(rows[0]):
@@ -917,11 +906,7 @@ def rates_table(results: Results) -> Table:
         cells = [f"{at[rate]:.2f}" if rate in at else "-" for rate in rates]
         marked = [f"**{cell}**" if rate == chosen else cell for rate, cell in zip(rates, cells)]
         body.append([title(rows[0]["method"]), *marked])
-    return (
-        ["method", *(f"rate {rate:g}" for rate in rates)],
-        body,
-        [row for rows in tried for row in rows],
-    )
+    return ["method", *(f"rate {rate:g}" for rate in rates)], body, joined(tried)
 
 
 def students_table(results: Results) -> Table:
@@ -933,7 +918,7 @@ def students_table(results: Results) -> Table:
         alone = results.alone(student)
         used += alone
         parameters = size(alone)[0]
-        own = together(alone, ("dice", "hd95", "asd"))
+        own = together(alone, BRIEF)
         body.append([STUDENTS[student], parameters, "alone", own, "", own, "", ""])
         for method in ("kd", "at", "dist", "acf_bckd"):
             cells = []
@@ -942,18 +927,13 @@ def students_table(results: Results) -> Table:
                 used += rows
                 base = mean(same_seeds(alone, rows), "dice")
                 gap = gap_closed(mean(rows, "dice"), base, mean(results.alone(teacher), "dice"))
-                cells += [together(rows, ("dice", "hd95", "asd")), percent(gap)]
+                cells += [together(rows, BRIEF), percent(gap)]
             published = published_gap("btcv", method, "resunet", student)
             body.append([STUDENTS[student], parameters, title(method), *cells, percent(published)])
-    header = [
-        "student",
-        "parameters",
-        "method",
-        "T1: Dice / HD95 / ASD",
-        "gap closed",
-        "T2: Dice / HD95 / ASD",
-    ]
-    return [*header, "gap closed", "published on BTCV, T1"], body, used
+    header = ["student", "parameters", "method"]
+    for teacher in ("T1", "T2"):
+        header += [f"{teacher}: {' / '.join(BRIEF_TITLES)}", "gap closed"]
+    return [*header, "published on BTCV, T1"], body, used
 
 
 def parts_table(results: Results, teacher: str, student: str = "unet") -> Table:
@@ -966,16 +946,10 @@ def parts_table(results: Results, teacher: str, student: str = "unet") -> Table:
     more = [terms[:2], terms[2:], *without] if student == "unet" else without[-1:]
     kept = {"": (), **{"+".join(part): part for part in ([(term,) for term in terms] + more)}}
     weaker = {WEAKER: terms[:2]} | ({} if student == "unet" else {"sbd0.1": terms[3:]})
-    cells = {"": results.alone(student)} | {
-        variant: results.cell(
-            method="acf_bckd",
-            student=student,
-            teacher=teacher,
-            preset="clean",
-            variant="" if variant == "all" else variant,
-        )
-        for variant in (*list(kept)[1:], *weaker, "all")
-    }
+    taught = {"method": "acf_bckd", "student": student, "teacher": teacher, "preset": "clean"}
+    cells = {"": results.alone(student)}
+    for variant in (*list(kept)[1:], *weaker, "all"):
+        cells[variant] = results.cell(**taught, variant="" if variant == "all" else variant)
     run = [{row["seed"] for row in rows} for rows in cells.values() if rows]
     seeds = set.intersection(*run) if run else set()
     if run and not seeds:
@@ -985,29 +959,21 @@ def parts_table(results: Results, teacher: str, student: str = "unet") -> Table:
     cells = {
         variant: [row for row in rows if row["seed"] in seeds] for variant, rows in cells.items()
     }
-    alone = cells[""]
-    body, used = [], []
+
+    def mark(variant: str, term: str) -> str:
+        if term in weaker.get(variant, ()):
+            return "weaker"
+        return "x" if term in kept.get(variant, terms) else ""
+
+    alone, body = cells[""], []
     for variant, rows in cells.items():
-        used += rows
-        change = (
-            f"{mean(rows, 'dice') - mean(alone, 'dice'):+.2f}"
-            if rows and alone and variant
-            else "-"
-        )
-        marks = [
-            "weaker"
-            if term in weaker.get(variant, ())
-            else "x"
-            if term in kept.get(variant, terms)
-            else ""
-            for term in terms
-        ]
-        body.append([*marks, *(shown(rows, metric) for metric in ("dice", "hd95", "asd")), change])
-    return (
-        ["AFD", "CFD", "HBD", "SBD", "Dice", "HD95", "ASD", "above the student alone"],
-        body,
-        used,
-    )
+        above = "-"
+        if rows and alone and variant:
+            above = f"{mean(rows, 'dice') - mean(alone, 'dice'):+.2f}"
+        marks = [mark(variant, term) for term in terms]
+        body.append([*marks, *(shown(rows, metric) for metric in BRIEF), above])
+    header = [*(term.upper() for term in terms), *BRIEF_TITLES, "above the student alone"]
+    return header, body, joined(cells.values())
 
 
 def presets_table(results: Results) -> Table:
@@ -1028,26 +994,19 @@ def presets_table(results: Results) -> Table:
         variants = {""}
         # the variants of these have tables of their own
         if not values["teacher"] and values["method"] != "crkd":
-            alike = (
-                row
-                for row in results.rows
-                if row["preset"] == "clean" and values.items() <= row.items()
-            )
-            variants |= {variant_of(row) for row in alike}
+            like = (values | {"preset": "clean"}).items()
+            variants |= {variant_of(row) for row in results.rows if like <= row.items()}
         for variant in sorted(variants):
             clean = results.cell(preset="clean", variant=variant, **values)
             clean = [row for row in clean if row["seed"] in {one["seed"] for one in released}]
             used += clean if variant else [*clean, *released]
             pairs = [together(rows, ("dice", "hd95")) for rows in (clean, released)]
             name = title(values["method"])
-            body.append(
-                [f"{name}, {variant}", of, pairs[0], "-"] if variant else [name, of, *pairs]
-            )
-    return (
-        ["method", "teacher or labels", "clean: Dice / HD95", "as_released: Dice / HD95"],
-        body,
-        used,
-    )
+            if variant:
+                name, pairs[1] = f"{name}, {variant}", "-"
+            body.append([name, of, *pairs])
+    forms = [f"{form}: Dice / HD95" for form in ("clean", "as_released")]
+    return ["method", "teacher or labels", *forms], body, used
 
 
 def few_labels_table(results: Results, published: str, labelled: str) -> Table:
@@ -1086,11 +1045,7 @@ def few_labels_table(results: Results, published: str, labelled: str) -> Table:
         "p",
     ]
     names = " / ".join(METRICS[metric].title for metric in PUBLISHED)
-    return (
-        [*header, f"published: {names}"],
-        body,
-        [row for rows in found.values() for row in rows],
-    )
+    return [*header, f"published: {names}"], body, joined(found.values())
 
 
 def trials_table(results: Results, labelled: str) -> Table:
@@ -1104,16 +1059,11 @@ def trials_table(results: Results, labelled: str) -> Table:
     body = []
     for name, rows in trials.items():
         curve = " / ".join(f"{dice:.1f}" for _, dice in rows[0]["curve"]) if rows else "-"
-        body.append([name, *(shown(rows, metric) for metric in ("dice", "hd95", "asd")), curve])
+        body.append([name, *(shown(rows, metric) for metric in BRIEF), curve])
     steps = next((rows[0]["curve"] for rows in trials.values() if rows), [])
-    header = [
-        "trial",
-        "Dice",
-        "HD95",
-        "ASD",
-        f"Dice after {' / '.join(str(step) for step, _ in steps)} steps",
-    ]
-    return header, body, [row for rows in trials.values() for row in rows]
+    after = " / ".join(str(step) for step, _ in steps)
+    header = ["trial", *BRIEF_TITLES, f"Dice after {after} steps"]
+    return header, body, joined(trials.values())
 
 
 TABLES = {
