@@ -149,7 +149,7 @@ def published_scores(prediction: np.ndarray, label: np.ndarray, num_classes: int
         empty = any(row[flag] for flag in FLAGS)
         if image:
             if row["absent"]:
-                row["dice"] = row["jaccard"] = 1.0
+                row |= {key: METRICS[key].best for key in PUBLISHED if key not in DISTANCES}
             if not empty:
                 both = (prediction == k, label == k), (label == k, prediction == k)
                 row["asd"] = statistics.fmean(asd(*pair, spacing=unit) for pair in both)
