@@ -1010,12 +1010,15 @@ def presets_table(results: Results) -> Table:
 
 
 def few_labels_table(results: Results, published: str, labelled: str) -> Table:
-    """Every few-label method. published: the data set of the published figures."""
+    """Every few-label method of the paper and every other that was run. published: the data set of
+    the published figures.
+    """
     count, axes = int(labelled), 3 if published == "la" else 2
     methods = in_order(FEW_LABELS, SSL_METHODS)
     methods = [name for name in methods if axes in SSL_METHODS[name].dimensions]
     metrics = metrics_of(results.rows)
     found = {name: results.cell(method=name, preset="clean", labelled=count) for name in methods}
+    found = {name: rows for name, rows in found.items() if rows or name in FEW_LABELS}
     run = {name: rows for name, rows in found.items() if rows}
     tested = results.compared(
         found["crkd"], {name: rows for name, rows in run.items() if name != "crkd"}
