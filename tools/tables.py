@@ -21,7 +21,6 @@ from pathlib import Path
 
 import yaml
 
-from dataloaders.cases import patient_function
 from losses import KD_METHODS
 from methods import SSL_METHODS
 from metrics import DISTANCES, METRICS, PUBLISHED, SHARES, SHOWN
@@ -666,6 +665,9 @@ class Results:
     """
 
     def __init__(self, cases: Sequence[str], rows: Rows) -> None:
+        # the package takes seconds to import, which tables of run folders do without
+        from dataloaders.cases import patient_function
+
         self.cases, self.rows, self.patient = cases, rows, patient_function("")
         self.rates = {}  # of every run, told apart by all but its rate: {rate: row}
         for row in rows:
