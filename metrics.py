@@ -2,8 +2,8 @@
 
 Definitions. The surface of a mask is the mask minus its erosion by the 6-neighbourhood (4 in 2D);
 voxels on the edge of the volume belong to it. d(X -> Y) are the Euclidean distances in mm from the
-surface voxels of X to those of Y. - hd95, definition 'pooled': 95th percentile of d(P -> G) and d(G
--> P) together (as medpy).
+surface voxels of X to those of Y.
+- hd95, definition 'pooled': 95th percentile of d(P -> G) and d(G -> P) together (as medpy).
 - hd95, definition 'directed': the larger of the two directed 95th percentiles (as MONAI).
 - asd: mean of d(P -> G), one-sided (as medpy's asd). assd: mean of d(P -> G) and d(G -> P)
 together, symmetric.
@@ -19,15 +19,73 @@ are compared by that one. `empty='diag'` writes the diagonal into the scores the
 else as 'nan'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-METRICS = ("dice", "jaccard", "hd95", "asd", "assd")
-DISTANCES = ("hd95", "asd", "assd")
+
+class Pair(NamedTuple):
+    """A class that the prediction and the label both have: voxels of each and of both together,
+    distances in mm from each surface voxel to the other surface, and the definition of HD95.
+    """
+
+    predicted: int
+    labelled: int
+    both: int
+    forward: np.ndarray  # d(P -> G)
+    backward: np.ndarray  # d(G -> P)
+    pooled: np.ndarray
+    hd95: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What scores, files and tables have to know of a metric. As it stands a share of 1, 0 for an
+    organ that was missed; `_distance` makes the other kind.
+    """
+
+    title: str
+    of: Callable[[Pair], float]
+    distance: bool = False  # in mm, voxels or pixels, undefined for an organ that was missed
+    best: float = 1.0  # what full agreement has
+    higher_is_better: bool = True
+    factor: float = 100.0  # to the unit of tables
+    digits: int = 4  # in what the test scripts print
+    shown: bool = True  # in printed tables; files have all
+    published: bool = False  # in the published tables of few-label data sets
+
+
+def _distance(title: str, of: Callable[[Pair], float], **values) -> Metric:
+    kind = {"distance": True, "best": 0.0, "higher_is_better": False, "factor": 1.0, "digits": 2}
+    return Metric(title, of, **kind, **values)
+
+
+def _hd95(pair: Pair) -> float:
+    if pair.hd95 == "pooled":
+        return np.percentile(pair.pooled, 95)
+    return max(np.percentile(pair.forward, 95), np.percentile(pair.backward, 95))
+
+
+# To add a metric: a line here. Scores, files, tables and the test scripts take it from this place.
+METRICS = {
+    "dice": Metric("Dice", lambda p: 2.0 * p.both / (p.predicted + p.labelled), published=True),
+    "jaccard": Metric(
+        "Jaccard", lambda p: p.both / (p.predicted + p.labelled - p.both), published=True
+    ),
+    "hd95": _distance("HD95", _hd95, published=True),
+    "asd": _distance("ASD", lambda p: p.forward.mean(), published=True),
+    "assd": _distance("ASSD", lambda p: p.pooled.mean(), shown=False),
+}
+SHOWN = tuple(key for key, metric in METRICS.items() if metric.shown)
+PUBLISHED = tuple(key for key, metric in METRICS.items() if metric.published)
+SHARES = tuple(key for key, metric in METRICS.items() if not metric.distance)
+DISTANCES = tuple(key for key, metric in METRICS.items() if metric.distance)
 HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
+FLAGS = ("absent", "missed", "spurious")  # of each class: which of the masks are empty
 REACH = 3  # voxels within which the nearest surface is looked up place by place
 # that the points of a surface are sorted into, to find the nearest of a point far away
 MOST_BLOCKS = 512
@@ -142,30 +200,20 @@ def _score(
     surface_distances = _surface_distances(prediction, label, (size_p > 0) & (size_g > 0), spacing)
     rows = []
     for k in range(1, num_classes):
-        row = dict.fromkeys(METRICS, float("nan")) | {"absent": 0, "missed": 0, "spurious": 0}
+        flags = dict.fromkeys(FLAGS, 0)
         if not size_p[k] and not size_g[k]:
-            row["absent"] = 1
-            if empty == "agree":
-                row |= {"dice": 1.0, "jaccard": 1.0, "hd95": 0.0, "asd": 0.0, "assd": 0.0}
+            flags["absent"] = 1
+            agree = empty == "agree"
+            row = {key: metric.best if agree else np.nan for key, metric in METRICS.items()}
         elif not size_p[k] or not size_g[k]:
-            row["dice"] = row["jaccard"] = 0.0
-            row["spurious" if size_p[k] else "missed"] = 1
-            if empty == "diag":
-                row["hd95"] = row["asd"] = row["assd"] = longest
+            flags["spurious" if size_p[k] else "missed"] = 1
+            failed = longest if empty == "diag" else np.nan
+            row = {key: failed if metric.distance else 0.0 for key, metric in METRICS.items()}
         else:
-            row["dice"] = 2.0 * both[k] / (size_p[k] + size_g[k])
-            row["jaccard"] = both[k] / (size_p[k] + size_g[k] - both[k])
-            forward, backward = surface_distances[k]
-            pooled = np.concatenate([forward, backward])
-            if hd95 == "pooled":
-                row["hd95"] = float(np.percentile(pooled, 95))
-            else:
-                row["hd95"] = float(max(np.percentile(forward, 95), np.percentile(backward, 95)))
-            row["asd"] = float(forward.mean())
-            row["assd"] = float(pooled.mean())
-        rows.append(
-            {key: float(value) if key in METRICS else int(value) for key, value in row.items()}
-        )
+            pooled = np.concatenate(surface_distances[k])
+            pair = Pair(size_p[k], size_g[k], both[k], *surface_distances[k], pooled, hd95)
+            row = {key: float(metric.of(pair)) for key, metric in METRICS.items()}
+        rows.append(row | flags)
     return rows
 
 
@@ -397,11 +445,13 @@ def _means(rows: Sequence[dict], metrics: Sequence[str]) -> dict:
             result["classes"][name][metric] = _nan_mean(
                 [r[metric] for r in rows if r["class"] == name]
             )
-    result["counts"] = {
-        "pairs": len(rows),
-        **{key: sum(r[key] for r in rows) for key in ("absent", "missed", "spurious")},
-    }
+    result["counts"] = counts(rows)
     return result
+
+
+def counts(rows: Sequence[dict]) -> dict[str, int]:
+    """How many rows there are, and how many of them are absent, missed, spurious."""
+    return {"pairs": len(rows), **{flag: sum(row[flag] for row in rows) for flag in FLAGS}}
 
 
 def _nan_mean(values: Sequence[float]) -> float | None:

@@ -1,6 +1,6 @@
-"""Scores of semi-supervised runs: two protocols, tables of cases, summaries. Used by test_2d.py and
-test_3d.py.
+"""Scores of a checkpoint, from its cases to files and a printed table, for both test scripts.
 
+Few-label runs have two protocols.
 'clean': the definitions of metrics.py; both masks empty counts as agreement (Dice 1, distances 0),
 one empty as Dice 0 with undefined distances and a count. Mean over cases of the mean over classes.
 'published': what published tables of these data sets print. Volumes (ACDC, LA): HD95 pooled, ASD
@@ -19,16 +19,91 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import matplotlib.image
+import nibabel as nib
 import numpy as np
 import scipy.stats
+import torch
+from PIL import Image
+from tqdm import tqdm
 
-from metrics import METRICS, asd, case_metrics, diagonal, penalise, summarise
+from dataloaders import (
+    DATASETS,
+    SEMI_DATASETS,
+    DataError,
+    MSDDataset,
+    SemiDataset,
+    build_dataset,
+    build_semi_dataset,
+)
+from inference import AMP_MODES, fast_copy, fast_dtype
+from metrics import (
+    DISTANCES,
+    EMPTY_POLICIES,
+    FLAGS,
+    HD95_DEFINITIONS,
+    METRICS,
+    PUBLISHED,
+    SHOWN,
+    asd,
+    case_metrics,
+    counts,
+    diagonal,
+    penalise,
+    summarise,
+)
+from networks import NETWORKS, build_network
+from utils import figures, plugins
+from utils.checkpoint import dataset_arguments, load_checkpoint, load_network_weights
+from utils.complexity import count_macs, count_parameters
+from utils.config import ConfigError
+from utils.distributed import World
 
 PROTOCOLS = ("clean", "published")
-PUBLISHED = ("dice", "jaccard", "hd95", "asd")
+PENALISED = (
+    "* with missed and wrongly predicted {} as the diagonal of the volume: compare runs by these"
+)
+
+
+def parse_flags(parser, splits: Sequence[str], split_help: str, protocol_help: str):
+    """The flags of a test script: those that `parser` has, and those of both scripts."""
+    parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run")
+    parser.add_argument("--split", choices=splits, help=split_help)
+    parser.add_argument(
+        "--data-root", help="folder of the data set, if it is not where the run found it"
+    )
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="read and cache where the checkpoint says, wherever that is",
+    )
+    parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
+    parser.add_argument(
+        "--hd95", choices=HD95_DEFINITIONS, help="definition, see metrics.py; default: pooled"
+    )
+    parser.add_argument(
+        "--empty",
+        choices=EMPTY_POLICIES,
+        help="scores of empty masks, see metrics.py; default: agree, distillation runs: nan",
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="clean", help=protocol_help)
+    parser.add_argument("--no-predictions", action="store_true", help="do not write label maps")
+    parser.add_argument(
+        "--overlays", action="store_true", help="write a PNG per case: image, label, prediction"
+    )
+    plugins.add_plugin_flags(parser)
+    args = parser.parse_args()
+    if args.out and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: is a file, expected a folder")
+    return args
+
+
+# --- scores of a case ---
 
 
 def case_rows(
@@ -44,16 +119,16 @@ def case_rows(
     """A row for each foreground class of ids `(H, W[, D])`, with the accuracy and diagonal of the
     whole case in each; hd95 and empty are for the clean protocol.
     """
+    unit = [1.0] * label.ndim
     if protocol == "published":
         scores = published_scores(prediction, label, len(class_names))
     else:
-        unit = [1.0] * label.ndim
         scores = case_metrics(
             prediction, label, len(class_names), spacing=unit, hd95=hd95, empty=empty
         )
     shared = {
         "accuracy": float(np.mean(prediction == label)),
-        "diagonal": diagonal(label.shape, [1.0] * label.ndim),
+        "diagonal": diagonal(label.shape, unit),
     }
     return [
         {"case": case, "class": name, **row, **shared} for name, row in zip(class_names[1:], scores)
@@ -61,60 +136,82 @@ def case_rows(
 
 
 def published_scores(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> list[dict]:
-    """Dice, jaccard, hd95, asd of each foreground class by the published protocol of volumes or of
+    """The PUBLISHED metrics of each foreground class by the published protocol of volumes or of
     images.
     """
     unit, image = [1.0] * label.ndim, label.ndim == 2
-    rows = case_metrics(
+    found = case_metrics(
         prediction, label, num_classes, spacing=unit, hd95="directed" if image else "pooled"
     )
-    for k, row in enumerate(rows, 1):
-        empty = row["absent"] or row["missed"] or row["spurious"]
+    rows = []
+    for k, scores in enumerate(found, 1):
+        row = {key: scores[key] for key in (*PUBLISHED, *FLAGS)}
+        empty = any(row[flag] for flag in FLAGS)
         if image:
             if row["absent"]:
-                row["dice"] = row["jaccard"] = 1.0
+                row |= {key: METRICS[key].best for key in PUBLISHED if key not in DISTANCES}
             if not empty:
                 both = (prediction == k, label == k), (label == k, prediction == k)
                 row["asd"] = statistics.fmean(asd(*pair, spacing=unit) for pair in both)
         elif empty:
             row |= dict.fromkeys(PUBLISHED, 0.0)
-        del row["assd"]
+        rows.append(row)
     return rows
+
+
+def published_case(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool
+) -> dict[str, float]:
+    """One case by the ACF-BCKD code's own protocol: percent, HD95 'directed' in voxels, classes
+    absent from the label left out even where they were predicted, undefined distances dropped,
+    rounded to two decimals. Beside its HD95 the one that counts a missed organ as the diagonal.
+    """
+    unit = [1.0] * (label.ndim - multilabel)
+    scores = case_metrics(
+        prediction, label, num_classes, spacing=unit, multilabel=multilabel, hd95="directed"
+    )
+    kept = [row for row in scores if not row["absent"] and not row["spurious"]]
+    longest = diagonal(label.shape[int(multilabel) :], unit)
+    found = {
+        "dice": [row["dice"] for row in kept],
+        "hd95_voxels": [row["hd95"] for row in kept],
+        "hd95_voxels_penalised": [longest if row["missed"] else row["hd95"] for row in kept],
+    }
+    means = {key: math.nan if (mean := _mean(v)) is None else mean for key, v in found.items()}
+    return {key: round(means[key] * (100 if key == "dice" else 1), 2) for key in means}
+
+
+def published_means(cases: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Means over cases of what `published_case` gives; None where nothing is defined."""
+    return {key: _mean(case[key] for case in cases) for key in cases[0]}
+
+
+# --- means ---
 
 
 def summary_of(rows: Sequence[dict], protocol: str) -> dict:
     """`mean`, `std`, `ci95`, `accuracy`, `classes`, `counts`, `cases`, `penalised` of rows, in the
     protocol's order of averaging.
     """
-    cases = list(dict.fromkeys(row["case"] for row in rows))
     accuracy = statistics.fmean({row["case"]: row["accuracy"] for row in rows}.values())
     if protocol == "clean":
-        keys, summary = METRICS, summarise(rows)
+        keys, summary = tuple(METRICS), summarise(rows)
     else:
-        keys, summary = PUBLISHED, _published_summary(rows, cases)
-        failed = _published_summary(penalise(rows), cases)
-        summary["penalised"] = {
-            "mean": {key: failed["mean"][key] for key in ("hd95", "asd")},
-            "classes": {
-                name: {key: entry[key] for key in ("hd95", "asd")}
-                for name, entry in failed["classes"].items()
-            },
-        }
-    per_case = {
-        key: [_mean(row[key] for row in rows if row["case"] == case) for case in cases]
-        for key in keys
+        keys, summary = PUBLISHED, _published_summary(rows, PUBLISHED)
+        distances = [key for key in PUBLISHED if key in DISTANCES]
+        failed = _published_summary(penalise(rows), distances)
+        summary["penalised"] = {part: failed[part] for part in ("mean", "classes")}
+    intervals = {
+        key: confidence_interval(values) for key, values in _case_means(rows, keys).items()
     }
-    return summary | {
-        "accuracy": accuracy,
-        "ci95": {key: confidence_interval(v) for key, v in per_case.items()},
-    }
+    return summary | {"accuracy": accuracy, "ci95": intervals}
 
 
 def confidence_interval(values: Sequence[float | None], level: float = 0.95) -> list[float] | None:
     """[low, high] of the mean by Student's t, n - 1 degrees of freedom; None and NaN are left out;
     None for n < 2.
     """
-    known = [value for value in values if value is not None and not math.isnan(value)]
+    known = _known(values)
     if len(known) < 2:
         return None
     half = (
@@ -125,73 +222,76 @@ def confidence_interval(values: Sequence[float | None], level: float = 0.95) -> 
     return [statistics.fmean(known) - half, statistics.fmean(known) + half]
 
 
-def _published_summary(rows: Sequence[dict], cases: Sequence[str]) -> dict:
-    names = list(dict.fromkeys(row["class"] for row in rows))
-    classes = {
-        name: {key: _mean(row[key] for row in rows if row["class"] == name) for key in PUBLISHED}
-        for name in names
-    }
-    per_case = {
-        key: [_mean(row[key] for row in rows if row["case"] == case) for case in cases]
-        for key in PUBLISHED
-    }
-    known = {
-        key: [value for value in values if value is not None] for key, values in per_case.items()
-    }
+def _published_summary(rows: Sequence[dict], keys: Sequence[str]) -> dict:
+    classes = {}
+    for name in dict.fromkeys(row["class"] for row in rows):
+        own = [row for row in rows if row["class"] == name]
+        classes[name] = {key: _mean(row[key] for row in own) for key in keys}
+    per_case = {key: _known(values) for key, values in _case_means(rows, keys).items()}
     return {
-        "cases": len(cases),
-        "mean": {key: _mean(classes[name][key] for name in names) for key in PUBLISHED},
-        "std": {
-            key: statistics.pstdev(values) if values else None for key, values in known.items()
-        },
+        "cases": len({row["case"] for row in rows}),
+        "mean": {key: _mean(entry[key] for entry in classes.values()) for key in keys},
+        "std": {key: statistics.pstdev(v) if v else None for key, v in per_case.items()},
         "classes": classes,
-        "counts": {
-            "pairs": len(rows),
-            **{key: sum(r[key] for r in rows) for key in ("absent", "missed", "spurious")},
-        },
+        "counts": counts(rows),
     }
 
 
-def _mean(values) -> float | None:
-    known = [value for value in values if value is not None and not math.isnan(value)]
+def _case_means(rows: Sequence[dict], keys: Sequence[str]) -> dict[str, list[float | None]]:
+    """Metric -> for each case the mean over its classes."""
+    cases = dict.fromkeys(row["case"] for row in rows)
+    return {
+        key: [_mean(row[key] for row in rows if row["case"] == case) for case in cases]
+        for key in keys
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = _known(values)
     return statistics.fmean(known) if known else None
 
 
-def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: str) -> None:
-    """One line per case and class; the header names protocol, definition and unit; undefined values
-    are empty.
+def _known(values: Iterable[float | None]) -> list[float]:
+    """The values that are neither None nor NaN."""
+    return [value for value in values if value is not None and not math.isnan(value)]
 
-    `accuracy` and `diagonal`, what a failed distance counts as in penalised means, are those of the
-    whole case.
+
+# --- files ---
+
+
+def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: str) -> None:
+    """One line per case and class (and space, if rows have it); the header names definition, unit
+    and protocol, if there is one; undefined values are empty.
+
+    `accuracy`, if rows have it, and `diagonal`, what a failed distance counts as in penalised
+    means, are those of the whole case.
     """
-    sides = {
-        "clean": "one_sided",
-        "published": "one_sided" if unit == "voxels" else "mean_of_both",
-    }[protocol]
-    titles = {
-        "dice": "dice",
-        "jaccard": "jaccard",
-        "hd95": f"hd95_{hd95}_{unit}",
-        "asd": f"asd_{sides}_{unit}",
-        "assd": f"assd_{unit}",
-    }
-    kept = [key for key in titles if key in rows[0]]
-    flags = ["absent", "missed", "spurious"]
+    definitions = {"hd95": hd95}
+    if protocol:
+        one_sided = protocol == "clean" or unit == "voxels"
+        definitions["asd"] = "one_sided" if one_sided else "mean_of_both"
+
+    def column(metric: str) -> str:
+        words = [metric]
+        if metric in DISTANCES:
+            words += [definitions.get(metric), unit]
+        return "_".join(filter(None, [*words, protocol]))
+
+    titles = {"space": "space", "case": "case", "class": "class"}
+    titles |= {metric: column(metric) for metric in METRICS}
+    titles |= {flag: flag for flag in FLAGS}
+    titles |= {"accuracy": "accuracy", "diagonal": f"diagonal_{unit}"}
+    titles = {key: title for key, title in titles.items() if key in rows[0]}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        last = ["accuracy", f"diagonal_{unit}"]
-        writer.writerow(
-            ["case", "class", *(f"{titles[key]}_{protocol}" for key in kept), *flags, *last]
-        )
-        for row in rows:
-            shown = ["" if math.isnan(row[key]) else f"{row[key]:.6g}" for key in kept]
-            values = [
-                *shown,
-                *(row[flag] for flag in flags),
-                f"{row['accuracy']:.6g}",
-                f"{row['diagonal']:.6g}",
-            ]
-            writer.writerow([row["case"], row["class"], *values])
+        writer.writerow(titles.values())
+        writer.writerows([_written(row[key]) for key in titles] for row in rows)
+
+
+def _written(value: str | int | float) -> str | int:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def write_summary(path: Path, summary: dict) -> None:
@@ -199,16 +299,22 @@ def write_summary(path: Path, summary: dict) -> None:
 
 
 def describe(checkpoint: dict, name: str, split: str) -> dict:
-    """The part of a summary that comes from the checkpoint; `name` is its file name."""
+    """The part of a summary that comes from the checkpoint; `name` is its file name.
+
+    The best checkpoint was chosen on a list: scores on it are then the highest of many, not an
+    estimate (`selected_on_reported`).
+    """
     config = checkpoint["config"]
-    selected_on = checkpoint["selected_on"]
+    few_labels = "labelled" in config
+    alone = few_labels or config["method"] == "supervised"
+    selected_on = checkpoint.get("selected_on", "val")
     return {
         "dataset": config["dataset"],
         "method": config["method"],
         "preset": config["preset"],
-        "teacher": None,
+        "teacher": None if alone else config["teacher"],
         "student": checkpoint["network"]["name"],
-        "labelled": config["labelled"],
+        **({"labelled": config["labelled"]} if few_labels else {}),
         "seed": config["seed"],
         "tag": config["tag"],
         "checkpoint": name,
@@ -216,21 +322,32 @@ def describe(checkpoint: dict, name: str, split: str) -> dict:
         "max_steps": config["max_steps"],
         "split": split,
         "selected_on": selected_on,
-        "selected_on_reported": name == "best.pt" and selected_on in (split, *split.split("+")),
+        "selected_on_reported": Path(name).stem == "best" and selected_on in split.split("+"),
         "patch_size": list(config["patch_size"]),
         "code": checkpoint["code"],
     }
 
 
+# --- printed tables ---
+
+
+def score_titles(entry: dict, failed: bool, unit: str = "") -> str:
+    """Titles of the columns of `score_cells`."""
+    shown = [metric for metric in SHOWN if metric in entry]
+    titles = [METRICS[key].title + f" {unit}" * bool(unit and key in DISTANCES) for key in shown]
+    titles += [f"{METRICS[key].title}*" for key in shown if failed and key in DISTANCES]
+    return "  ".join(f"{title:>7}" for title in titles)
+
+
 def score_cells(entry: dict, penalised: dict | None) -> str:
-    """Dice, Jaccard, HD95 and ASD of a class or mean as columns of a table and, if given, both
-    distances penalised.
+    """The metrics of a class or mean as columns of a table and, if given, the distances
+    penalised.
     """
-    values = [entry["dice"], entry["jaccard"], entry["hd95"], entry["asd"]]
-    values += [penalised["hd95"], penalised["asd"]] if penalised is not None else []
-    return "  ".join(
-        "      -" if v is None else f"{v:7.{4 if k < 2 else 2}f}" for k, v in enumerate(values)
-    )
+    shown = [metric for metric in SHOWN if metric in entry]
+    values = [(entry[key], METRICS[key].digits) for key in shown]
+    if penalised is not None:
+        values += [(penalised[key], METRICS[key].digits) for key in shown if key in DISTANCES]
+    return "  ".join("      -" if v is None else f"{v:7.{digits}f}" for v, digits in values)
 
 
 def failures(counts: dict) -> int:
@@ -257,44 +374,273 @@ def report(summary: dict) -> None:
     """Print one table: classes, then the mean, and what a reader must know about it."""
     scores, unit = summary["native"], summary["unit"]
     counts = scores["counts"]
-    failed = scores["penalised"] if failures(counts) else None
-    width = max(len(name) for name in (*scores["classes"], "mean"))
+    failed = failures(counts) > 0
     print(
         f"{summary['checkpoint']}, step {summary['step']} of {summary['max_steps']}, "
         f"{summary['protocol']} protocol, "
         f"{scores['cases']} {summary['split']} cases"
     )
-    titles = "   Dice  Jaccard     HD95      ASD" + "    HD95*     ASD*" * bool(failed)
-    print(f"{'':{width}} {titles}   ({unit})")
-    for name, entry in [*scores["classes"].items(), ("mean", scores["mean"])]:
-        also = (
-            None
-            if failed is None
-            else failed["mean"]
-            if entry is scores["mean"]
-            else failed["classes"][name]
-        )
-        print(f"{name:{width}} " + score_cells(entry, also))
+    lines = _lines([scores], failed, "mean")
+    width = max(map(len, lines))
+    print(f"{'':{width}} {score_titles(scores['mean'], failed)}   ({unit})")
+    for name, cells in lines.items():
+        print(f"{name:{width}} {cells}")
     interval = scores["ci95"]["dice"]
-    known = (
-        f", 95 % confidence of the mean Dice {interval[0]:.4f} to {interval[1]:.4f}"
-        if interval
-        else ""
-    )
+    known = ""
+    if interval:
+        known = f", 95 % confidence of the mean Dice {interval[0]:.4f} to {interval[1]:.4f}"
     print(f"voxels labelled right: {100 * scores['accuracy']:.2f} %{known}")
     print(
         f"of {counts['pairs']} structures: {counts['missed']} missed, {counts['spurious']} "
-        "predicted where there is "
-        f"none, {counts['absent']} absent"
+        f"predicted where there is none, {counts['absent']} absent"
     )
     if failed:
-        print(
-            "* with missed and wrongly predicted structures as the diagonal of the volume: compare "
-            "runs by these"
-        )
+        print(PENALISED.format("structures"))
     print(selection(summary))
     if summary["selected_on_reported"]:
         print(
             "note: this checkpoint was selected on cases that are reported here; the scores of "
             "last.pt were not"
         )
+
+
+def report_spaces(summary: dict, spaces: Sequence[str]) -> None:
+    """`report` of a distillation run, which is scored on two grids side by side."""
+    scores = [summary[space] for space in spaces]
+    counts = scores[0]["counts"]
+    failed = any(failures(entry["counts"]) for entry in scores)
+    lines = _lines(scores, failed, "mean of cases")
+    width = max(map(len, lines))
+    titles = score_titles(scores[0]["mean"], failed, "mm")
+    grids = "    ".join(f"{space + ' grid':{len(titles)}}" for space in spaces)
+    print(f"{'':{width}}  {grids.rstrip()}")
+    print(f"{'':{width}}  " + "    ".join([titles] * len(spaces)))
+    for name, cells in lines.items():
+        print(f"{name:{width}}  {cells}")
+    as_diagonal = ""
+    if summary["empty_policy"] == "diag":
+        as_diagonal = " (missed and spurious count as the diagonal)"
+    print(
+        f"of {counts['pairs']} organs in {scores[0]['cases']} cases: {counts['missed']} "
+        f"missed, {counts['spurious']} predicted where there is none, {counts['absent']} absent; "
+        f"the distances leave these out{as_diagonal}"
+    )
+    if failed:
+        print(PENALISED.format("organs"))
+    if "published_protocol" in summary:
+        values = summary["published_protocol"]
+        shown = {key: "undefined" if v is None else f"{v:.2f}" for key, v in values.items()}
+        print(
+            f"by the published code's protocol: Dice {shown['dice']} %, HD95 "
+            f"{shown['hd95_voxels']} voxels "
+            f"({shown['hd95_voxels_penalised']} with missed organs as the diagonal)"
+        )
+    print(selection(summary))
+    if summary["selected_on_reported"]:
+        print(
+            "note: this checkpoint was selected on the cases reported here; report last.pt beside "
+            "it"
+        )
+
+
+def _lines(scores: Sequence[dict], failed: bool, mean: str) -> dict[str, str]:
+    """Name -> cells of every class, then of the mean: those of all `scores` side by side."""
+    lines = {}
+    for name in (*scores[0]["classes"], None):
+        cells = []
+        for entry in scores:
+            own, also = (
+                part["mean"] if name is None else part["classes"][name]
+                for part in (entry, entry["penalised"])
+            )
+            cells.append(score_cells(own, also if failed else None))
+        lines[mean if name is None else name] = "    ".join(cells)
+    return lines
+
+
+# --- scoring a checkpoint ---
+
+
+class Scoring:
+    """A checkpoint with its data, its network and the folders of its results.
+
+    args: the flags of the test script. Raises ConfigError, DataError or CheckpointError for what
+    does not go together.
+    """
+
+    def __init__(
+        self, args, path: Path, checkpoint: dict, world: World, device: torch.device
+    ) -> None:
+        self.args, self.path, self.checkpoint = args, path, checkpoint
+        self.world, self.device, self.config = world, device, checkpoint["config"]
+        few_labels, published = checkpoint["kind"] != "3d", args.protocol == "published"
+        formats, base = (SEMI_DATASETS, SemiDataset) if few_labels else (DATASETS, MSDDataset)
+        contracts = (plugins.network(NETWORKS), plugins.data_format(formats, base))
+        plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
+        cache_dir = getattr(args, "cache_dir", None)
+        arguments = dataset_arguments(
+            checkpoint, path, args.data_root, cache_dir, args.allow_outside
+        )
+        if published and arguments["format"] == "images2d":
+            arguments["eval_resize"] = "nearest"
+        self.unit = "pixels" if arguments["format"] == "images2d" else "voxels"
+        build = build_semi_dataset if few_labels else build_dataset
+        self.dataset = build(**arguments)
+        self.split, default = self._splits()
+        listed = [name for part in self.split.split("+") for name in checkpoint["cases"][part]]
+        self.cases = self.dataset.find(listed)
+        if not self.cases:
+            raise DataError(f"{path}: the run had no {self.split} list; choose another --split")
+        if not few_labels:
+            with world.main_first():
+                self.dataset.prepare({self.split: self.cases})
+        described = checkpoint["network"]
+        network = build_network(
+            described["name"],
+            described["in_channels"],
+            described["num_classes"],
+            **described["arguments"],
+        )
+        load_network_weights(network, checkpoint["weights"], str(path))
+        self.network = network.to(device).eval()
+        self.predictor = self.network
+        if getattr(args, "fast", False):
+            self.predictor = fast_copy(self.network, fast_dtype(device))
+        self.out = args.out or path.parent
+        self.suffix = "" if path.stem == "best" else f"_{path.stem}"
+        self.suffix += "_published" if published and few_labels else ""
+        self.suffix += "" if self.split == default else f"_{self.split}"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.predictions = self._folder("predictions", not args.no_predictions)
+        self.overlays = self._folder("overlays", args.overlays)
+
+    def _splits(self) -> tuple[str, str]:
+        """The list that is scored, and the one that is without --split."""
+        listed = self.checkpoint["cases"]
+        default = "test" if listed["test"] else "val"
+        # published tables of ACDC are of both, on which they select too
+        both = self.checkpoint["kind"] == "2d-semi" and self.args.protocol == "published"
+        if both and listed["test"] and listed["val"]:
+            default = "val+test"
+        return self.args.split or default, default
+
+    def _folder(self, name: str, wanted: bool) -> Path | None:
+        if not wanted:
+            return None
+        folder = self.out / f"{name}{self.suffix}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def results(self, score_case: Callable) -> list:
+        """What `score_case` returns for each case; the processes of torchrun share the cases."""
+        cases = tqdm(
+            self.world.part(self.cases),
+            desc=f"testing {self.checkpoint['network']['name']} on {self.split}",
+            unit="case",
+            disable=not self.world.main,
+        )
+        return self.world.merged([score_case(case) for case in cases])
+
+    def save(
+        self, name: str, ids: np.ndarray, affine: np.ndarray | None, picture: Callable
+    ) -> None:
+        """Write the label map of a case and what `picture` draws of it, as the flags say."""
+        if self.predictions and ids.ndim == 3:
+            nib.save(nib.Nifti1Image(ids, affine), self.predictions / f"{name}.nii.gz")
+        elif self.predictions:
+            Image.fromarray(255 * ids).save(self.predictions / f"{name}.png")
+        if self.overlays:
+            matplotlib.image.imsave(self.overlays / f"{name}.png", picture())
+
+    def write(
+        self,
+        rows: Sequence[dict],
+        seconds: Sequence[float],
+        columns: tuple[str, str, str],
+        values: dict,
+        print_table: Callable[[dict], None],
+    ) -> None:
+        """Write metrics.csv and summary.json, print the table.
+
+        columns: protocol, HD95 definition and unit for the header. values: the part of the summary
+        that is of this kind of runs.
+        """
+        files = f"metrics{self.suffix}.csv", f"summary{self.suffix}.json"
+        write_csv(self.out / files[0], rows, *columns)
+        patch = (1, self.checkpoint["network"]["in_channels"], *self.config["patch_size"])
+        cuda = self.device.type == "cuda"
+        summary = {
+            **describe(self.checkpoint, self.path.name, self.split),
+            **values,
+            "parameters": count_parameters(self.network),
+            "gmacs": count_macs(self.network, patch) / 1e9,
+            "ms_per_volume": 1000 * statistics.median(seconds),
+            "device": torch.cuda.get_device_name(self.device) if cuda else "CPU",
+            "threads": torch.get_num_threads(),
+        }
+        write_summary(self.out / files[1], summary)
+        print_table(summary)
+        print(f"results in {self.out}: {', '.join(files)}")
+
+
+def score_few_labels(
+    args,
+    checkpoint: dict,
+    world: World,
+    device: torch.device,
+    predict: Callable[[Scoring, dict], tuple[np.ndarray, float]],
+    settings: dict,
+) -> None:
+    """Score a few-label run, and last.pt beside it where best.pt was selected on the cases that are
+    reported.
+
+    predict: a volume of the data set -> ids on its own grid, and the seconds that it took.
+    settings: how it predicts, for the summary.
+    """
+    for flag, value in (("--hd95", args.hd95), ("--empty", args.empty)):
+        if args.protocol == "published" and value is not None:
+            raise ConfigError(
+                f"{flag} {value}: the published protocol has its own definition; leave it out"
+            )
+    paths = [args.ckpt]
+    for path in paths:
+        scoring = Scoring(args, path, checkpoint, world, device)
+        _score_few_labels(scoring, predict, settings)
+        last = path.with_name("last.pt")
+        marked = describe(checkpoint, path.name, scoring.split)["selected_on_reported"]
+        if marked and path.name == "best.pt" and last.is_file():
+            paths.append(last)
+            checkpoint = load_checkpoint(last)
+
+
+def _score_few_labels(scoring: Scoring, predict: Callable, settings: dict) -> None:
+    args, dataset = scoring.args, scoring.dataset
+    empty, hd95 = args.empty or "agree", args.hd95 or "pooled"
+
+    def score_case(case) -> tuple[list[dict], float]:
+        volume = dataset.read_volume(case)
+        ids, seconds = predict(scoring, volume)
+        image, label = volume["image"], volume["label"][0]
+        shown = [(image, None), (image, label), (image, ids)]
+        scoring.save(
+            case.name, ids, volume.get("affine"), lambda: figures.views(shown, dataset.num_classes)
+        )
+        how = {"protocol": args.protocol, "hd95": hd95, "empty": empty}
+        return case_rows(case.name, ids, label, dataset.class_names, **how), seconds
+
+    results = scoring.results(score_case)
+    if not scoring.world.main:
+        return
+    if args.protocol == "published":
+        empty, hd95 = "zero", "directed" if scoring.unit == "pixels" else "pooled"
+    rows = [row for rows_of_case, _ in results for row in rows_of_case]
+    values = {
+        "protocol": args.protocol,
+        "unit": scoring.unit,
+        "hd95_definition": hd95,
+        "empty_policy": empty,
+        **settings,
+        "native": summary_of(rows, args.protocol),
+    }
+    seconds = [value for _, value in results]
+    scoring.write(rows, seconds, (args.protocol, hd95, scoring.unit), values, report)

@@ -18,7 +18,7 @@ ALLOWED = {
     "inference": set(),
     "utils": set(),
     "methods": {"losses", "utils"},
-    "reporting": {"metrics"},
+    "reporting": {"dataloaders", "inference", "metrics", "networks", "utils"},
 }
 SCRIPT_FOLDERS = ("scripts", "tools", "benchmarks")
 

@@ -238,6 +238,8 @@ def flags_of(script: Path) -> frozenset[str]:
         found |= flags_of(script.with_name("make_splits_2d.py"))
     if "plugins.add_plugin_flags(parser)" in text:
         found |= flags_of(ROOT / "utils/plugins.py")
+    if "reporting.parse_flags(" in text:
+        found |= flags_of(ROOT / "reporting.py")
     return frozenset(found)
 
 

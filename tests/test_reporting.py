@@ -23,6 +23,7 @@ from reporting import (
     write_csv,
     write_summary,
 )
+from tools.tables import runs_table
 
 NAN = math.nan
 VOLUME, IMAGE = (7, 6, 5), (9, 8)
@@ -222,7 +223,7 @@ def test_an_empty_class_leaves_the_others_alone(shape):
 
 
 def row(case, name, dice, hd95=1.0, **flags):
-    values = {
+    values = dict.fromkeys(METRICS, NAN) | {
         "dice": dice,
         "jaccard": dice / 2,
         "hd95": hd95,
@@ -399,6 +400,30 @@ def test_the_header_names_protocol_definition_and_unit(tmp_path, protocol, unit,
         assert float(line[-2]) == pytest.approx(expected["accuracy"], rel=1e-5)
         assert float(line[-1]) == pytest.approx(math.hypot(*shape), rel=1e-5)
     assert lines[1][4] == ("0" if (protocol, unit) == ("published", "voxels") else "")
+
+
+def test_every_metric_is_in_scores_files_and_tables(tmp_path, capsys):
+    label = block((6, 6, 6), slice(1, 5))
+    prediction = np.roll(label, 1, axis=1)
+    how = {"protocol": "clean", "hd95": "pooled", "empty": "agree"}
+    rows = case_rows("x", prediction, label, ("background", "a"), **how)
+    write_csv(tmp_path / "metrics.csv", rows, "clean", "pooled", "voxels")
+    header, line = csv.reader((tmp_path / "metrics.csv").read_text().splitlines())
+    native = summary_of(rows, "clean")
+    summary = describe(checkpoint("val"), "best.pt", "test")
+    report(summary | {"protocol": "clean", "unit": "voxels", "native": native})
+    table = capsys.readouterr().out
+    (run,) = runs_table([summary | SIZES | {"native": native}], "native")[1]
+    for key, metric in METRICS.items():
+        (column,) = [k for k, name in enumerate(header) if name.split("_")[0] == key]
+        assert float(line[column]) == pytest.approx(rows[0][key], rel=1e-5)
+        assert native["mean"][key] == native["classes"]["a"][key] == pytest.approx(rows[0][key])
+        if metric.shown:
+            assert metric.title in table
+            assert f"{metric.factor * rows[0][key]:.2f}" in run
+
+
+SIZES = {"parameters": 1, "gmacs": 1.0, "ms_per_volume": 1.0}
 
 
 def checkpoint(selected_on):

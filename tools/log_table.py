@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.tables import log_table, markdown
 from utils.runlog import read_log
 
 KEYS = (
@@ -39,18 +40,7 @@ def main() -> int:
         if not (run / "log.jsonl").is_file():
             sys.exit(f"error: {run / 'log.jsonl'}: no such log; name run folders")
     logs = {run: read_log(run / "log.jsonl") for run in args.runs}
-    last = max((entry["step"] + 1 for log in logs.values() for entry in log), default=0)
-    steps = args.steps or sorted({max(1, round(last * k / 5)) for k in range(1, 6)})
-    rows = [
-        [
-            f"{run.parent.parent.name} {run.parent.name} {run.name}",
-            key,
-            *(shown(value_at(log, key, s)) for s in steps),
-        ]
-        for run, log in logs.items()
-        for key in args.keys
-        if any(key_of(entry, key) for entry in log)
-    ]
+    header, rows = log_table(logs, args.keys, args.steps)
     if not rows:
         known = sorted(
             {f"{entry['kind']}/{name}" for log in logs.values() for entry in log for name in entry}
@@ -58,28 +48,8 @@ def main() -> int:
         sys.exit(
             f"error: none of {', '.join(args.keys)} is in these logs; there is {', '.join(known)}"
         )
-    header = ["run", "figure", *(f"step {step}" for step in steps)]
-    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |")
+    print(markdown(header, rows))
     return 0
-
-
-def key_of(entry: dict, key: str) -> bool:
-    kind, _, name = key.partition("/")
-    return entry["kind"] == kind and name in entry
-
-
-def value_at(log: list[dict], key: str, step: int) -> float | None:
-    """The last logged value before `step` updates were done; None if there is none."""
-    values = [
-        entry[key.partition("/")[2]] for entry in log if key_of(entry, key) and entry["step"] < step
-    ]
-    return values[-1] if values else None
-
-
-def shown(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}" if -1 <= value <= 1 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

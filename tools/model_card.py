@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from metrics import METRICS, SHOWN
 from utils.checkpoint import digest
 from utils.complexity import count_macs, count_parameters
 from utils.exported import FORMATS
@@ -256,16 +257,14 @@ def scores(ckpt: Path) -> str:
         native = summary["native"]
         rows = [*native["classes"].items(), ("mean of cases", native["mean"])]
         unit = summary.get("unit", "mm")
-        lines = [
-            f"| class | Dice | Jaccard | HD95 {unit} | ASD {unit} |",
-            "|---|---:|---:|---:|---:|",
-        ]
+        metrics = [key for key in SHOWN if key in native["mean"]]
+        titles = [METRICS[key].title + f" {unit}" * METRICS[key].distance for key in metrics]
+        lines = [f"| class | {' | '.join(titles)} |", f"|---{'|---:' * len(metrics)}|"]
         for label, row in rows:
-            values = [row.get(key) for key in ("dice", "jaccard", "hd95", "asd")]
-            shown = [
-                "-" if v is None else f"{100 * v:.2f}" if k < 2 else f"{v:.2f}"
-                for k, v in enumerate(values)
-            ]
+            shown = []
+            for key in metrics:
+                value = row.get(key)
+                shown.append("-" if value is None else f"{METRICS[key].factor * value:.2f}")
             lines.append(f"| {label} | {' | '.join(shown)} |")
         counts = native["counts"]
         note = (

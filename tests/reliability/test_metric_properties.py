@@ -21,10 +21,9 @@ from monai.metrics import (
 )
 
 import reporting
-import test_3d
 from metrics import DISTANCES, METRICS, case_metrics, class_dice, diagonal, mean_dice, summarise
 from tests.reliability import profiles  # noqa: F401
-from tools import results_table
+from tools import tables
 
 NUM_CLASSES = 4
 NAMES = ("background", "liver", "left kidney", "spleen")
@@ -304,11 +303,14 @@ def test_a_missed_organ_improves_neither_validation_nor_the_published_figures(dr
     assert_no_better(validation(predictions), validation(missing))
     case = chosen[0]
     before, after = (
-        test_3d.published_case(p[case], labels[case], NUM_CLASSES, False)
+        reporting.published_case(p[case], labels[case], NUM_CLASSES, False)
         for p in (predictions, missing)
     )
     assert after["dice"] <= before["dice"]
     assert after["hd95_voxels_penalised"] >= before["hd95_voxels_penalised"]
+
+
+SELECTED = {"checkpoint": "best.pt", "selected_on_reported": False}
 
 
 def printed(function, *arguments):
@@ -349,8 +351,8 @@ def test_every_table_prints_the_number_of_misses_and_the_penalised_means(drawn, 
     assert f"{native['counts']['missed']} missed" in table
 
     both = clean_summary(missing, labels, spacing, "nan")
-    full = {"resampled": both, "native": both, "empty_policy": "nan", "checkpoint": "best.pt"}
-    table = printed(test_3d.report, full, NAMES[1:], False)
+    full = {"resampled": both, "native": both, "empty_policy": "nan"} | SELECTED
+    table = printed(reporting.report_spaces, full, ("resampled", "native"))
     (mean,) = [line.split()[3:] for line in table.splitlines() if line.startswith("mean of cases")]
     assert (
         [f"{both['penalised']['mean'][metric]:.2f}" for metric in ("hd95", "asd")]
@@ -359,13 +361,16 @@ def test_every_table_prints_the_number_of_misses_and_the_penalised_means(drawn, 
     )
     assert f"{both['counts']['missed']} missed" in table and "compare runs by these" in table
 
-    cells = results_table.cells(run, "native")
-    assert [cells[3].split(" / ")[1], cells[4].split(" / ")[1]] == [f"{value}*" for value in marked]
-    assert cells[5] == f"{native['counts']['missed']}/{native['counts']['pairs']}"
-    fields = results_table.few_label_fields([run])
-    assert results_table.with_spread(fields, "hd95").endswith(f" / {marked[0]}*")
-    fields = results_table.statistics_of([run | full], "native")
-    shown = results_table.shown(fields)
+    header, (cells,) = tables.runs_table([run], "native")
+    cells = dict(zip(header, cells))
+    assert [cells[f"{name} voxels"].split(" / ")[1] for name in ("HD95", "ASD")] == [
+        f"{value}*" for value in marked
+    ]
+    assert cells["missed"] == f"{native['counts']['missed']}/{native['counts']['pairs']}"
+    row = tables.row_of(run)
+    assert tables.shown([row], "hd95").endswith(f" ({marked[0]}*)")
+    assert tables.failed_fields([row], {"hd95": "hd95"})["hd95_penalised"] == marked[0]
+    shown = tables.kd_cell([tables.row_of(run | full, "native")])
     assert f" / {both['penalised']['mean']['hd95']:.2f}*" in shown
     assert shown.endswith(f", missed {both['counts']['missed']}/{both['counts']['pairs']}")
 
@@ -374,6 +379,6 @@ def test_a_table_without_failures_has_no_marks():
     label = np.zeros((6, 5, 4), np.uint8)
     label[1:3], label[3:5], label[5:] = 1, 2, 3
     summary = clean_summary([label], [label], [1.0, 1.0, 1.0], "nan")
-    run = {"resampled": summary, "native": summary, "empty_policy": "nan", "checkpoint": "best.pt"}
-    table = printed(test_3d.report, run, NAMES[1:], False)
+    run = {"resampled": summary, "native": summary, "empty_policy": "nan"} | SELECTED
+    table = printed(reporting.report_spaces, run, ("resampled", "native"))
     assert "*" not in table and "0 missed" in table

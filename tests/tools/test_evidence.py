@@ -17,7 +17,7 @@ import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
 from tests.scripts.conftest import ROOT, make_workspace, run, train
-from tools import evidence
+from tools import evidence, tables
 from utils.runs import labelled_name, run_folder
 
 FILES = sorted((ROOT / "results").glob("*.jsonl"))
@@ -81,7 +81,7 @@ def row(method="kd", seed=0, dice=80.0, *, tag="s10", **values):
 
 
 def results(*rows):
-    return evidence.Results(["a", "b"], rows)
+    return tables.Results(["a", "b"], rows)
 
 
 def folder_of(cfg):
@@ -109,22 +109,22 @@ def test_every_line_is_in_a_table():
     """What was measured is shown: no run is kept out of the document."""
     text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     for file in FILES:
-        found = evidence.Results(*evidence.read(file))
-        tables = re.findall(rf"<!-- evidence: {file.stem} (\w+)((?: \w+)*) -->", text)
+        found = tables.Results(*tables.read(file))
+        named = re.findall(rf"<!-- evidence: {file.stem} (\w+)((?: \w+)*) -->", text)
         shown = {
             r["run"]
-            for name, arguments in tables
-            for r in evidence.TABLES[name](found, *arguments.split())[2]
+            for name, arguments in named
+            for r in tables.TABLES[name](found, *arguments.split())[2]
         }
         assert {r["run"] for r in found.rows} == shown
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)
 def test_means_are_those_of_the_cases(file):
-    cases, rows = evidence.read(file)
+    cases, rows = tables.read(file)
     assert len(set(cases)) == len(cases) and len({r["run"] for r in rows}) == len(rows)
     for r in rows:
-        for metric in evidence.METRICS:
+        for metric in tables.SHOWN:
             values = r["cases"][metric]
             assert len(values) == len(cases)
             if metric in ("dice", "jaccard") or not r["missed"] + r["spurious"]:
@@ -138,7 +138,7 @@ def test_means_are_those_of_the_cases(file):
 @pytest.mark.parametrize("file", FILES, ids=ids)
 def test_commands_lead_to_the_runs(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for r in evidence.read(file)[1]:
+    for r in tables.read(file)[1]:
         _, script, *flags = shlex.split(r["command"])
         cfg = MODULES[script].parse_args(flags)[1]
         assert r["run"] == folder_of(cfg) and cfg.max_steps == r["max_steps"]
@@ -182,7 +182,7 @@ def trained(tmp_path_factory):
 
 
 def test_collected_lines(trained):
-    cases, rows = evidence.read(trained / "results/tiny.jsonl")
+    cases, rows = tables.read(trained / "results/tiny.jsonl")
     assert cases == ["case6"]
     assert [r["run"] for r in rows] == [
         "tiny/kd/resunet-unet/seed0-s4",
@@ -222,12 +222,12 @@ def test_time_of_a_copy_without_tensorboard_files(tmp_path):
 
 def test_the_line_below_a_table_names_gpus():
     here, there = row(seed=0), row(seed=1, device="GPU X")
-    assert "GPU" not in evidence.footer([here], 2)[0]
+    assert "GPU" not in tables.footer([here], 2)[0]
     assert (
         "of 2 minutes together, 1 of them tested on GPU X, 2 test cases"
-        in evidence.footer([here, there], 2)[0]
+        in tables.footer([here, there], 2)[0]
     )
-    assert "1 training of 1 minutes together, tested on GPU X, " in evidence.footer([there], 2)[0]
+    assert "1 training of 1 minutes together, tested on GPU X, " in tables.footer([there], 2)[0]
 
 
 def test_other_cases_are_refused(trained, monkeypatch):
@@ -301,32 +301,27 @@ def test_figures(tmp_path, monkeypatch):
 
 def test_gap_closed():
     # the paper's 69 % on BTCV
-    assert evidence.gap_closed(76.28, 65.08, 81.37) == pytest.approx(68.75, abs=0.01)
-    assert evidence.published_gap("word", "acf_bckd", "resunet") == pytest.approx(52.8, abs=0.1)
-    assert evidence.published_gap("brats21", "cwd", "resunet") is None
-    assert evidence.gap_closed(None, 1.0, 2.0) is None
+    assert tables.gap_closed(76.28, 65.08, 81.37) == pytest.approx(68.75, abs=0.01)
+    assert tables.published_gap("word", "acf_bckd", "resunet") == pytest.approx(52.8, abs=0.1)
+    assert tables.published_gap("brats21", "cwd", "resunet") is None
+    assert tables.gap_closed(None, 1.0, 2.0) is None
     assert (
-        evidence.gap_closed(80.0, 79.0, 79.5) is None
-        and evidence.gap_closed(80.0, 79.0, 70.0) is None
+        tables.gap_closed(80.0, 79.0, 79.5) is None and tables.gap_closed(80.0, 79.0, 70.0) is None
     )
 
 
 def test_shown():
     rows = [row(dice=80.0), row(dice=82.0, seed=1)]
     assert (
-        evidence.shown(rows, "dice") == "81.00 ± 1.00"
-        and evidence.shown(rows[:1], "dice") == "80.00"
+        tables.shown(rows, "dice") == "81.00 ± 1.00" and tables.shown(rows[:1], "dice") == "80.00"
     )
-    assert evidence.shown([], "dice") == "not run"
+    assert tables.shown([], "dice") == "not run"
     failed = row(seed=1, penalised={"hd95": 6.0, "asd": 3.0}, missed=1)
     # a run in which nothing failed: its own
-    assert evidence.shown([row(), failed], "hd95") == "2.00 ± 0.00 (4.00*)"
-    nothing = row(
-        mean=dict.fromkeys(evidence.METRICS), penalised={"hd95": 60.0, "asd": 60.0}, missed=4
-    )
+    assert tables.shown([row(), failed], "hd95") == "2.00 ± 0.00 (4.00*)"
+    nothing = row(mean=dict.fromkeys(tables.SHOWN), penalised={"hd95": 60.0, "asd": 60.0}, missed=4)
     assert (
-        evidence.shown([nothing], "hd95") == "- (60.00*)"
-        and evidence.shown([nothing], "dice") == "-"
+        tables.shown([nothing], "hd95") == "- (60.00*)" and tables.shown([nothing], "dice") == "-"
     )
 
 
@@ -345,7 +340,7 @@ def spread(method, dice, seed=0, **values):
 
 def test_methods_are_ranked_and_tested():
     alone, above = spread("supervised", 70.0), spread("supervised", 90.0, student="resunet", tag="")
-    found = evidence.Results(
+    found = tables.Results(
         CASES,
         [
             alone,
@@ -357,7 +352,7 @@ def test_methods_are_ranked_and_tested():
             spread("acf_bckd", 10.0, tag="s10-afd"),
         ],
     )
-    header, body, used = evidence.methods_table(found, "resunet")
+    header, body, used = tables.methods_table(found, "resunet")
     cells = {line[0]: dict(zip(header, line)) for line in body}
     assert [cells[name]["rank"] for name in ("KD", "CWD", "ACF-BCKD", "AT")] == ["3", "2", "1", "-"]
     assert [cells[name]["gap closed"] for name in ("KD", "ACF-BCKD", "DIST")] == [
@@ -371,7 +366,7 @@ def test_methods_are_ranked_and_tested():
     assert cells["KD"]["p against ACF-BCKD"] == "0.016" and cells["AT"]["p"] == "-"
     assert {r["run"] for r in used} == {r["run"] for r in found.rows[:5]}
     assert cells["none"]["Dice"] == "70.00" and len(body[0]) == len(header)
-    assert [line[0] for line in evidence.methods_table(found, "resunet", "run")[1]] == [
+    assert [line[0] for line in tables.methods_table(found, "resunet", "run")[1]] == [
         "none",
         "KD",
         "CWD",
@@ -383,7 +378,7 @@ def test_methods_of_other_seeds_are_ranked_by_their_gain():
     """Seed 1 is 10 points better for all: KD, of seed 1 only, has the higher mean and the smaller
     gain.
     """
-    found = evidence.Results(
+    found = tables.Results(
         CASES,
         [
             spread("supervised", 70.0),
@@ -393,7 +388,7 @@ def test_methods_of_other_seeds_are_ranked_by_their_gain():
             spread("kd", 81.0, seed=1),
         ],
     )
-    header, body, _ = evidence.methods_table(found, "resunet", "run")
+    header, body, _ = tables.methods_table(found, "resunet", "run")
     cells = {line[0]: dict(zip(header, line)) for line in body}
     assert [cells[name]["rank"] for name in ("CWD", "KD")] == ["1", "2"]
     assert [cells[name]["gap closed"] for name in ("CWD", "KD")] == ["25 %", "10 %"]
@@ -402,7 +397,7 @@ def test_methods_of_other_seeds_are_ranked_by_their_gain():
 def test_curves_of_the_student_alone_have_the_seeds_of_the_methods_beside_it():
     """Seed 1, which only the first teacher's methods have, ends 10 points higher."""
     figure = evidence.curves_figure(
-        evidence.Results(
+        tables.Results(
             CASES,
             [
                 spread("supervised", 70.0),
@@ -422,7 +417,7 @@ def test_curves_of_the_student_alone_have_the_seeds_of_the_methods_beside_it():
 
 def test_only_seeds_that_both_have_are_compared():
     own = [spread("acf_bckd", 80.0), spread("acf_bckd", 99.0, seed=1)]
-    found = evidence.Results(CASES, own)
+    found = tables.Results(CASES, own)
     compared = found.compared(own, {"kd": [spread("kd", 70.0)], "at": [spread("at", 70.0, seed=2)]})
     assert compared.keys() == {"kd"} and compared["kd"]["difference"] == pytest.approx(-10.0)
 
@@ -434,18 +429,18 @@ def test_few_patients_give_no_p():
         line["cases"] = {
             key: [value + k for k in (-2, -1, 1, 2)] for key, value in line["mean"].items()
         }
-    compared = evidence.Results(["a", "b", "c", "d"], lines).compared(
+    compared = tables.Results(["a", "b", "c", "d"], lines).compared(
         lines[:1], {"supervised": lines[1:]}
     )
     assert (
         compared["supervised"]["p_holm"] is None
-        and evidence.change(compared["supervised"], -1) == "+20.00"
+        and tables.change(compared["supervised"], -1) == "+20.00"
     )
-    assert evidence.change(None) == "-"
+    assert tables.change(None) == "-"
 
 
 def test_two_volumes_of_a_patient_are_one_of_the_sample():
-    found = evidence.Results(["patient001_frame01", "patient001_frame12"], [row(labelled=3)])
+    found = tables.Results(["patient001_frame01", "patient001_frame12"], [row(labelled=3)])
     assert found.by_patient(found.rows, "dice") == {"patient001": 80.0}
 
 
@@ -494,7 +489,7 @@ def test_validation_chooses_the_rate():
         at(0.05, 90.0, 40.0), at(0.1, 70.0, 50.0), at(0.1, 72.0, 10.0, seed=1), row("at")
     )
     assert [r["mean"]["dice"] for r in found.cell(method="kd")] == [70.0, 72.0]
-    header, body, used = evidence.rates_table(found)
+    header, body, used = tables.rates_table(found)
     assert (
         header == ["method", "rate 0.05", "rate 0.1"]
         and body == [["KD", "40.00", "**50.00**"]]
@@ -509,7 +504,7 @@ def test_validation_chooses_the_rate():
         "",
     )
     for tag, variant in zip(tags, ("afd+cfd", "", "afd", "joint", "no_lec", ""), strict=True):
-        assert evidence.variant_of({"tag": tag}) == variant
+        assert tables.variant_of({"tag": tag}) == variant
     with pytest.raises(ValueError, match="different lengths, rates or recipes"):
         results(at(0.05, 90.0, 40.0), at(0.1, 70.0, 50.0), at(0.05, 72.0, 10.0, seed=1)).cell(
             method="kd"
@@ -524,7 +519,7 @@ def test_parts_and_presets():
         row("acf_bckd", dice=71.0, preset="as_released"),
         row("acf_bckd", dice=1.0, seed=1),
     )
-    _, body, _ = evidence.parts_table(found, "resunet")
+    _, body, _ = tables.parts_table(found, "resunet")
     assert len(body) == 13
     assert ["x", "", "", "", "74.00", "2.00", "1.00", "+4.00"] in body
     assert ["x", "x", "x", "x", "80.00", "2.00", "1.00", "+10.00"] in body and [
@@ -543,7 +538,7 @@ def test_parts_and_presets():
             )
         )
     )
-    _, body, used = evidence.parts_table(other, "resunet", "espnetv2")
+    _, body, used = tables.parts_table(other, "resunet", "espnetv2")
     assert [line[4] for line in body] == [
         "60.00",
         *["not run"] * 2,
@@ -558,7 +553,7 @@ def test_parts_and_presets():
         "x",
         "weaker",
     ]
-    _, body, used = evidence.presets_table(found)
+    _, body, used = tables.presets_table(found)
     assert body == [["ACF-BCKD", "T1 ResU-Net", "80.00 / 2.00", "71.00 / 2.00"]] and len(used) == 2
 
 
@@ -572,18 +567,18 @@ def test_parts_and_presets_are_of_the_seeds_that_all_have():
         )
         for seed, dice in enumerate(scores)
     ]
-    _, body, used = evidence.parts_table(results(*runs), "resunet", "espnetv2")
+    _, body, used = tables.parts_table(results(*runs), "resunet", "espnetv2")
     assert [body[k][4] for k in (0, 4, 8)] == ["61.00 ± 1.00", "40.50 ± 0.50", "52.00 ± 2.00"]
     assert (body[4][-1], body[8][-1], len(used)) == ("-20.50", "-9.00", 6)
     other = [row("acf_bckd", dice=1.0, student="espnetv2", tag="s10-hbd", seed=5)]
     with pytest.raises(ValueError, match="no seed that all were run with"):
-        evidence.parts_table(results(*runs, *other), "resunet", "espnetv2")
+        tables.parts_table(results(*runs, *other), "resunet", "espnetv2")
     released = [
         row("acf_bckd", dice=dice, preset="as_released", seed=seed)
         for seed, dice in ((0, 70.0), (1, 74.0))
     ]
     clean = [row("acf_bckd", dice=dice, seed=seed) for seed, dice in enumerate((80.0, 81.0, 99.0))]
-    _, body, used = evidence.presets_table(results(*released, *clean))
+    _, body, used = tables.presets_table(results(*released, *clean))
     assert [line[2:] for line in body] == [
         ["80.50 ± 0.50 / 2.00 ± 0.00", "72.00 ± 2.00 / 2.00 ± 0.00"]
     ]
@@ -604,7 +599,7 @@ def test_one_setting_of_the_released_form():
     # a seed that the released form lacks
     runs.append(row("crossmatch", dice=35.0, tag="lr0.05-low", seed=1, **few))
     runs.append(row("crossmatch", dice=60.0, tag="lr0.05-more", **few | {"labelled": 8}))
-    _, body, used = evidence.presets_table(results(*runs))
+    _, body, used = tables.presets_table(results(*runs))
     assert [line[0] for line in body] == ["CRKD", "CrossMatch", "CrossMatch, low"] and len(
         used
     ) == 5
@@ -626,7 +621,7 @@ def test_the_gap_of_a_student_is_of_the_same_seeds():
         row("supervised", dice=dice, student="espnetv2", seed=seed)
         for seed, dice in enumerate((60.0, 40.0))
     ]
-    _, body, _ = evidence.students_table(results(*runs))
+    _, body, _ = tables.students_table(results(*runs))
     (line,) = (line for line in body if line[0] == "ESPNetV2" and line[2] == "KD")
     assert line[4] == "50 %"
 
@@ -639,7 +634,7 @@ def test_few_labels():
             for method, dice, tag in runs
         )
     )
-    header, body, _ = evidence.few_labels_table(found, "acdc", "3")
+    header, body, _ = tables.few_labels_table(found, "acdc", "3")
     cells = {line[0]: dict(zip(header, line)) for line in body}
     assert (
         cells["CRKD"]["Dice"] == "60.00"
@@ -653,7 +648,7 @@ def test_few_labels():
     assert (
         cells["UniMatch"]["published: Dice / Jaccard / HD95 / ASD"] == "84.72 / 74.53 / 4.87 / 1.37"
     )
-    header, body, used = evidence.trials_table(found, "3")
+    header, body, used = tables.trials_table(found, "3")
     assert (
         header[-1] == "Dice after 5 / 10 steps"
         and body[0][:2] == ["labels alone", "40.00"]
@@ -663,10 +658,9 @@ def test_few_labels():
 
 
 def test_rounding():
-    assert (
-        evidence.rounded(0.83456, "dice") == 83.456 and evidence.rounded(math.nan, "hd95") is None
-    )
-    assert evidence.rounded(None, "asd") is None
+    assert evidence.rounded(tables.in_unit(0.83456, "dice")) == 83.456
+    assert evidence.rounded(math.nan) is evidence.rounded(None) is None
+    assert tables.in_unit(math.nan, "hd95") is None
 
 
 def configs(monkeypatch, script, **environment):
@@ -720,17 +714,17 @@ def test_documented_scripts_print_their_cells(script, monkeypatch):
 )
 def test_scripts_use_the_chosen_rates(name, script, parts, monkeypatch):
     """The scripts try the rates that the files show, and go on with those that validation chose."""
-    found = evidence.Results(*evidence.read(ROOT / f"results/{name}.jsonl"))
+    found = tables.Results(*tables.read(ROOT / f"results/{name}.jsonl"))
     tried, chosen = {}, {}
     for rows in found.rates.values():
         one = next(iter(rows.values()))
-        plain = one["seed"] == 0 and not evidence.variant_of(one) and one["preset"] == "clean"
+        plain = one["seed"] == 0 and not tables.variant_of(one) and one["preset"] == "clean"
         usual = one["student"] in ("unet", "unet2d") and one["teacher"] in (None, "resunet")
         if plain and usual and one.get("labelled", 3) == 3:
             tried[one["method"]], chosen[one["method"]] = set(rows), found.rate(one)
     assert len(tried["supervised"]) > 1
-    tables, rates = parts.rsplit(" ", 1)
-    for cfg in configs(monkeypatch, script, PARTS=tables, TEACHERS="resunet"):
+    cells, rates = parts.rsplit(" ", 1)
+    for cfg in configs(monkeypatch, script, PARTS=cells, TEACHERS="resunet"):
         if cfg.method in tried and getattr(cfg, "student", "unet") == "unet":
             assert cfg.lr == chosen[cfg.method], cfg.method
     others = {}
