@@ -155,8 +155,9 @@ class Config:
     recipe: dict = dataclasses.field(default_factory=dict)
     teacher_checkpoint: str = ""  # "": best.pt of the supervised run of `teacher`
     teacher_seed: int = 0
-    # steps in which the method's terms grow from nothing to their weights; 0: none
-    distill_warmup: int = 0
+    # steps, or below 1 the share of max_steps, in which the method's terms grow from nothing to
+    # their weights; 0: none
+    distill_warmup: int | float = 0
     # Optimisation: SGD with momentum, poly schedule
     lr: float = 0.01
     method_lr: float = 0.0  # of the method's own parameters (attention, projections); 0: lr
@@ -608,11 +609,12 @@ def main() -> int:
             f"note: {cfg.method} has no parameters of its own: method_lr does nothing",
             file=sys.stderr,
         )
-    if cfg.distill_warmup > cfg.max_steps and not supervised and world.main:
+    warmup = cfg.distill_warmup if cfg.distill_warmup >= 1 else cfg.distill_warmup * cfg.max_steps
+    if warmup > cfg.max_steps and not supervised and world.main:
         print(
             f"note: with max_steps {cfg.max_steps} the terms do not reach their weights, for which "
             "distill_warmup "
-            f"takes {cfg.distill_warmup} steps",
+            f"takes {warmup} steps",
             file=sys.stderr,
         )
     groups = [[p for p in student.parameters() if p.requires_grad], own] if own else [trained]
@@ -768,10 +770,8 @@ def main() -> int:
                 with torch.no_grad():
                     teacher_out = teacher(image, return_features=True)
                 distilled = kd(student_out, teacher_out, label, progress=step / cfg.max_steps)
-                if step < cfg.distill_warmup:
-                    distilled = {
-                        name: step / cfg.distill_warmup * value for name, value in distilled.items()
-                    }
+                if step < warmup:
+                    distilled = {name: step / warmup * value for name, value in distilled.items()}
                 terms |= distilled
             loss = sum(terms.values())
         done = step + 1

@@ -5,8 +5,11 @@ Paper: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7. With t
 p and q the student's and teacher's probabilities at tau, and p^, q^ those of the other classes
 scaled to sum to 1:
 
-    L = weight * tau^2 * mean_v [ alpha KL([q_t, 1 - q_t] || [p_t, 1 - p_t]) + beta KL(q^ || p^) ]
-    alpha 1, beta 8, tau 4, weight 0.1
+    L = g * weight * tau^2 * mean_v [ alpha KL([q_t, 1 - q_t] || [p_t, 1 - p_t])
+                                      + beta KL(q^ || p^) ],      alpha 1, beta 8, tau 4, weight 0.1
+
+g = min(progress / warmup, 1) is the authors' warm-up over the first twelfth of the training (20 of
+240 epochs). The weight is ACF-BCKD's; the authors' is 1.
 
 Overlapping regions (multi-label). 'clean': a voxel's target classes are the regions that contain
 it; KL of [p, 1 - p] at tau, with alpha on the targets and beta on the other regions, both over the
@@ -14,8 +17,9 @@ number of all elements: alpha = beta = 1 is plain KD. Weight 0.1. 'as_released':
 s(z_T)) + beta * MSE(s(z_S m), s(z_T m)), s the sigmoid, m 1 outside the region and 0 inside, no
 temperature, weight 1: the MSE with the elements outside weighted alpha + beta.
 
-Deviations: logarithms of probabilities come from log-sum-exp, so none is infinite where the
-reference's can be. On multi-class data both presets are the same.
+Presets. 'as_released' has no warm-up (g = 1), as the released code of ACF-BCKD has none; on
+multi-class data that is the only difference. Deviation of both: logarithms of probabilities come
+from log-sum-exp, so none is infinite where the reference's can be.
 """
 
 import torch
@@ -26,6 +30,7 @@ from losses.kd import (
     PRESETS,
     bernoulli_kl_map,
     check_choice,
+    check_fractions,
     check_positive,
     check_weights,
     class_masks,
@@ -99,7 +104,9 @@ class DKD(nn.Module):
     """The terms `dkd_target` and `dkd_nontarget`.
 
     weight: None means 0.1, and 1 for multi-label data with preset 'as_released', whose squared
-    differences have no tau.
+    differences have no tau. warmup: share of the training, in [0, 1], in which both terms grow
+    linearly from 0 to their weights; None means 1/12, and 0 (none) with preset 'as_released'.
+    Raises ValueError for an argument outside its range.
     """
 
     def __init__(
@@ -113,16 +120,21 @@ class DKD(nn.Module):
         alpha: float = 1.0,
         beta: float = 8.0,
         tau: float = 4.0,
+        warmup: float | None = None,
     ) -> None:
         super().__init__()
+        if warmup is None:
+            warmup = 0.0 if preset == "as_released" else 1 / 12
         check_choice("dkd", "preset", preset, PRESETS)
         check_positive("dkd", tau=tau)
         check_weights("dkd", weight=weight, alpha=alpha, beta=beta)
+        check_fractions("dkd", warmup=warmup)
         self.student_taps = self.teacher_taps = ()
         self.multilabel, self.squared = multilabel, multilabel and preset == "as_released"
         if weight is None:
             weight = 1.0 if self.squared else 0.1
         self.alpha, self.beta, self.tau = weight * alpha, weight * beta, tau
+        self.warmup = warmup
 
     def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
         if self.squared:
@@ -130,4 +142,8 @@ class DKD(nn.Module):
         else:
             decoupled = decoupled_bernoulli_kl if self.multilabel else decoupled_kl
             target, rest = decoupled(student.logits, teacher.logits, label, self.tau)
-        return {"dkd_target": self.alpha * target, "dkd_nontarget": self.beta * rest}
+        grown = min(progress / self.warmup, 1.0) if self.warmup else 1.0
+        return {
+            "dkd_target": grown * self.alpha * target,
+            "dkd_nontarget": grown * self.beta * rest,
+        }

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import cirkd
 from losses.cirkd import (
+    ALL_PAIRS_NODES,
     CIRKD,
     Memory,
     default_pool,
@@ -62,16 +63,16 @@ def unit(vector):
     return vector / np.linalg.norm(vector)
 
 
-def slow_pool(feature):
-    """(B, C, *spatial) -> list of samples, each a list of unit vectors, one per window of 2
-    (partial windows kept).
+def slow_pool(feature, side=2):
+    """(B, C, *spatial) -> list of samples, each a list of means, one per window of `side` (partial
+    windows kept).
     """
-    corners = [range(0, size, 2) for size in feature.shape[2:]]
+    corners = [range(0, size, side) for size in feature.shape[2:]]
     samples = []
     for sample in feature:
         means = []
         for corner in np.array(np.meshgrid(*corners, indexing="ij")).reshape(len(corners), -1).T:
-            window = sample[(slice(None), *(slice(c, c + 2) for c in corner))]
+            window = sample[(slice(None), *(slice(c, c + side) for c in corner))]
             means.append(window.reshape(len(sample), -1).mean(1))
         samples.append(means)
     return samples
@@ -84,6 +85,19 @@ def slow_rows(ours, our_columns, theirs, their_columns, temperature):
         q = ref.softmax(np.array([t @ column for column in their_columns]) / temperature)
         total += ref.kl(q, p)
     return total / len(ours)
+
+
+def slow_pairs(student_feature, teacher_feature, pairs="all", side=2):
+    """L_pair of (B, C, *grid) features on one grid: the mean over the pairs of images."""
+    ours = [[unit(v) for v in sample] for sample in slow_pool(student_feature, side)]
+    theirs = [[unit(v) for v in sample] for sample in slow_pool(teacher_feature, side)]
+    losses = []
+    for i in range(len(ours)):
+        for j in range(len(ours)):
+            if pairs == "all" or (i == j and (pairs == "own" or i == 0)):
+                losses.append(slow_rows(ours[i], ours[j], theirs[i], theirs[j], 1.0))
+    assert len(losses) == {"all": len(ours) ** 2, "own": len(ours), "first": 1}[pairs]
+    return np.mean(losses)
 
 
 def slow_head(samples, state):
@@ -108,7 +122,7 @@ def slow_queue(state, name, row, vectors):
     )
 
 
-def slow_cirkd(before, legacy=False, multilabel=False, pairs="own", after=None):
+def slow_cirkd(before, legacy=False, multilabel=False, pairs="all", after=None):
     """The formulas with every random permutation of n replaced by n - 1 .. 0; `after` receives the
     new queues.
     """
@@ -116,23 +130,11 @@ def slow_cirkd(before, legacy=False, multilabel=False, pairs="own", after=None):
     def slow(student, teacher, label):
         state = {name: value.copy() for name, value in before.items()}
         grid = student.features[TAP].shape[2:]
+        teacher_feature = ref.nearest(teacher.features[TAP], grid)
         raw = slow_pool(student.features[TAP])
-        ours = [[unit(v) for v in sample] for sample in raw]
-        theirs = [
-            [unit(v) for v in sample]
-            for sample in slow_pool(ref.nearest(teacher.features[TAP], grid))
-        ]
-        batch = range(len(ours))
-        couples = {
-            "own": [(i, i) for i in batch],
-            "all": [(i, j) for i in batch for j in batch],
-            "first": [(0, 0)],
-        }
-        terms = {
-            "cirkd_pair": np.mean(
-                [slow_rows(ours[i], ours[j], theirs[i], theirs[j], 1.0) for i, j in couples[pairs]]
-            )
-        }
+        theirs = [[unit(v) for v in sample] for sample in slow_pool(teacher_feature)]
+        batch = range(len(raw))
+        terms = {"cirkd_pair": slow_pairs(student.features[TAP], teacher_feature, pairs)}
         kd = []
         for (_, _, s), (_, _, t) in zip(ref.columns(student.logits), ref.columns(teacher.logits)):
             if multilabel and not legacy:
@@ -186,7 +188,7 @@ def state_of(module):
 
 SETTINGS = [
     ({}, {}),
-    ({"pairs": "all"}, {"pairs": "all"}),
+    ({"pairs": "own"}, {"pairs": "own"}),
     ({"preset": "as_released"}, {"legacy": True, "pairs": "first"}),
     ({"multilabel": True}, {"multilabel": True}),
     (
@@ -220,6 +222,32 @@ def test_2d_equals_slow_reference(reversed_draws):
     module = make(student, teacher)
     case = example(student=student, teacher=teacher, spatial=(6, 5))
     ref.check_values(module, case, slow_cirkd(state_of(module)), rtol=1e-4, entries=3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_all_pairs_of_a_batch_equal_slow_loops_over_both_images(batch):
+    module = make(pixel_weight=0, region_weight=0, kd_weight=0, chunk=4)
+
+    def slow(student, teacher, label):
+        return {"cirkd_pair": slow_pairs(student.features[TAP], teacher.features[TAP])}
+
+    ref.check_values(module, example(batch=batch, seed=4), slow, entries=6)
+
+
+def test_all_pairs_have_larger_windows_than_the_memory():
+    # 40 nodes along an axis: at most 24 in the memory and for own pairs, 16 for all pairs.
+    taps = {TAP: (3, (40, 2, 2))}
+    case = example(student=taps, teacher=taps, spatial=(6, 2, 2))
+    student, teacher = (ref.as_arrays(output).features[TAP] for output in case[:2])
+    sides = {"clean": 3, "as_released": 2}
+    for preset, side in sides.items():
+        for pairs in ("all", "own"):
+            module = make(taps, taps, preset=preset, pairs=pairs)
+            found = ref.evaluate(module, case)["cirkd_pair"].item()
+            expected = slow_pairs(student, teacher, pairs, side if pairs == "all" else 2)
+            assert found == pytest.approx(expected, rel=1e-4)
+    asked = ref.evaluate(make(taps, taps, pool=5), case)["cirkd_pair"].item()
+    assert asked == pytest.approx(slow_pairs(student, teacher, side=5), rel=1e-4)
 
 
 @pytest.mark.parametrize("arguments, meaning", SETTINGS)
@@ -526,10 +554,12 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize(
-    "grid, expected", [((48, 48, 48), 2), ((96, 96, 96), 4), ((10, 8), 2), ((96, 96, 48), 4)]
+    "grid, expected, of_all_pairs",
+    [((48, 48, 48), 2, 3), ((96, 96, 96), 4, 6), ((10, 8), 2, 2), ((96, 96, 48), 4, 6)],
 )
-def test_default_pool_keeps_at_most_24_nodes_per_axis(grid, expected):
+def test_default_pool_keeps_at_most_24_nodes_per_axis(grid, expected, of_all_pairs):
     assert default_pool(torch.Size(grid)) == expected
+    assert default_pool(torch.Size(grid), ALL_PAIRS_NODES) == of_all_pairs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])

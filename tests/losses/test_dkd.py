@@ -69,6 +69,34 @@ def test_equals_slow_reference(arguments, slow, spatial):
     ref.check_values(make(**arguments), case, slow)
 
 
+# Share of the training done -> share of the weights: 20 of the authors' 240 epochs are a twelfth.
+AUTHORS = {0: 0.0, 1 / 240: 1 / 20, 10 / 240: 1 / 2, 20 / 240: 1.0, 21 / 240: 1.0, 1: 1.0}
+AT_ONCE = dict.fromkeys((0, 0.04, 1), 1.0)
+
+
+@pytest.mark.parametrize(
+    "arguments, slow, grown",
+    [
+        ({}, slow_dkd(), AUTHORS),
+        ({"multilabel": True}, slow_regions, AUTHORS),
+        ({"warmup": 0.5}, slow_dkd(), {0: 0.0, 0.1: 0.2, 0.5: 1.0, 0.9: 1.0}),
+        ({"warmup": 0}, slow_dkd(), AT_ONCE),
+        ({"preset": "as_released"}, slow_dkd(), AT_ONCE),
+        ({"multilabel": True, "preset": "as_released"}, slow_regions_as_released, AT_ONCE),
+    ],
+)
+def test_warm_up_equals_slow_reference(arguments, slow, grown):
+    case = ref.make_case(multilabel=arguments.get("multilabel", False))
+    expected = slow(ref.as_arrays(case.student), ref.as_arrays(case.teacher), case.label.numpy())
+    module = make(**arguments)
+    for progress, share in grown.items():
+        terms = module(case.student, case.teacher, case.label, progress)
+        for name, term in terms.items():
+            assert term.item() == pytest.approx(share * expected[name], rel=2e-5), progress
+        sum(terms.values()).backward()  # at the first step, too
+    assert torch.isfinite(case.student.logits.grad).all()
+
+
 @pytest.mark.parametrize("arguments, slow", SETTINGS)
 def test_contract(arguments, slow):
     case = ref.make_case(multilabel=arguments.get("multilabel", False))
@@ -115,5 +143,7 @@ def test_bad_arguments():
         make(tau=0)
     with pytest.raises(ValueError, match="preset"):
         make(preset="other")
+    with pytest.raises(ValueError, match="warmup must lie in"):
+        make(warmup=20)
     with pytest.raises(ValueError, match="one channel per region"):
         ref.evaluate(make(multilabel=True), ref.make_case())

@@ -86,11 +86,11 @@ def test_teacher_then_distilled_student_then_test(workspace):
 
 def test_distillation_warms_up(workspace):
     """With hardly any step of the weights, the terms of step k are those of a run without warm-up
-    times k / 2.
+    times k / 2, with 2 of the 4 steps given as a number or as a share.
     """
     train(*TEACHER, cwd=workspace)
     logs = {}
-    for warmup in ("0", "2"):
+    for warmup in ("0", "2", "0.5"):
         options = ("lr=1e-12", "log_interval=1", f"distill_warmup={warmup}", f"tag=w{warmup}")
         train("--teacher", "resunet", "--opts", *options, cwd=workspace)
         lines = (
@@ -99,6 +99,7 @@ def test_distillation_warms_up(workspace):
             .splitlines()
         )
         logs[warmup] = [entry for entry in map(json.loads, lines) if entry["kind"] == "train"]
+    assert logs["0.5"] == logs["2"]
     for plain, warm, share in zip(logs["0"], logs["2"], (0, 0.5, 1, 1), strict=True):
         assert warm["seg"] == pytest.approx(plain["seg"], rel=1e-5)
         for term in ("afd", "cfd", "hbd", "sbd"):
