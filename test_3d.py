@@ -51,7 +51,7 @@ from utils.checkpoint import (
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
 from utils.distributed import World, join_world
-from utils.runs import resolve_device
+from utils.run import resolve_device
 
 SPACES = ("resampled", "native")
 

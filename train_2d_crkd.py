@@ -58,11 +58,16 @@ from utils.config import (
 )
 from utils.diagnosis import Diagnosis, findings
 from utils.distributed import World, join_world
-from utils.memory import keep_freed_memory
-from utils.modes import statistics_estimated, weightless
+from utils.modes import (
+    keep_freed_memory,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    statistics_estimated,
+    weightless,
+)
 from utils.numerics import StepWatch, use_deterministic
-from utils.runlog import Averages, RunLog, SilentLog, read_log
-from utils.runs import (
+from utils.run import (
     SELECTIONS,
     StopSignal,
     labelled_name,
@@ -74,8 +79,8 @@ from utils.runs import (
     run_folder,
     run_script,
 )
+from utils.runlog import Averages, RunLog, SilentLog, read_log
 from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer, set_lr
-from utils.seed import rng_state, seed_everything, set_rng_state
 from utils.trackers import LOGGERS, open_tracker, require_logger
 
 LABELLED, UNLABELLED, MIX, CLEAN = 0, 1, 2, 3  # streams of random numbers

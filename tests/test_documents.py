@@ -45,7 +45,7 @@ from methods import SSL_METHODS
 from networks import NETWORKS, build_network
 from tests.scripts.conftest import Result, make_workspace
 from tests.scripts.conftest import run as run_script
-from utils.runs import RESUMABLE
+from utils.run import RESUMABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "RESULTS.md", *(ROOT / "docs").glob("*.md")])

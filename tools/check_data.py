@@ -36,7 +36,7 @@ from dataloaders import (
 )
 from dataloaders.faults import FAULTS, Finding, grouped
 from utils.config import ConfigError, read_yaml
-from utils.runs import no_selection
+from utils.run import no_selection
 
 COLUMNS = ("level", "fault", "list", "file", "found", "expected", "fix")
 

@@ -54,10 +54,10 @@ from tools.results_table import (
     STUDENTS,
     TEACHERS,
 )
+from utils.checkpoint import write_text
 from utils.config import ConfigError
-from utils.files import write_text
+from utils.run import plain
 from utils.runlog import read_log
-from utils.runs import plain
 from utils.statistics import average_seeds, holm, paired_comparison
 
 # How runs are scored: what test_3d.py and test_2d.py do without flags

@@ -47,7 +47,7 @@ from methods import SSL_METHODS
 from networks import NETWORKS, build_network
 from utils.checkpoint import CheckpointError, atomic_save, code_version, load_network_weights
 from utils.config import ConfigError, load_config, read_yaml
-from utils.runs import labelled_name, parse_labelled, run_folder
+from utils.run import labelled_name, parse_labelled, run_folder
 
 PREFIXES = {
     "student": "architecture.segmentor.backbone.",  # of a distillation run

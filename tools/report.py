@@ -52,8 +52,8 @@ from tools.results_table import notes, penalised, scores, title
 from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.diagnosis import findings, term_history
+from utils.run import run_folder
 from utils.runlog import read_log
-from utils.runs import run_folder
 from utils.statistics import average_seeds, bootstrap_interval, case_means, paired_comparison
 
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "asd": "ASD"}

@@ -28,6 +28,9 @@ class Registry(MutableMapping):
     def __delitem__(self, name: str) -> None:
         del self.classes[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.classes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.classes)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.files import write_text, writing
+from utils.checkpoint import write_text, writing
 from utils.trackers import Tracker
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from utils.checkpoint import PREVIOUS, save_last
 from utils.config import ConfigError
-from utils.runs import (
+from utils.run import (
     RESUMABLE,
     StopSignal,
     labelled_name,

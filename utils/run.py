@@ -16,9 +16,15 @@ from typing import Any
 import torch
 import yaml
 
-from utils.checkpoint import PREVIOUS, CheckpointError
+from utils.checkpoint import (
+    FULL,
+    PREVIOUS,
+    CheckpointError,
+    DiskError,
+    remove_temporary,
+    write_text,
+)
 from utils.config import ConfigError
-from utils.files import FULL, DiskError, remove_temporary, write_text
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
 
