@@ -16,7 +16,7 @@ ALLOWED = {
     "dataloaders": {"utils"},
     "metrics": set(),
     "inference": {"utils"},
-    "losses": {"utils", "networks"},
+    "losses": {"utils", "networks", "dataloaders"},
     "methods": {"utils", "networks", "dataloaders", "losses"},
     "reporting": {"metrics"},
 }

@@ -23,7 +23,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.run import labelled_name
+from utils.config import labelled_name
 
 COLUMNS = (
     "run",

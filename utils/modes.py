@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,16 @@ def weightless() -> Iterator[None]:
     """
     with torch.device("meta"), _Uninitialised():
         yield
+
+
+def copied(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict, which what happens to the network later does not change."""
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device; the copy from pinned memory is not waited for."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 # Random states

@@ -10,17 +10,8 @@ import torch
 import yaml
 
 from utils.checkpoint import PREVIOUS, save_last
-from utils.config import ConfigError
-from utils.run import (
-    RESUMABLE,
-    StopSignal,
-    labelled_name,
-    open_run,
-    parse_labelled,
-    resolve_device,
-    run_folder,
-    run_script,
-)
+from utils.config import ConfigError, labelled_name, parse_labelled
+from utils.run import RESUMABLE, StopSignal, open_run, resolve_device, run_folder, run_script
 
 
 @dataclasses.dataclass(frozen=True)
