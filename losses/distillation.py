@@ -3,7 +3,6 @@ settings, the teacher.
 """
 
 import dataclasses
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -164,7 +163,7 @@ class Batches:
 
 
 def load_teacher(
-    cfg: Distillation, args: Namespace, num_classes: int, val: Sequence
+    cfg: Distillation, args: Any, num_classes: int, val: Sequence
 ) -> tuple[nn.Module | None, dict[str, float] | None]:
     """The frozen teacher, in evaluation mode, and its scores on the cases `val` if it was validated
     on just those, in the same way, else None. Of a supervised run: None, None.

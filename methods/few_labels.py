@@ -1,9 +1,8 @@
 """What the two few-label scripts share: keys, a trial of the settings, data and batches."""
 
 import dataclasses
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -95,9 +94,7 @@ class FewLabels(Settings):
             self.make_method(channels, classes)
 
 
-def open_data(
-    cfg: FewLabels, args: Namespace, run: Run
-) -> tuple[SemiDataset, dict[str, list[Case]]]:
+def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[SemiDataset, dict[str, list[Case]]]:
     """The data set and its disjoint lists, after everything of them was read and checked; makes the
     run folder.
 

@@ -89,7 +89,9 @@ def test_libraries_import_nothing_else_of_ours(library, file):
 
 @pytest.mark.parametrize("library, file", list(library_files()), ids=ids)
 def test_libraries_do_not_parse_arguments(library, file):
-    assert "argparse" not in set(imported(parsed(file)))
+    """But for the one place that does it for the three training scripts."""
+    parses = "argparse" in set(imported(parsed(file)))
+    assert parses == (file == ROOT / "utils/config.py")
 
 
 @pytest.mark.parametrize("file", source_files(), ids=ids)

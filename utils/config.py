@@ -93,7 +93,7 @@ def training_flags(
     add("--deterministic", **switch, help="deterministic algorithms")
     add("--compile", **switch, help="compile the networks (torch.compile)")
     add("--channels-last", action=argparse.BooleanOptionalAction, help="channels-last memory order")
-    add("--logger", help="also log to wandb or mlflow, if installed")
+    add("--logger", help="also log to wandb, if installed")
     add(
         "--select-on", choices=SELECTIONS, help="list that chooses best.pt; test is shown in tables"
     )

@@ -16,8 +16,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 @contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is in the mode that it had."""
+def evaluating(network: nn.Module | Callable) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode that it had. A plain
+    function, such as one that runs an exported model, has no modes.
+    """
+    if not isinstance(network, nn.Module):
+        yield
+        return
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:

@@ -67,8 +67,7 @@ from utils.diagnosis import findings
 from utils.distributed import join_world
 from utils.modes import keep_freed_memory, rng_state, seed_everything, set_rng_state
 from utils.numerics import StepWatch, use_deterministic
-from utils.runlog import Averages, RunLog, SilentLog, read_log
-from utils.trackers import LOGGERS, open_tracker, require_logger
+from utils.runlog import LOGGERS, Averages, RunLog, SilentLog, read_log, require_logger, start_wandb
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
 
@@ -200,11 +199,11 @@ class Settings:
         keep it from resuming.
         """
         cfg = self._converted()._completed()
+        require_logger(cfg.logger)
         check_values(cfg)
         check_run_names(cfg)
         cfg._check()
         cfg.dataset_arguments()
-        require_logger(cfg.logger)
         cfg._try_out()
         of_network = {k: v for k, v in cfg.network_args.items() if k == cfg.trained_network}
         of_method = {k: v for k, v in cfg.method_args.items() if k in cfg.method_keys}
@@ -337,9 +336,10 @@ class Run:
             self._restore()
         self.log: RunLog | SilentLog = SilentLog()
         if self.world.main:
-            values = dataclasses.asdict(self.cfg)
-            tracker = open_tracker(self.cfg.logger, self.folder, values, self.start > 0)
-            self.log = RunLog(self.folder, self.start, tracker)
+            service, values = None, dataclasses.asdict(self.cfg)
+            if self.cfg.logger:
+                service = start_wandb(self.folder, values, self.start > 0)
+            self.log = RunLog(self.folder, self.start, service)
         self.signal = StopSignal()
 
     def _restore(self) -> None:
