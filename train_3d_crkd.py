@@ -39,7 +39,7 @@ from utils.diagnosis import Diagnosis
 from utils.modes import copied, on_device, seed_everything, statistics_estimated
 from utils.registry import OfDims
 from utils.run import Run, run_script
-from utils.schedules import SCHEDULES, build_optimizer, set_lr
+from utils.schedules import build_optimizer, set_lr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def main() -> int:
             others = next(mix_batches)
             unlabelled |= {f"mix_{key}": others[key] for key in others if key != "case"}
         labelled, unlabelled = on_device(labelled, device), on_device(unlabelled, device)
-        lr = SCHEDULES[cfg.schedule](step, cfg.lr, cfg.schedule_steps or cfg.max_steps, cfg.min_lr)
+        lr = cfg.lr_at(step, cfg.lr)
         set_lr(optimizer, lr)
         method.train()
         for _ in range(method.updates):  # several of one batch, of methods that ask for it

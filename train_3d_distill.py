@@ -49,7 +49,7 @@ from utils.config import OF_FORMAT, ConfigError, Count, Natural, Share, construc
 from utils.diagnosis import Diagnosis
 from utils.modes import copied, seed_everything, statistics_estimated
 from utils.run import Run, no_selection, run_script
-from utils.schedules import poly_lr, set_lr
+from utils.schedules import build_optimizer, set_lr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,12 +169,10 @@ def main() -> int:
     of_method = [p for p in kd.parameters() if p.requires_grad] if kd is not None else []
     trained = of_student + of_method
     note_idle(cfg, run, bool(of_method))
-    groups = [of_student, of_method] if cfg.method_lr and of_method else [trained]
-    optimizer = torch.optim.SGD(
-        [{"params": group} for group in groups],
-        lr=cfg.lr,
-        momentum=cfg.momentum,
-        weight_decay=cfg.weight_decay,
+    split = bool(cfg.method_lr and of_method)
+    groups = [{"params": group} for group in ([of_student, of_method] if split else [trained])]
+    optimizer = build_optimizer(
+        cfg.optimizer, groups, cfg.lr, cfg.momentum, cfg.weight_decay, cfg.nesterov
     )
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     run.describe("3d", cfg.student, cfg.in_channels, dataset.num_classes, splits)
@@ -198,11 +196,10 @@ def main() -> int:
         # (B, C, H, W, D)
         image = batch["image"].to(device, non_blocking=True, memory_format=memory)
         label = batch["label"].to(device, non_blocking=True)  # (B, 1 or K, H, W, D)
-        lr = poly_lr(step, cfg.lr, cfg.max_steps, cfg.min_lr)
+        lr = cfg.lr_at(step, cfg.lr)
         set_lr(optimizer, lr)
         if len(groups) > 1:
-            method_lr = poly_lr(step, cfg.method_lr, cfg.max_steps, cfg.min_lr)
-            optimizer.param_groups[1]["lr"] = method_lr
+            optimizer.param_groups[1]["lr"] = cfg.lr_at(step, cfg.method_lr)
         run.watch.before()
         with autocast(device, cfg.amp):
             student_out = student(image, return_features=True)
@@ -227,7 +224,7 @@ def main() -> int:
                 torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            run.averages.add(terms)
+            run.averages.add(terms | getattr(kd, "monitor", {}))
 
         if run.logs:
             run.record(terms, lr=lr)

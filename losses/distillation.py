@@ -19,6 +19,7 @@ from utils.config import OF_FORMAT, Count, Natural, NotNegative, check_unused, m
 from utils.modes import weightless
 from utils.registry import AnyOf, OfDims
 from utils.run import Run, Settings, run_folder
+from utils.schedules import SCHEDULES
 
 TRAINING, CLEAN = 0, 1  # streams of random numbers
 
@@ -37,6 +38,7 @@ class Distillation(Settings):
     distill_warmup: Natural = 0
     method_lr: NotNegative = 0.0  # of the method's own parameters (attention, projections); 0: lr
     in_channels: Count = 0  # 0: as the data set's JSON says
+    schedule: Annotated[str, SCHEDULES] = "poly_closed"  # its last step runs at exactly min_lr
     weight_decay: NotNegative = 5e-4
     channels_last: bool = False
 
@@ -101,6 +103,7 @@ class Distillation(Settings):
         return dataclasses.replace(self, **told)
 
     def _check(self) -> None:
+        super()._check()
         if self.intensity != "window":
             check_unused(self, ("window",), f"intensity '{self.intensity}'")
         self._check_patch(self.student, self.teacher)

@@ -15,10 +15,9 @@ from methods import SSL_METHODS, build_method
 from methods.base import Method
 from networks import NETWORKS, build_network, check_network
 from utils import plugins
-from utils.config import ConfigError, Natural, NotNegative, check_unused, constructing, trying
+from utils.config import ConfigError, NotNegative, constructing, trying
 from utils.modes import weightless
 from utils.run import Run, Settings, no_selection
-from utils.schedules import OPTIMIZERS, SCHEDULES
 
 LABELLED, UNLABELLED, MIX, CLEAN = 0, 1, 2, 3  # streams of random numbers
 
@@ -35,12 +34,6 @@ class FewLabels(Settings):
     # Method
     method: Annotated[str, SSL_METHODS] = "crkd"
     preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
-    # Optimisation
-    optimizer: Annotated[str, OPTIMIZERS] = "sgd"
-    schedule: Annotated[str, SCHEDULES] = "poly"
-    # length that the schedule is made for, if not max_steps; of 'step': between two falls
-    schedule_steps: Natural = 0
-    nesterov: bool = False
 
     pluggable = {  # noqa: RUF012 - of the class, not of a configuration
         "network": plugins.network(NETWORKS),
@@ -68,17 +61,12 @@ class FewLabels(Settings):
         )
 
     def _check(self) -> None:
+        super()._check()
         share = self.labelled
         if share is not None and (share <= 0 or (share > 1 and share != int(share))):
             raise ConfigError(
                 f"labelled: a whole number, or a share above 0 and up to 1; got {share}"
             )
-        if self.optimizer != "sgd":
-            check_unused(self, ("momentum", "nesterov"), f"optimizer '{self.optimizer}'")
-        if self.schedule == "constant":
-            check_unused(self, ("schedule_steps", "min_lr"), "schedule 'constant'")
-        if self.nesterov and not self.momentum:
-            raise ConfigError("nesterov: needs a momentum above 0")
         dimensions = SSL_METHODS[self.method].dimensions
         if len(self.patch_size) not in dimensions:
             raise ConfigError(f"method: {self.method} is a method for {dimensions[0]}D networks")

@@ -68,6 +68,7 @@ from utils.distributed import join_world
 from utils.modes import keep_freed_memory, rng_state, seed_everything, set_rng_state
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import LOGGERS, Averages, RunLog, SilentLog, read_log, require_logger, start_wandb
+from utils.schedules import OPTIMIZERS, SCHEDULES
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
 
@@ -123,9 +124,14 @@ class Settings:
     method_args: dict = dataclasses.field(default_factory=dict)  # {method: {argument: value}}
     recipe: dict = dataclasses.field(default_factory=dict)  # {name: {key: value}}, of that alone
     # Optimisation
+    optimizer: Annotated[str, OPTIMIZERS] = "sgd"
     lr: Positive = 0.01
     min_lr: NotNegative = 0.0
-    momentum: NotNegative = 0.9
+    schedule: Annotated[str, SCHEDULES] = "poly"
+    # length that the schedule is made for, if not max_steps; of 'step': between two falls
+    schedule_steps: Natural = 0
+    momentum: NotNegative = 0.9  # of sgd
+    nesterov: bool = False
     weight_decay: NotNegative = 1e-4
     grad_clip: NotNegative = 0.0  # largest gradient norm; 0: no clipping
     amp: Annotated[str, AMP] = "off"
@@ -151,10 +157,20 @@ class Settings:
     runs_dir: str = "runs"
     tag: str = ""  # told apart from other runs of the same cell
 
+    def lr_at(self, step: int, lr: float) -> float:
+        """The learning rate of a step (0-based) that was `lr` at the start."""
+        length = self.schedule_steps or self.max_steps
+        return SCHEDULES[self.schedule](step, lr, length, self.min_lr)
+
     @property
     def recipe_name(self) -> str:
         """The entry of `recipe` that is for this run."""
         return self.method
+
+    @property
+    def val_start(self) -> int:
+        """First step at which to validate; a key of scripts that want one."""
+        return 0
 
     @property
     def idle_keys(self) -> tuple[str, ...]:
@@ -229,6 +245,12 @@ class Settings:
 
     def _check(self) -> None:
         """ConfigError for values that do not go together."""
+        if self.optimizer != "sgd":
+            check_unused(self, ("momentum", "nesterov"), f"optimizer '{self.optimizer}'")
+        if self.schedule == "constant":
+            check_unused(self, ("schedule_steps", "min_lr"), "schedule 'constant'")
+        if self.nesterov and not self.momentum:
+            raise ConfigError("nesterov: needs a momentum above 0")
 
     def _try_out(self) -> None:
         """Build networks and method without memory: what does not fit shows before the data."""
@@ -356,6 +378,9 @@ class Run:
                 part.load_state_dict(stored)
         set_rng_state(state["rng"], self.world.rank)
         self.watch.load_state_dict(state.get("watch", {}))
+        if "totals" in state:  # how distillation once kept them: one count for all names
+            counts = {name: torch.tensor(state["counted"]) for name in state["totals"]}
+            state["averages"] = {"sums": state["totals"], "counts": counts}
         self.averages.load_state_dict(state["averages"])
         self.start, self.best = state["step"], state["best"]
 
@@ -376,7 +401,7 @@ class Run:
             self.step, self.done = step, step + 1
             last = self.done == cfg.max_steps
             stops = self.world.any(bool(self.signal))
-            begun = self.done >= getattr(cfg, "val_start", 0)
+            begun = self.done >= cfg.val_start
             self.validates = last or (begun and self.done % cfg.val_interval == 0)
             self.saves = last or stops or self.done % cfg.save_interval == 0
             self.logs = last or self.done % cfg.log_interval == 0
