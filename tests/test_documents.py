@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import importlib
 import inspect
 import io
 import itertools
@@ -218,9 +219,12 @@ def anchors(document: Path) -> set[str]:
 
 @functools.cache
 def flags_of(script: Path) -> frozenset[str]:
-    """The flags that a Python script's parser or a shell script's `case` knows, read off its
-    source.
+    """The flags that a Python script's parser or a shell script's `case` knows, most of them read
+    off its source.
     """
+    if script.name in TRAINING:
+        options = importlib.import_module(script.stem).FLAGS._option_string_actions
+        return frozenset(name for name in options if name.startswith("--"))
     text = script.read_text(encoding="utf-8")
     if script.suffix == ".sh":
         return frozenset(re.findall(r"^ *(--[a-z-]+)\)", text, re.M))

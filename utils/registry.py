@@ -40,6 +40,9 @@ class Registry(MutableMapping):
     def __or__(self, other: Mapping[str, type]) -> dict[str, type]:
         return {**self, **other}
 
+    def __ror__(self, other: Mapping[str, type]) -> dict[str, type]:
+        return {**other, **self}
+
 
 class OfDims:
     """The names of a registry whose classes are for images of `dims` axes."""

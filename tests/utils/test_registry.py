@@ -24,6 +24,7 @@ def test_a_registry_takes_and_loses_classes():
     registry = Registry({"flat": Flat})
     registry["own"] = int
     assert registry | {"more": str} == {"flat": Flat, "own": int, "more": str}
+    assert {"more": str} | registry == {"more": str, "flat": Flat, "own": int}
     del registry["own"]
     assert dict(registry) == {"flat": Flat}
 
