@@ -39,7 +39,7 @@ from utils.diagnosis import Diagnosis
 from utils.modes import copied, on_device, seed_everything, statistics_estimated
 from utils.registry import OfDims
 from utils.run import Run, run_script
-from utils.schedules import build_optimizer, set_lr
+from utils.schedules import set_lr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,17 +107,14 @@ def main() -> int:
 
     # Method, with the network that it trains, and optimiser
     seed_everything(cfg.seed)
-    memory = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
     with constructing(f"{args.config}: network_args or method_args"):
         method = cfg.make_method(dataset.in_channels, dataset.num_classes)
-    method = world.synchronised(method.to(device, memory_format=memory), device)
+    method = run.placed(method, torch.channels_last_3d)
     if cfg.compile:
         method.network.compile()
     run.seed_apart()
     trained = [p for p in method.parameters() if p.requires_grad]
-    optimizer = build_optimizer(
-        cfg.optimizer, trained, cfg.lr, cfg.momentum, cfg.weight_decay, cfg.nesterov
-    )
+    optimizer = cfg.make_optimizer(trained)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     run.describe("3d-semi", cfg.network, dataset.in_channels, dataset.num_classes, splits)
     run.keep(method=method, optimizer=optimizer, scaler=scaler)

@@ -49,7 +49,7 @@ from utils.config import OF_FORMAT, ConfigError, Count, Natural, Share, construc
 from utils.diagnosis import Diagnosis
 from utils.modes import copied, seed_everything, statistics_estimated
 from utils.run import Run, no_selection, run_script
-from utils.schedules import build_optimizer, set_lr
+from utils.schedules import set_lr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,8 +151,7 @@ def main() -> int:
     with constructing(f"{args.config}: network_args or method_args"):
         arguments = cfg.network_arguments(cfg.student)
         student = build_network(cfg.student, cfg.in_channels, dataset.num_classes, **arguments)
-        student = init_weights(student).to(device, memory_format=memory)
-        student = world.synchronised(student, device)
+        student = run.placed(init_weights(student), torch.channels_last_3d)
         if teacher is not None:
             teacher = teacher.to(device, memory_format=memory)
             taps = student.feature_channels, teacher.feature_channels
@@ -171,9 +170,7 @@ def main() -> int:
     note_idle(cfg, run, bool(of_method))
     split = bool(cfg.method_lr and of_method)
     groups = [{"params": group} for group in ([of_student, of_method] if split else [trained])]
-    optimizer = build_optimizer(
-        cfg.optimizer, groups, cfg.lr, cfg.momentum, cfg.weight_decay, cfg.nesterov
-    )
+    optimizer = cfg.make_optimizer(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     run.describe("3d", cfg.student, cfg.in_channels, dataset.num_classes, splits)
     run.keep(student=student, method=kd, optimizer=optimizer, scaler=scaler)

@@ -23,7 +23,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from utils import figures, plugins
@@ -68,7 +69,7 @@ from utils.distributed import join_world
 from utils.modes import keep_freed_memory, rng_state, seed_everything, set_rng_state
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import LOGGERS, Averages, RunLog, SilentLog, read_log, require_logger, start_wandb
-from utils.schedules import OPTIMIZERS, SCHEDULES
+from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
 
@@ -161,6 +162,11 @@ class Settings:
         """The learning rate of a step (0-based) that was `lr` at the start."""
         length = self.schedule_steps or self.max_steps
         return SCHEDULES[self.schedule](step, lr, length, self.min_lr)
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter] | Iterable[dict]) -> Optimizer:
+        return build_optimizer(
+            self.optimizer, parameters, self.lr, self.momentum, self.weight_decay, self.nesterov
+        )
 
     @property
     def recipe_name(self) -> str:
@@ -306,6 +312,13 @@ class Run:
         """Print on standard error, once for all processes."""
         if self.world.main:
             print(text, file=sys.stderr)
+
+    def placed(self, module: nn.Module, memory: torch.memory_format) -> nn.Module:
+        """A module on the device and, if the settings say so, in this memory order, for training:
+        its batch norms are those of all processes.
+        """
+        memory = memory if self.cfg.channels_last else torch.contiguous_format
+        return self.world.synchronised(module.to(self.device, memory_format=memory), self.device)
 
     def seed_apart(self) -> None:
         """Other random numbers in each process from here on: of dropout, boxes, sampled losses."""
