@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
+from utils.modes import evaluating
+
 AMP_MODES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHUNK = 2**20  # logits that are converted and added at a time, 4 MiB of float32
 
@@ -22,21 +24,6 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
         raise ValueError(f"amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
     dtype = AMP_MODES[amp]
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _evaluating(network: nn.Module | Callable) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is in the mode that it had."""
-    if not isinstance(network, nn.Module):
-        yield
-        return
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _device_of(network: nn.Module | Callable) -> torch.device:
@@ -72,7 +59,7 @@ def predict_logits(
     """
     size = tuple(image.shape[1:])
     windows = _place_windows(size, patch_size, overlap, stride, tta)
-    with _evaluating(network):
+    with evaluating(network):
         ((_, logits),) = _averages(
             network, image, windows, patch_size, size, 0, window_batch, amp, probabilities
         )
@@ -113,7 +100,7 @@ def predict_labels(
     slab = tuple(min(p, n) if k == axis else n for k, (n, p) in enumerate(zip(size, patch_size)))
     windows.sort(key=lambda window: window[0][axis])
     labels = None
-    with _evaluating(network):
+    with evaluating(network):
         for begin, logits in _averages(
             network,
             image,
@@ -372,7 +359,7 @@ def predict_slices(
     divides.
     """
     device = _device_of(network)
-    with _evaluating(network):
+    with evaluating(network):
         ids = []
         for part in slices.split(batch):
             with autocast(device, amp):

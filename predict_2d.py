@@ -48,7 +48,7 @@ from utils.predictions import (
     settings_of,
     structure_sizes,
 )
-from utils.runs import resolve_device
+from utils.run import resolve_device
 
 
 def parse_args() -> argparse.Namespace:

@@ -71,7 +71,7 @@ from utils.predictions import (
     settings_of,
     structure_sizes,
 )
-from utils.runs import resolve_device
+from utils.run import resolve_device
 
 Predictor = nn.Module | Callable[[torch.Tensor], torch.Tensor]
 

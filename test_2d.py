@@ -25,7 +25,7 @@ from inference import predict_slices
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ConfigError
 from utils.distributed import join_world
-from utils.runs import resolve_device
+from utils.run import resolve_device
 
 SPLITS = ("test", "val", "val+test")
 

@@ -29,7 +29,7 @@ from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ConfigError
 from utils.distributed import World, join_world
-from utils.runs import resolve_device
+from utils.run import resolve_device
 
 SPACES = ("resampled", "native")
 

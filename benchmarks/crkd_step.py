@@ -32,8 +32,7 @@ from benchmarks.harness import arguments, interleaved, overhead, report
 from methods import build_method
 from methods.base import Method
 from networks import build_network
-from utils.memory import keep_freed_memory
-from utils.modes import evaluating
+from utils.modes import evaluating, keep_freed_memory
 from utils.schedules import build_optimizer
 
 TERMS = {"sup", "pseudo_s", "pseudo_fp", "lec", "csd", "ckd_pixel", "ckd_feature"}

@@ -35,7 +35,7 @@ from inference import autocast
 from losses import build_kd
 from losses.segmentation import SegmentationLoss
 from networks import build_network
-from utils.memory import keep_freed_memory
+from utils.modes import keep_freed_memory
 
 # Method: largest time relative to the step without distillation.
 BARS = {

@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import crkd_step, distill_step, inference_speed
 from benchmarks.harness import arguments, faster, interleaved, overhead, report
-from utils import runs
+from utils import run
 from utils.config import ConfigError
 
 MODES = {
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args(argv)
     try:
-        device = runs.resolve_device(args.device)
+        device = run.resolve_device(args.device)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     torch.set_num_threads(args.threads)

@@ -3,30 +3,32 @@ line below.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dataloaders.acdc import ACDCDataset
-from dataloaders.brats import BraTSDataset
-from dataloaders.cases import Case
 from dataloaders.faults import DataError, Report
-from dataloaders.images2d import Images2DDataset
-from dataloaders.la import LADataset
-from dataloaders.msd import MSDDataset
-from dataloaders.nnunet import NnUNetDataset
-from dataloaders.semi import SemiDataset
+from utils.registry import Registry, lazily
+
+if TYPE_CHECKING:
+    from dataloaders.msd import MSDDataset
+    from dataloaders.semi import SemiDataset
 
 # Of train_3d_distill.py
-DATASETS: dict[str, type[MSDDataset]] = {
-    "msd": MSDDataset,
-    "brats": BraTSDataset,
-    "nnunet": NnUNetDataset,
-}
+DATASETS = Registry(
+    {
+        "msd": "dataloaders.msd:MSDDataset",
+        "brats": "dataloaders.brats:BraTSDataset",
+        "nnunet": "dataloaders.nnunet:NnUNetDataset",
+    }
+)
 
 # Of train_2d_crkd.py and train_3d_crkd.py: each makes labelled and unlabelled lists
-SEMI_DATASETS: dict[str, type[SemiDataset]] = {
-    "acdc": ACDCDataset,
-    "images2d": Images2DDataset,
-    "la": LADataset,
-}
+SEMI_DATASETS = Registry(
+    {
+        "acdc": "dataloaders.acdc:ACDCDataset",
+        "images2d": "dataloaders.images2d:Images2DDataset",
+        "la": "dataloaders.la:LADataset",
+    }
+)
 
 __all__ = [
     "DATASETS",
@@ -40,9 +42,17 @@ __all__ = [
     "build_semi_dataset",
     "describe_dataset",
 ]
+__getattr__ = lazily(
+    __name__,
+    {
+        "Case": "dataloaders.cases",
+        "MSDDataset": "dataloaders.msd",
+        "SemiDataset": "dataloaders.semi",
+    },
+)
 
 
-def build_dataset(format: str, allow_outside: bool = False, **arguments) -> MSDDataset:
+def build_dataset(format: str, allow_outside: bool = False, **arguments) -> "MSDDataset":
     """The data set class of `format` ('msd': any decathlon-style list of NIfTI files) with its
     arguments.
 
@@ -75,7 +85,7 @@ def describe_dataset(format: str, root: str, datalist: str, given: dict) -> dict
     return cls.described(Path(root), datalist, empty)
 
 
-def build_semi_dataset(format: str, allow_outside: bool = False, **arguments) -> SemiDataset:
+def build_semi_dataset(format: str, allow_outside: bool = False, **arguments) -> "SemiDataset":
     """The semi-supervised data set class of `format` ('acdc', 'images2d', 'la') with its arguments.
 
     allow_outside: lists may name files outside of the data root.

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.run import leave_signals_to_parent
 
 
 class DrawSampler(Sampler):
@@ -106,3 +108,34 @@ def collate(items: Sequence[dict]) -> dict:
     """Concatenate the patches of several items into one batch."""
     batch = {key: torch.cat([item[key] for item in items]) for key in items[0] if key != "case"}
     return {**batch, "case": [name for item in items for name in item["case"]]}
+
+
+def draws(
+    patches: PatchDataset,
+    first: int,
+    last: int,
+    batch: int,
+    workers: int,
+    device: torch.device,
+    rank: int = 0,
+    size: int = 1,
+) -> Iterator[dict]:
+    """The batches of the steps from `first` up to `last`, in parts of `batch` draws each; of these
+    the rank-th of `size` equal parts. workers: loader processes; 0 loads in this one.
+    """
+    sampler = DrawSampler(
+        len(patches), patches.seed, first * batch, last * batch, patches.stream, batch, rank, size
+    )
+    return iter(
+        DataLoader(
+            patches,
+            batch_size=batch // size,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=leave_signals_to_parent,
+            # or a loader would draw from the state that a resumed run has just restored
+            generator=torch.Generator(),
+        )
+    )

@@ -4,36 +4,31 @@ KD_METHODS.
 
 import inspect
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from torch import nn
+from utils.registry import Registry
 
-from losses.acf_bckd import ACFBCKD
-from losses.at import AT
-from losses.cirkd import CIRKD
-from losses.cwd import CWD
-from losses.dist import DIST
-from losses.dkd import DKD
-from losses.emkd import EMKD
-from losses.ifvd import IFVD
-from losses.kd import KD, PRESETS
-from losses.mskd_cakd import MSKDCAKD
-from losses.nkd import NKD
-from losses.skd import SKD
+if TYPE_CHECKING:
+    from torch import nn
 
-KD_METHODS: dict[str, type[nn.Module]] = {
-    "acf_bckd": ACFBCKD,
-    "kd": KD,
-    "at": AT,
-    "nkd": NKD,
-    "skd": SKD,
-    "ifvd": IFVD,
-    "cwd": CWD,
-    "dist": DIST,
-    "dkd": DKD,
-    "cirkd": CIRKD,
-    "emkd": EMKD,
-    "mskd_cakd": MSKDCAKD,
-}
+KD_METHODS = Registry(
+    {
+        "acf_bckd": "losses.acf_bckd:ACFBCKD",
+        "kd": "losses.kd:KD",
+        "at": "losses.at:AT",
+        "nkd": "losses.nkd:NKD",
+        "skd": "losses.skd:SKD",
+        "ifvd": "losses.ifvd:IFVD",
+        "cwd": "losses.cwd:CWD",
+        "dist": "losses.dist:DIST",
+        "dkd": "losses.dkd:DKD",
+        "cirkd": "losses.cirkd:CIRKD",
+        "emkd": "losses.emkd:EMKD",
+        "mskd_cakd": "losses.mskd_cakd:MSKDCAKD",
+    }
+)
+
+PRESETS = ("clean", "as_released")
 
 __all__ = ["KD_METHODS", "PRESETS", "build_kd"]
 
@@ -47,7 +42,7 @@ def build_kd(
     multilabel: bool = False,
     preset: str = "clean",
     **method_args,
-) -> nn.Module:
+) -> "nn.Module":
     """The distillation module `name`, called as `kd(student, teacher, label, progress) -> {term:
     weighted scalar}`.
 

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from losses import PRESETS
 from losses.taps import class_map
 from losses.voxelwise import voxel_sums
 
-PRESETS = ("clean", "as_released")
 REDUCTIONS = ("mean", "voxel")
 
 

@@ -4,40 +4,40 @@ SSL_METHODS.
 
 import inspect
 from collections.abc import Callable
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from losses import PRESETS
-from methods.acmt import ACMT
-from methods.base import Method
-from methods.crkd import CRKD
-from methods.crossmatch import CrossMatch
-from methods.lefed import LeFeD
-from methods.mlrpl import MLRPL
-from methods.supervised import Supervised
-from methods.unimatch import UniMatch
+from utils.registry import Registry, lazily
 
-SSL_METHODS: dict[str, type[Method]] = {
-    "supervised": Supervised,
-    "crkd": CRKD,
-    "unimatch": UniMatch,
-    "crossmatch": CrossMatch,
-    "acmt": ACMT,
-    "mlrpl": MLRPL,
-    "lefed": LeFeD,
-}
+if TYPE_CHECKING:
+    from torch import nn
+
+    from methods.base import Method
+
+SSL_METHODS = Registry(
+    {
+        "supervised": "methods.supervised:Supervised",
+        "crkd": "methods.crkd:CRKD",
+        "unimatch": "methods.unimatch:UniMatch",
+        "crossmatch": "methods.crossmatch:CrossMatch",
+        "acmt": "methods.acmt:ACMT",
+        "mlrpl": "methods.mlrpl:MLRPL",
+        "lefed": "methods.lefed:LeFeD",
+    }
+)
 
 __all__ = ["PRESETS", "SSL_METHODS", "Method", "build_method"]
+__getattr__ = lazily(__name__, {"Method": "methods.base"})
 
 
 def build_method(
     name: str,
-    make_network: Callable[[], nn.Module],
+    make_network: "Callable[[], nn.Module]",
     *,
     max_steps: int,
     preset: str = "clean",
     **method_args,
-) -> Method:
+) -> "Method":
     """The method `name`: networks, losses and their state.
 
     make_network: makes the segmentation network, called once for each that the method trains.

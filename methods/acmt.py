@@ -55,8 +55,7 @@ from losses.kd import (
 from losses.taps import readable
 from methods.base import Method, pseudo_label_report
 from methods.mlrpl import entropy_map
-from utils.ema import ema_decay, ema_update
-from utils.modes import statistics_kept
+from utils.modes import ema_decay, ema_update, statistics_kept
 
 STRATEGIES = ("entropy", "mc_dropout", "prototype", "confident")
 MC_PASSES = {"mc_dropout": 8, "prototype": 10}

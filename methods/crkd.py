@@ -47,8 +47,7 @@ from losses.crkd import (
 )
 from losses.kd import check_choice, check_positive, check_weights, takes_options
 from methods.base import Method, pseudo_label_report, require_method
-from utils.ema import ema_decay, ema_update
-from utils.modes import evaluating, statistics_kept
+from utils.modes import ema_decay, ema_update, evaluating, statistics_kept
 
 CHOICES = {
     "pseudo_loss": ("ce_dice", "ce", "dice", "none"),

@@ -2,42 +2,36 @@
 
 import inspect
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from utils.registry import Registry, lazily
 
-from networks.blocks import init_weights
-from networks.espnetv2 import ESPNetV2
-from networks.lcovnet import LCOVNet
-from networks.mobile_unet import MobileUNet
-from networks.output import SegOutput
-from networks.resunet import ResUNet
-from networks.segresnet import SegResNet
-from networks.unet import UNet
-from networks.unet2d import UNet2D
-from networks.vnet import VNet
-from networks.vnet_dual import DualVNet, LeFeDNet
+if TYPE_CHECKING:
+    from torch import nn
 
-NETWORKS: dict[str, type[nn.Module]] = {
-    # teachers
-    "resunet": ResUNet,
-    "segresnet": SegResNet,
-    # students
-    "unet": UNet,
-    "espnetv2": ESPNetV2,
-    "mobile_unet": MobileUNet,
-    "lcovnet": LCOVNet,
-    # semi-supervised
-    "unet2d": UNet2D,
-    "vnet": VNet,
-    "vnet_dual": DualVNet,
-    "vnet_lefed": LeFeDNet,
-}
+NETWORKS = Registry(
+    {
+        # teachers
+        "resunet": "networks.resunet:ResUNet",
+        "segresnet": "networks.segresnet:SegResNet",
+        # students
+        "unet": "networks.unet:UNet",
+        "espnetv2": "networks.espnetv2:ESPNetV2",
+        "mobile_unet": "networks.mobile_unet:MobileUNet",
+        "lcovnet": "networks.lcovnet:LCOVNet",
+        # semi-supervised
+        "unet2d": "networks.unet2d:UNet2D",
+        "vnet": "networks.vnet:VNet",
+        "vnet_dual": "networks.vnet_dual:DualVNet",
+        "vnet_lefed": "networks.vnet_dual:LeFeDNet",
+    }
+)
 
 __all__ = ["NETWORKS", "SegOutput", "build_network", "check_network", "init_weights"]
+__getattr__ = lazily(__name__, {"SegOutput": "networks.output", "init_weights": "networks.blocks"})
 
 
-def build_network(name: str, in_channels: int, num_classes: int, **arguments) -> nn.Module:
+def build_network(name: str, in_channels: int, num_classes: int, **arguments) -> "nn.Module":
     """The network `name` with PyTorch's default weights. Unknown names and arguments raise
     ValueError.
     """
@@ -67,6 +61,10 @@ def check_network(
     size: also run it on images (batch, in_channels, *size). ValueError, or what the network raises,
     where it cannot be built, cannot take such images, or does not return what it promises.
     """
+    import torch  # names and arguments are checked without it
+
+    from networks.output import SegOutput
+
     with torch.device("cpu" if size else "meta"):
         network = build_network(name, in_channels, num_classes, **arguments)
     channels = getattr(network, "feature_channels", None)

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Which of ours a library may import beside its own folder; scripts, tools, benchmarks and tests may
-# import everything.
+# Which of ours a library may import beside its own folder, the lower layers first; scripts, tools,
+# benchmarks and tests may import everything.
 ALLOWED = {
-    "losses": set(),
-    "networks": set(),
-    "dataloaders": set(),
-    "metrics": set(),
-    "inference": set(),
     "utils": set(),
-    "methods": {"losses", "utils"},
+    "networks": {"utils"},
+    "dataloaders": {"utils"},
+    "metrics": set(),
+    "inference": {"utils"},
+    "losses": {"utils", "networks", "dataloaders"},
+    "methods": {"utils", "networks", "dataloaders", "losses"},
     "reporting": {"dataloaders", "inference", "metrics", "networks", "utils"},
 }
 SCRIPT_FOLDERS = ("scripts", "tools", "benchmarks")
@@ -89,7 +89,9 @@ def test_libraries_import_nothing_else_of_ours(library, file):
 
 @pytest.mark.parametrize("library, file", list(library_files()), ids=ids)
 def test_libraries_do_not_parse_arguments(library, file):
-    assert "argparse" not in set(imported(parsed(file)))
+    """But for the one place that does it for the three training scripts."""
+    parses = "argparse" in set(imported(parsed(file)))
+    assert parses == (file == ROOT / "utils/config.py")
 
 
 @pytest.mark.parametrize("file", source_files(), ids=ids)

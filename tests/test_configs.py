@@ -64,7 +64,7 @@ def test_the_expected_ones_are_there():
 def test_loads_and_describes_its_data_set(name, monkeypatch):
     cfg = load(name, monkeypatch)
     assert cfg.dataset == name  # so that run folders are told apart
-    dataset = build_dataset(**train_3d_distill.dataset_arguments(cfg))
+    dataset = build_dataset(**cfg.dataset_arguments())
     assert dataset.num_classes == len(cfg.class_names)
     dataset.patch_function(
         cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
@@ -96,7 +96,7 @@ def test_networks_and_methods_take_their_arguments(name, monkeypatch):
     pairs = (("resunet", "unet"), ("segresnet", "lcovnet"))
     for method, (teacher, student) in itertools.product(KD_METHODS, pairs):
         flags = ("--method", method, "--teacher", teacher, "--student", student)
-        arguments = train_3d_distill.method_arguments(load(name, monkeypatch, *flags))
+        arguments = load(name, monkeypatch, *flags).method_arguments
         if method == "cirkd":  # its default queues take seconds to fill
             arguments |= {"pixel_queue": 200, "region_queue": 100}
         build_kd(
@@ -116,12 +116,11 @@ def methods_of(name):
 
 @pytest.mark.parametrize("name", SEMI)
 def test_semi_supervised_ones_build_their_data_set_and_every_method(name, monkeypatch):
-    script = train_3d_crkd if len(read_yaml(name)["patch_size"]) == 3 else train_2d_crkd
     for method in methods_of(name):
         cfg = load(name, monkeypatch, "--method", method)
         assert cfg.dataset == name  # so that run folders are told apart
         assert cfg.val_interval <= cfg.max_steps
-        dataset = build_semi_dataset(**script.dataset_arguments(cfg))
+        dataset = build_semi_dataset(**cfg.dataset_arguments())
         assert (dataset.num_classes, dataset.dims) == (len(cfg.class_names), len(cfg.patch_size))
         arguments = cfg.network_args.get(cfg.network, {})
         make = functools.partial(
@@ -245,8 +244,6 @@ def test_recipes_of_the_paper(name, flags, expected, monkeypatch):
     ],
 )
 def test_boundary_schedules_of_the_paper(name, teacher, student, floor, fall, epochs, monkeypatch):
-    arguments = train_3d_distill.method_arguments(
-        load(name, monkeypatch, "--teacher", teacher, "--student", student)
-    )
+    arguments = load(name, monkeypatch, "--teacher", teacher, "--student", student).method_arguments
     assert arguments["floor"] == floor
     assert arguments["decay"] == pytest.approx(fall * epochs)

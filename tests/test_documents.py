@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import importlib
 import inspect
 import io
 import itertools
@@ -45,7 +46,7 @@ from methods import SSL_METHODS
 from networks import NETWORKS, build_network
 from tests.scripts.conftest import Result, make_workspace
 from tests.scripts.conftest import run as run_script
-from utils.runs import RESUMABLE
+from utils.run import RESUMABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "RESULTS.md", *(ROOT / "docs").glob("*.md")])
@@ -218,9 +219,12 @@ def anchors(document: Path) -> set[str]:
 
 @functools.cache
 def flags_of(script: Path) -> frozenset[str]:
-    """The flags that a Python script's parser or a shell script's `case` knows, read off its
-    source.
+    """The flags that a Python script's parser or a shell script's `case` knows, most of them read
+    off its source.
     """
+    if script.name in TRAINING:
+        options = importlib.import_module(script.stem).FLAGS._option_string_actions
+        return frozenset(name for name in options if name.startswith("--"))
     text = script.read_text(encoding="utf-8")
     if script.suffix == ".sh":
         return frozenset(re.findall(r"^ *(--[a-z-]+)\)", text, re.M))

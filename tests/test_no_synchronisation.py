@@ -22,7 +22,7 @@ from methods.acmt import STRATEGIES
 from networks import build_network
 from tests.scripts.conftest import make_workspace, train
 from tests.scripts.test_train_crkd import TWO_DECODERS, make_site
-from utils import runs, schedules
+from utils import run, schedules
 from utils.schedules import build_optimizer
 
 META = torch.device("meta")
@@ -293,7 +293,7 @@ def waits_of_each_step(monkeypatch, start, steps=4):
             raise Enough
         original(optimizer, lr)
 
-    monkeypatch.setattr(runs, "resolve_device", lambda name: META)
+    monkeypatch.setattr(run, "resolve_device", lambda name: META)
     monkeypatch.setattr(schedules, "set_lr", set_lr)
     with pytest.raises(Enough), waits:
         start()

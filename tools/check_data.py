@@ -36,7 +36,7 @@ from dataloaders import (
 )
 from dataloaders.faults import FAULTS, Finding, grouped
 from utils.config import ConfigError, read_yaml
-from utils.runs import no_selection
+from utils.run import no_selection
 
 COLUMNS = ("level", "fault", "list", "file", "found", "expected", "fix")
 
@@ -94,7 +94,7 @@ def examine(args: argparse.Namespace, report: Report) -> dict[str, int]:
     # a data folder that is not there is a finding; wrong arguments end the program
     with report.catching():
         _, cfg = script.parse_args(["--config", args.config, "--opts", *args.opts])
-        arguments = {**script.dataset_arguments(cfg), "allow_outside": args.allow_outside}
+        arguments = {**cfg.dataset_arguments(), "allow_outside": args.allow_outside}
         if semi:
             dataset = build_semi_dataset(
                 **arguments | ({"memory_gb": 0.0} if "memory_gb" in arguments else {})

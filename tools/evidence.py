@@ -57,10 +57,10 @@ from tools.tables import (
     same_seeds,
     title,
 )
+from utils.checkpoint import write_text
 from utils.config import ConfigError
-from utils.files import write_text
+from utils.run import plain
 from utils.runlog import read_log
-from utils.runs import plain
 
 # How runs are scored: what test_3d.py and test_2d.py do without flags
 SCORING = {

@@ -31,6 +31,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,8 +47,8 @@ from losses import KD_METHODS
 from methods import SSL_METHODS
 from networks import NETWORKS, build_network
 from utils.checkpoint import CheckpointError, atomic_save, code_version, load_network_weights
-from utils.config import ConfigError, load_config, read_yaml
-from utils.runs import labelled_name, parse_labelled, run_folder
+from utils.config import ConfigError, labelled_name, parse_labelled, read_yaml
+from utils.run import run_folder
 
 PREFIXES = {
     "student": "architecture.segmentor.backbone.",  # of a distillation run
@@ -173,25 +174,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def settings(script: ModuleType, args: argparse.Namespace, **flags: Any) -> Any:
+    """What a training script makes of these flags, as far as they are given."""
+    flags |= {"method": args.method, "seed": args.seed}
+    words = [f"--{key}={value}" for key, value in flags.items() if value is not None]
+    return script.parse_args(["--config", str(args.config), *words, "--opts", *args.opts])[1]
+
+
 def distillation_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
     """Network, run folder, input channels and description, as train_3d_distill.py would make
     them.
     """
-    flags = {
-        "student": args.network,
-        "method": args.method,
-        "teacher": args.teacher,
-        "seed": args.seed,
-    }
-    cfg = train_3d_distill.complete(
-        load_config(train_3d_distill.Config, args.config, args.opts, flags)
-    )
-    train_3d_distill.validate(cfg)
-    networks = cfg.student if cfg.method == "supervised" else f"{cfg.teacher}-{cfg.student}"
+    cfg = settings(train_3d_distill, args, student=args.network, teacher=args.teacher)
     folder = run_folder(
-        cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag
+        cfg.runs_dir, cfg.dataset, cfg.method, cfg.networks, cfg.seed, cfg.preset, cfg.tag
     )
-    arguments = train_3d_distill.dataset_arguments(cfg)
+    arguments = cfg.dataset_arguments()
     dataset = build_dataset(**arguments)
     return (
         cfg.student,
@@ -205,19 +203,12 @@ def semi_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
     """The same as train_2d_crkd.py or train_3d_crkd.py would make them."""
     dims = SEMI_DATASETS[read_yaml(args.config)["format"]].dims
     script = train_2d_crkd if dims == 2 else train_3d_crkd
-    flags = {
-        "network": args.network,
-        "method": args.method,
-        "labelled": args.labelled,
-        "seed": args.seed,
-    }
-    cfg = load_config(script.Config, args.config, args.opts, flags)
-    script.validate(cfg)
+    cfg = settings(script, args, network=args.network, labelled=args.labelled)
     networks = f"{cfg.network}-{labelled_name(cfg.labelled)}"
     folder = run_folder(
         cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag
     )
-    arguments = script.dataset_arguments(cfg)
+    arguments = cfg.dataset_arguments()
     dataset = build_semi_dataset(**arguments)
     splits = dataset.splits(cfg.labelled)
     described = describe(f"{dims}d-semi", cfg, dataset, arguments, splits)

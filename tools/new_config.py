@@ -55,7 +55,7 @@ from dataloaders.cases import DataError, read_image, read_json, read_label, read
 from networks import NETWORKS, build_network
 from tools.make_splits import drawn, write_lists
 from utils.complexity import count_parameters, saved_bytes
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError
 
 # an axis is anisotropic if its voxels are more than this many times as long as the finest
 COARSE = 3
@@ -160,9 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         yaml_text(args, name, format, datalist, told, choices, scans), encoding="utf-8"
     )
     try:  # the file must be one that the training script takes, with lists that fit the data
-        cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, args.out))
-        train_3d_distill.validate(cfg)
-        build_dataset(**train_3d_distill.dataset_arguments(cfg)).splits()
+        _, cfg = train_3d_distill.parse_args(["--config", str(args.out)])
+        build_dataset(**cfg.dataset_arguments()).splits()
     except (ConfigError, DataError):
         args.out.unlink()
         raise

@@ -11,8 +11,8 @@ import yaml
 
 from tools.results_table import scores, title
 from utils.checkpoint import load_checkpoint
+from utils.run import run_folder
 from utils.runlog import read_log
-from utils.runs import run_folder
 from utils.statistics import case_means
 
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "asd": "ASD"}

@@ -41,7 +41,7 @@ from tools.deployed import listed, load_network, read
 from utils import plugins
 from utils.checkpoint import CheckpointError, dataset_arguments, load_checkpoint
 from utils.config import ConfigError
-from utils.runs import resolve_device
+from utils.run import resolve_device
 
 
 class Seen(NamedTuple):

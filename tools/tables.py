@@ -24,7 +24,7 @@ import yaml
 from losses import KD_METHODS
 from methods import SSL_METHODS
 from metrics import DISTANCES, METRICS, PUBLISHED, SHARES, SHOWN
-from utils.runs import labelled_name
+from utils.config import labelled_name
 from utils.statistics import average_seeds, holm, paired_comparison
 
 # Networks of the ACF-BCKD paper, and few-label methods of the CRKD paper, in the papers' order

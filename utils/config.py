@@ -1,12 +1,19 @@
 """Flat, typed YAML configurations: `load_config` turns a file plus overrides into a dataclass or a
-clear error.
+clear error, `parse` the command line of a training script.
+
+The range or the choices of a key stand beside it, as annotations:
+
+    lr: Positive = 0.01
+    amp: Annotated[str, AMP] = "off"
 """
 
+import argparse
 import collections.abc
 import contextlib
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import reprlib
 import sys
@@ -14,12 +21,23 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 
 T = TypeVar("T")
 Given = dict[str, tuple[Any, str]]  # key -> value, and the file or flag that it comes from
+
+# Ranges of numbers; of a list each item lies in it
+Positive = Annotated[float, "(0, inf)"]
+NotNegative = Annotated[float, "[0, inf)"]
+Share = Annotated[float, "[0, 1]"]
+Count = Annotated[int, "[1, inf)"]
+Natural = Annotated[int, "[0, inf)"]
+OF_FORMAT = object()  # marks a key that only some data formats have a use for
+
+AMP = ("off", "bf16", "fp16")
+SELECTIONS = ("val", "test")  # lists that may choose the best checkpoint
 
 # beyond it the number is a slip, and PyTorch's sizes and seeds fail somewhere deep
 LARGEST_INT = 2**31
@@ -44,6 +62,82 @@ def load_config(
 ) -> T:
     """Read the YAML file `path` into the dataclass `schema`: `build` of what `gather` finds."""
     return build(schema, gather(path, opts, overrides, recipe))
+
+
+def training_flags(
+    description: str, methods: Iterable[str], networks: Mapping[str, str], labelled: str = ""
+) -> argparse.ArgumentParser:
+    """The flags of a training script. A flag with the name of a key is that key.
+
+    networks: flag -> help. labelled: what is counted, where some images have labels and others do
+    not. Needs no torch, so that --help and a mistyped flag are answered at once.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="YAML file of the data set, such as configs/btcv.yaml")
+    add("--method", help=", ".join(methods))
+    for name, text in networks.items():
+        add(f"--{name}", help=text)
+    if labelled:
+        add(
+            *("--labelled", "--label_num", "--labeled_num", "--labeled-num", "--label_rat"),
+            type=parse_labelled,
+            help=f"{labelled} that count as labelled (3), or their share (0.05, 5%%)",
+        )
+    add("--seed", type=int)
+    add("--device", help="auto, cpu, cuda, cuda:1, ...")
+    add("--amp", help=", ".join(AMP))
+    switch = {"action": "store_true", "default": None}
+    add("--deterministic", **switch, help="deterministic algorithms")
+    add("--compile", **switch, help="compile the networks (torch.compile)")
+    add("--channels-last", action=argparse.BooleanOptionalAction, help="channels-last memory order")
+    add("--logger", help="also log to wandb, if installed")
+    add(
+        "--select-on", choices=SELECTIONS, help="list that chooses best.pt; test is shown in tables"
+    )
+    add("--allow-outside", action="store_true", help="lists may name files outside of data_root")
+    add("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
+    add("--show-run", action="store_true", help="print the run folder and stop")
+    add(
+        "--opts",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the YAML file",
+    )
+    return parser
+
+
+def parse(
+    schema: type[T], flags: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, T]:
+    """The command line, and the YAML file that it names as a checked configuration; ConfigError.
+
+    schema: a dataclass of `utils.run.Settings`. The flags also get `plugins`, what `plug_in` says
+    of classes of the user's own.
+    """
+    from utils.plugins import plug_in  # which builds on this module
+
+    args = flags.parse_args(argv)
+    keys = {field.name for field in dataclasses.fields(schema)}
+    chosen = {key: value for key, value in vars(args).items() if key in keys}
+
+    def read(recipe: Mapping[str, Any] | None) -> tuple[Given, T]:
+        given = gather(args.config, args.opts, chosen, recipe)
+        args.plugins = plug_in(given, schema.pluggable)
+        return given, build(schema, given)
+
+    given, cfg = read(None)
+    with located(given, args.config):
+        check_recipes(schema, cfg.recipe, schema.recipes, schema.not_in_recipes)
+    if cfg.recipe_name in cfg.recipe:
+        given, cfg = read(cfg.recipe[cfg.recipe_name])
+    note_unused(given, cfg.idle_keys, f"--method {cfg.method}")
+    with located(given, args.config):
+        return args, cfg.checked()
 
 
 def gather(
@@ -102,29 +196,33 @@ def check_names(key: str, names: Iterable[Any], known: Iterable[str]) -> None:
             )
 
 
-def check_choices(cfg: Any, choices: Mapping[str, Iterable[str]]) -> None:
-    """ConfigError for a key of `cfg` whose value is none of those listed."""
-    for key, allowed in choices.items():
+def marks(schema: type) -> Iterator[tuple[str, Any]]:
+    """(key, mark) for each annotation that stands beside the type of a key."""
+    for key, hint in typing.get_type_hints(schema, include_extras=True).items():
+        for part in (hint, *typing.get_args(hint)):
+            for mark in getattr(part, "__metadata__", ()):
+                yield key, mark
+
+
+def check_values(cfg: Any) -> None:
+    """ConfigError for a key of `cfg` outside of its range, or with none of its choices."""
+    for key, mark in marks(type(cfg)):
         value = getattr(cfg, key)
-        if value not in allowed:
+        if isinstance(mark, str):
+            _check_range(key, value, mark)
+        elif mark is not OF_FORMAT and value not in mark:
             raise ConfigError(
-                f"{key}: unknown value '{_short_text(value)}'; choose from {', '.join(allowed)}"
+                f"{key}: unknown value '{_short_text(value)}'; choose from {', '.join(mark)}"
             )
 
 
-def check_intervals(cfg: Any, intervals: Mapping[str, Iterable[str]]) -> None:
-    """ConfigError for a key of `cfg` outside its interval. intervals: '[0, 1)' -> keys; lists hold
-    it for each item.
-    """
-    for interval, keys in intervals.items():
-        low, high = map(float, interval[1:-1].split(","))
-        for key in keys:
-            value = getattr(cfg, key)
-            for item in value if isinstance(value, tuple) else (value,):
-                above = item > low or (item == low and interval[0] == "[")
-                below = item < high or (item == high and interval[-1] == "]")
-                if not (above and below):
-                    raise ConfigError(f"{key}: must lie in {interval}, got {_short(value)}")
+def _check_range(key: str, value: Any, interval: str) -> None:
+    low, high = map(float, interval[1:-1].split(","))
+    for item in value if isinstance(value, tuple) else (value,):
+        above = item > low or (item == low and interval[0] == "[")
+        below = item < high or (item == high and interval[-1] == "]")
+        if not (above and below):
+            raise ConfigError(f"{key}: must lie in {interval}, got {_short(value)}")
 
 
 def check_run_names(cfg: Any) -> None:
@@ -262,6 +360,31 @@ def check_nested(
             check_names(f"{key}: {name}", pair.split("-", 1), pairs)
         checked[name] = check_arguments(f"{key}: {name}", registry[entry], arguments, reserved)
     return checked
+
+
+def parse_labelled(text: str) -> int | float:
+    """'3' -> 3 units; '0.05' and '5%' -> 0.05, a share; 'all' -> 1.0. ValueError for anything
+    else.
+    """
+    if text == "all":
+        return 1.0
+    value = float(text.removesuffix("%"))
+    if text.endswith("%"):
+        if not 0 < value <= 100:
+            raise ValueError(f"a share of labels lies above 0 % and at most at 100 %, got {text}")
+        return value / 100
+    if not 0 < value < math.inf or (value > 1 and not value.is_integer()):
+        raise ValueError(f"labels are a number of units or a share above 0 and up to 1, got {text}")
+    return int(value) if value > 1 or text.isdecimal() else value
+
+
+def labelled_name(labelled: int | float | None) -> str:
+    """How a number or share of labelled units shows in the name of a run folder: '3', '5%',
+    'all'.
+    """
+    if labelled is None or (isinstance(labelled, float) and labelled == 1):
+        return "all"
+    return f"{labelled:g}" if labelled >= 1 else f"{100 * labelled:g}%"
 
 
 def note_unused(given: Given, keys: Iterable[str], reason: str) -> None:

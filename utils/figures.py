@@ -114,3 +114,10 @@ def views(
         mixed = shown * (1 - weight) + colours * weight
         pictures.append((mixed * 255).round().astype(np.uint8))
     return side_by_side(pictures)
+
+
+def compared(
+    image: np.ndarray, label: np.ndarray, prediction: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """`views` of an image, of it with its label, and of it with a prediction."""
+    return views([(image, ids) for ids in (None, label, prediction)], num_classes)

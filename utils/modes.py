@@ -1,16 +1,28 @@
-"""Modes of networks: evaluation, statistics of batch norm, and making them without values."""
+"""Modes of networks, their moving averages, random states, and what becomes of freed memory."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import ctypes
+import platform
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# Parameters of mallopt, from glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+# Modes of networks
+
 
 @contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is in the mode that it had."""
+def evaluating(network: nn.Module | Callable) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode that it had. A plain
+    function, such as one that runs an exported model, has no modes.
+    """
+    if not isinstance(network, nn.Module):
+        yield
+        return
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
@@ -123,3 +135,98 @@ def weightless() -> Iterator[None]:
     """
     with torch.device("meta"), _Uninitialised():
         yield
+
+
+def copied(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict, which what happens to the network later does not change."""
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device; the copy from pinned memory is not waited for."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+# Random states
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch on all devices: weights and stochastic losses draw from nothing else (data have
+    own generators).
+    """
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """Torch's random states as tensors; weight initialisation and stochastic losses draw from no
+    other.
+    """
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(states: list[dict], rank: int = 0) -> None:
+    """Restore what `rng_state` returned in the process `rank`, of the list of all processes.
+
+    A process that is not in the list keeps its state; a different number of GPUs keeps that of the
+    GPUs.
+    """
+    if rank >= len(states):
+        return
+    state = states[rank]
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# Moving averages of networks
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, network: nn.Module, decay: float, buffers: bool = True) -> None:
+    """average <- decay * average + (1 - decay) * network, for parameters and floating-point
+    buffers, in place.
+
+    Buffers take part (batch norm statistics would otherwise stay those of the first step); counters
+    are copied.
+    buffers: False leaves the average's own alone, as released mean teachers do.
+    """
+    own, other = average.state_dict(), network.state_dict()
+    if own.keys() != other.keys():
+        raise ValueError("ema_update: the two networks differ in their tensors")
+    kept = set() if buffers else {name for name, _ in average.named_buffers()}
+    for name, value in own.items():
+        if name in kept:
+            continue
+        if value.is_floating_point():
+            value.lerp_(other[name], 1.0 - decay)
+        else:
+            value.copy_(other[name])
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """min(1 - 1 / (step + 1), decay): 0 at step 0, so that the average starts at the network. Mean
+    Teacher, 2017.
+    """
+    return min(1.0 - 1.0 / (step + 1), decay)
+
+
+# Freed memory
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for the next allocation; -> whether it does so now.
+
+    glibc hands large blocks back to the system at once. On a CPU a training step frees and takes
+    gigabytes, and the system clears each page anew: almost half of the time of a step of 4 patches
+    of 96³ (benchmarks/distill_step.py with --give-back). The process then holds on to its peak of
+    memory, which a training comes to in every step anyway. Call it before other threads allocate.
+    Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_ARENA_MAX: 1}  # -1: never give back
+    return all([mallopt(name, value) == 1 for name, value in settings.items()])

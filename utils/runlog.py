@@ -1,35 +1,89 @@
-"""The log of a run: one JSON object per line in log.jsonl, the same scalars in TensorBoard and
-other places.
+"""The log of a run: one JSON object per line in log.jsonl, the same scalars in TensorBoard and, by
+--logger wandb, in Weights & Biases, which copies TensorBoard's events.
+
+wandb is no requirement: it is imported when it is asked for. Its environment variables hold:
+WANDB_MODE=offline, WANDB_PROJECT, ... A resumed run goes on under the same identifier, kept in
+tracker.json of the run folder.
 
 Kinds of lines: `train`, means since the line before; `val`; `teacher`, the teacher's scores on the
 validation cases; `diagnosis`, see utils/diagnosis.py.
 """
 
 import contextlib
+import importlib
+import importlib.util
 import json
 import math
 import os
+import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from utils.files import write_text, writing
-from utils.trackers import Tracker
+from utils.checkpoint import write_text, writing
+from utils.config import ConfigError
+
+LOGGERS = ("", "wandb")
+
+
+def require_logger(name: str) -> None:
+    """ConfigError if what `--logger` names is not to be had; '' needs nothing."""
+    if name == "mlflow":
+        raise ConfigError(
+            "logger: mlflow is no longer supported; take --logger wandb, or log.jsonl and the "
+            "TensorBoard events, which every run has"
+        )
+    if name and name in LOGGERS and importlib.util.find_spec(name) is None:
+        raise ConfigError(
+            f"logger: {name} is not installed here; install it with 'python -m pip install "
+            f"{name}', or go without --logger (log.jsonl and TensorBoard are always written)"
+        )
+
+
+def start_wandb(folder: Path, config: Mapping[str, Any], resumed: bool) -> Any:
+    """A wandb run that copies the TensorBoard events of writers made after it; ConfigError where it
+    does not start. Its name is the path of `folder` under runs_dir: acdc/crkd/unet2d-3/seed0.
+    """
+    path = folder / "tracker.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = known.get("wandb") if resumed else None
+    identifier = before or secrets.token_hex(4)
+    try:
+        run = importlib.import_module("wandb").init(
+            project=os.environ.get("WANDB_PROJECT") or config["dataset"],
+            name=folder.resolve().relative_to(Path(config["runs_dir"]).resolve()).as_posix(),
+            id=identifier,
+            resume="allow" if before else None,
+            dir=str(folder),
+            config=dict(config),
+            sync_tensorboard=True,
+        )
+    except Exception as error:  # whatever the service reports: no account, no network
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            f"logger: wandb does not start ({reason}); WANDB_MODE=offline records without network "
+            "or account"
+        ) from error
+    write_text(path, json.dumps(known | {"wandb": identifier}))
+    return run
 
 
 class RunLog:
     """Writes `log.jsonl` and TensorBoard events in `folder`; on resume, lines from `start_step` on
     are dropped first.
 
-    tracker: takes the same scalars to a service (utils/trackers.py). log.jsonl holds no wall-clock
-    time, so that two equal runs write equal logs.
+    service: of `start_wandb`, finished with the log. log.jsonl holds no wall-clock time, so that
+    two equal runs write equal logs.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0, tracker: Tracker | None = None) -> None:
-        self.tracker = tracker
+    def __init__(self, folder: Path, start_step: int = 0, service: Any = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second of import, for training alone
+
+        self.service = service
         self.path = folder / "log.jsonl"
         kept = []
         if start_step and self.path.exists():
@@ -62,8 +116,6 @@ class RunLog:
         with self._board():
             for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
-        if self.tracker is not None:
-            self.tracker.scalars(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def image(self, step: int, tag: str, picture: np.ndarray) -> None:
         """Add an RGB picture (H, W, 3) uint8 to TensorBoard."""
@@ -74,8 +126,12 @@ class RunLog:
         self.file.close()
         with self._board():
             self.board.close()
-        if self.tracker is not None:
-            self.tracker.close()
+        if self.service is None:
+            return
+        try:
+            self.service.finish()
+        except Exception as error:  # a service may fail in any way, and the training is done
+            print(f"warning: wandb did not finish ({error})", file=sys.stderr)
 
     def _board(self) -> contextlib.AbstractContextManager:
         """Events are written by a thread, whose failure shows at the next event."""

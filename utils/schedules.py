@@ -37,9 +37,10 @@ def step_lr(step: int, lr: float, max_steps: int, min_lr: float = 0.0) -> float:
     return max(lr * 0.1 ** (step // max_steps), min_lr)
 
 
-# Of the semi-supervised scripts: (step, lr, max_steps, min_lr) -> learning rate
+# (step, lr, max_steps, min_lr) -> learning rate
 SCHEDULES: dict[str, Callable[[int, float, int, float], float]] = {
     "poly": poly_lr_open,
+    "poly_closed": poly_lr,
     "constant": constant_lr,
     "step": step_lr,
 }
@@ -53,13 +54,16 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 def build_optimizer(
     name: str,
-    parameters: Iterable[torch.nn.Parameter],
+    parameters: Iterable[torch.nn.Parameter] | Iterable[dict],
     lr: float,
     momentum: float,
     weight_decay: float,
     nesterov: bool,
 ) -> Optimizer:
-    """SGD with momentum, or AdamW (which has no use for momentum and nesterov)."""
+    """SGD with momentum, or AdamW (which has no use for momentum and nesterov).
+
+    parameters: in a list, or in groups {"params": list}.
+    """
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     return torch.optim.SGD(

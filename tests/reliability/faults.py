@@ -11,7 +11,6 @@ from pathlib import Path
 import dataloaders.samplers
 import utils.checkpoint
 import utils.distributed
-import utils.files
 
 PHASES = ("before", "half", "written", "synced", "between", "moved", "after")
 
@@ -28,7 +27,7 @@ def kill_in_save(phase: str, number: int, name: str = "") -> None:
     synced: flushed, not yet moved; between: the old last.pt moved away, the new one not yet in its
     place; moved: in place, the folder not yet flushed; after: all done.
     """
-    real, seen = utils.files.write_whole, [0]
+    real, seen = utils.checkpoint.write_whole, [0]
 
     def write_whole(path, write, previous=None):
         counted = path.suffix == ".pt" and path.name == (name or path.name)
@@ -63,18 +62,18 @@ def kill_in_save(phase: str, number: int, name: str = "") -> None:
             if phase == "synced":
                 die()
 
-        utils.files.os.replace, utils.files.os.fsync = replacing, syncing
+        utils.checkpoint.os.replace, utils.checkpoint.os.fsync = replacing, syncing
         real(path, write, previous)
         die()  # 'after', and 'between' where there was no previous file
 
-    utils.files.write_whole = utils.checkpoint.write_whole = write_whole
+    utils.checkpoint.write_whole = utils.checkpoint.write_whole = write_whole
 
 
 def full_disk(name: str, number: int) -> None:
     """From the `number`-th write of the file of that name on, the disk takes half of what it is
     given and is full.
     """
-    real, seen = utils.files.write_whole, [0]
+    real, seen = utils.checkpoint.write_whole, [0]
 
     class Full:
         def __init__(self, file):
@@ -92,7 +91,7 @@ def full_disk(name: str, number: int) -> None:
         full = path.name == name and seen[0] >= number
         return real(path, (lambda file: write(Full(file))) if full else write, previous)
 
-    utils.files.write_whole = utils.checkpoint.write_whole = write_whole
+    utils.checkpoint.write_whole = utils.checkpoint.write_whole = write_whole
 
 
 def full_log(number: int) -> None:

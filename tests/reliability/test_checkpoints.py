@@ -19,11 +19,11 @@ from utils.checkpoint import (
     DAMAGED,
     PREVIOUS,
     CheckpointError,
+    DiskError,
     load_checkpoint,
     load_last,
     save_last,
 )
-from utils.files import DiskError
 from utils.schedules import poly_lr
 
 ONE_OF_EACH_SCRIPT = ("supervised", "crkd", "lefed")

@@ -12,7 +12,7 @@ from tests.scripts.conftest import run
 from tools.corrupt_data import Atrium, Decathlon, Photographs, write_site
 from utils.checkpoint import CheckpointError, atomic_save, dataset_arguments, load_checkpoint
 from utils.config import ConfigError
-from utils.runs import run_folder
+from utils.run import run_folder
 
 ODD = [
     "two words",

@@ -17,7 +17,7 @@ SECTIONS = {
 WALKS = ("A student", "A distillation loss", "A data set", "A semi-supervised method")
 TERMS = {
     "A student": '"kd"',
-    "A distillation loss": "confident_kd",
+    "A distillation loss": '"sure"',
     "A data set": "seg",
     "A semi-supervised method": "consistency",
 }

@@ -63,7 +63,7 @@ def test_released_class_counts(monkeypatch):
     wrong = {}
     for training in trainings:
         _, cfg = parse(training, monkeypatch)
-        arguments = train_3d_distill.method_arguments(cfg)
+        arguments = cfg.method_arguments
         count = arguments.get("label_classes", arguments.get("num_label_classes"))
         if count:
             wrong[cfg.method, cfg.teacher, cfg.student] = count

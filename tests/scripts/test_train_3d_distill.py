@@ -3,6 +3,7 @@ step.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,9 +15,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from losses import KD_METHODS
 from tests.scripts.conftest import CONFIG, ROOT, run, train
-from utils.checkpoint import digest, load_checkpoint
+from utils.checkpoint import atomic_save, digest, load_checkpoint
+from utils.schedules import poly_lr
 
 TEACHER = ("--method", "supervised", "--student", "resunet")
 
@@ -143,6 +147,53 @@ def test_rate_of_the_methods_own_parameters(workspace):
     assert all(np.array_equal(kept[k]["momentum_buffer"], lost[k]["momentum_buffer"]) for k in kept)
 
 
+class Monitored(nn.Module):
+    """A term, and a number that is not one: the step's progress, or NaN at the start."""
+
+    def __init__(self, student_channels, teacher_channels, num_classes, multilabel, preset):
+        super().__init__()
+        self.monitor = {}
+
+    def forward(self, student, teacher, label, progress):
+        self.monitor = {"progress": torch.tensor(progress or math.nan)}
+        return {"match": (student.logits - teacher.logits).square().mean()}
+
+
+def test_a_method_reports_numbers_that_are_no_part_of_the_loss(workspace, monkeypatch):
+    monkeypatch.setitem(KD_METHODS, "monitored", Monitored)
+    train(*TEACHER, cwd=workspace)
+    train("--method", "monitored", cwd=workspace)
+    log = workspace / "runs/tiny/monitored/resunet-unet/seed0/log.jsonl"
+    first, second = [e for e in map(json.loads, log.read_text().splitlines()) if "seg" in e]
+    assert (first["progress"], second["progress"]) == (0.25, 0.625)
+    for entry in (first, second):
+        assert entry["loss"] == pytest.approx(entry["seg"] + entry["match"], rel=1e-6)
+
+
+def test_optimiser_and_schedule_are_those_of_the_registries(workspace):
+    supervised = ("--method", "supervised", "--student", "unet", "--opts", "log_interval=1")
+    base = workspace / "runs/tiny/supervised/unet"
+    rates = {}
+    for options in (("min_lr=1e-3",), ("schedule=poly", "min_lr=1e-3"), ("schedule=constant",)):
+        tag = f"r{len(rates)}"
+        train(*supervised, *options, f"tag={tag}", cwd=workspace)
+        entries = map(json.loads, (base / f"seed0-{tag}/log.jsonl").read_text().splitlines())
+        rates[tag] = [entry["lr"] for entry in entries if entry["kind"] == "train"]
+    assert rates["r0"] == [poly_lr(step, 0.01, 4, 1e-3) for step in range(4)]
+    assert rates["r0"][-1] == 1e-3 < rates["r1"][-1]
+    assert rates["r2"] == [0.01] * 4
+
+    train(*TEACHER, cwd=workspace)
+    options = ("optimizer=adamw", "method_lr=0.001", "schedule=step", "schedule_steps=3")
+    train("--teacher", "resunet", "--opts", *options, cwd=workspace)
+    state = load_checkpoint(workspace / "runs/tiny/acf_bckd/resunet-unet/seed0/last.pt")
+    student, method = state["optimizer"]["param_groups"]
+    assert "betas" in student and student["weight_decay"] == 5e-4
+    assert (student["lr"], method["lr"]) == pytest.approx((1e-3, 1e-4))
+    idle = train(*supervised, "optimizer=adamw", "momentum=0.5", cwd=workspace, ok=False)
+    assert "momentum: optimizer 'adamw' does not use this key" in idle.stderr
+
+
 def test_settings_that_do_nothing_are_noted(workspace):
     train(*TEACHER, cwd=workspace)
     out = train(
@@ -254,6 +305,43 @@ def stop_after(step: int, options: tuple[str, ...], workspace: Path, folder: Pat
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors[-2000:]
     assert "--resume" in errors
+
+
+@pytest.mark.parametrize("script", ["train_3d_distill", "train_3d_crkd", "train_2d_crkd"])
+@pytest.mark.parametrize("flags, says", [(["--help"], "usage:"), (["--confg", "x"], "--config")])
+def test_help_and_mistyped_flags_are_answered_without_torch(script, flags, says):
+    program = f"""import runpy, sys
+sys.argv = ["{script}.py", *{flags}]
+try:
+    runpy.run_path("{script}.py", run_name="__main__")
+finally:
+    print("heavy:", [name for name in ("torch", "monai", "numpy") if name in sys.modules])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "heavy: []" in result.stdout
+    assert says in result.stdout + result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_run_from_before_means_were_kept_by_name_goes_on(workspace):
+    """Its last.pt has `totals` and `counted`, and of a network alone no `student`."""
+    options = ("--method", "supervised", "--student", "unet", "--opts", "schedule=constant")
+    train(*options, "log_interval=1", "tag=straight", cwd=workspace)
+    train(*options, "max_steps=2", "tag=old", cwd=workspace)
+    base = workspace / "runs/tiny/supervised/unet"
+    state = load_checkpoint(base / "seed0-old/last.pt")
+    del state["averages"], state["student"], state["watch"]
+    totals = {"totals": {"seg": torch.tensor(3.0)}, "counted": 2}
+    atomic_save(state | totals, base / "seed0-old/last.pt")
+    train("--resume", *options, "log_interval=3", "tag=old", cwd=workspace)
+    straight, old = (
+        [json.loads(line) for line in (base / f"seed0-{tag}/log.jsonl").read_text().splitlines()]
+        for tag in ("straight", "old")
+    )
+    (third,) = [entry["seg"] for entry in straight if entry["step"] == 2]
+    (mean,) = [entry["seg"] for entry in old if entry["step"] == 2]
+    assert mean == pytest.approx((3.0 + third) / 3, rel=1e-6)
 
 
 def test_same_seed_same_weights_other_seed_other_weights(workspace):

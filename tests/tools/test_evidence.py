@@ -18,7 +18,8 @@ import train_3d_crkd
 import train_3d_distill
 from tests.scripts.conftest import ROOT, make_workspace, run, train
 from tools import evidence, tables
-from utils.runs import labelled_name, run_folder
+from utils.config import labelled_name
+from utils.run import run_folder
 
 FILES = sorted((ROOT / "results").glob("*.jsonl"))
 MODULES = {

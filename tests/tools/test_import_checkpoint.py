@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import types
-from argparse import Namespace
 from collections import OrderedDict
 
 import nibabel as nib
@@ -18,10 +17,11 @@ import yaml
 
 import train_3d_distill
 from dataloaders import build_dataset
+from losses.distillation import load_teacher
 from networks import NETWORKS, build_network
 from tools.import_checkpoint import diagnosis, main
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError
 
 # Different widths, as in the released networks: where two are equal, a shortcut convolution falls
 # away.
@@ -104,11 +104,9 @@ def test_teacher_of_a_supervised_run(config):
     assert checkpoint["cases"] == {"train": ["image0", "image1"], "val": ["image2"], "test": []}
     assert all(torch.equal(checkpoint["weights"][key], value) for key, value in state.items())
     # The distillation script takes it as a teacher, and test_3d.py finds every key it reads.
-    cfg = train_3d_distill.complete(load_config(train_3d_distill.Config, config))
+    args, cfg = train_3d_distill.parse_args(["--config", config])
     dataset = build_dataset(**checkpoint["dataset"])
-    teacher, scores = train_3d_distill.load_teacher(
-        Namespace(config=config, plugins={}), cfg, dataset, []
-    )
+    teacher, scores = load_teacher(cfg, args, dataset.num_classes, [])
     assert scores is None  # imported weights bring none
     assert all(torch.equal(teacher.state_dict()[key], value) for key, value in state.items())
     assert checkpoint["kind"] == "3d"

@@ -2,10 +2,20 @@
 
 import dataclasses
 import re
+from typing import Annotated
 
 import pytest
 
-from utils.config import ConfigError, load_config, read_yaml
+from utils.config import (
+    OF_FORMAT,
+    ConfigError,
+    Count,
+    Positive,
+    Share,
+    check_values,
+    load_config,
+    read_yaml,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,3 +178,33 @@ def test_a_missing_file_lists_its_neighbours(file, tmp_path):
         read_yaml(tmp_path / "demp.yaml")
     with pytest.raises(ConfigError, match="no such configuration file"):
         read_yaml(tmp_path / "nowhere" / "demo.yaml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked:
+    lr: Positive = 0.1
+    share: Share = 0.5
+    sides: tuple[Count, Count] = (1, 2)
+    overlap: Annotated[float, "[0, 1)"] = 0.0
+    mode: Annotated[str, ("a", "b")] = "a"
+    axes: Annotated[str, OF_FORMAT] = "anything"
+
+
+@pytest.mark.parametrize("values", [{}, {"share": 1.0}, {"share": 0.0}, {"lr": 1e9}, {"mode": "b"}])
+def test_values_in_their_ranges_pass(values):
+    check_values(Marked(**values))
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"lr": 0.0}, "lr: must lie in (0, inf), got 0.0"),
+        ({"share": 1.5}, "share: must lie in [0, 1], got 1.5"),
+        ({"sides": (1, 0)}, "sides: must lie in [1, inf), got (1, 0)"),
+        ({"overlap": 1.0}, "overlap: must lie in [0, 1), got 1.0"),
+        ({"mode": "c"}, "mode: unknown value 'c'; choose from a, b"),
+    ],
+)
+def test_values_outside_of_their_ranges_name_key_and_range(values, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        check_values(Marked(**values))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.ema import ema_decay, ema_update
+from utils.modes import ema_decay, ema_update
 
 
 def pair():

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from utils import memory
+from utils import modes
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import resource, sys
 import torch
-from utils.memory import keep_freed_memory
+from utils.modes import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 
@@ -51,6 +51,6 @@ def test_pages_are_not_given_back():
 
 
 def test_other_libraries_are_left_alone(monkeypatch):
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(memory.ctypes, "CDLL", None)
-    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(modes.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(modes.ctypes, "CDLL", None)
+    assert modes.keep_freed_memory() is False

@@ -71,10 +71,9 @@ def test_constant_lr_is_constant():
 
 
 def test_schedules_by_name_take_the_same_arguments():
-    assert SCHEDULES == {"poly": poly_lr_open, "constant": constant_lr, "step": step_lr}
     for schedule in SCHEDULES.values():
         assert schedule(0, 0.01, 10, 1e-4) == pytest.approx(0.01)
-        assert schedule(9, 0.01, 10, 1e-4) > 1e-4
+        assert 1e-4 <= schedule(9, 0.01, 10, 1e-4) <= 0.01
 
 
 def test_step_lr_falls_to_a_tenth_after_each_period():

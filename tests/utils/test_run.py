@@ -3,20 +3,24 @@
 import dataclasses
 import os
 import signal
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from torch import nn
 
-from utils.checkpoint import PREVIOUS, save_last
-from utils.config import ConfigError
-from utils.runs import (
+from utils.checkpoint import PREVIOUS, load_checkpoint, save_last
+from utils.config import ConfigError, labelled_name, parse_labelled
+from utils.run import (
     RESUMABLE,
+    STOPPING,
+    Run,
+    Settings,
     StopSignal,
-    labelled_name,
     open_run,
-    parse_labelled,
     resolve_device,
     run_folder,
     run_script,
@@ -251,3 +255,69 @@ def test_too_little_memory_of_a_gpu_is_said_in_a_sentence():
         "error: the GPU has too little memory (CUDA out of memory. Tried to allocate 20.00 MiB. GPU"
     )
     assert "cases_per_batch" in said and {"window_batch", "eval_batch"} <= RESUMABLE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny(Settings):
+    method: str = "own"
+    preset: str = "clean"
+    network: str = "net"
+    class_names: tuple[str, ...] = ("background", "organ")
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """Starts a Run of one layer on the CPU, whose signals are handled as before afterwards."""
+    monkeypatch.setattr(Tiny, "dataset_arguments", lambda self: {})
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING}
+
+    def start(resume=False, **values):
+        cfg = Tiny(dataset="d", data_root="x", device="cpu", runs_dir=str(tmp_path), **values)
+        run = Run(cfg, Namespace(show_run=False, resume=resume, plugins={}), "net")
+        layer = nn.Linear(1, 1)
+        run.describe("3d", "net", 1, 2, {})
+        run.keep(layer=layer, nothing=None, scaler=torch.amp.GradScaler("cpu", enabled=False))
+        return run, layer
+
+    yield start
+    for name, handler in handlers.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+def test_what_is_due_at_which_step(tiny_run):
+    run, _ = tiny_run(max_steps=7, log_interval=2, val_interval=3, save_interval=5)
+    due = [(run.logs, run.validates, run.saves) for _ in run.steps()]
+    assert [k + 1 for k, (logs, _, _) in enumerate(due) if logs] == [2, 4, 6, 7]
+    assert [k + 1 for k, (_, validates, _) in enumerate(due) if validates] == [3, 6, 7]
+    assert [k + 1 for k, (_, _, saves) in enumerate(due) if saves] == [5, 7]
+    assert run.end() == 0
+
+
+def test_a_signal_saves_and_ends_the_steps_and_resume_goes_on(tiny_run, capsys):
+    run, layer = tiny_run(max_steps=9, save_interval=100)
+    done = []
+    for step in run.steps():
+        done.append(step)
+        run.averages.add({"seg": torch.tensor(float(step))})
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if run.saves:
+            run.save(layer.state_dict())
+    assert done == [0, 1, 2, 3]  # the step that begins after the signal is the last
+    assert run.end() == 128 + signal.SIGTERM
+    assert "stopped after step 4; go on with:" in capsys.readouterr().err
+
+    again, other = tiny_run(resume=True, max_steps=9)
+    assert torch.equal(other.weight, layer.weight)
+    assert again.start == 4 and next(iter(again.steps())) == 4
+    assert again.averages.take() == {"seg": 1.5}
+
+
+def test_the_best_scores_choose_best(tiny_run):
+    run, layer = tiny_run(max_steps=3, val_interval=1)
+    picture = np.zeros((4, 4, 3), np.uint8)
+    for step in run.steps():
+        run.validated({"dice": (0.5, 0.7, 0.6)[step]}, picture, layer.state_dict())
+    best = load_checkpoint(run.folder / "best.pt")
+    assert (best["step"], best["val"], run.best) == (2, {"dice": 0.7}, {"dice": 0.7, "step": 2})
+    run.log.close()

@@ -1,0 +1,241 @@
+"""What the distillation script needs beside its loop: keys of networks and method, a trial of the
+settings, the teacher.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from torch import nn
+
+from dataloaders import DATASETS, MSDDataset, describe_dataset
+from dataloaders.samplers import PatchDataset, draws
+from losses import KD_METHODS, PRESETS, build_kd
+from networks import NETWORKS, build_network, check_network
+from utils import plugins
+from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
+from utils.config import OF_FORMAT, Count, Natural, NotNegative, check_unused, marks, trying
+from utils.modes import weightless
+from utils.registry import AnyOf, OfDims
+from utils.run import Run, Settings, run_folder
+from utils.schedules import SCHEDULES
+
+TRAINING, CLEAN = 0, 1  # streams of random numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation(Settings):
+    """Keys of student, teacher and method."""
+
+    student: Annotated[str, OfDims(NETWORKS, 3)] = "unet"
+    teacher: Annotated[str, OfDims(NETWORKS, 3)] = "resunet"
+    method: Annotated[str, AnyOf(("supervised",), KD_METHODS)] = "acf_bckd"
+    preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
+    teacher_checkpoint: str = ""  # "": best.pt of the supervised run of `teacher`
+    teacher_seed: Natural = 0
+    # steps, or below 1 the share of max_steps, in which the method's terms grow from nothing to
+    # their weights; 0: none
+    distill_warmup: Annotated[int | float, "[0, inf)"] = 0
+    method_lr: NotNegative = 0.0  # of the method's own parameters (attention, projections); 0: lr
+    in_channels: Count = 0  # 0: as the data set's JSON says
+    schedule: Annotated[str, SCHEDULES] = "poly_closed"  # its last step runs at exactly min_lr
+    weight_decay: NotNegative = 5e-4
+    channels_last: bool = False
+
+    pluggable = {  # noqa: RUF012 - of the class, not of a configuration
+        "student": plugins.network(NETWORKS),
+        "teacher": plugins.network(NETWORKS),
+        "method": plugins.distillation(KD_METHODS),
+        "format": plugins.data_format(DATASETS, MSDDataset),
+    }
+    recipes = NETWORKS
+    not_in_recipes = ("method", "student", "teacher")
+
+    @property
+    def supervised(self) -> bool:
+        return self.method == "supervised"
+
+    @property
+    def warmup_steps(self) -> float:
+        """Steps of `distill_warmup`."""
+        return self.distill_warmup * (self.max_steps if self.distill_warmup < 1 else 1)
+
+    @property
+    def networks(self) -> str:
+        """How the networks show in the name of the run folder."""
+        return self.student if self.supervised else f"{self.teacher}-{self.student}"
+
+    @property
+    def recipe_name(self) -> str:
+        return self.student if self.supervised else ""
+
+    @property
+    def idle_keys(self) -> tuple[str, ...]:
+        of_method = ("preset", "method_args", "teacher_checkpoint", "teacher_seed")
+        return (*of_method, "distill_warmup", "method_lr") if self.supervised else ()
+
+    @property
+    def trained_network(self) -> str:
+        return self.student
+
+    @property
+    def method_keys(self) -> tuple[str, ...]:
+        of_teacher = f"{self.method}@{self.teacher}"
+        return self.method, of_teacher, f"{of_teacher}-{self.student}"
+
+    def make_method(
+        self, student_channels: dict, teacher_channels: dict, num_classes: int, multilabel: bool
+    ) -> nn.Module:
+        """The distillation loss; TypeError or ValueError for what it does not take."""
+        return build_kd(
+            self.method,
+            student_channels,
+            teacher_channels,
+            num_classes,
+            multilabel=multilabel,
+            preset=self.preset,
+            **self.method_arguments,
+        )
+
+    def _converted(self, pairs: Sequence[str] | None = None) -> Self:
+        return super()._converted(NETWORKS)
+
+    def _completed(self) -> Self:
+        if self.format not in DATASETS:
+            return self
+        given = dataclasses.asdict(self)
+        told = describe_dataset(self.format, self.data_root, self.datalist, given)
+        return dataclasses.replace(self, **told)
+
+    def _check(self) -> None:
+        super()._check()
+        if self.intensity != "window":
+            check_unused(self, ("window",), f"intensity '{self.intensity}'")
+        self._check_patch(self.student, self.teacher)
+
+    def _try_out(self) -> None:
+        classes, channels = len(self.class_names), {}
+        batch = self.cases_per_batch * self.crops_per_case
+        for role in ("student",) if self.supervised else ("student", "teacher"):
+            name = getattr(self, role)
+            with trying(f"network_args: {name}"):
+                how = plugins.trial(NETWORKS[name], self.patch_size, batch)
+                arguments = self.network_arguments(name)
+                channels[role] = check_network(name, self.in_channels, classes, **how, **arguments)
+        if not self.supervised:
+            multilabel = self.pluggable["format"].registry[self.format].multilabel
+            with trying(f"method_args: {self.method}"), weightless():
+                both = channels["student"], channels["teacher"]
+                self.make_method(*both, classes, multilabel or bool(self.regions))
+
+
+class Batches:
+    """Batches of a training, in this process's share: `image` (B, C, H, W, D), `label` (B, 1 or K,
+    H, W, D), and `case`, the names. What a step gets depends on the seed and the step alone.
+
+    augment: (sample, rng) -> patch. A process loads its part of the cases of each batch or, where
+    that does not come out even, of each case's crops.
+    """
+
+    def __init__(
+        self, cfg: Distillation, run: Run, dataset: MSDDataset, splits: Mapping, augment: Callable
+    ) -> None:
+        self.cfg, self.run, self.dataset = cfg, run, dataset
+        self.cases, self.augment = splits["train"], augment
+
+    def training(self) -> Iterator[dict]:
+        """Of each step that is left."""
+        return self._of(TRAINING, self.run.start, self.cfg.max_steps)
+
+    def clean(self) -> Iterator[dict]:
+        """`bn_batches` batches, the same at each call."""
+        return self._of(CLEAN, 0, self.cfg.bn_batches)
+
+    def _of(self, stream: int, first: int, last: int) -> Iterator[dict]:
+        cfg, world = self.cfg, self.run.world
+        rank, size, kept = world.rank, world.size, slice(None)
+        if cfg.cases_per_batch % world.size:
+            crops = world.share(cfg.crops_per_case, "crops_per_case")
+            rank, size, kept = 0, 1, slice(rank * crops, (rank + 1) * crops)
+        patches = PatchDataset(
+            self.cases,
+            self.dataset.training_sample,
+            self.augment,
+            cfg.seed,
+            cfg.crops_per_case,
+            stream=stream,
+            kept=kept,
+        )
+        batch, workers = cfg.cases_per_batch, cfg.workers
+        return draws(patches, first, last, batch, workers, self.run.device, rank, size)
+
+
+def load_teacher(
+    cfg: Distillation, args: Any, num_classes: int, val: Sequence
+) -> tuple[nn.Module | None, dict[str, float] | None]:
+    """The frozen teacher, in evaluation mode, and its scores on the cases `val` if it was validated
+    on just those, in the same way, else None. Of a supervised run: None, None.
+
+    CheckpointError if it is missing, or was trained for other classes.
+    """
+    if cfg.supervised:
+        return None, None
+    folder = run_folder(
+        cfg.runs_dir, cfg.dataset, "supervised", cfg.teacher, cfg.teacher_seed, "clean", ""
+    )
+    path = Path(cfg.teacher_checkpoint or folder / "best.pt")
+    if not path.is_file():
+        own = args.plugins.get(cfg.teacher)
+        name = f"{own['file']}:{cfg.teacher}" if own else cfg.teacher
+        raise CheckpointError(
+            f"{path}: no teacher weights; train the teacher first:\n"
+            f"  python train_3d_distill.py --config {args.config} --method supervised --student "
+            f"{name} "
+            f"--seed {cfg.teacher_seed}\n"
+            f"or name a checkpoint with --opts teacher_checkpoint=FILE"
+        )
+    checkpoint = load_checkpoint(path)
+    network = checkpoint["network"]
+    expected = {"name": cfg.teacher, "in_channels": cfg.in_channels, "num_classes": num_classes}
+    wrong = [f"{k} {network[k]} instead of {v}" for k, v in expected.items() if network[k] != v]
+    if checkpoint.get("class_names") and list(checkpoint["class_names"]) != list(cfg.class_names):
+        wrong.append(
+            f"classes {list(checkpoint['class_names'])} instead of {list(cfg.class_names)}"
+        )
+    if wrong:
+        raise CheckpointError(
+            f"{path}: this teacher does not fit ({'; '.join(wrong)}); train one on this data set"
+        )
+    plugins.check_same(checkpoint.get("plugins", {}), args.plugins, str(path), [cfg.teacher])
+    teacher = build_network(
+        network["name"], network["in_channels"], network["num_classes"], **network["arguments"]
+    )
+    load_network_weights(teacher, checkpoint["weights"], str(path))
+    scores = checkpoint.get("val") if _validated_alike(checkpoint, cfg, val) else None
+    return teacher.eval().requires_grad_(False), scores
+
+
+def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, val: Sequence) -> bool:
+    """Whether the scores of a checkpoint are those of the cases `val` under these settings."""
+    before = checkpoint.get("config", {})
+    of_format = [key for key, mark in marks(type(cfg)) if mark is OF_FORMAT]
+    same_keys = all(
+        before.get(key) == getattr(cfg, key) for key in ("dataset", "amp", "overlap", *of_format)
+    )
+    same_patch = list(before.get("patch_size", ())) == list(cfg.patch_size)
+    names = [case.name for case in val]
+    return same_keys and same_patch and checkpoint.get("cases", {}).get("val") == names
+
+
+def note_idle(cfg: Distillation, run: Run, has_parameters: bool) -> None:
+    """Say what of the settings does nothing. has_parameters: of the method's own, which learn."""
+    if cfg.supervised:
+        return
+    if cfg.method_lr and not has_parameters:
+        run.note(f"note: {cfg.method} has no parameters of its own: method_lr does nothing")
+    if cfg.warmup_steps > cfg.max_steps:
+        run.note(
+            f"note: with max_steps {cfg.max_steps} the terms do not reach their weights, for which "
+            f"distill_warmup takes {cfg.warmup_steps} steps"
+        )

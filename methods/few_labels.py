@@ -1,0 +1,167 @@
+"""What the two few-label scripts share: keys, a trial of the settings, data and batches."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from dataloaders import SEMI_DATASETS, Report, SemiDataset, build_semi_dataset
+from dataloaders.cases import Case
+from dataloaders.samplers import PatchDataset, draws
+from losses import PRESETS
+from methods import SSL_METHODS, build_method
+from methods.base import Method
+from networks import NETWORKS, build_network, check_network
+from utils import plugins
+from utils.config import ConfigError, NotNegative, constructing, trying
+from utils.modes import weightless
+from utils.run import Run, Settings, no_selection
+
+LABELLED, UNLABELLED, MIX, CLEAN = 0, 1, 2, 3  # streams of random numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewLabels(Settings):
+    """Keys of both scripts."""
+
+    # Data
+    class_names: tuple[str, ...]  # by label id, background first
+    # units that count as labelled, or their share; null: all
+    labelled: int | float | None = None
+    memory_gb: NotNegative = 2.0  # of training units kept in memory
+    # Method
+    method: Annotated[str, SSL_METHODS] = "crkd"
+    preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
+
+    pluggable = {  # noqa: RUF012 - of the class, not of a configuration
+        "network": plugins.network(NETWORKS),
+        "method": plugins.semi_supervised(SSL_METHODS, Method),
+        "format": plugins.data_format(SEMI_DATASETS, SemiDataset),
+    }
+    recipes = SSL_METHODS
+    not_in_recipes = ("method",)
+
+    @property
+    def idle_keys(self) -> tuple[str, ...]:
+        supervised = self.method == "supervised"
+        return ("preset", "method_args", "unlabelled_batch") if supervised else ()
+
+    def make_method(self, in_channels: int, num_classes: int) -> Method:
+        """The method with its networks; TypeError or ValueError for what they do not take."""
+        return build_method(
+            self.method,
+            lambda: build_network(
+                self.network, in_channels, num_classes, **self.network_arguments(self.network)
+            ),
+            max_steps=self.max_steps,
+            preset=self.preset,
+            **self.method_arguments,
+        )
+
+    def _check(self) -> None:
+        super()._check()
+        share = self.labelled
+        if share is not None and (share <= 0 or (share > 1 and share != int(share))):
+            raise ConfigError(
+                f"labelled: a whole number, or a share above 0 and up to 1; got {share}"
+            )
+        dimensions = SSL_METHODS[self.method].dimensions
+        if len(self.patch_size) not in dimensions:
+            raise ConfigError(f"method: {self.method} is a method for {dimensions[0]}D networks")
+        self._check_patch(self.network)
+
+    def _try_out(self) -> None:
+        channels, classes = SEMI_DATASETS[self.format].in_channels, len(self.class_names)
+        with trying(f"network_args: {self.network}"):
+            how = plugins.trial(NETWORKS[self.network], self.patch_size, self.labelled_batch)
+            arguments = self.network_arguments(self.network)
+            check_network(self.network, channels, classes, **how, **arguments)
+        with trying(f"method_args: {self.method}"), weightless():
+            self.make_method(channels, classes)
+
+
+def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[SemiDataset, dict[str, list[Case]]]:
+    """The data set and its disjoint lists, after everything of them was read and checked; makes the
+    run folder.
+
+    Test cases are read too: none may be trained on. DataError or ConfigError for what is wrong.
+    """
+    with constructing(args.config):
+        dataset = build_semi_dataset(**cfg.dataset_arguments(), allow_outside=args.allow_outside)
+    report = Report()
+    splits = dataset.splits(cfg.labelled, report)
+    report.stop()
+    if not splits[cfg.select_on]:
+        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir))
+    uses_unlabelled = SSL_METHODS[cfg.method].uses_unlabelled
+    if uses_unlabelled and not splits["unlabelled"]:
+        raise ConfigError(
+            f"labelled: {cfg.labelled} leaves no unlabelled {dataset.unit} for {cfg.method}; label "
+            "fewer"
+        )
+    used = [split for split in splits if split != "unlabelled" or uses_unlabelled]
+    dataset.prepare({split: splits[split] for split in used}, report)
+    report.stop()
+    with run.world.main_first():
+        run.open(report)
+    return dataset, splits
+
+
+class Batches:
+    """Batches of a training, in this process's share: dicts of tensors (B, C or 1, *spatial), and
+    `case`, the names. What a step gets depends on the seed and the step alone.
+    """
+
+    def __init__(
+        self,
+        cfg: FewLabels,
+        run: Run,
+        dataset: SemiDataset,
+        splits: Mapping[str, Sequence[Case]],
+        method: Method,
+    ) -> None:
+        self.cfg, self.run, self.dataset, self.splits = cfg, run, dataset, splits
+        self.method = method
+
+    def _of(
+        self, split: str, augment, keys: Sequence[str], stream: int, first: int, last: int
+    ) -> Iterator[dict]:
+        cfg, world = self.cfg, self.run.world
+        size = getattr(cfg, f"{split}_batch")
+        world.share(size, f"{split}_batch")
+        patches = PatchDataset(
+            self.splits[split], self.dataset.read, augment, cfg.seed, keys=keys, stream=stream
+        )
+        return draws(
+            patches, first, last, size, cfg.workers, self.run.device, world.rank, world.size
+        )
+
+    def labelled(self) -> Iterator[dict]:
+        """`image` and `label`, of each step that is left."""
+        augment = self.dataset.labelled_patch
+        steps = self.run.start, self.cfg.max_steps
+        return self._of("labelled", augment, ("image", "label"), LABELLED, *steps)
+
+    def unlabelled(self, stream: int = UNLABELLED) -> Iterator[dict]:
+        """`weak` and `strong0`, `strong1`, ... of one geometry, and `label`, which no method trains
+        on. stream: MIX for other images than those of the same step.
+        """
+        count = self.method.strong_views
+        keys = ("weak", *(f"strong{k}" for k in range(count)), "label")
+        views = self.dataset.view_function(count)
+        return self._of("unlabelled", views, keys, stream, self.run.start, self.cfg.max_steps)
+
+    def clean(self) -> Iterator[Tensor]:
+        """`bn_batches` batches of labelled and weak unlabelled images, the same at each call, on
+        the device.
+        """
+        steps = 0, self.cfg.bn_batches
+        parts = [self._of("labelled", self.dataset.labelled_patch, ("image",), CLEAN, *steps)]
+        if self.method.uses_unlabelled:
+            views = self.dataset.view_function(0)
+            parts.append(self._of("unlabelled", views, ("weak",), CLEAN, *steps))
+        for found in zip(*parts):
+            images = [batch[key] for batch, key in zip(found, ("image", "weak"))]
+            yield torch.cat(images).to(self.run.device)

@@ -1,0 +1,731 @@
+"""The surroundings of one training: its settings, processes, device, folder, signals, log,
+checkpoints, and what is due at a step.
+
+    run = Run(cfg, args, networks)         # ends the script where nothing is to do
+    run.open(report)                       # makes the folder
+    run.describe(...)                      # into every checkpoint
+    run.keep(method=method, optimizer=optimizer, scaler=scaler)  # back from last.pt on --resume
+    for step in run.steps():               # ends on a signal; run.logs, run.validates, run.saves
+        ...
+    return run.end()
+
+A `Run` never calls the loop of a script: the loop asks it.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from utils import figures, plugins
+from utils.checkpoint import (
+    FULL,
+    PREVIOUS,
+    CheckpointError,
+    DiskError,
+    atomic_save,
+    code_version,
+    load_checkpoint,
+    load_last,
+    load_network_weights,
+    remove_temporary,
+    save_last,
+    write_text,
+)
+from utils.config import (
+    AMP,
+    OF_FORMAT,
+    SELECTIONS,
+    ConfigError,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    check_nested,
+    check_run_names,
+    check_unused,
+    check_values,
+    marks,
+)
+from utils.diagnosis import findings
+from utils.distributed import join_world
+from utils.modes import keep_freed_memory, rng_state, seed_everything, set_rng_state
+from utils.numerics import StepWatch, use_deterministic
+from utils.runlog import LOGGERS, Averages, RunLog, SilentLog, read_log, require_logger, start_wandb
+from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
+
+# Keys that may differ when a run is resumed: they change neither the data nor the arithmetic of a
+# step already taken. max_steps is among them: from the resumed step on, schedules follow the new
+# length.
+RESUMABLE = frozenset(
+    {
+        "data_root",
+        "cache_dir",
+        "runs_dir",
+        "device",
+        "workers",
+        "log_interval",
+        "save_interval",
+        "val_interval",
+        "val_start",
+        "max_steps",
+        "teacher_checkpoint",
+        "memory_gb",
+        "eval_batch",
+        "window_batch",
+        "diagnose_interval",
+        "logger",
+        "skip_nonfinite",
+        "patient_pattern",
+        "absent_classes",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Keys of all training scripts, with their ranges and choices (utils/config.py).
+
+    A script's Config adds keys and says in class attributes: `pluggable`, key -> contract of the
+    class of the user's own that can stand there (utils/plugins.py); `recipes`, the names that
+    `recipe` can have, and `not_in_recipes`, the keys that a recipe cannot set.
+    """
+
+    # Data
+    dataset: str  # name of the data set: names the run folder
+    data_root: str
+    max_steps: Count  # optimiser updates
+    split_dir: str = ""  # folder with train.txt, val.txt, test.txt
+    # group 1 is the patient in a name; "": the usual conventions (dataloaders/cases.py)
+    patient_pattern: Annotated[str, OF_FORMAT] = ""
+    # classes that the list which is trained on may lack
+    absent_classes: Annotated[tuple[str, ...], OF_FORMAT] = ()
+    workers: Natural = 4  # loader processes of each stream of batches; 0 loads in the main one
+    # Networks and method
+    network_args: dict = dataclasses.field(default_factory=dict)  # {network: {argument: value}}
+    method_args: dict = dataclasses.field(default_factory=dict)  # {method: {argument: value}}
+    recipe: dict = dataclasses.field(default_factory=dict)  # {name: {key: value}}, of that alone
+    # Optimisation
+    optimizer: Annotated[str, OPTIMIZERS] = "sgd"
+    lr: Positive = 0.01
+    min_lr: NotNegative = 0.0
+    schedule: Annotated[str, SCHEDULES] = "poly"
+    # length that the schedule is made for, if not max_steps; of 'step': between two falls
+    schedule_steps: Natural = 0
+    momentum: NotNegative = 0.9  # of sgd
+    nesterov: bool = False
+    weight_decay: NotNegative = 1e-4
+    grad_clip: NotNegative = 0.0  # largest gradient norm; 0: no clipping
+    amp: Annotated[str, AMP] = "off"
+    # steps that may be left out where a loss or gradient is not finite; 0: stop
+    skip_nonfinite: Natural = 0
+    # deterministic algorithms; utils/numerics.py says what they cannot guarantee
+    deterministic: bool = False
+    compile: bool = False  # torch.compile of the networks
+    channels_last: bool = True  # memory order of weights and activations
+    # Validation, output
+    val_interval: Count = 500  # steps
+    # clean batches from which batch norms get the statistics they are tested with; 0: the running
+    bn_batches: Natural = 20
+    # val | test: the list that chooses best.pt; test is recorded and shown in every table
+    select_on: Annotated[str, SELECTIONS] = "val"
+    log_interval: Count = 20  # steps
+    save_interval: Count = 500  # steps
+    # steps between measurements of each term's gradient, under 1 % of the time; 0: none
+    diagnose_interval: Natural = 100
+    logger: Annotated[str, LOGGERS] = ""  # beside log.jsonl and TensorBoard
+    seed: Natural = 0
+    device: str = "auto"
+    runs_dir: str = "runs"
+    tag: str = ""  # told apart from other runs of the same cell
+
+    def lr_at(self, step: int, lr: float) -> float:
+        """The learning rate of a step (0-based) that was `lr` at the start."""
+        length = self.schedule_steps or self.max_steps
+        return SCHEDULES[self.schedule](step, lr, length, self.min_lr)
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter] | Iterable[dict]) -> Optimizer:
+        return build_optimizer(
+            self.optimizer, parameters, self.lr, self.momentum, self.weight_decay, self.nesterov
+        )
+
+    @property
+    def recipe_name(self) -> str:
+        """The entry of `recipe` that is for this run."""
+        return self.method
+
+    @property
+    def val_start(self) -> int:
+        """First step at which to validate; a key of scripts that want one."""
+        return 0
+
+    @property
+    def idle_keys(self) -> tuple[str, ...]:
+        """Keys that the method has no use for."""
+        return ()
+
+    @property
+    def trained_network(self) -> str:
+        return self.network
+
+    @property
+    def method_keys(self) -> tuple[str, ...]:
+        """Keys of `method_args` that concern this run, the later the stronger."""
+        return (self.method,)
+
+    @property
+    def method_arguments(self) -> dict:
+        """`method_args` of this run."""
+        given = [self.method_args.get(key) or {} for key in self.method_keys]
+        return {name: value for arguments in given for name, value in arguments.items()}
+
+    def network_arguments(self, name: str) -> dict:
+        return self.network_args.get(name, {})
+
+    def dataset_arguments(self) -> dict:
+        """What the class of the format takes of these keys; ConfigError for a key that departs from
+        its default although the class has no use for it.
+        """
+        cls = self.pluggable["format"].registry[self.format]
+        accepted = set(inspect.signature(cls.__init__).parameters)
+        of_format = [key for key, mark in marks(type(self)) if mark is OF_FORMAT]
+        idle = [key for key in of_format if key not in accepted]
+        check_unused(self, idle, f"the data format '{self.format}'")
+        keys = [field.name for field in dataclasses.fields(self) if field.name in accepted]
+        given = {key: getattr(self, key) for key in keys}
+        return {"root": self.data_root, "format": self.format} | given
+
+    def checked(self) -> Self:
+        """The same with arguments as their types; ConfigError for what could only fail later.
+
+        Of arguments only those that concern this run stay: an edit elsewhere in the file must not
+        keep it from resuming.
+        """
+        cfg = self._converted()._completed()
+        require_logger(cfg.logger)
+        check_values(cfg)
+        check_run_names(cfg)
+        cfg._check()
+        cfg.dataset_arguments()
+        cfg._try_out()
+        of_network = {k: v for k, v in cfg.network_args.items() if k == cfg.trained_network}
+        of_method = {k: v for k, v in cfg.method_args.items() if k in cfg.method_keys}
+        return dataclasses.replace(cfg, network_args=of_network, method_args=of_method)
+
+    def _converted(self, pairs: Sequence[str] | None = None) -> Self:
+        networks = self.pluggable.get("network") or self.pluggable["student"]
+        method = self.pluggable["method"]
+        return dataclasses.replace(
+            self,
+            recipe={},
+            network_args=check_nested(
+                "network_args", self.network_args, networks.registry, networks.takes
+            ),
+            method_args=check_nested(
+                "method_args", self.method_args, method.registry, method.takes, pairs
+            ),
+        )
+
+    def _completed(self) -> Self:
+        """With what the data set's own files tell in place of what is left out."""
+        return self
+
+    def _check(self) -> None:
+        """ConfigError for values that do not go together."""
+        if self.optimizer != "sgd":
+            check_unused(self, ("momentum", "nesterov"), f"optimizer '{self.optimizer}'")
+        if self.schedule == "constant":
+            check_unused(self, ("schedule_steps", "min_lr"), "schedule 'constant'")
+        if self.nesterov and not self.momentum:
+            raise ConfigError("nesterov: needs a momentum above 0")
+
+    def _try_out(self) -> None:
+        """Build networks and method without memory: what does not fit shows before the data."""
+
+    def _check_patch(self, *names: str) -> None:
+        """ConfigError unless networks of these names can take the patches."""
+        networks = (self.pluggable.get("network") or self.pluggable["student"]).registry
+        for name in names:
+            stride = networks[name].stride
+            if any(side % stride for side in self.patch_size):
+                raise ConfigError(
+                    f"patch_size: {list(self.patch_size)} must be multiples of {stride} for {name}"
+                )
+
+
+class Run:
+    """One training, seen from one of its processes.
+
+    `world`, the processes; `device`; `folder`; `log`; `watch`, of steps that are not finite;
+    `averages`, what a record logs; `start`, steps that were done before; in the loop `logs`,
+    `validates`, `saves`: what is due at the end of this step.
+    """
+
+    def __init__(self, cfg: Settings, args: Any, networks: str) -> None:
+        """networks: how they show in the name of the folder. Ends the script (SystemExit) where
+        the folder is only asked for, or holds imported weights.
+        """
+        self.cfg, self.args, self.networks = cfg, args, networks
+        self.folder = run_folder(
+            cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag
+        )
+        if args.show_run:
+            print(self.folder)
+            raise SystemExit(0)
+        if not (self.folder / "last.pt").exists() and (self.folder / "best.pt").exists():
+            if "imported" in load_checkpoint(self.folder / "best.pt"):
+                print(
+                    f"nothing to do: {self.folder} holds imported weights; remove it to train anew"
+                )
+                raise SystemExit(0)
+        self.resumes = args.resume and _has_run(self.folder)
+        self.world, name = join_world(cfg.device)
+        self.device = resolve_device(name)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if cfg.deterministic:
+            use_deterministic(self.device, cfg.compile, quiet=not self.world.main)
+        self.start, self.best = 0, {"dice": -1.0, "step": -1}
+        self.averages = Averages()
+        self.logs = self.validates = self.saves = self._stops = False
+
+    def note(self, text: str) -> None:
+        """Print on standard error, once for all processes."""
+        if self.world.main:
+            print(text, file=sys.stderr)
+
+    def placed(self, module: nn.Module, memory: torch.memory_format) -> nn.Module:
+        """A module on the device and, if the settings say so, in this memory order, for training:
+        its batch norms are those of all processes.
+        """
+        memory = memory if self.cfg.channels_last else torch.contiguous_format
+        return self.world.synchronised(module.to(self.device, memory_format=memory), self.device)
+
+    def seed_apart(self) -> None:
+        """Other random numbers in each process from here on: of dropout, boxes, sampled losses."""
+        if self.world.rank:
+            seed_everything(self.cfg.seed + 10**6 * self.world.rank)
+
+    def open(self, report: Any) -> None:
+        """Print the warnings of a report on the data and make the folder, in the first process;
+        ConfigError for a run that is there and is not resumed, or has other settings.
+        """
+        if self.world.main:
+            for warning in report.spoken_warnings():
+                print(warning, file=sys.stderr)
+            open_run(self.folder, self.cfg, self.resumes)
+
+    def describe(
+        self, kind: str, network: str, in_channels: int, num_classes: int, splits: Mapping
+    ) -> None:
+        """What every checkpoint says of itself. splits: list -> its cases."""
+        cfg = self.cfg
+        self.described = {
+            "kind": kind,
+            "network": {
+                "name": network,
+                "in_channels": in_channels,
+                "num_classes": num_classes,
+                "arguments": dict(cfg.network_arguments(network)),
+            },
+            "class_names": list(cfg.class_names),
+            "config": dataclasses.asdict(cfg),
+            "dataset": cfg.dataset_arguments(),
+            "cases": {split: [case.name for case in cases] for split, cases in splits.items()},
+            "code": code_version(),
+            "plugins": self.args.plugins,
+            "selected_on": cfg.select_on,
+        }
+
+    def keep(self, **parts: Any) -> None:
+        """What last.pt holds the state of, by name, and takes it back from on --resume.
+
+        Modules are watched for gradients that are not finite; None has an empty state; one part is
+        the `scaler`. Opens the log and takes signals from here on.
+        """
+        self.parts = parts
+        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        self.watch = StepWatch(
+            self.folder, modules, parts["scaler"], self.world, self.cfg.skip_nonfinite
+        )
+        if self.resumes:
+            self._restore()
+        self.log: RunLog | SilentLog = SilentLog()
+        if self.world.main:
+            service, values = None, dataclasses.asdict(self.cfg)
+            if self.cfg.logger:
+                service = start_wandb(self.folder, values, self.start > 0)
+            self.log = RunLog(self.folder, self.start, service)
+        self.signal = StopSignal()
+
+    def _restore(self) -> None:
+        state, warning = load_last(self.folder)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+        plugins.check_same(state.get("plugins", {}), self.args.plugins, str(self.folder))
+        for name, part in self.parts.items():
+            # a student without a method of its own was once kept under `weights` alone
+            stored = state.get(name, state["weights"])
+            if isinstance(part, nn.Module):
+                load_network_weights(part, stored, str(self.folder))
+            elif part is not None:
+                part.load_state_dict(stored)
+        set_rng_state(state["rng"], self.world.rank)
+        self.watch.load_state_dict(state.get("watch", {}))
+        if "totals" in state:  # how distillation once kept them: one count for all names
+            counts = {name: torch.tensor(state["counted"]) for name in state["totals"]}
+            state["averages"] = {"sums": state["totals"], "counts": counts}
+        self.averages.load_state_dict(state["averages"])
+        self.start, self.best = state["step"], state["best"]
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, 0-based, with a progress bar; a signal ends them after a step
+        that saves.
+        """
+        cfg, main = self.cfg, self.world.main
+        self.bar = tqdm(
+            range(self.start, cfg.max_steps),
+            initial=self.start,
+            total=cfg.max_steps,
+            desc=f"{cfg.method} {self.networks}",
+            unit="step",
+            disable=not main,
+        )
+        for step in self.bar:
+            self.step, self.done = step, step + 1
+            last = self.done == cfg.max_steps
+            stops = self.world.any(bool(self.signal))
+            begun = self.done >= cfg.val_start
+            self.validates = last or (begun and self.done % cfg.val_interval == 0)
+            self.saves = last or stops or self.done % cfg.save_interval == 0
+            self.logs = last or self.done % cfg.log_interval == 0
+            self._saved = False
+            yield step
+            if self._saved:  # validation takes a while
+                stops = stops or self.world.any(bool(self.signal))
+            if stops and not last:
+                self._stops = True
+                self.bar.close()
+                return
+
+    @property
+    def settles(self) -> bool:
+        """Whether this step must be known to be good, since something is written after it."""
+        return self.logs or self.validates or self.saves
+
+    def record(self, terms: Mapping[str, Tensor], **more: float) -> None:
+        """Log the means since the last record, and the sum `loss` of the means of these terms."""
+        means = self.world.means(self.averages.take())
+        total = sum(means.get(name, math.nan) for name in terms)  # NaN if all steps were left out
+        values = {"loss": total, **means, **more, **self.watch.report()}
+        self.log.scalars(self.step, "train", values)
+        best = f"{self.best['dice']:.3f}" if self.best["step"] >= 0 else "-"
+        self.bar.set_postfix(loss=f"{total:.3f}", best=best)
+
+    def part(self, cases: Sequence) -> Iterator:
+        """The cases that this process validates on, with a progress bar."""
+        mine, quiet = self.world.part(cases), not self.world.main
+        return tqdm(mine, desc="validating", unit="case", leave=False, disable=quiet)
+
+    def validated(
+        self, scores: Mapping[str, float], picture: np.ndarray | None, weights: Mapping[str, Tensor]
+    ) -> None:
+        """Log scores and picture; weights whose Dice is the highest so far become best.pt."""
+        self.log.scalars(self.step, "val", scores)
+        self.log.image(self.step, "val/image, label, prediction", picture)
+        if scores["dice"] > self.best["dice"]:
+            self.best = {"dice": scores["dice"], "step": self.done}
+            if self.world.main:
+                chosen = {"weights": weights, "step": self.done, "val": scores}
+                atomic_save({**self.described, **chosen}, self.folder / "best.pt")
+
+    def show(self, kind: str, pictures: Mapping[str, tuple], num_classes: int) -> None:
+        """Log what a method shows of its last batch: name -> (image or None, ids or None)."""
+        if pictures:
+            pairs = [figures.as_arrays(*pair) for pair in pictures.values()]
+            tag = f"{kind}/{' | '.join(pictures)}"
+            self.log.image(self.step, tag, figures.views(pairs, num_classes))
+
+    def save(self, weights: Mapping[str, Tensor]) -> None:
+        """Write last.pt. weights: of the network that is deployed, as it would be."""
+        self._saved = True
+        random_states = self.world.gathered(rng_state())  # all processes, or the others would wait
+        if not self.world.main:
+            return
+        parts = {
+            name: {} if part is None else part.state_dict() for name, part in self.parts.items()
+        }
+        save_last(
+            {
+                **self.described,
+                **parts,
+                "weights": weights,
+                "rng": random_states,
+                "step": self.done,
+                "best": self.best,
+                "averages": self.averages.state_dict(),
+                "watch": self.watch.state_dict(),
+            },
+            self.folder,
+        )
+
+    def end(self) -> int:
+        """Close the log, say what came out or how to go on -> the exit code."""
+        self.log.close()
+        if self._stops:
+            self.world.leave()
+            words = [*self.world.launcher, *[a for a in sys.argv if a != "--resume"], "--resume"]
+            self.note(f"\nstopped after step {self.done}; go on with: {shlex.join(words)}")
+            return self.signal.exit_code
+        if self.world.main:
+            if self.start >= self.cfg.max_steps:
+                print(f"nothing to do: {self.folder} has all {self.cfg.max_steps} steps")
+            for finding in findings(read_log(self.folder / "log.jsonl")):
+                print(f"warning: {finding}", file=sys.stderr)
+            dice, step = self.best["dice"], self.best["step"]
+            print(f"best validation Dice {dice:.4f} at step {step}; results in {self.folder}")
+        self.world.leave()
+        return 0
+
+
+def _has_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("last.pt", PREVIOUS))
+
+
+def no_selection(select_on: str, source: str) -> str:
+    """What to do where the list that should choose the best checkpoint has no case."""
+    if select_on == "test":
+        return (
+            f"select_on: test, but {source} has no test list; choose on validation with "
+            "--select-on val"
+        )
+    return (
+        f"select_on: val, but {source} has no validation list, and there is nothing to validate "
+        "on; make one of "
+        "training cases, or choose the best checkpoint on the cases that are reported with "
+        "--select-on test, which "
+        f"the checkpoint records and every table shows"
+    )
+
+
+def run_folder(
+    runs_dir: str, dataset: str, method: str, networks: str, seed: int, preset: str, tag: str
+) -> Path:
+    """runs/<dataset>/<method>/<teacher>-<student>/seed<k>; another preset than 'clean' and a tag
+    show in the names.
+
+    ConfigError for a name that is no plain folder name: a run writes nowhere but in its own folder.
+    """
+    for key, name in {
+        "dataset": dataset,
+        "method": method,
+        "networks": networks,
+        "tag": tag or "-",
+    }.items():
+        if name in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 or ord(c) == 127 for c in name):
+            raise ConfigError(
+                f"{key}: {name!r} names a folder of the run; expected a plain name, without slashes"
+            )
+    method = method if preset == "clean" or method == "supervised" else f"{method}-{preset}"
+    return (
+        Path(runs_dir)
+        / dataset
+        / method
+        / networks
+        / (f"seed{seed}-{tag}" if tag else f"seed{seed}")
+    )
+
+
+def open_run(folder: Path, config: Any, resume: bool) -> None:
+    """Make the folder and write config.yaml; ConfigError if a run is there already and `resume`
+    does not fit it.
+    """
+    values = {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+    path = folder / "config.yaml"
+    if not resume and _has_run(folder):
+        raise ConfigError(
+            f"{folder}: holds a run already; go on with --resume, remove the folder, or name "
+            "another with "
+            f"--opts tag=NAME"
+        )
+    if resume and not path.exists():
+        raise ConfigError(
+            f"{folder}: has a checkpoint but no config.yaml, so it cannot be told whether this is "
+            "its configuration; "
+            f"restore config.yaml, or remove the folder and start again"
+        )
+    if resume:
+        # Keys that did not exist when the run began had what is their default now.
+        fields = dataclasses.fields(config)
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        defaults |= {
+            f.name: f.default_factory()
+            for f in fields
+            if f.default_factory is not dataclasses.MISSING
+        }
+        before = plain(defaults) | yaml.safe_load(path.read_text(encoding="utf-8"))
+        differ = sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k))
+        refused = [key for key in differ if key not in RESUMABLE]
+        if refused:
+            shown = "; ".join(
+                f"{key}: {before.get(key)!r} then, {values.get(key)!r} now" for key in refused
+            )
+            raise ConfigError(
+                f"{folder}: cannot resume with another configuration ({shown}); only these may "
+                "differ: "
+                f"{', '.join(sorted(RESUMABLE))}"
+            )
+    remove_temporary(folder)
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what YAML gives back."""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' takes a GPU if there is one; ConfigError for a device that does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"--device {name}: not usable here ({reason}); use --device cpu"
+        ) from error
+    return device
+
+
+class StopSignal:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that the training loop looks at after each
+    step.
+
+    A second SIGINT stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for name in STOPPING:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number, as shells report it."""
+        return 128 + (self.received or 0)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Of a loader process (worker_init_fn): a signal to stop is the training process's to act on.
+
+    Schedulers signal all processes of a job, and a terminal all of its foreground. A loader that
+    died of it would take the training down before it has saved. SIGTERM from the training process
+    itself still ends the loader.
+    """
+    for name in STOPPING:
+        if hasattr(signal, name) and not (name == "SIGTERM" and hasattr(signal, "sigwaitinfo")):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def run_script(main: Callable[[], int], *expected: type[Exception]) -> int | str:
+    """What a training script hands to sys.exit: main's exit code or, for errors that have a cause
+    outside of the code, one line that says what to do. Other errors keep their traceback.
+
+    expected: further errors whose message is such a line.
+    """
+    hook = threading.excepthook
+
+    # TensorBoard's thread: RunLog says it in one line
+    def quiet(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError) or arguments.exc_value.errno not in FULL:
+            hook(arguments)
+
+    threading.excepthook = quiet
+    try:
+        return main()
+    except (ConfigError, CheckpointError, DiskError, FloatingPointError, *expected) as problem:
+        return f"error: {problem}"
+    except torch.OutOfMemoryError as error:
+        return f"error: {_full_gpu(str(error))}"
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid", str(error)):
+            raise
+        return f"error: {_dead_loader(str(error))}"
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved is intact, go on with --resume", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        threading.excepthook = hook
+
+
+def _full_gpu(message: str) -> str:
+    # how much was asked for, is free and is in use
+    said = ". ".join(" ".join(message.split()).split(". ")[:4])
+    return (
+        f"the GPU has too little memory ({said}). In a training step: fewer patches "
+        "(cases_per_batch, crops_per_case; "
+        "labelled_batch, unlabelled_batch), smaller ones (patch_size) or --amp bf16. In "
+        "validation: a smaller "
+        "window_batch or eval_batch, with which --resume goes on, as it does once other programs "
+        "have left the GPU"
+    )
+
+
+def _dead_loader(message: str) -> str:
+    """Why a loader process most likely died, and what to do; `message` is torch's."""
+    with contextlib.suppress(OSError):
+        shared = shutil.disk_usage("/dev/shm")
+        message += f"; /dev/shm has {shared.free / 2**20:.0f} of {shared.total / 2**20:.0f} MB free"
+    return (
+        f"a loader process died ({' '.join(message.split())}). Most likely the machine ran out of "
+        "memory (Killed) or "
+        "of shared memory (Bus error; containers: --shm-size=8g). Use fewer with --opts "
+        "workers=1, none with "
+        "workers=0, or less memory_gb where the configuration has it; what was saved is intact, "
+        "go on with --resume"
+    )
