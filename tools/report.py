@@ -59,16 +59,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="run folders")
-    add("--out", type=Path, help="HTML file to write; default: report.html in the first run")
-    add("--teacher", type=Path, help="the teacher's run; default: found from the configuration")
-    add("--suffix", default="", help="which test: _last, _published, _val, ...; default: best.pt")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument(
+        "--out", type=Path, help="HTML file to write; default: report.html in the first run"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, help="the teacher's run; default: found from the configuration"
+    )
+    parser.add_argument(
+        "--suffix", default="", help="which test: _last, _published, _val, ...; default: best.pt"
+    )
     spaces = ("resampled", "native")
-    add("--space", choices=spaces, default="resampled", help="as in results_table.py")
-    add("--against-first", action="store_true", help="compare with the first run, not all pairs")
-    add("--data-root", help="folder of the data set, if it is not where the run found it")
-    add("--title", help="heading of the page")
+    parser.add_argument(
+        "--space", choices=spaces, default="resampled", help="as in results_table.py"
+    )
+    parser.add_argument(
+        "--against-first", action="store_true", help="compare with the first run, not all pairs"
+    )
+    parser.add_argument(
+        "--data-root", help="folder of the data set, if it is not where the run found it"
+    )
+    parser.add_argument("--title", help="heading of the page")
     args = parser.parse_args()
     folders = list({path.resolve(): path for path in args.runs}.values())
     runs = named([read_run(folder, args.space, args.suffix) for folder in folders])
