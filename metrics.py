@@ -6,7 +6,7 @@ surface voxels of X to those of Y.
 - hd95, definition 'pooled': 95th percentile of d(P -> G) and d(G -> P) together (as medpy).
 - hd95, definition 'directed': the larger of the two directed 95th percentiles (as MONAI).
 - asd: mean of d(P -> G), one-sided (as medpy's asd). assd: mean of d(P -> G) and d(G -> P)
-together, symmetric.
+  together, symmetric.
 
 Empty masks. Both empty: every metric is NaN, left out of means and counted (`absent`). Exactly one
 empty: Dice and Jaccard are 0, the distances are undefined (NaN), and the case is counted: `missed`

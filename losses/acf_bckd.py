@@ -6,10 +6,10 @@ Total: L = L_seg + L_AFD + L_CFD + a L_HBD + (1 - a) L_SBD, where a falls with t
 
 - AFD: attention distance between the attended student map and the teacher block's output f(X) + X.
 - CFD: attention distance between a projection of the student's attention and the teacher's
-correction f(X).
+  correction f(X).
 - HBD: divergence from the teacher on the label's boundary shells, class by class.
 - SBD: log Hausdorff distance-transform loss between the student's probabilities and the teacher's
-prediction.
+  prediction.
 
 Deviations from the released code (preset 'clean'): with SegResNet the correction is the true
 residual branch, where the reference, through an in-place addition, compares with the block output

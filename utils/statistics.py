@@ -10,8 +10,8 @@ counted, never replaced.
   beyond, scipy's normal approximation. - p_holm: Holm's step-down correction over the rows of one
   call.
 - effect: matched-pairs rank-biserial correlation (Kerby 2014), (rank sum of rises - of falls) /
-rank sum, in [-1, 1]. - low, high: bias-corrected and accelerated bootstrap interval of the mean
-difference over cases, from a fixed seed.
+  rank sum, in [-1, 1]. - low, high: bias-corrected and accelerated bootstrap interval of the mean
+  difference over cases, from a fixed seed.
 
 Cases are the sample: seeds of one cell are averaged case by case first (`average_seeds`), or the
 same cases would count several times as if they were independent.
