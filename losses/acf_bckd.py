@@ -199,7 +199,7 @@ class _Gather(torch.autograd.Function):
 
 
 def soft_boundary_loss(
-    student_logits: Tensor, teacher_logits: Tensor, multilabel: bool = False
+    student_logits: Tensor, teacher_logits: Tensor, multilabel: bool = False, absent: str = "count"
 ) -> Tensor:
     """SBD: log(1 + H), H = mean over channels, samples and voxels of (P - G)^2 (D(P > 0.5)^2 +
     D(G)^2).
@@ -207,6 +207,9 @@ def soft_boundary_loss(
     logits: (B, K, *spatial). P: student probabilities; G: the teacher's own prediction, one-hot
     argmax (background channel left out) or sigmoid >= 0.5. D: distance to the mask's boundary in
     voxels, constant for the gradient.
+    absent: of a class that the student is above 0.5 nowhere in a sample only D(G) is left, so that
+    leaving it out can cost less than finding it badly. 'count' keeps it (the paper's code), 'skip'
+    takes it out of that sample's sum and of the mean; where nothing is left the loss is 0.
     Source: paper, soft boundary; Karimi and Salcudean, TMI 2019 (Hausdorff distance-transform
     loss).
     """
@@ -234,11 +237,17 @@ def soft_boundary_loss(
     field = boundary_distance_squared(student_mask.flatten(0, 1), target.flatten(0, 1)).view(
         target.shape
     )
+    elements = target.numel()
+    if absent == "skip":
+        present = student_mask.flatten(2).any(2)  # (B, regions)
+        field = field * present.view(batch, regions, *[1] * len(spatial))
+        # a tensor: asking how many there are would make the host wait for a GPU
+        elements = present.sum().clamp(min=1) * field[0, 0].numel()
 
     def total(student: Tensor, target: Tensor, field: Tensor) -> Tensor:
         return ((probabilities(student) - target.float()).square() * field).sum()[None]
 
-    return torch.log1p(voxel_sums(total, student_logits, target, field)[0] / target.numel())
+    return torch.log1p(voxel_sums(total, student_logits, target, field)[0] / elements)
 
 
 class _OneChannelConv(torch.autograd.Function):
@@ -382,7 +391,8 @@ class ACFBCKD(nn.Module):
     weight of 0 leaves the term out. floor, decay: see `hard_boundary_weight`. feature_reduction:
     'mean' over voxels (the paper's scale, whose strength depends on the grid) or 'sum'.
     correction_source: 'residual' or 'output'; None follows the preset.
-    boundary_reduction, border, label_classes: see `hard_boundary_loss`.
+    boundary_reduction, border, label_classes: see `hard_boundary_loss`. sbd_absent: 'count' or
+    'skip', the `absent` of `soft_boundary_loss`.
     """
 
     student_taps = ("acf",)
@@ -405,6 +415,7 @@ class ACFBCKD(nn.Module):
         border: str = "count",
         label_classes: int | None = None,
         correction_source: str | None = None,
+        sbd_absent: str = "count",
     ) -> None:
         super().__init__()
         choices = {
@@ -412,6 +423,7 @@ class ACFBCKD(nn.Module):
             "boundary_reduction": (boundary_reduction, ("mean", "voxel")),
             "border": (border, ("count", "ignore")),
             "correction_source": (correction_source, (None, "residual", "output")),
+            "sbd_absent": (sbd_absent, ("count", "skip")),
         }
         for key, (value, allowed) in choices.items():
             if value not in allowed:
@@ -443,6 +455,7 @@ class ACFBCKD(nn.Module):
         self.floor, self.decay = floor, decay
         self.feature_reduction, self.boundary_reduction = feature_reduction, boundary_reduction
         self.border, self.label_classes = border, label_classes
+        self.sbd_absent = sbd_absent
         self.features = AttentionCorrection(student_channels["acf"]) if afd or cfd else None
 
     def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
@@ -469,6 +482,6 @@ class ACFBCKD(nn.Module):
             )
         if self.sbd * (1.0 - alpha) > 0:
             terms["sbd"] = (self.sbd * (1.0 - alpha)) * soft_boundary_loss(
-                student.logits, teacher.logits, self.multilabel
+                student.logits, teacher.logits, self.multilabel, self.sbd_absent
             )
         return terms
