@@ -201,7 +201,7 @@ class _Gather(torch.autograd.Function):
 
 
 def soft_boundary_loss(
-    student_logits: Tensor, teacher_logits: Tensor, multilabel: bool = False
+    student_logits: Tensor, teacher_logits: Tensor, multilabel: bool = False, absent: str = "count"
 ) -> Tensor:
     """SBD: log(1 + H), H = mean over channels, samples and voxels of (P - G)^2 (D(P > 0.5)^2 +
     D(G)^2).
@@ -209,6 +209,9 @@ def soft_boundary_loss(
     logits: (B, K, *spatial). P: student probabilities; G: the teacher's own prediction, one-hot
     argmax (background channel left out) or sigmoid >= 0.5. D: distance to the mask's boundary in
     voxels, constant for the gradient.
+    absent: of a class that the student is above 0.5 nowhere in a sample only D(G) is left, so that
+    leaving it out can cost less than finding it badly. 'count' keeps it (the paper's code), 'skip'
+    takes it out of that sample's sum and of the mean; where nothing is left the loss is 0.
     Source: paper, soft boundary; Karimi and Salcudean, TMI 2019 (Hausdorff distance-transform
     loss).
     """
@@ -236,11 +239,17 @@ def soft_boundary_loss(
     field = boundary_distance_squared(student_mask.flatten(0, 1), target.flatten(0, 1)).view(
         target.shape
     )
+    elements = target.numel()
+    if absent == "skip":
+        present = student_mask.flatten(2).any(2)  # (B, regions)
+        field = field * present.view(batch, regions, *[1] * len(spatial))
+        # a tensor: asking how many there are would make the host wait for a GPU
+        elements = present.sum().clamp(min=1) * field[0, 0].numel()
 
     def total(student: Tensor, target: Tensor, field: Tensor) -> Tensor:
         return ((probabilities(student) - target.float()).square() * field).sum()[None]
 
-    return torch.log1p(voxel_sums(total, student_logits, target, field)[0] / target.numel())
+    return torch.log1p(voxel_sums(total, student_logits, target, field)[0] / elements)
 
 
 class _OneChannelConv(torch.autograd.Function):
@@ -382,6 +391,7 @@ CHOICES = {
     "boundary_reduction": ("mean", "voxel"),
     "border": ("count", "ignore"),
     "correction_source": (None, "residual", "output"),
+    "sbd_absent": ("count", "skip"),
 }
 
 
@@ -393,6 +403,7 @@ class Options:
     'sum'.
     boundary_reduction, border, label_classes: see `hard_boundary_loss`.
     correction_source: 'residual' or 'output'; None follows the preset.
+    sbd_absent: 'count' or 'skip', see `soft_boundary_loss`.
     """
 
     feature_reduction: str = "mean"
@@ -400,6 +411,7 @@ class Options:
     border: str = "count"
     label_classes: int | None = None
     correction_source: str | None = None
+    sbd_absent: str = "count"
 
 
 @takes_options(Options)
@@ -482,6 +494,6 @@ class ACFBCKD(nn.Module):
             )
         if self.sbd * (1.0 - alpha) > 0:
             terms["sbd"] = (self.sbd * (1.0 - alpha)) * soft_boundary_loss(
-                student.logits, teacher.logits, self.multilabel
+                student.logits, teacher.logits, self.multilabel, self.options.sbd_absent
             )
         return terms

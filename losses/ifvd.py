@@ -12,6 +12,10 @@ brought to the student's grid by nearest neighbour. The gradient also flows thro
 centres. Voxels of a class id of `num_label_classes` or above count as their own centre and so add 0
 to the mean.
 
+On an untrained student the gradient of the second term is 200 to 300 times that of the segmentation
+loss: 200 is its weight, and nearly all voxels push the same way, since nearly all are less like
+their centre than the teacher's. It needs `distill_warmup`; docs/methods.md has figures.
+
 Overlapping regions (multi-label): each region is a problem of two classes, region and the rest, on
 the whole feature; mean over the regions. KD term: the squared difference of sigmoids.
 

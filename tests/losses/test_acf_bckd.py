@@ -220,20 +220,22 @@ def slow_field(mask):
     return distance_transform_edt(mask) ** 2 + distance_transform_edt(~mask) ** 2
 
 
-def slow_soft(student, teacher, multilabel=False, fixed=None):
+def slow_soft(student, teacher, multilabel=False, fixed=None, absent="count"):
     """log(1 + mean (P - G)^2 (D(P > 0.5)^2 + D(G)^2)); `fixed` logits give P > 0.5, for difference
-    quotients.
+    quotients. absent 'skip': the mean is over the maps of which P > 0.5 is not empty.
     """
     fixed, terms = student if fixed is None else fixed, []
     probs = ref.sigmoid(student) if multilabel else np.apply_along_axis(ref.softmax, 1, student)
     hard = (ref.sigmoid(fixed) if multilabel else np.apply_along_axis(ref.softmax, 1, fixed)) > 0.5
     for b in range(len(student)):
         for c in range(0 if multilabel else 1, student.shape[1]):
+            if absent == "skip" and not hard[b, c].any():
+                continue
             target = ref.sigmoid(teacher[b, c]) >= 0.5 if multilabel else teacher[b].argmax(0) == c
             terms.append(
                 (probs[b, c] - target) ** 2 * (slow_field(hard[b, c]) + slow_field(target))
             )
-    return math.log(1 + np.mean(terms))
+    return math.log(1 + np.mean(terms)) if terms else 0.0
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -255,6 +257,52 @@ def test_soft_boundary_equals_slow_reference(multilabel, spatial):
         flat[index] = before
         numeric = (sums[0] - sums[1]) / (2 * step)
         assert gradient.reshape(-1)[index].item() == pytest.approx(numeric, abs=2e-4 * scale)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("spatial", [(6, 5, 4), (7, 6)])
+@pytest.mark.parametrize("gone", [[], [(0, 1)], [(0, 1), (0, 3), (1, 2)], "all"])
+def test_soft_boundary_without_absent_classes_equals_slow_reference(gone, spatial, multilabel):
+    case = ref.make_case(multilabel=multilabel, spatial=spatial)
+    logits = case.student.logits.detach()
+    for b, c in itertools.product(range(2), range(4)) if gone == "all" else gone:
+        logits[b, c] = -3.0 - logits[b, c].abs()  # below a half everywhere
+    if gone == "all" and not multilabel:
+        logits[:, 0] = 3.0  # background does not count
+    inputs = logits.requires_grad_(), case.teacher.logits, multilabel
+    value = soft_boundary_loss(*inputs, absent="skip")
+    student, teacher = logits.detach().double().numpy(), case.teacher.logits.detach().double()
+    teacher = teacher.numpy()
+    expected = slow_soft(student, teacher, multilabel, absent="skip")
+    assert value.item() == pytest.approx(expected, rel=2e-5)
+    assert (expected == 0) == (gone == "all")
+    counted = soft_boundary_loss(*inputs).item()
+    assert counted == pytest.approx(slow_soft(student, teacher, multilabel), rel=2e-5)
+    assert (counted == value.item()) == (gone == [])
+
+    (gradient,) = torch.autograd.grad(value, logits)
+    flat, fixed, step = student.reshape(-1), student.copy(), 1e-4
+    scale = gradient.abs().max().item()
+    assert (scale == 0) == (gone == "all")
+    for index in (int(gradient.abs().argmax()), 3, flat.size // 2, flat.size - 1):
+        before, sums = flat[index], []
+        for delta in (step, -step):
+            flat[index] = before + delta
+            sums.append(slow_soft(student, teacher, multilabel, fixed, "skip"))
+        flat[index] = before
+        numeric = (sums[0] - sums[1]) / (2 * step)
+        assert gradient.reshape(-1)[index].item() == pytest.approx(numeric, abs=2e-4 * scale)
+
+
+def test_absent_classes_are_what_the_module_is_told():
+    case = make_module_case()
+    case.student.logits.data[0, 2] = -9.0
+    student, teacher = ref.as_arrays(case.student).logits, ref.as_arrays(case.teacher).logits
+    for absent in ("count", "skip"):
+        found = make(sbd_absent=absent)(case.student, case.teacher, case.label, 1.0)["sbd"]
+        expected = slow_soft(student, teacher, absent=absent)
+        assert found.item() == pytest.approx(0.999 * expected, rel=2e-5)
+    assert make().sbd_absent == "count"
 
 
 @pytest.mark.parametrize("kind", ["noise", "absent", "voxel", "border"])
@@ -703,6 +751,7 @@ def test_without_the_feature_terms_no_tap_is_needed():
         ({"feature_reduction": "voxel"}, "feature_reduction"),
         ({"boundary_reduction": "sum"}, "boundary_reduction"),
         ({"correction_source": "input"}, "correction_source"),
+        ({"sbd_absent": "drop"}, "sbd_absent must be one of count, skip, got 'drop'"),
         ({"floor": 1.5}, r"floor must lie in \[0, 1\]"),
     ],
 )
