@@ -302,7 +302,7 @@ def test_absent_classes_are_what_the_module_is_told():
         found = make(sbd_absent=absent)(case.student, case.teacher, case.label, 1.0)["sbd"]
         expected = slow_soft(student, teacher, absent=absent)
         assert found.item() == pytest.approx(0.999 * expected, rel=2e-5)
-    assert make().sbd_absent == "count"
+    assert make().options.sbd_absent == "count"
 
 
 @pytest.mark.parametrize("kind", ["noise", "absent", "voxel", "border"])
