@@ -9,7 +9,7 @@ trivial loss.
 2d: U-Net, 12 labelled and 12 unlabelled slices of 256 x 256, 4 classes. 3d: V-Net, 2 and 2 patches
 of 96 x 96 x 64 (not the 112 x 112 x 80 of LA, which take some 7 GB), 2 classes. Ours is the step of
 the training scripts with the default arguments of methods/crkd.py. The peer makes the same four
-passes (pseudo-labels in evaluation mode, labelled, two perturbed views), takes the sum of the means
+passes (pseudo-labels without gradient, labelled, two perturbed views), takes the sum of the means
 of the three logits as loss, and makes the same backward pass and update. Both sides must pass the
 same shapes through the network in the same modes. The classifier has large random weights and the
 confidence threshold is 0, so that predictions hold all classes and no term is empty.
@@ -32,7 +32,7 @@ from benchmarks.harness import arguments, interleaved, overhead, report
 from methods import build_method
 from methods.base import Method
 from networks import build_network
-from utils.modes import evaluating, keep_freed_memory
+from utils.modes import keep_freed_memory
 from utils.schedules import build_optimizer
 
 TERMS = {"sup", "pseudo_s", "pseudo_fp", "lec", "csd", "ckd_pixel", "ckd_feature"}
@@ -143,7 +143,7 @@ def network_alone(
     network: nn.Module, labelled: dict, unlabelled: dict, perturb: float
 ) -> dict[str, torch.Tensor]:
     """The passes of a CRKD step, each reduced to the mean of its logits."""
-    with torch.no_grad(), evaluating(network):
+    with torch.no_grad():
         network(unlabelled["weak"])
     outputs = {
         "labelled": network(labelled["image"], return_features=True),

@@ -44,7 +44,7 @@ def test_an_unknown_preset_lists_the_known_ones():
 def test_an_unknown_argument_lists_what_the_method_takes():
     with pytest.raises(
         ValueError,
-        match=r"'crkd' has no argument treshold; it takes threshold, pseudo_loss,.*ema_for",
+        match=r"'crkd' has no argument treshold; it takes threshold, pseudo_weight,.*ema_for",
     ):
         build_method("crkd", make_network, max_steps=7, treshold=0.5)
     with pytest.raises(ValueError, match="'supervised' has no argument lec, csd; it takes none"):

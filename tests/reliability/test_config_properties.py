@@ -25,6 +25,7 @@ import torch
 import yaml
 from hypothesis import given
 
+import reporting
 import test_2d
 import test_3d
 import train_2d_crkd
@@ -581,16 +582,19 @@ def test_options_that_the_method_has_no_use_for_are_named(capsys):
 
 @pytest.mark.parametrize("module", [test_2d, test_3d])
 def test_every_flag_is_read(module):
-    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    files = [Path(each.__file__) for each in (module, reporting)]
+    nodes = [
+        node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    ]
     flags = [
         node.args[0].value.removeprefix("--").replace("-", "_")
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
     ]
     read = {
-        n.attr
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and "args" in ast.unparse(node.value)
     }
     assert len(flags) > 5 and set(flags) <= read, set(flags) - read
 
