@@ -1,6 +1,7 @@
 """Gradient shares against a backward pass of each term alone, and what is concluded from a log."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from torch import nn
 
 from losses import KD_METHODS, build_kd
 from networks import build_network
-from utils.diagnosis import Diagnosis, findings, term_history, term_shares
+from utils.diagnosis import (
+    FAQ_BACKGROUND,
+    FAQ_COLLAPSE,
+    Diagnosis,
+    findings,
+    term_history,
+    term_shares,
+)
 from utils.distributed import World
 
 
@@ -245,3 +253,47 @@ def test_history():
     log = [*log_of([0.5]), {"step": 9, "kind": "train", "loss": 1.0}]
     assert term_history(log, "grad_share") == {"seg": [(0, 0.5)], "kd": [(0, 0.5)]}
     assert term_history(log, "cosine") == {}
+
+
+def pseudo_log(foreground, recalls, dice=(0.3, 0.5, 0.6, 0.7)):
+    """Eight lines of training whose truth has 4 % foreground, and a validation of two classes."""
+    lines = [
+        {"kind": "train", "step": k, "pseudo_foreground": f, "true_foreground": 0.04}
+        | {"recall_1": first, "recall_2": second}
+        for k, (f, (first, second)) in enumerate(zip(foreground, recalls, strict=True))
+    ]
+    scores = [{"kind": "val", "step": 8, "dice": d, "heart": d, "a <b>": d} for d in dice]
+    return lines + scores
+
+
+def test_pseudo_labels_that_have_lost_their_foreground_are_named():
+    log = pseudo_log([0.24, 0.04, 0.03, 0.02, 0.01, 0.01, 0.004, 0.004], [(0.5, 0.5)] * 8)
+    (text,) = findings(log)
+    assert (
+        "lost the foreground: 0.40 % of the voxels at the end, where the truth has 4.00 %" in text
+    )
+    assert "docs/faq.md, 'Few labels: the pseudo-labels collapse'" in text
+    assert findings(pseudo_log([0.001] * 6 + [0.011, 0.011], [(0.5, 0.5)] * 8)) == []
+
+
+def test_a_class_that_pseudo_labels_have_lost_is_named():
+    log = pseudo_log([0.04] * 8, [(0.5, 0.5)] * 6 + [(0.6, 0.04), (None, 0.05)])
+    (text,) = findings(log)
+    assert "lost the class 'a <b>': 4.5 % of its voxels have it at the end" in text
+    early = pseudo_log([0.04] * 8, [(0.0, 0.0)] * 6 + [(0.5, 0.5)] * 2)
+    assert findings(early) == []
+
+
+def test_a_validation_that_stayed_near_0_is_named():
+    for dice, said in (((0.0, 0.0254, 0.01), True), ((0.0, 0.3, 0.0), False)):
+        found = findings([{"kind": "val", "step": k, "dice": d} for k, d in enumerate(dice)])
+        assert bool(found) is said
+        if said:
+            assert "stayed near 0: the best mean Dice is 0.0254" in found[0]
+            assert "'The network predicts nothing but background'" in found[0]
+
+
+def test_sections_that_findings_name_are_in_the_faq():
+    faq = (Path(__file__).resolve().parents[2] / "docs/faq.md").read_text(encoding="utf-8")
+    for place in (FAQ_BACKGROUND, FAQ_COLLAPSE):
+        assert f"## {place.split(chr(39))[1]}\n" in faq
