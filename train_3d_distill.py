@@ -138,7 +138,8 @@ def main() -> int:
     report.stop()
     if not splits[cfg.select_on]:
         raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.datalist))
-    teacher, teacher_scores = load_teacher(cfg, args, dataset.num_classes, splits["val"])
+    chosen = splits[cfg.select_on]
+    teacher, teacher_scores = load_teacher(cfg, args, dataset.num_classes, chosen)
     with world.main_first():  # so that one process fills the cache
         dataset.prepare(splits, cfg.patch_size, report)
         report.stop()
@@ -185,7 +186,7 @@ def main() -> int:
                 student(batch["image"].to(device, memory_format=memory))
 
     if teacher is not None and not run.start:
-        scores = teacher_scores or evaluate(teacher, dataset, splits["val"], run)[0]
+        scores = teacher_scores or evaluate(teacher, dataset, chosen, run)[0]
         run.log.scalars(0, "teacher", scores)
     training_batches = batches.training()
     for step in run.steps():  # one step = one optimiser update
@@ -230,7 +231,7 @@ def main() -> int:
             with statistics_estimated(student, see_clean_images, world.average):
                 weights = copied(student)
                 if run.validates:
-                    found = evaluate(student, dataset, splits[cfg.select_on], run)
+                    found = evaluate(student, dataset, chosen, run)
             if run.validates:
                 run.validated(*found, weights)
             run.save(weights)

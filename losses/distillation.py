@@ -172,10 +172,11 @@ class Batches:
 
 
 def load_teacher(
-    cfg: Distillation, args: Any, num_classes: int, val: Sequence
+    cfg: Distillation, args: Any, num_classes: int, chosen: Sequence
 ) -> tuple[nn.Module | None, dict[str, float] | None]:
-    """The frozen teacher, in evaluation mode, and its scores on the cases `val` if it was validated
-    on just those, in the same way, else None. Of a supervised run: None, None.
+    """The frozen teacher, in evaluation mode, and its scores on the cases `chosen`, those of
+    `select_on`, if it was validated on just those, in the same way, else None. Of a supervised run:
+    None, None.
 
     CheckpointError if it is missing, or was trained for other classes.
     """
@@ -212,20 +213,22 @@ def load_teacher(
         network["name"], network["in_channels"], network["num_classes"], **network["arguments"]
     )
     load_network_weights(teacher, checkpoint["weights"], str(path))
-    scores = checkpoint.get("val") if _validated_alike(checkpoint, cfg, val) else None
+    scores = checkpoint.get("val") if _validated_alike(checkpoint, cfg, chosen) else None
     return teacher.eval().requires_grad_(False), scores
 
 
-def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, val: Sequence) -> bool:
-    """Whether the scores of a checkpoint are those of the cases `val` under these settings."""
+def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, chosen: Sequence) -> bool:
+    """Whether the scores of a checkpoint are those of the cases `chosen` under these settings."""
     before = checkpoint.get("config", {})
     of_format = [key for key, mark in marks(type(cfg)) if mark is OF_FORMAT]
     same_keys = all(
         before.get(key) == getattr(cfg, key) for key in ("dataset", "amp", "overlap", *of_format)
     )
     same_patch = list(before.get("patch_size", ())) == list(cfg.patch_size)
-    names = [case.name for case in val]
-    return same_keys and same_patch and checkpoint.get("cases", {}).get("val") == names
+    names = [case.name for case in chosen]
+    same_list = checkpoint.get("selected_on", "val") == cfg.select_on
+    same_cases = checkpoint.get("cases", {}).get(cfg.select_on) == names
+    return same_keys and same_patch and same_list and same_cases
 
 
 def note_idle(cfg: Distillation, run: Run, has_parameters: bool) -> None:

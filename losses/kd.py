@@ -18,6 +18,7 @@ The divergences here serve the other methods that have a logit term.
 """
 
 import inspect
+import typing
 from collections.abc import Callable, Collection
 
 import torch
@@ -46,12 +47,14 @@ def takes_options(options: type) -> Callable[[type], type]:
     """
 
     def decorate(cls: type) -> type:
-        own = list(inspect.signature(cls).parameters.values())[:-1]
+        constructor = cls.__init__  # not the class: one that inherits may have its own
+        own = list(inspect.signature(constructor).parameters.values())[:-1]
         fields = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for parameter in inspect.signature(options).parameters.values()
         ]
-        cls.__signature__ = inspect.Signature([*own, *fields])
+        constructor.__signature__ = inspect.Signature([*own, *fields])
+        constructor.__annotations__ |= typing.get_type_hints(options)
         return cls
 
     return decorate

@@ -205,15 +205,20 @@ def marks(schema: type) -> Iterator[tuple[str, Any]]:
 
 
 def check_values(cfg: Any) -> None:
-    """ConfigError for a key of `cfg` outside of its range, or with none of its choices."""
+    """ConfigError for a key of `cfg` with none of its choices, or outside of its range.
+
+    Choices come first: what a wrong one leaves open, such as the channels of an unknown format,
+    would be called out of range.
+    """
+    ranges = [(key, mark) for key, mark in marks(type(cfg)) if isinstance(mark, str)]
     for key, mark in marks(type(cfg)):
         value = getattr(cfg, key)
-        if isinstance(mark, str):
-            _check_range(key, value, mark)
-        elif mark is not OF_FORMAT and value not in mark:
+        if (key, mark) not in ranges and mark is not OF_FORMAT and value not in mark:
             raise ConfigError(
                 f"{key}: unknown value '{_short_text(value)}'; choose from {', '.join(mark)}"
             )
+    for key, interval in ranges:
+        _check_range(key, getattr(cfg, key), interval)
 
 
 def _check_range(key: str, value: Any, interval: str) -> None:

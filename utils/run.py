@@ -382,9 +382,18 @@ class Run:
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         plugins.check_same(state.get("plugins", {}), self.args.plugins, str(self.folder))
+        now = code_version()
+        if state.get("code") != now:
+            print(
+                f"warning: {self.folder} was trained by the code {state.get('code')}, this is "
+                f"{now}: where defaults or forms of a method differ, the run changes from here on",
+                file=sys.stderr,
+            )
+        state.setdefault("student", state["weights"])  # as students were once kept
         for name, part in self.parts.items():
-            # a student without a method of its own was once kept under `weights` alone
-            stored = state.get(name, state["weights"])
+            if name not in state:
+                raise CheckpointError(f"{self.folder}: last.pt lacks '{name}'; start anew")
+            stored = state[name]
             if isinstance(part, nn.Module):
                 load_network_weights(part, stored, str(self.folder))
             elif part is not None:

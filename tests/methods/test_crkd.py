@@ -3,6 +3,7 @@ changes.
 """
 
 import copy
+import functools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from methods.base import pseudo_label_report
 from methods.crkd import CRKD
 from networks.unet2d import UNet2D
 from networks.vnet import VNet
+from utils.config import ConfigError, check_arguments
 
 CLASSES, STEPS = 3, 20
 TERMS = ["sup", "pseudo_s", "pseudo_fp", "lec", "csd", "ckd_pixel", "ckd_feature"]
@@ -1057,3 +1059,23 @@ def test_thirty_steps_learn_an_easy_task():
         losses.append(terms["sup"].item())
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
     assert method.monitor["pseudo_accuracy"] > 0.9
+
+
+class Wider(CRKD):
+    """As a user's own method may be made, with an argument of its own."""
+
+    def __init__(self, *args, extra: float = 1.0, **options):
+        super().__init__(*args, **options)
+        self.extra = extra
+
+
+def test_options_are_arguments_with_types_and_a_subclass_may_add_its_own():
+    convert = functools.partial(check_arguments, "method_args: crkd", CRKD)
+    given = {"feature_tau": "1e-2", "csd_pool": 2, "pseudo_mode": "joint", "csd_tau": None}
+    assert convert(given) == given | {"feature_tau": 0.01}
+    for wrong in ({"lec_masked": "false"}, {"csd_pool": 1.5}, {"pseudo_moed": "joint"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            convert(wrong)
+    own = check_arguments("method_args: own", Wider, {"extra": 2, "csd_tau": 0.2})
+    method = Wider(lambda: make_network(2), STEPS, **own)
+    assert method.extra == 2 and method.options.csd_tau == 0.2

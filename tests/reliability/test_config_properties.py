@@ -263,9 +263,9 @@ def arguments_of_one_entry(draw):
     if section == "recipe" or name not in registry:
         hints = typing.get_type_hints(script.Config)
     else:
-        hints = {
-            k: v for k, v in typing.get_type_hints(registry[name].__init__).items() if k != "return"
-        }
+        stated = typing.get_type_hints(registry[name].__init__)
+        accepted = inspect.signature(registry[name]).parameters
+        hints = {key: stated[key] for key in accepted if key in stated}
     key = draw(st.sampled_from(list(hints)) | typos)
     return script, section, name, {name: {key: draw(values | close_to(hints.get(key)))}}
 

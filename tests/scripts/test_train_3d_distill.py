@@ -418,6 +418,7 @@ def test_teacher_of_other_classes_is_refused(workspace):
         ("patch_size=[16,16]", "list of 3 values"),
         ("patch_size=[16,16,20]", "multiples of 8"),
         ("student=unett", "unknown value 'unett'"),
+        ("format=mds", "format: unknown value 'mds'; choose from msd"),
         ("student=unet2d", "unknown value 'unet2d'"),  # of two dimensions
         ("flip_prob=1.5", "--opts flip_prob=1.5: flip_prob: must lie in [0, 1], got 1.5"),
         (

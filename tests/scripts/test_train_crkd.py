@@ -643,8 +643,8 @@ def test_saved_weights_have_the_statistics_of_clean_images(trained, kind):
     statistics = {key for key in last["weights"] if "running" in key or "num_batches" in key}
     assert differ == statistics
     assert {last["weights"][key].item() for key in statistics if "num_batches" in key} == {20}
-    if best["step"] == last["step"]:
-        assert digest(best["weights"]) == digest(last["weights"])
+    counts = {v.item() for key, v in best["weights"].items() if "num_batches" in key}
+    assert counts == {20}
 
 
 def test_running_statistics_are_saved_on_demand(site):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from utils.modes import evaluating, statistics_estimated, statistics_kept, weightless
@@ -186,6 +187,17 @@ def test_a_norm_that_sees_no_image_keeps_its_statistics():
     with statistics_estimated(network, lambda: network[:3](IMAGE)):
         inside = network[4].running_mean.clone()
     assert torch.equal(inside, network[4].running_mean) and inside.any()
+
+
+def test_a_compiled_network_is_not_compiled_again_for_it():
+    network, counter = lagging(), torch._dynamo.testing.CompileCounter()
+    network.compile(backend=counter)
+    network(IMAGE)
+    frames = counter.frame_count
+    with statistics_estimated(network, lambda: network(IMAGE)):
+        pass
+    network(IMAGE)
+    assert counter.frame_count == frames
 
 
 def test_a_network_without_running_statistics_asks_for_no_image():
