@@ -6,11 +6,11 @@ average of the student, sees the unlabelled image with noise clamp(0.1 N(0, 1), 
 in training mode:
 
     L = 1/2 [CE + D](P_l, y) + w(t) sum A (p_student - p_teacher)^2 / (sum A + 1e-16)
-    w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2),    D the mean Dice loss of all
-    classes
+    w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2)
+    D the mean Dice loss of all classes
 
-A, over voxels (and all classes), is by `strategy`, with t in [0, 1] and ramp(t) = exp(-5 (1 -
-t)^2):
+A, over voxels (and all classes), is by `strategy`, with t in [0, 1] and
+ramp(t) = exp(-5 (1 - t)^2):
 
     entropy     entropy of the student / log C >= 0.75 + 0.20 ramp(t): the least certain voxels
     mc_dropout  entropy of the mean of 8 noisy dropout passes >= (0.75 + 0.15 ramp(t)) log C
@@ -22,7 +22,7 @@ t)^2):
                 finds the voxels at which the student's class is an error by the teacher's
                 probabilities; all voxels where it cannot
 
-The dropout passes leave running statistics alone.
+In 'clean' the dropout passes leave running statistics alone.
 
 Presets: 'as_released' averages parameters only, the statistics of batch norm following all passes
 of a network; counts the ramp of w(t) in units of 150 steps, 40 of them; and differs in two
