@@ -87,7 +87,7 @@ HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
 FLAGS = ("absent", "missed", "spurious")  # of each class: which of the masks are empty
 REACH = 3  # voxels within which the nearest surface is looked up place by place
-# that the points of a surface are sorted into, to find the nearest of a point far away
+# blocks that the points of a surface are sorted into, to find the nearest of a point far away
 MOST_BLOCKS = 512
 
 

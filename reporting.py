@@ -1,14 +1,16 @@
 """Scores of a checkpoint, from its cases to files and a printed table, for both test scripts.
 
 Few-label runs have two protocols.
+
 'clean': the definitions of metrics.py; both masks empty counts as agreement (Dice 1, distances 0),
 one empty as Dice 0 with undefined distances and a count. Mean over cases of the mean over classes.
 'published': what published tables of these data sets print. Volumes (ACDC, LA): HD95 pooled, ASD
 one-sided, all four metrics 0 if the prediction or the label lacks the class. Images (ISIC, Kvasir):
 HD95 directed, ASD the mean of both directed means, both empty Dice 1, distances of an empty mask
-left out. Mean over classes of the mean over cases. In neither do the distances of a structure that
-was not found make a mean worse. So the table has them a second time, marked *, with missed and
-spurious structures as the diagonal of the volume (`penalised` in the summary).
+left out. Mean over classes of the mean over cases.
+In neither do the distances of a structure that was not found make a mean worse. So the table has
+them a second time, marked *, with missed and spurious structures as the diagonal of the volume
+(`penalised` in the summary).
 
 The HDF5 files and photographs carry no voxel size: distances are in voxels or pixels in either
 protocol. `accuracy` is the share of all voxels that are labelled right, background included; `ci95`

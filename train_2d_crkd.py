@@ -9,8 +9,8 @@ method makes the loss of them.
     python train_2d_crkd.py --config configs/acdc.yaml --labelled 3 --method supervised
     python train_2d_crkd.py --config configs/isic2018.yaml --label_rat 0.05 --resume
 
-Results go to runs/<dataset>/<method>/<network>-<labelled>/seed<k>/; `python test_2d.py --ckpt
-.../best.pt` scores them.
+Results go to runs/<dataset>/<method>/<network>-<labelled>/seed<k>/;
+`python test_2d.py --ckpt .../best.pt` scores them.
 """
 
 import argparse

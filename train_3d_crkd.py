@@ -9,8 +9,8 @@ method makes the loss of them.
     python train_3d_crkd.py --config configs/la.yaml --labelled 4 --method supervised
     python train_3d_crkd.py --config configs/la.yaml --label_num 8 --seed 1 --resume
 
-Results go to runs/<dataset>/<method>/<network>-<labelled>/seed<k>/; `python test_3d.py --ckpt
-.../best.pt` scores them.
+Results go to runs/<dataset>/<method>/<network>-<labelled>/seed<k>/;
+`python test_3d.py --ckpt .../best.pt` scores them.
 """
 
 import argparse

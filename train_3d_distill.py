@@ -11,8 +11,8 @@ terms of the method.
     python train_3d_distill.py --config configs/btcv.yaml --teacher resunet --student unet \
         --method supervised --seed 1
 
-Results go to runs/<dataset>/<method>/<teacher>-<student>/seed<k>/; `python test_3d.py --ckpt
-.../best.pt` scores them.
+Results go to runs/<dataset>/<method>/<teacher>-<student>/seed<k>/;
+`python test_3d.py --ckpt .../best.pt` scores them.
 """
 
 import argparse
@@ -215,8 +215,8 @@ def main() -> int:
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         world.average_gradients(trained)
-        # else the step is left out
-        if run.watch.passes(step, terms, batch, batch["case"], wait=run.settles):
+        updated = run.watch.passes(step, terms, batch, batch["case"], wait=run.settles)
+        if updated:  # else the step is left out
             if cfg.grad_clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)

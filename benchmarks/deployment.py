@@ -13,8 +13,8 @@ not timed, so that idle threads of another runtime do not disturb it. Memory: pe
 process above one that has loaded PyTorch and the input, so weights and runtime count (Linux). Dice:
 mean over the cases of the test list, or of the validation list where there is no other, on the grid
 where the network predicts; with --no-dice, or without the data, the column is empty. A row for int8
-is the static quantisation of `tools/export.py --int8`. Packages: pip install -r
-requirements-export.txt
+is the static quantisation of `tools/export.py --int8`. Packages:
+pip install -r requirements-export.txt
 """
 
 import argparse

@@ -1,6 +1,5 @@
 r"""Time of a whole distillation step against the same step with the segmentation loss only, for
-each
-method; on the CPU.
+each method; on the CPU.
 
     python benchmarks/distill_step.py
     python benchmarks/distill_step.py --methods acf_bckd kd cirkd --size 64 --repeats 1 \

@@ -8,11 +8,10 @@ equal results.
     python benchmarks/metrics_speed.py --small                        # seconds, bars not enforced
 
 medpy, monai: 13 organs, each a few overlapping ellipsoids with rough borders, on 240 x 200 x 160
-voxels of
-1.5 x 1.5 x 2 mm. binary: one such shape on 190 x 142 x 88 voxels of 0.625 mm, against medpy.
-'clean' is the label with its borders moved by up to 2 voxels, 'noisy' by up to 5, after which
-`--scatter` of all voxels get a random id. medpy is called class by class (dc, jc, hd95, asd), MONAI
-with one-hot tensors that are made before the clock starts (compute_hausdorff_distance,
+voxels of 1.5 x 1.5 x 2 mm. binary: one such shape on 190 x 142 x 88 voxels of 0.625 mm, against
+medpy. 'clean' is the label with its borders moved by up to 2 voxels, 'noisy' by up to 5, after
+which `--scatter` of all voxels get a random id. medpy is called class by class (dc, jc, hd95, asd),
+MONAI with one-hot tensors that are made before the clock starts (compute_hausdorff_distance,
 compute_average_surface_distance, compute_dice, compute_iou).
 
 Whole calls on organs take a peer up to minutes, so that each of its classes (medpy) or functions

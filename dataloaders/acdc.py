@@ -1,8 +1,9 @@
 """ACDC: short-axis cardiac cine MRI as SSL4MIS distributes it; trained on slices, scored on
 volumes.
 
-    <root>/data/patientXXX_frameYY.h5                 volumes: image (S, H, W) in 0..1, label (S, H,
-    W) 0..3 <root>/data/slices/patientXXX_frameYY_slice_Z.h5  the same slice by slice, Z from 1
+    <root>/data/patientXXX_frameYY.h5                 volumes: image (S, H, W) in 0..1,
+                                                      label (S, H, W) 0..3
+    <root>/data/slices/patientXXX_frameYY_slice_Z.h5  the same slice by slice, Z from 1
 
 Where there is no slices/ folder the slices are read from the volumes. Lists name patients, so that
 no patient can be labelled and unlabelled, or trained and tested on, at once. The frames of a
@@ -24,7 +25,7 @@ from dataloaders.cases import Case, DataError, read_image, select
 from dataloaders.faults import CaseNotes, Report
 from dataloaders.semi import SemiDataset, read_h5
 
-# of intensities: eight-bit views are cut from them, and anything else would wrap around
+# range of intensities: eight-bit views are cut from them, and anything else would wrap around
 LIMITS = (0.0, 1.0)
 _VOLUME = re.compile(r"((.+)_frame\d+)\.h5")
 _FRAME = re.compile(r"(.+)_frame\d+")

@@ -4,11 +4,9 @@ A sample is a dict with `image` (C, H, W) or (C, H, W, D) float32 and `label` (1
 Weak views move voxels and labels together; strong views start from a weak one and change
 intensities only, so both stay aligned.
 
-    ACDC: `rot_flip`, `rotate_small`, `resize_nearest`, `strong_grey`            (SSL4MIS;
-    UniMatch's jitter) ISIC, Kvasir: `rot_flip`, `resize_rgb`, `strong_rgb`, `rotate_small_rgb`
-    (CRKD)
-    LA: `rot_flip`, `crop_padded`, `strong_volume`                               (UA-MT;
-    CrossMatch's intensities)
+    ACDC: `rot_flip`, `rotate_small`, `resize_nearest`, `strong_grey`  (SSL4MIS; UniMatch's jitter)
+    ISIC, Kvasir: `rot_flip`, `resize_rgb`, `strong_rgb`, `rotate_small_rgb`  (CRKD)
+    LA: `rot_flip`, `crop_padded`, `strong_volume`  (UA-MT; CrossMatch's intensities)
 
 Colour jitter, grayscale and 2D blur are torchvision's on 8-bit Pillow images; bias field, gamma and
 3D blur are TorchIO's; both are written here so that neither library is needed.

@@ -49,7 +49,7 @@ class CaseCache:
         store: keep the sample. DataError that lists all faults of the case.
         """
         files = [*case.images, case.label] if case.label else case.images
-        # else preprocessing says what is missing, and what else is wrong
+        # where one is missing, preprocessing says so, and what else is wrong
         there = all(path.is_file() for path in files)
         if there and store and not self._entry(case).is_dir():
             self._make(case)
@@ -95,7 +95,7 @@ class CaseCache:
             try:
                 os.rename(temporary, self._entry(case))
             except OSError:
-                # else another process made the same entry meanwhile
+                # if it is there, another process made the same entry meanwhile
                 if not self._entry(case).is_dir():
                     raise
         finally:

@@ -472,7 +472,7 @@ def read_image(
                 "repair the scan",
             )
             continue
-        # else the channels are along the fourth axis
+        # a single file of four axes has its channels along the fourth
         whole = volume.ndim != 4 or len(case.images) > 1
         for channel in (volume,) if whole else np.moveaxis(volume, -1, 0):
             if channel.size and channel.min() == channel.max():

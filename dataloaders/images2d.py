@@ -1,9 +1,9 @@
 """RGB images with binary masks: ISIC-2018 (skin lesions), Kvasir-SEG (polyps), or own data in the
 same form.
 
-    <root>/train/images, <root>/train/masks, <root>/val/images, ...      lists made from the
-    folders, or <root>/images, <root>/masks                                          lists drawn by
-    tools/make_splits.py
+    <root>/train/images, <root>/train/masks, <root>/val/images, ...  lists made from the folders, or
+    <root>/images, <root>/masks                                      lists drawn by
+                                                                     tools/make_splits.py
 
 Lists are train.txt, val.txt and, if there is one, test.txt. A line is an image's name without
 suffix or, as in the released lists, `train/images/X.jpg train/masks/X.png`; paths with blanks are

@@ -3,8 +3,9 @@
 One file per scan with `image` (H, W, D) float32, z-scored over the scan, and `label` 0 or 1, in one
 of the layouts
 
-    <root>/<ID>/mri_norm2.h5    <root>/data/<ID>.h5    <root>/2018LA_Seg_Training
-    Set/<ID>/mri_norm2.h5
+    <root>/<ID>/mri_norm2.h5
+    <root>/data/<ID>.h5
+    <root>/2018LA_Seg_Training Set/<ID>/mri_norm2.h5
 
 The files carry no voxel size; spacing is 1 along each axis (the scans are 0.625 mm isotropic), so
 distances are in voxels, as in every published table. They were cropped around the atrium by means

@@ -267,7 +267,7 @@ class MSDDataset:
             )
             check_duplicates(seen, report, ERROR)
             training = [found["ids"] for (split, _), found in facts.items() if split == "train"]
-            # else a class may be in a case that is not read
+            # only where all were read: a class may be in a case that was not
             if training and len(training) == len(splits["train"]):
                 present = {number for ids in training for number in self.present(ids)}
                 source = (

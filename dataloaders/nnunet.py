@@ -2,8 +2,8 @@
 that may overlap.
 
     dataset.json               channel_names {"0": "CT"}, labels {"background": 0, "liver": 1},
-    file_ending ".nii.gz" imagesTr/CASE_0000.nii.gz  channel 0 of a scan; CASE_0001.nii.gz is
-    channel 1, ...
+                               file_ending ".nii.gz"
+    imagesTr/CASE_0000.nii.gz  channel 0 of a scan; CASE_0001.nii.gz is channel 1, ...
     labelsTr/CASE.nii.gz
     imagesTs/, labelsTs/       the test list, if there are labels
     splits_final.json          [{"train": [CASE, ...], "val": [CASE, ...]}, ...], one entry per

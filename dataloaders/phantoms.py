@@ -9,8 +9,8 @@ per-case contrasts make the cases differ; unlabelled bowel, muscle and vessels s
 intensities with organs, so that intensity alone does not tell the class.
 
 Arrays are in RAS axis order: axis 0 grows towards the patient's right, axis 1 anterior, axis 2
-superior.
-`seed` is anything that `np.random.default_rng` takes; the tools pass the pair (seed, case).
+superior. `seed` is anything that `np.random.default_rng` takes; the tools pass the pair
+(seed, case).
 """
 
 import numpy as np

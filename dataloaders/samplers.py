@@ -135,7 +135,7 @@ def draws(
             collate_fn=collate,
             pin_memory=device.type == "cuda",
             worker_init_fn=leave_signals_to_parent,
-            # or a loader would draw from the state that a resumed run has just restored
+            # without it a loader would draw from the state that a resumed run has just restored
             generator=torch.Generator(),
         )
     )

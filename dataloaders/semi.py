@@ -170,7 +170,7 @@ class SemiDataset(abc.ABC):
             )
             check_duplicates(seen, report, self.repeats)
             labelled = [notes.ids for (split, _), notes in noted.items() if split == "labelled"]
-            # else a class may be in a file that is not read
+            # only where all were read: a class may be in a file that was not
             if labelled and len(labelled) == len(splits["labelled"]):
                 ids = {number for found in labelled for number in found}
                 classes = dict(enumerate(self.class_names[1:], 1))

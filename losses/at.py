@@ -3,8 +3,8 @@
 Paper: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, eq. 2
 (activation-based, p = 2):
 
-    L = sum over stages of weight * mean_{b,v} ( Q(F_S) - Q(F_T) )^2,   Q(F) = a / |a|_2,  a =
-    mean_c F^2,  weight 200
+    L = sum over stages of weight * mean_{b,v} ( Q(F_S) - Q(F_T) )^2,
+        Q(F) = a / |a|_2,  a = mean_c F^2,  weight 200
 
 The teacher map is brought to the student's grid by nearest neighbour. Labels are not used, so
 multi-label data need nothing special. Both presets are the same.

@@ -18,8 +18,8 @@ background. The teacher's feature and the label are brought to the student's gri
 neighbour.
 
 Overlapping regions (multi-label): the regions are the classes of the memory. A voxel in several
-regions enters the queue of each, and is an anchor once. L_pair is unchanged; L_kd is the KL of [p,
-1 - p], summed over the regions.
+regions enters the queue of each, and is an anchor once. L_pair is unchanged; L_kd is the KL of
+[p, 1 - p], summed over the regions.
 
 Presets. 'clean': every image is paired with every one, itself included, in either order; class 0
 has no queue; queued voxels are drawn from the class's own. 'as_released': only the first image of

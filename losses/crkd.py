@@ -9,9 +9,9 @@ the same content.
 
     LEC   low-entropy consistency        both views are drawn to their confidence-weighted mean
     CSD   class semantic distillation    labelled features are anchors, unlabelled ones their
-    contrast
+                                         contrast
     CKD   cross distillation             at each voxel the view that fits the pseudo-label better
-    teaches the other
+                                         teaches the other
 
 Presets. 'clean', the default, mends three things that 'as_released' reproduces: the mean row of a
 class in CSD is not of unit length; CKD divides the cosine by 0.07 before it is taken from 1, which
@@ -65,9 +65,8 @@ def low_entropy_consistency(
     logits: (B, C, *spatial). Weight of a view at a voxel: exp(-entropy) * (largest
     probability)^beta, normalised over the two views. distance: 'kl' or 'l1', of each view to the
     mean. mask (B, *spatial): voxels that count, all without one; the mean over none is 0. Scalar
-    float32, gradient to both logits, through
-    weights and mean alike. The KL form is a generalised Jensen-Shannon divergence: between 0 (equal
-    views) and ln 2.
+    float32, gradient to both logits, through weights and mean alike. The KL form is a generalised
+    Jensen-Shannon divergence: between 0 (equal views) and ln 2.
     """
     check_choice("low_entropy_consistency", "distance", distance, ("kl", "l1"))
     eps = 1e-8
@@ -196,9 +195,8 @@ def class_semantic_distillation(
     features: (B, c, *grid) of the labelled batch and of the two unlabelled views. head: module (N,
     c) -> (N, d) unit rows that projects the sampled rows, all in one call, on a GPU with a mask
     (N,) of those that count as its second argument; None if the features are projected already.
-    pred_l, label_l:
-    ids of the labelled batch; pred_u, conf_u: pseudo-label and its confidence, at any resolution
-    (ids are resized to the grid by nearest neighbour, confidences linearly).
+    pred_l, label_l: ids of the labelled batch; pred_u, conf_u: pseudo-label and its confidence, at
+    any resolution (ids are resized to the grid by nearest neighbour, confidences linearly).
     samples: rows per stream, shared out equally among the classes (the last one takes the
     remainder), drawn with replacement; a class with fewer rows has each of them repeated. Each
     class also adds the mean of its rows.
@@ -389,7 +387,7 @@ def _of_fixed_shape(
         (t[0].flatten(), t[1:].flatten()) for t in (valid, classes)
     )
     similarities = vectors[0].flatten(0, 1) @ vectors[1:].flatten(0, 2).T / tau
-    # not all of them, which would give NaN
+    # where nothing is usable none is masked: all of them would give NaN
     similarities = similarities.masked_fill(~valid_c & usable, -math.inf)
     losses = _contrasts(similarities, (class_a[:, None] == class_c) & valid_c)
     counted = valid_a & usable

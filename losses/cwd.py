@@ -2,8 +2,8 @@
 
 Paper: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, eq. 4:
 
-    L = weight * tau^2 / (B K) * sum_{b,k} KL( softmax_v(z_T / tau) || softmax_v(z_S / tau) ),
-    tau 4, weight 1
+    L = weight * tau^2 / (B K)
+        * sum_{b,k} KL( softmax_v(z_T / tau) || softmax_v(z_S / tau) ),    tau 4, weight 1
 
 Overlapping regions (multi-label): a channel is one region, so the spatial softmax stays meaningful;
 it is the default, with weight 0.1, as in the reference. `mode='bernoulli'` compares each voxel's

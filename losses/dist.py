@@ -5,8 +5,8 @@ Paper: Huang et al., "Knowledge Distillation from a Stronger Teacher", NeurIPS 2
 P and Q the (M, K) matrices of the student's and teacher's softmax at tau over all M = B V voxels of
 the batch, and rho Pearson's r:
 
-    L = tau^2 [ inter_weight (1 - mean_rows rho) + intra_weight (1 - mean_columns rho) ],    tau 4,
-    weights 1
+    L = tau^2 [ inter_weight (1 - mean_rows rho)
+                + intra_weight (1 - mean_columns rho) ],    tau 4, weights 1
 
 Overlapping regions (multi-label; neither paper nor reference has a form): the columns are the
 regions' sigmoids at tau. A row holds [p, 1 - p] of every region: its mean is 1/2 whatever the

@@ -4,17 +4,19 @@ its classes.
 Paper: Qin et al., "Efficient Medical Image Segmentation Based on Knowledge Distillation", TMI 2021
 (prediction maps distillation, importance maps distillation, region affinity distillation):
 
-    L_prediction = tau^2 KL(teacher || student), per voxel                                  weight
-    0.1, tau 4 L_importance = mean_b |q(F_S) - q(F_T)|^2,  q(F) = a / |a|_2,  a = mean_c |F|^4
-    weight 0.9 for each tap L_region     = mean over class pairs i < j of ( cos(r_i, r_j)_S -
-    cos(r_i, r_j)_T )^2    weight 0.9 for each tap
+    L_prediction = tau^2 KL(teacher || student), per voxel
+                   (weight 0.1, tau 4)
+    L_importance = mean_b |q(F_S) - q(F_T)|^2,  q(F) = a / |a|_2,  a = mean_c |F|^4
+                   (weight 0.9 for each tap)
+    L_region     = mean over class pairs i < j of ( cos(r_i, r_j)_S - cos(r_i, r_j)_T )^2
+                   (weight 0.9 for each tap)
 
 r_i is the mean feature of class i over the batch; classes that the batch lacks are left out, and
 with fewer than two the term is 0. Taps: stage1 and stage3. The teacher's feature and the label are
 brought to the student's grid by nearest neighbour.
 
-Overlapping regions (multi-label): the regions are the classes; the prediction term is the KL of [p,
-1 - p], summed over the regions.
+Overlapping regions (multi-label): the regions are the classes; the prediction term is the KL of
+[p, 1 - p], summed over the regions.
 
 Both presets are the same: the released CT configs of this method do not start, so there is no
 arithmetic to follow.

@@ -4,8 +4,8 @@ and a KD term.
 Paper: Wang et al., "Intra-class Feature Variation Distillation for Semantic Segmentation", ECCV
 2020, eq. 1-3. With mu_k the mean feature of class k in one sample and y_v the label:
 
-    L = kd_weight * KD(logits) + weight * mean_{b,v} ( cos(F_S,v , mu_S,y_v) - cos(F_T,v , mu_T,y_v)
-    )^2,   10 and 200
+    L = kd_weight * KD(logits)
+        + weight * mean_{b,v} ( cos(F_S,v , mu_S,y_v) - cos(F_T,v , mu_T,y_v) )^2,   10 and 200
 
 on the `decoder` taps, whose channel counts may differ. The label and the teacher's feature are
 brought to the student's grid by nearest neighbour. The gradient also flows through the student's

@@ -10,9 +10,10 @@ reference does.
 
 Presets. The released code compares sigmoids on multi-class data too, because a flag defaults to
 True. 'clean': KL of the softmax on multi-class data. 'as_released': difference of sigmoids
-everywhere. `mode` overrides either. Reduction. 'mean' (default, the reference's scaling) averages
-over all elements of (B, K, *spatial), which is K times less than the mathematical divergence per
-voxel; 'voxel' sums over the channels and averages over the voxels.
+everywhere. `mode` overrides either.
+Reduction. 'mean' (default, the reference's scaling) averages over all elements of (B, K, *spatial),
+which is K times less than the mathematical divergence per voxel; 'voxel' sums over the channels and
+averages over the voxels.
 
 The divergences here serve the other methods that have a logit term.
 """

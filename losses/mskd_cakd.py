@@ -4,14 +4,12 @@ the feature.
 Two terms of the ACF-BCKD authors' repository. Class affinity, of the probabilities P (C, V) of one
 sample:
 
-    L_affinity = mean_{b,c} [1 - cos(column c of (P P^T)_S, column c of (P P^T)_T)]
-    weight 1
+    L_affinity = mean_{b,c} [1 - cos(column c of (P P^T)_S, column c of (P P^T)_T)]    weight 1
 
 and feature-normalised distillation (Xu et al., "Feature Normalized Knowledge Distillation for Image
 Classification", ECCV 2020), |F| being the length of a voxel's feature vector before the classifier:
 
-    L_norm = mean over voxels of CE(softmax(z_T / |F_T|), softmax(z_S / |F_S|))
-    weight 1
+    L_norm = mean over voxels of CE(softmax(z_T / |F_T|), softmax(z_S / |F_S|))        weight 1
 
 A voxel whose feature is long has a soft target. The lowest value of L_norm is the teacher's
 entropy, not 0. The tap is the one before the classifier (decoder), brought to the grid of the

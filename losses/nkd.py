@@ -6,8 +6,8 @@ with Normalized Loss and Customized Soft Labels", ICCV 2023, eq. 6. With t the l
 q the student's and teacher's probabilities, and p^, q^ those of the classes other than t at
 temperature tau, scaled to sum to 1:
 
-    L = weight * mean_v [ -q_t log p_t  -  gamma tau^2 sum_{i != t} q^_i log p^_i ],    gamma 1.5,
-    tau 1, weight 1
+    L = weight * mean_v [ -q_t log p_t
+                          - gamma tau^2 sum_{i != t} q^_i log p^_i ],  gamma 1.5, tau 1, weight 1
 
 It is a cross-entropy, so it is above 0 even where the student equals the teacher.
 

@@ -4,9 +4,8 @@ the feature map.
 Paper: Liu et al., "Structured Knowledge Distillation for Dense Prediction", TPAMI 2020 (CVPR 2019),
 pixel-wise and pair-wise terms; the adversarial holistic term is left out, as in the reference.
 
-    L_pixel = -mean_{b,v} sum_c softmax(z_T)_c log softmax(z_S)_c
-    weight 10 L_pair  = mean_b mean_{i,j} ( <x_i, x_j>_T - <x_i, x_j>_S )^2
-    weight 1
+    L_pixel = -mean_{b,v} sum_c softmax(z_T)_c log softmax(z_S)_c        weight 10
+    L_pair  = mean_b mean_{i,j} ( <x_i, x_j>_T - <x_i, x_j>_S )^2        weight 1
 
 x_i are the columns of the max-pooled `penultimate` tap (2 nodes per axis: 8 in 3D), divided by
 their norm over the channels. As in the authors' code the norm is a constant for the gradient.

@@ -6,11 +6,11 @@ average of the student, sees the unlabelled image with noise clamp(0.1 N(0, 1), 
 in training mode:
 
     L = 1/2 [CE + D](P_l, y) + w(t) sum A (p_student - p_teacher)^2 / (sum A + 1e-16)
-    w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2),    D the mean Dice loss of all
-    classes
+    w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2)
+    D the mean Dice loss of all classes
 
-A, over voxels (and all classes), is by `strategy`, with t in [0, 1] and ramp(t) = exp(-5 (1 -
-t)^2):
+A, over voxels (and all classes), is by `strategy`, with t in [0, 1] and
+ramp(t) = exp(-5 (1 - t)^2):
 
     entropy     entropy of the student / log C >= 0.75 + 0.20 ramp(t): the least certain voxels
     mc_dropout  entropy of the mean of 8 noisy dropout passes >= (0.75 + 0.15 ramp(t)) log C
@@ -22,17 +22,17 @@ t)^2):
                 finds the voxels at which the student's class is an error by the teacher's
                 probabilities; all voxels where it cannot
 
-The dropout passes leave running statistics alone.
+In 'clean' the dropout passes leave running statistics alone.
 
 Presets: 'as_released' averages parameters only, the statistics of batch norm following all passes
 of a network; counts the ramp of w(t) in units of 150 steps, 40 of them; and differs in two
 strategies. mc_dropout: the passes are the student's, and A is counted once for all classes.
 prototype: the passes are without noise; certainty is asked of each logit on its own, and voxels
 that are not certainly foreground are background; the classes and their probabilities are those of
-one more pass without noise; each sample has prototypes of its own (0 for a class without voxels);
-maps are enlarged without aligned corners. 'clean' averages the statistics too, counts in fractions
-of the training, makes all passes with the teacher and counts A once for each class. The entropy
-term has one form, a mean over the other voxels in nats.
+one more pass without noise, the teacher's first; each sample has prototypes of its own (0 for a
+class without voxels); maps are enlarged without aligned corners. 'clean' averages the statistics
+too, counts in fractions of the training, makes all passes with the teacher and counts A once for
+each class. The entropy term has one form, a mean over the other voxels in nats.
 """
 
 import contextlib
@@ -125,9 +125,14 @@ class ACMT(Method):
         logits_l, logits_u = logits[: len(image_l)], logits[len(image_l) :]
         student = logits_u.float().softmax(1)
         with torch.no_grad(), self._statistics(self.teacher):
+            plain = None
+            if self.released and self.strategy == "prototype":
+                # The released code makes this pass first, and running statistics follow the order.
+                plain = self.teacher(weak).float().softmax(1)
             teacher = self.teacher(self._noisy(weak)).float().softmax(1)
-            # (B, *spatial)
-            ambiguous = self._ambiguous(student.detach(), teacher, weak, step / self.max_steps)
+            ambiguous = self._ambiguous(
+                student.detach(), teacher, weak, step / self.max_steps, plain
+            )
 
         squared = (student - teacher).square()
         counted = 1 if self.released and self.strategy == "mc_dropout" else self.num_classes
@@ -172,8 +177,19 @@ class ACMT(Method):
             for _ in range(count):
                 yield network(self._noisy(image) if noisy else image, return_features=True)
 
-    def _ambiguous(self, student: Tensor, teacher: Tensor, weak: Tensor, progress: float) -> Tensor:
-        """A as a mask (B, *spatial), bool."""
+    def _ambiguous(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weak: Tensor,
+        progress: float,
+        plain: Tensor | None = None,
+    ) -> Tensor:
+        """A as a mask (B, *spatial), bool.
+
+        student, teacher: probabilities (B, C, *spatial), the teacher's with noise; plain: those of
+        the teacher without noise, which the released prototypes need.
+        """
         ramp, nats = sigmoid_rampup(progress, 1.0), math.log(self.num_classes)
         if self.strategy == "entropy":
             return entropy_map(student) / nats >= 0.75 + 0.20 * ramp
@@ -191,8 +207,7 @@ class ACMT(Method):
         spread = torch.stack([(out.logits.float() / 2).sigmoid() for out in outputs]).std(0)
         feature = sum(out.features["stage6"].float() for out in outputs) / count
         if self.released:
-            probs = self.teacher(weak).float().softmax(1)
-            return far_from_own_prototype(feature, probs, spread < 0.1, student.argmax(1))
+            return far_from_own_prototype(feature, plain, spread < 0.1, student.argmax(1))
         probs = torch.stack([out.logits.float().softmax(1) for out in outputs]).mean(0)
         return far_from_prototype(feature, probs, spread.amax(1) < 0.1, student.argmax(1))
 

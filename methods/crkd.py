@@ -12,10 +12,11 @@ views x_w, x_s of unlabelled images:
     5. P_fp, F_fp = net(x_w mixed), encoder channels dropped   feature-perturbed view
     6. M = [CE(P_s, y_u) < CE(P_fp, y_u)]: which view teaches the other
 
-    L = L_sup + w_p(t) pseudo_weight L_pseudo + w(t) (lec LEC + csd CSD + ckd_pixel CPKD +
-    ckd_feature CFKD) L_sup = 0.5 (CE + Dice);   L_pseudo = mean of S(P_s) and S(P_fp) against y_u
-    where V
-    w(t) = consistency exp(-5 (1 - min(t / ramp_length, 1))^2), t in [0, 1]
+    L = L_sup + w_p(t) pseudo_weight L_pseudo
+        + w(t) (lec LEC + csd CSD + ckd_pixel CPKD + ckd_feature CFKD)
+    L_sup = 0.5 (CE + Dice);   L_pseudo = mean of S(P_s) and S(P_fp) against y_u where V
+    w(t) = consistency ramp(t / ramp_length);   w_p(t) = ramp((t - warmup) / pseudo_ramp)
+    ramp(x) = exp(-5 (1 - min(x, 1))^2),   t in [0, 1]
 
 What the figure leaves open is an argument below, with its alternatives; scripts/ablation_crkd.sh
 compares them.

@@ -4,9 +4,10 @@ Paper: Zeng et al., "LeFeD: Learn from the Discrepancies for Semi-supervised Med
 Segmentation"; authors' code. The first update of a batch runs without feedback, each later one with
 that of the update before:
 
-    feedback_k = lambda (stage_k of decoder 2 - stage_k of decoder 1), lambda 1e-3, no gradient, for
-    the five stages L = sum_{j=1,2} D(P_j, y) + 0.8 d_1 + 0.6 d_2 + 0.4 d_3 + 0.2 d_4 + 0.1 d_5 +
-    mean (p_1 - p_2)^2
+    feedback_k = lambda (stage_k of decoder 2 - stage_k of decoder 1)
+                 (lambda 1e-3, no gradient, for the five stages)
+    L = sum_{j=1,2} D(P_j, y) + 0.8 d_1 + 0.6 d_2 + 0.4 d_3 + 0.2 d_4 + 0.1 d_5
+        + mean (p_1 - p_2)^2
 
 with D the foreground Dice loss (squared denominators, eps 1e-5), d_k that of the k-th side output,
 the first finest, and the mean over labelled and unlabelled samples, classes and voxels. Both

@@ -8,8 +8,8 @@ that it gives to a class, in each sample, unit length):
 
     m_ij = [H_i > H_j],     r_j = mean_k [1 - (cos(f_j, prototype_k) - p_jk)^2]
     L_ij = sum CE(P_i, argmax p_j) r_j m_ij / (sum m_ij + 1e-6)
-    L = 1/2 sum_i Dice(P_i, y) + w(t) sum_{i != j} L_ij,     w(t) = weight exp(-5 (1 - min(t /
-    ramp_length, 1))^2)
+    L = 1/2 sum_i Dice(P_i, y) + w(t) sum_{i != j} L_ij
+    w(t) = weight exp(-5 (1 - min(t / ramp_length, 1))^2)
 
 Dice is of the foreground, without squares: 1 - (2 sum p y + 1e-8) / (sum p + sum y + 1e-8). The
 factor r m has no gradient.

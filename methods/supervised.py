@@ -1,7 +1,7 @@
 """Supervised: the labelled images alone; with few labels the lower bound, with all labels the upper
 bound.
 
-L = 0.5 (CE + sum of the foreground Dice losses)          the supervised part of CRKD
+    L = 0.5 (CE + sum of the foreground Dice losses)          the supervised part of CRKD
 """
 
 from collections.abc import Callable

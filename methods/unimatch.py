@@ -5,8 +5,8 @@ Paper: Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Se
 Segmentation", CVPR 2023; here the authors' medical form (ACDC). With D the mean Dice loss of all
 classes over the trusted pixels V:
 
-    L = 1/2 { 1/2 [CE(P_l, y) + D(P_l, y)] + 1/4 D(P_s1, y_1; V_1) + 1/4 D(P_s2, y_2; V_2) + 1/2
-    D(P_fp, y_w; V_w) }
+    L = 1/2 { 1/2 [CE(P_l, y) + D(P_l, y)] + 1/4 D(P_s1, y_1; V_1) + 1/4 D(P_s2, y_2; V_2)
+              + 1/2 D(P_fp, y_w; V_w) }
 
 P_l, P_w and P_fp come from one pass over labelled and weak images, P_s1 and P_s2 from one over the
 strong views, into each of which a box of another unlabelled image is pasted (CutMix), with that

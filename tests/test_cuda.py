@@ -84,7 +84,7 @@ def test_distances_are_those_of_the_cpu(spatial):
 @pytest.mark.usefixtures("_full_float32")
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
-# those two draw
+# the two that are left out draw
 @pytest.mark.parametrize("method", [name for name in KD_METHODS if name not in ("cirkd", "emkd")])
 def test_terms_and_gradients_are_those_of_the_cpu(method, preset, multilabel):
     if preset == "as_released" and not has_released_form(method, multilabel):

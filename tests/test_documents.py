@@ -690,7 +690,7 @@ class Workspace:
             else script
         )
         replaced = VALUES.get(table, {})
-        # which has one size
+        # faulty data sets have one size
         if script.endswith("make_demo_data.py") and "--corrupt" not in arguments:
             arguments = [*arguments, *(flag for flag in replaced if flag not in arguments)]
         grouped: list[list[str]] = [[]]
@@ -709,7 +709,7 @@ class Workspace:
                 grouped.append(options := ["--opts"])
             options[:] = [word for word in options if not word.startswith("device=")] + SETTINGS
             config = self.folder / (value_of(arguments, "--config") or "")
-            # a document wrote it
+            # if it is there, a document wrote it
             if config.is_file() and "network_args" not in config.read_text(encoding="utf-8"):
                 options.append(f"network_args={json.dumps(WIDTHS)}")
             options[:] = [

@@ -300,7 +300,7 @@ def test_labels_are_those_of_the_logits(shape, options, memory_format):
     logits = predict_logits(network, image, patch_size=(8, 6, 4), **plain)
     found = predict_labels(network, image, patch_size=(8, 6, 4), **options)
     assert found.dtype == torch.uint8 and found.shape == ((2, *shape) if multilabel else shape)
-    # else rounding may decide
+    # elsewhere rounding may decide
     certain = (logits if multilabel else logits[:1] - logits[1:]).abs() > 1e-5
     certain = certain if multilabel else certain[0]
     assert certain.float().mean() > 0.99

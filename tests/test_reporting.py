@@ -292,7 +292,7 @@ def test_accuracy_and_confidence_are_over_cases(protocol):
     means = np.array([0.7, 0.5, 0.3])
     half = 4.302653 * means.std(ddof=1) / np.sqrt(3)
     assert found["ci95"]["dice"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
-    # of the two cases that have a distance
+    # over the two cases that have a distance
     assert found["ci95"]["hd95"] == pytest.approx([1.0, 1.0])
     assert (
         summary_of([entry | {"assd": 0.5} for entry in rows[:2]], protocol)["ci95"]["dice"] is None

@@ -61,8 +61,8 @@ from utils.exported import (
     sidecar,
 )
 
-# of ONNX: the oldest that the exporter writes without converting, so the one that most runtimes
-# read
+# version of ONNX: the oldest that the exporter writes without converting, so the one that most
+# runtimes read
 OPSET = 18
 PACKAGES = ("torch", "monai", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino")
 
@@ -256,7 +256,7 @@ def verification_case(
             )
         else:
             files = deployed.image_files(kind, cases[0], sample, folder)
-            # whose name is nobody's business
+            # the case's name is nobody's business
             return f"the first case of the {split} list", files, sample
     files = args.input or deployed.phantom_files(described, folder)
     sample = deployed.read_files(described, files)

@@ -4,15 +4,14 @@ distillation teacher.
     python tools/import_checkpoint.py --ckpt best_Dice_81-69_epoch_800.pth \
         --config configs/btcv.yaml --network resunet
     python tools/import_checkpoint.py --ckpt distilled.pth --role student \
-        --config configs/btcv.yaml --network unet \
-        --teacher resunet --method acf_bckd --opts preset=as_released
+        --config configs/btcv.yaml --network unet --teacher resunet \
+        --method acf_bckd --opts preset=as_released
     python tools/import_checkpoint.py --ckpt distilled.pth --role teacher \
         --config configs/btcv.yaml --network resunet
     python tools/import_checkpoint.py --ckpt best.pth --config configs/acdc.yaml \
         --network unet2d --method crkd
     python tools/import_checkpoint.py --ckpt iter_9000.pth --config configs/la.yaml \
-        --network vnet --method crkd \
-        --labelled 8
+        --network vnet --method crkd --labelled 8
 
 They write best.pt to the run folder that the training script would use; --out names another file.
 Without --method the network counts as trained alone, which is where a teacher is looked for. The

@@ -1,6 +1,5 @@
 r"""Write a demo data set of generated scans in the layout of a real one; the same arguments give
-the
-same bytes.
+the same bytes.
 
     python tools/make_demo_data.py --dataset btcv --out data/btcv_phantom --cases 16 --seed 0
     python tools/make_demo_data.py --dataset word --out data/word_phantom --cases 8

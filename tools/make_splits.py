@@ -4,8 +4,7 @@ fifth case.
     python tools/make_splits.py --data-root data/Task04_Hippocampus --out splits/hippocampus \
         --counts 128 30 50 --seed 0
     python tools/make_splits.py --data-root data/brats21 --datalist dataset_0.json \
-        --rule every_fifth \
-        --out splits/brats21
+        --rule every_fifth --out splits/brats21
     python tools/make_splits.py --data-root data/Dataset101_Liver --format nnunet \
         --out splits/liver --counts 80 20
     python tools/make_splits.py images --data-root data/Kvasir-SEG --out splits/kvasir --val 120

@@ -24,9 +24,10 @@ patch_size  multiples of the largest stride of --networks, at first the median s
             (the papers' 96x96x96) and a step of two patches of the most demanding network fits
             --device-memory.
 crop        uniform where the patch holds the whole median scan, else every second patch is centred
-on a label. lists       those of --splits (default splits/NAME) if they exist, else those of the
-data set, else drawn with --seed: 70 % train, 10 % val, 20 % test (or 80 % and 20 % if the data set
-has a test list of its own).
+            on a label.
+lists       those of --splits (default splits/NAME) if they exist, else those of the data set, else
+            drawn with --seed: 70 % train, 10 % val, 20 % test (or 80 % and 20 % if the data set has
+            a test list of its own).
 
 The rest of the file are the defaults of the BTCV recipe. Read the table, correct what you know
 better, and train.
@@ -62,7 +63,7 @@ COARSE = 3
 CT_BELOW = -200  # HU; air is at -1000, MRI has no negative intensities
 GAS = -300  # HU
 SAMPLES = 10_000  # labelled voxels of each scan
-# of the size of the logits, that the losses keep: probabilities, one-hot labels, products
+# tensors of the size of the logits that the losses keep: probabilities, one-hot labels, products
 LOSS_TENSORS = 8
 SHARE = 0.8  # of the memory that a step may take by the estimate; libraries take the rest
 NETWORKS_3D = ("resunet", "segresnet", "unet", "espnetv2", "mobile_unet", "lcovnet")

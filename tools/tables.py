@@ -994,7 +994,7 @@ def presets_table(results: Results) -> Table:
         released = results.cell(preset="as_released", **values)
         of = TEACHERS[values["teacher"]] if values["teacher"] else f"{values['labelled']} labelled"
         variants = {""}
-        # the variants of these have tables of their own
+        # variants of distillation and of CRKD have tables of their own
         if not values["teacher"] and values["method"] != "crkd":
             like = (values | {"preset": "clean"}).items()
             variants |= {variant_of(row) for row in results.rows if like <= row.items()}

@@ -256,7 +256,7 @@ def load_last(
             continue
         if not problems:
             return content, None
-        # there was none, or another process of the run was faster
+        # it is missing if there was none, or another process of the run was faster
         with contextlib.suppress(FileNotFoundError):
             os.replace(folder / "last.pt", folder / DAMAGED)
         kept = f", the damaged one is now {DAMAGED}" if (folder / DAMAGED).exists() else ""

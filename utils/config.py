@@ -39,7 +39,7 @@ OF_FORMAT = object()  # marks a key that only some data formats have a use for
 AMP = ("off", "bf16", "fp16")
 SELECTIONS = ("val", "test")  # lists that may choose the best checkpoint
 
-# beyond it the number is a slip, and PyTorch's sizes and seeds fail somewhere deep
+# beyond this a number is a slip, and PyTorch's sizes and seeds fail somewhere deep
 LARGEST_INT = 2**31
 # scalars of a file, aliases expanded: a few lines of aliases can stand for billions
 LARGEST_VALUE = 100_000

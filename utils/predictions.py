@@ -21,7 +21,7 @@ def save_volume(path: Path, ids: np.ndarray, affine: np.ndarray) -> None:
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    # else the quaternion form could not hold the affine
+    # the quaternion form holds an affine of orthogonal axes only
     if np.allclose(axes.T @ axes, np.eye(3), atol=1e-5):
         image.set_qform(affine, code=1)
     _complete(path, lambda temporary: nib.save(image, temporary))

@@ -7,11 +7,12 @@ counted, never replaced.
 
 - p: Wilcoxon's signed-rank test, two-sided, of the differences that are not zero: exact for up to
   50 of them, also where some are equal in size, which scipy's exact distribution does not allow;
-  beyond, scipy's normal approximation. - p_holm: Holm's step-down correction over the rows of one
-  call.
+  beyond, scipy's normal approximation.
+- p_holm: Holm's step-down correction over the rows of one call.
 - effect: matched-pairs rank-biserial correlation (Kerby 2014), (rank sum of rises - of falls) /
-  rank sum, in [-1, 1]. - low, high: bias-corrected and accelerated bootstrap interval of the mean
-  difference over cases, from a fixed seed.
+  rank sum, in [-1, 1].
+- low, high: bias-corrected and accelerated bootstrap interval of the mean difference over cases,
+  from a fixed seed.
 
 Cases are the sample: seeds of one cell are averaged case by case first (`average_seeds`), or the
 same cases would count several times as if they were independent.
@@ -27,7 +28,8 @@ import scipy.stats
 
 Scores = Mapping[str, float | None]
 EXACT = 50  # differences up to which all sign patterns are counted
-# of a difference: what is smaller is rounding, and must neither break a tie nor count as a change
+# decimals of a difference: what is smaller is rounding, and must neither break a tie nor count as
+# a change
 DIGITS = 12
 
 
@@ -112,7 +114,7 @@ def signed_rank_p(differences: Sequence[float]) -> float | None:
         return float(scipy.stats.wilcoxon(values, method="asymptotic").pvalue)
     # doubled: equal sizes share a half rank
     ranks = np.rint(2 * scipy.stats.rankdata(np.abs(values))).astype(int)
-    # of signs, by the sum of the ranks of the positive differences
+    # how many patterns of signs there are, by the sum of the ranks of the positive differences
     patterns = np.zeros(ranks.sum() + 1)
     patterns[0] = 1
     for rank in ranks:

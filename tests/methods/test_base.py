@@ -12,7 +12,7 @@ from methods.base import pseudo_label_report
 from networks.unet2d import UNet2D
 from networks.vnet_dual import DualVNet, LeFeDNet
 
-# of methods that need more than any network has
+# networks of the methods that need more than any other has
 OWN_NETWORKS = {"mlrpl": DualVNet, "lefed": LeFeDNet}
 
 

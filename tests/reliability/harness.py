@@ -89,7 +89,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
 
 def _child(script: str, arguments: tuple[str, ...], cwd: Path, output: Path, prepare) -> None:
-    # of loader processes, as outside of the harness
+    # how loader processes start, as outside of the harness
     multiprocessing.set_start_method("fork", force=True)
     os.setsid()  # a group of its own, to be signalled as a whole
     os.chdir(cwd)

@@ -132,7 +132,7 @@ def test_killed_at_random_moments(site, reference, name, workers):
         if ended.code == -signal.SIGKILL:
             killed, in_write = killed + 1, in_write + writes
             continue
-        # it was faster; the kills that are left fall on another run
+        # the run ended before its kill; the kills that are left fall on another run
         assert ended.code == 0, ended.text
         assert_same(place.folder, expected)
         shutil.rmtree(place.folder)

@@ -73,7 +73,7 @@ def run(script: str, *arguments: str, cwd: Path, ok: bool = True) -> Result:
     except SystemExit as stop:
         code = stop.code
     finally:
-        # as in a process of its own
+        # nothing stays plugged in, as in a process of its own
         for registry in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS, SEMI_DATASETS):
             for name in [name for name, cls in registry.items() if is_plugged_in(cls)]:
                 del registry[name]

@@ -19,7 +19,7 @@ from tests.scripts import test_multilabel, test_train_crkd
 from tests.scripts.conftest import make_workspace, run, train
 from utils.checkpoint import atomic_save, load_checkpoint
 
-# else predictions are nothing but background
+# with less training predictions are nothing but background
 MORE = ("--opts", "max_steps=60", "val_interval=60", "lr=0.1")
 
 

@@ -686,7 +686,7 @@ def configs(monkeypatch, script, **environment):
         monkeypatch.setenv(name, value)
     words = ["sh", str(ROOT / "scripts" / script), "--dry-run"]
     lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-    # or xargs would join a line with the next one
+    # xargs would join a line that ends in a blank with the next one
     assert all(line == line.rstrip() for line in lines)
     commands = [shlex.split(line)[1:] for line in lines]
     return [MODULES[script].parse_args(flags)[1] for script, *flags in commands]

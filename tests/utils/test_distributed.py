@@ -119,7 +119,7 @@ def late_import(rank, port):
     assert "torch._dynamo" not in sys.modules
     world, _ = join(rank, port)
     group = weakref.ref(torch.distributed.group.WORLD)
-    # as the first optimiser and the counter of operations do
+    # the first optimiser and the counter of operations import it too
     importlib.import_module("torch._dynamo")
     assert world.any(rank == 1) and group() is not None
     world.leave()
