@@ -502,27 +502,13 @@ def comparison_mask(ce_s: Tensor, ce_fp: Tensor) -> Tensor:
     return ce_s < ce_fp
 
 
-def divergence_map(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """T^2 q (log q - log p), q of the teacher and p of the student at temperature T; (B, C,
-    *spatial) float32.
-
-    Its sum over C is T^2 KL(teacher || student). Gradient to the student only.
-    """
-    return _divergence(
-        _log_probs(student_logits, temperature),
-        _log_probs(teacher_logits, temperature),
-        temperature,
-    )
-
-
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:
     logits = logits.float()
     return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=1)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    """T^2 q (log q - log p), q of the teacher and p of the student; gradient to p only."""
     divergence = F.kl_div(log_p, log_q.detach(), reduction="none", log_target=True)
     return divergence if temperature == 1 else temperature**2 * divergence
 

@@ -239,8 +239,8 @@ def _pseudo_label_findings(entries: Sequence[Mapping]) -> list[str]:
         if recalls and _last_quarter(recalls) < UNSEEN:
             texts.append(
                 f"the pseudo-labels have lost the class '{names[number - 1]}': "
-                f"{100 * _last_quarter(recalls):.1f} % of its voxels have it at the end; see "
-                f"{FAQ_COLLAPSE}"
+                f"only {100 * _last_quarter(recalls):.1f} % of its voxels are labelled so, with "
+                f"enough confidence, at the end; see {FAQ_COLLAPSE}"
             )
     return texts
 

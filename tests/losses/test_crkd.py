@@ -16,7 +16,6 @@ from losses.crkd import (
     class_semantic_distillation,
     comparison_mask,
     cross_distillation,
-    divergence_map,
     draw_box,
     draw_boxes,
     draw_exchange,
@@ -801,23 +800,6 @@ def test_csd_refuses_bad_arguments():
 def test_comparison_mask_of_the_paper_figure():
     ce_s, ce_fp = torch.tensor([0.2, 0.5, 0.1, 0.3, 0.4]), torch.tensor([0.1, 0.8, 0.3, 0.4, 0.4])
     assert comparison_mask(ce_s, ce_fp).tolist() == [False, True, True, True, False]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_divergence_map(temperature):
-    student, teacher = leaves(randn(2, 4, 3, 2, scale=2.0), randn(2, 4, 3, 2, seed=1, scale=2.0))
-    values = divergence_map(student, teacher, temperature)
-    assert values.shape == student.shape
-    summed = values.sum(1).flatten(1)
-    arrays = [x.detach().double().numpy() for x in (student, teacher)]
-    for (b, v, s), (_, _, t) in zip(*(ref.columns(a) for a in arrays)):
-        expected = temperature**2 * ref.kl(
-            ref.softmax(t / temperature), ref.softmax(s / temperature)
-        )
-        assert summed[b, v].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    values.sum().backward()
-    assert student.grad.any() and teacher.grad is None
-    assert divergence_map(teacher, teacher).abs().max() < 1e-6
 
 
 def ckd_case(grid, feature_grid=None, seed=0):

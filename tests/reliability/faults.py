@@ -66,7 +66,7 @@ def kill_in_save(phase: str, number: int, name: str = "") -> None:
         real(path, write, previous)
         die()  # 'after', and 'between' where there was no previous file
 
-    utils.checkpoint.write_whole = utils.checkpoint.write_whole = write_whole
+    utils.checkpoint.write_whole = write_whole
 
 
 def full_disk(name: str, number: int) -> None:
@@ -91,7 +91,7 @@ def full_disk(name: str, number: int) -> None:
         full = path.name == name and seen[0] >= number
         return real(path, (lambda file: write(Full(file))) if full else write, previous)
 
-    utils.checkpoint.write_whole = utils.checkpoint.write_whole = write_whole
+    utils.checkpoint.write_whole = write_whole
 
 
 def full_log(number: int) -> None:

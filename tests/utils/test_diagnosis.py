@@ -279,7 +279,10 @@ def test_pseudo_labels_that_have_lost_their_foreground_are_named():
 def test_a_class_that_pseudo_labels_have_lost_is_named():
     log = pseudo_log([0.04] * 8, [(0.5, 0.5)] * 6 + [(0.6, 0.04), (None, 0.05)])
     (text,) = findings(log)
-    assert "lost the class 'a <b>': 4.5 % of its voxels have it at the end" in text
+    assert (
+        "lost the class 'a <b>': only 4.5 % of its voxels are labelled so, with enough "
+        "confidence, at the end" in text
+    )
     early = pseudo_log([0.04] * 8, [(0.0, 0.0)] * 6 + [(0.5, 0.5)] * 2)
     assert findings(early) == []
 
