@@ -32,11 +32,11 @@ import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
 from dataloaders import DATASETS, SEMI_DATASETS, DataError, MSDDataset, SemiDataset
-from losses import KD_METHODS, distillation
-from methods import SSL_METHODS, few_labels
+from losses import KD_METHODS
+from methods import SSL_METHODS
 from networks import NETWORKS
 from tests.reliability import profiles  # noqa: F401
-from utils import run
+from utils import distillation, few_labels, run
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError, read_yaml
 
