@@ -46,7 +46,7 @@ from tools.report_data import (
     read_run,
     teacher_validation,
 )
-from tools.results_table import notes, penalised
+from tools.tables import notes, penalised
 from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.diagnosis import findings, term_history

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from tools.results_table import scores, title
+from tools.tables import run_title, scores
 from utils.checkpoint import load_checkpoint
 from utils.run import run_folder
 from utils.runlog import read_log
@@ -150,7 +150,7 @@ def name_of(config: dict) -> str:
             "teacher": config["teacher"] if taught else None,
         }
     tag = f" [{config['tag']}]" if config.get("tag") else ""
-    return (title(described) + tag).replace("<-", "←")
+    return (run_title(described) + tag).replace("<-", "←")
 
 
 def read_rows(path: Path, space: str) -> list[dict]:
