@@ -82,10 +82,11 @@ def main() -> int:
 
 def predict(scoring: reporting.Scoring, image: np.ndarray, **options) -> tuple[np.ndarray, float]:
     """Ids (H, W, D) or regions (K, H, W, D) of an image (C, H, W, D), and the seconds it took."""
+    image = torch.from_numpy(image).to(scoring.device)
     begin = time.perf_counter()
     ids = predict_labels(
         scoring.predictor,
-        torch.from_numpy(image).to(scoring.device),
+        image,
         patch_size=scoring.config["patch_size"],
         window_batch=scoring.config["window_batch"],
         amp=scoring.args.amp,
