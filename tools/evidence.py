@@ -324,12 +324,12 @@ def panels(results: Results, height: float) -> tuple[Figure, list[tuple]]:
     least.
     """
     taught = {row["teacher"] for row in results.rows}
-    shown_ = {key: name for key, name in TEACHERS.items() if key in taught} or dict(
+    taught_by = {key: name for key, name in TEACHERS.items() if key in taught} or dict(
         [next(iter(TEACHERS.items()))]
     )
-    figure = Figure(figsize=(1.5 + 4 * len(shown_), height), layout="constrained")
-    axes = figure.subplots(1, len(shown_), sharey=True, squeeze=False)[0]
-    return figure, [(each, *teacher) for each, teacher in zip(axes, shown_.items())]
+    figure = Figure(figsize=(1.5 + 4 * len(taught_by), height), layout="constrained")
+    axes = figure.subplots(1, len(taught_by), sharey=True, squeeze=False)[0]
+    return figure, [(each, *teacher) for each, teacher in zip(axes, taught_by.items())]
 
 
 def gap_figure(results: Results) -> Figure:

@@ -50,6 +50,7 @@ class Distillation(Settings):
         "format": plugins.data_format(DATASETS, MSDDataset),
     }
     recipes = NETWORKS
+    method_pairs = NETWORKS
     not_in_recipes = ("method", "student", "teacher")
 
     @property
@@ -97,9 +98,6 @@ class Distillation(Settings):
             preset=self.preset,
             **self.method_arguments,
         )
-
-    def _converted(self, pairs: Sequence[str] | None = None) -> Self:
-        return super()._converted(NETWORKS)
 
     def _completed(self) -> Self:
         if self.format not in DATASETS:
