@@ -1,4 +1,4 @@
-r"""Train a 3D segmentation network: a light student under a frozen teacher, or any one network by
+"""Train a 3D segmentation network: a light student under a frozen teacher, or any one network by
 itself.
 
 Distillation methods live in losses/, one file each; ACF-BCKD is the default. A step: the teacher
@@ -8,8 +8,8 @@ terms of the method.
     # the teacher
     python train_3d_distill.py --config configs/btcv.yaml --method supervised --student resunet
     python train_3d_distill.py --config configs/btcv.yaml --teacher resunet  # ACF-BCKD, U-Net
-    python train_3d_distill.py --config configs/btcv.yaml --teacher resunet --student unet \
-        --method supervised --seed 1
+    # the student alone
+    python train_3d_distill.py --config configs/btcv.yaml --method supervised --student unet
 
 Results go to runs/<dataset>/<method>/<teacher>-<student>/seed<k>/; `python test_3d.py --ckpt
 .../best.pt` scores them.

@@ -73,8 +73,9 @@ class Distillation(Settings):
 
     @property
     def idle_keys(self) -> tuple[str, ...]:
-        of_method = ("preset", "method_args", "teacher_checkpoint", "teacher_seed")
-        return (*of_method, "distill_warmup", "method_lr") if self.supervised else ()
+        of_teacher = ("teacher", "teacher_checkpoint", "teacher_seed")
+        of_method = ("preset", "method_args", "distill_warmup", "method_lr")
+        return (*of_teacher, *of_method) if self.supervised else ()
 
     @property
     def trained_network(self) -> str:
