@@ -38,7 +38,7 @@ from networks import NETWORKS
 from tests.reliability import profiles  # noqa: F401
 from utils import distillation, few_labels, run
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError, read_yaml
+from utils.config import ConfigError, load_config, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 # what the scripts turn into `error: ...`
@@ -565,6 +565,21 @@ def test_a_key_that_another_setting_makes_idle_is_an_error(script, settings, key
     assert_helpful(
         attempt(script, BASE[script] | settings), f"config.yaml: {key}: ", "does not use this key"
     )
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 0), (0.5, 2), (1, 1), (3, 3), (9, 9)])
+def test_a_warm_up_is_steps_or_a_share(warmup, steps):
+    settings = BASE[train_3d_distill] | {"method": "kd", "distill_warmup": warmup}
+    assert attempt(train_3d_distill, settings) is None
+    cfg = load_config(train_3d_distill.Config, "config.yaml")
+    assert cfg.warmup_steps == steps
+
+
+@pytest.mark.parametrize("warmup", [1.0, 2.5, 300.0])
+def test_a_warm_up_that_is_neither_steps_nor_a_share(warmup):
+    settings = BASE[train_3d_distill] | {"method": "kd", "distill_warmup": warmup}
+    message = attempt(train_3d_distill, settings)
+    assert_helpful(message, "config.yaml: distill_warmup: a whole number of steps, or a share")
 
 
 def test_options_that_the_method_has_no_use_for_are_named(capsys):
