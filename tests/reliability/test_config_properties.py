@@ -12,6 +12,7 @@ import inspect
 import io
 import json
 import math
+import re
 import string
 import subprocess
 import sys
@@ -32,13 +33,13 @@ import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
 from dataloaders import DATASETS, SEMI_DATASETS, DataError, MSDDataset, SemiDataset
-from losses import KD_METHODS, distillation
-from methods import SSL_METHODS, few_labels
+from losses import KD_METHODS
+from methods import SSL_METHODS
 from networks import NETWORKS
 from tests.reliability import profiles  # noqa: F401
-from utils import run
+from utils import distillation, few_labels, run
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError, read_yaml
+from utils.config import ConfigError, load_config, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 # what the scripts turn into `error: ...`
@@ -454,18 +455,32 @@ def test_the_bases_run_and_options_add_up(script):
 # No key is ignored
 
 
+# Functions that look at a key to refuse it or to say that it does nothing: no use of it.
+CHECKS = re.compile("_check.*|_try_out|checked|note_idle|idle_keys")
+
+
 def attribute_reads(script):
-    """Attributes of a configuration that a script and what it shares with others read."""
+    """Attributes of a configuration that a script and what it shares with others read to use them:
+    cfg.lr, run.cfg.lr, and self.lr of the configuration itself.
+    """
+    found = {"labelled_batch", "unlabelled_batch"}  # read as f"{split}_batch"
+
+    def walk(node, owners):
+        if isinstance(node, ast.FunctionDef) and CHECKS.fullmatch(node.name):
+            return
+        if isinstance(node, ast.ClassDef):
+            own = getattr(module, node.name)
+            owners = {"cfg", "self"} if issubclass(own, run.Settings) else {"cfg"}
+        if isinstance(node, ast.Attribute):
+            owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
+            found.update({node.attr} if owner in owners else ())
+        for child in ast.iter_child_nodes(node):
+            walk(child, owners)
+
     shared = few_labels if script is not train_3d_distill else distillation
-    found = set()
     for module in (script, shared, run):
-        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            # cfg.lr, run.cfg.lr, self.lr of the configuration itself
-            if isinstance(node, ast.Attribute):
-                owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
-                found |= {node.attr} if owner in ("cfg", "self") else set()
-    return found | {"labelled_batch", "unlabelled_batch"}  # read as f"{split}_batch"
+        walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")), {"cfg"})
+    return found
 
 
 def stored_reads(module):
@@ -496,6 +511,7 @@ def test_every_key_is_read(script):
     read = attribute_reads(script) | stored_reads(test_2d if script is train_2d_crkd else test_3d)
     by_formats = set().union(*map(taken_by, formats(script).values()))
     assert "no_such_key" not in read and "max_steps" in read
+    assert not read & {"intensity", "received"}  # read by a check, and of another class
     parsed_only = {"recipe"}  # settled when the configuration is read
     ignored = set(fields(script)) - read - by_formats - parsed_only
     assert not ignored, f"nothing reads {ignored}"
@@ -522,7 +538,7 @@ def other_value(field):
 def idle_keys():
     """(script, format, key) of keys that only other formats of the script take."""
     for script in SCRIPTS:
-        read = attribute_reads(script) - {"intensity", "window", "regions"}  # read to check them
+        read = attribute_reads(script)
         for name, cls in formats(script).items():
             for key in sorted(
                 set().union(*map(taken_by, formats(script).values())) & set(fields(script))
@@ -567,8 +583,24 @@ def test_a_key_that_another_setting_makes_idle_is_an_error(script, settings, key
     )
 
 
+@pytest.mark.parametrize("warmup, steps", [(0, 0), (0.5, 2), (1, 1), (3, 3), (9, 9)])
+def test_a_warm_up_is_steps_or_a_share(warmup, steps):
+    settings = BASE[train_3d_distill] | {"method": "kd", "distill_warmup": warmup}
+    assert attempt(train_3d_distill, settings) is None
+    cfg = load_config(train_3d_distill.Config, "config.yaml")
+    assert cfg.warmup_steps == steps
+
+
+@pytest.mark.parametrize("warmup", [1.0, 2.5, 300.0])
+def test_a_warm_up_that_is_neither_steps_nor_a_share(warmup):
+    settings = BASE[train_3d_distill] | {"method": "kd", "distill_warmup": warmup}
+    message = attempt(train_3d_distill, settings)
+    assert_helpful(message, "config.yaml: distill_warmup: a whole number of steps, or a share")
+
+
 def test_options_that_the_method_has_no_use_for_are_named(capsys):
-    argv = ["x", "--config", "config.yaml", "--opts", "teacher_seed=3", "preset=as_released"]
+    argv = ["x", "--config", "config.yaml", "--teacher", "segresnet"]
+    argv += ["--opts", "teacher_seed=3", "preset=as_released"]
     attempt(train_3d_distill, BASE[train_3d_distill])  # writes the file
     before = sys.argv
     try:
@@ -577,7 +609,8 @@ def test_options_that_the_method_has_no_use_for_are_named(capsys):
             train_3d_distill.main()
     finally:
         sys.argv = before
-    assert "note: --method supervised does not use preset, teacher_seed" in capsys.readouterr().err
+    note = "note: --method supervised does not use teacher, teacher_seed, preset\n"
+    assert note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [test_2d, test_3d])

@@ -15,7 +15,16 @@ from losses import KD_METHODS, PRESETS, build_kd
 from networks import NETWORKS, build_network, check_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
-from utils.config import OF_FORMAT, Count, Natural, NotNegative, check_unused, marks, trying
+from utils.config import (
+    OF_FORMAT,
+    ConfigError,
+    Count,
+    Natural,
+    NotNegative,
+    check_unused,
+    marks,
+    trying,
+)
 from utils.modes import weightless
 from utils.registry import AnyOf, OfDims
 from utils.run import Run, Settings, run_folder
@@ -34,8 +43,8 @@ class Distillation(Settings):
     preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
     teacher_checkpoint: str = ""  # "": best.pt of the supervised run of `teacher`
     teacher_seed: Natural = 0
-    # steps, or below 1 the share of max_steps, in which the method's terms grow from nothing to
-    # their weights; 0: none
+    # steps, a whole number, or below 1 the share of max_steps, in which the method's terms grow
+    # from nothing to their weights; 0: none
     distill_warmup: Annotated[int | float, "[0, inf)"] = 0
     method_lr: NotNegative = 0.0  # of the method's own parameters (attention, projections); 0: lr
     in_channels: Count = 0  # 0: as the data set's JSON says
@@ -50,6 +59,7 @@ class Distillation(Settings):
         "format": plugins.data_format(DATASETS, MSDDataset),
     }
     recipes = NETWORKS
+    method_pairs = NETWORKS
     not_in_recipes = ("method", "student", "teacher")
 
     @property
@@ -72,8 +82,9 @@ class Distillation(Settings):
 
     @property
     def idle_keys(self) -> tuple[str, ...]:
-        of_method = ("preset", "method_args", "teacher_checkpoint", "teacher_seed")
-        return (*of_method, "distill_warmup", "method_lr") if self.supervised else ()
+        of_teacher = ("teacher", "teacher_checkpoint", "teacher_seed")
+        of_method = ("preset", "method_args", "distill_warmup", "method_lr")
+        return (*of_teacher, *of_method) if self.supervised else ()
 
     @property
     def trained_network(self) -> str:
@@ -98,9 +109,6 @@ class Distillation(Settings):
             **self.method_arguments,
         )
 
-    def _converted(self, pairs: Sequence[str] | None = None) -> Self:
-        return super()._converted(NETWORKS)
-
     def _completed(self) -> Self:
         if self.format not in DATASETS:
             return self
@@ -110,6 +118,12 @@ class Distillation(Settings):
 
     def _check(self) -> None:
         super()._check()
+        warmup = self.distill_warmup
+        if isinstance(warmup, float) and warmup >= 1:
+            raise ConfigError(
+                "distill_warmup: a whole number of steps, or a share of max_steps below 1; got "
+                f"{warmup}; the whole training is {self.max_steps}"
+            )
         if self.intensity != "window":
             check_unused(self, ("window",), f"intensity '{self.intensity}'")
         self._check_patch(self.student, self.teacher)
