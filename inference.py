@@ -324,6 +324,8 @@ class _FastCopy(nn.Module):
                 # running statistics keep their digits; input in half precision is accepted all the
                 # same
                 layer.float()
+            elif type(layer) is nn.Conv3d and layer.in_channels == 1:
+                layer.__class__ = _OneChannelConv3d
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -333,6 +335,21 @@ class _FastCopy(nn.Module):
         # a few layers exist in float32 alone
         with torch.autocast(image.device.type, dtype=self.dtype):
             return self.network(image)
+
+
+class _OneChannelConv3d(nn.Conv3d):
+    """A convolution of one input channel, in float32 where the image is one voxel deep.
+
+    There, oneDNN's convolution in bfloat16 and channels-last memory reads memory that nobody
+    wrote, with PyTorch 2.13.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.shape[2] > 1:
+            return super().forward(image)
+        with torch.autocast(image.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return self._conv_forward(image.float(), self.weight.float(), bias).to(image.dtype)
 
 
 def _use_group_norms(network: nn.Module) -> None:

@@ -2,7 +2,11 @@
 
 import itertools
 import math
+import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -435,6 +439,23 @@ def test_fast_copy_keeps_affine_instance_norms(dtype, tolerance):
     torch.testing.assert_close(copied(image).float(), expected, rtol=tolerance, atol=tolerance)
     with pytest.raises(ValueError, match=r"got torch\.float64"):
         fast_copy(network, torch.float64)
+
+
+def test_fast_copy_of_one_channel_and_one_plane_reads_no_foreign_memory():
+    code = """
+import torch
+from inference import fast_copy
+torch.manual_seed(0)
+network = torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3, padding=1))
+image = torch.randn(2, 1, 1, 5, 4)
+torch.testing.assert_close(
+    fast_copy(network)(image).float(), network(image), rtol=0.05, atol=0.05
+)
+"""
+    garbage = {**os.environ, "MALLOC_PERTURB_": "165"}  # glibc fills fresh memory with it
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=garbage, cwd=Path(__file__).parents[1]
+    )
 
 
 @pytest.mark.parametrize("planes", [0, 1])
