@@ -290,6 +290,24 @@ def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: 
         writer.writerows([_written(row[key]) for key in titles] for row in rows)
 
 
+def score_columns(header: Iterable[str]) -> dict[str, str]:
+    """Metric -> its column in the header of a metrics.csv, of the metrics that the file has.
+
+    A column is the metric's whose name it begins with, of several the longest: a name may have
+    underscores, as what `write_csv` puts behind it has. ValueError for two columns of one metric.
+    """
+    columns: dict[str, str] = {}
+    for column in header:
+        found = [key for key in METRICS if column == key or column.startswith(f"{key}_")]
+        if not found:
+            continue
+        metric = max(found, key=len)
+        if metric in columns:
+            raise ValueError(f"both {columns[metric]} and {column} are columns of {metric}")
+        columns[metric] = column
+    return columns
+
+
 def _written(value: str | int | float) -> str | int:
     if not isinstance(value, float):
         return value

@@ -82,10 +82,11 @@ def main() -> int:
 
 def predict(scoring: reporting.Scoring, image: np.ndarray, **options) -> tuple[np.ndarray, float]:
     """Ids (H, W, D) or regions (K, H, W, D) of an image (C, H, W, D), and the seconds it took."""
+    image = torch.from_numpy(image).to(scoring.device)
     begin = time.perf_counter()
     ids = predict_labels(
         scoring.predictor,
-        torch.from_numpy(image).to(scoring.device),
+        image,
         patch_size=scoring.config["patch_size"],
         window_batch=scoring.config["window_batch"],
         amp=scoring.args.amp,
@@ -138,8 +139,8 @@ def score_distilled(
         ids = dataset.decode_prediction(native).astype(np.uint8)
         drawn = (image[0], label, prediction, len(names) + 1)
         scoring.save(case.name, ids, native_affine, lambda: figures.panel(*drawn))
-        figures_ = reporting.published_case(prediction, label, **kind) if published else None
-        return rows, figures_, seconds
+        also = reporting.published_case(prediction, label, **kind) if published else None
+        return rows, also, seconds
 
     results = scoring.results(score_case)
     if not world.main:
@@ -157,7 +158,7 @@ def score_distilled(
     for space in SPACES:
         values[space] = summarise([row for row in rows if row["space"] == space])
     if published:
-        means = reporting.published_means([figures_ for _, figures_, _ in results])
+        means = reporting.published_means([also for _, also, _ in results])
         values["published_protocol"] = means
     seconds = [value for _, _, value in results]
     print_table = functools.partial(reporting.report_spaces, spaces=SPACES)

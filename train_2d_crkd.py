@@ -32,12 +32,12 @@ import torch
 
 from dataloaders import SEMI_DATASETS, DataError, SemiDataset
 from inference import autocast, predict_slices
-from methods.few_labels import MIX, Batches, FewLabels, open_data
 from metrics import class_dice, mean_dice
 from networks import NETWORKS
 from utils import figures
 from utils.config import OF_FORMAT, Count, constructing, labelled_name, parse
 from utils.diagnosis import Diagnosis
+from utils.few_labels import MIX, Batches, FewLabels, open_data
 from utils.modes import copied, on_device, seed_everything, statistics_estimated
 from utils.registry import OfDims
 from utils.run import Run, run_script
@@ -46,7 +46,7 @@ from utils.schedules import set_lr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(FewLabels):
-    """Keys of this script; methods/few_labels.py and utils/run.py have those of others too. How the
+    """Keys of this script; utils/few_labels.py and utils/run.py have those of others too. How the
     keys of the data are used: dataloaders/acdc.py, dataloaders/images2d.py.
     """
 

@@ -1,4 +1,4 @@
-r"""Train a 3D segmentation network: a light student under a frozen teacher, or any one network by
+"""Train a 3D segmentation network: a light student under a frozen teacher, or any one network by
 itself.
 
 Distillation methods live in losses/, one file each; ACF-BCKD is the default. A step: the teacher
@@ -8,8 +8,8 @@ terms of the method.
     # the teacher
     python train_3d_distill.py --config configs/btcv.yaml --method supervised --student resunet
     python train_3d_distill.py --config configs/btcv.yaml --teacher resunet  # ACF-BCKD, U-Net
-    python train_3d_distill.py --config configs/btcv.yaml --teacher resunet --student unet \
-        --method supervised --seed 1
+    # the student alone
+    python train_3d_distill.py --config configs/btcv.yaml --method supervised --student unet
 
 Results go to runs/<dataset>/<method>/<teacher>-<student>/seed<k>/;
 `python test_3d.py --ckpt .../best.pt` scores them.
@@ -40,13 +40,13 @@ import torch
 
 from dataloaders import DATASETS, DataError, MSDDataset, Report, build_dataset
 from inference import autocast, predict_labels
-from losses.distillation import Batches, Distillation, load_teacher, note_idle
 from losses.segmentation import SegmentationLoss
 from metrics import class_dice, mean_dice
 from networks import build_network, init_weights
 from utils import figures
 from utils.config import OF_FORMAT, ConfigError, Count, Natural, Share, constructing, parse
 from utils.diagnosis import Diagnosis
+from utils.distillation import Batches, Distillation, load_teacher, note_idle
 from utils.modes import copied, seed_everything, statistics_estimated
 from utils.run import Run, no_selection, run_script
 from utils.schedules import set_lr
@@ -54,7 +54,7 @@ from utils.schedules import set_lr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Distillation):
-    """Keys of this script; losses/distillation.py and utils/run.py have others. How the keys of the
+    """Keys of this script; utils/distillation.py and utils/run.py have others. How the keys of the
     data are used: dataloaders/msd.py.
     """
 

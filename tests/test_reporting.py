@@ -19,6 +19,7 @@ from reporting import (
     describe,
     published_scores,
     report,
+    score_columns,
     summary_of,
     write_csv,
     write_summary,
@@ -408,19 +409,29 @@ def test_every_metric_is_in_scores_files_and_tables(tmp_path, capsys):
     how = {"protocol": "clean", "hd95": "pooled", "empty": "agree"}
     rows = case_rows("x", prediction, label, ("background", "a"), **how)
     write_csv(tmp_path / "metrics.csv", rows, "clean", "pooled", "voxels")
-    header, line = csv.reader((tmp_path / "metrics.csv").read_text().splitlines())
+    (line,) = csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines())
+    columns = score_columns(line)
+    assert list(columns) == list(METRICS)
     native = summary_of(rows, "clean")
     summary = describe(checkpoint("val"), "best.pt", "test")
     report(summary | {"protocol": "clean", "unit": "voxels", "native": native})
     table = capsys.readouterr().out
     (run,) = runs_table([summary | SIZES | {"native": native}], "native")[1]
     for key, metric in METRICS.items():
-        (column,) = [k for k, name in enumerate(header) if name.split("_")[0] == key]
-        assert float(line[column]) == pytest.approx(rows[0][key], rel=1e-5)
+        assert float(line[columns[key]]) == pytest.approx(rows[0][key], rel=1e-5)
         assert native["mean"][key] == native["classes"]["a"][key] == pytest.approx(rows[0][key])
         if metric.shown:
             assert metric.title in table
             assert f"{metric.factor * rows[0][key]:.2f}" in run
+
+
+def test_columns_of_metrics_whose_names_hold_another(monkeypatch):
+    monkeypatch.setitem(METRICS, "hd95_small", METRICS["hd95"])
+    header = ["case", "class", "dice_clean", "hd95_small_voxels", "hd95_pooled_voxels", "diagonal"]
+    found = score_columns(header)
+    assert found == {"dice": header[2], "hd95_small": header[3], "hd95": header[4]}
+    with pytest.raises(ValueError, match="both hd95_mm and hd95_pooled_mm are columns of hd95"):
+        score_columns(["hd95_mm", "hd95_pooled_mm"])
 
 
 SIZES = {"parameters": 1, "gmacs": 1.0, "ms_per_volume": 1.0}

@@ -40,6 +40,7 @@ import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
 from metrics import SHOWN
+from reporting import score_columns
 from tools.report_charts import COLOURS, colour, dash
 from tools.tables import (
     TEACHERS,
@@ -204,8 +205,7 @@ def case_scores(path: Path) -> dict[str, dict[str, float | None]]:
         rows = [row for row in csv.DictReader(file) if row.get("space", "resampled") == "resampled"]
     if not rows:
         raise ValueError(f"{path}: no rows")
-    # hd95_pooled_mm: the words after the metric are its definition
-    columns = {name.split("_")[0]: name for name in rows[0]}
+    columns = score_columns(rows[0])
     columns = {metric: columns[metric] for metric in SHOWN if metric in columns}
     found: dict[str, dict] = {}
     for row in rows:
@@ -324,12 +324,12 @@ def panels(results: Results, height: float) -> tuple[Figure, list[tuple]]:
     least.
     """
     taught = {row["teacher"] for row in results.rows}
-    shown_ = {key: name for key, name in TEACHERS.items() if key in taught} or dict(
+    taught_by = {key: name for key, name in TEACHERS.items() if key in taught} or dict(
         [next(iter(TEACHERS.items()))]
     )
-    figure = Figure(figsize=(1.5 + 4 * len(shown_), height), layout="constrained")
-    axes = figure.subplots(1, len(shown_), sharey=True, squeeze=False)[0]
-    return figure, [(each, *teacher) for each, teacher in zip(axes, shown_.items())]
+    figure = Figure(figsize=(1.5 + 4 * len(taught_by), height), layout="constrained")
+    axes = figure.subplots(1, len(taught_by), sharey=True, squeeze=False)[0]
+    return figure, [(each, *teacher) for each, teacher in zip(axes, taught_by.items())]
 
 
 def gap_figure(results: Results) -> Figure:

@@ -27,7 +27,7 @@ from PIL import Image
 from dataloaders import DataError, build_dataset, build_semi_dataset
 from dataloaders.cases import read_image, read_volume
 from metrics import class_dice
-from tools.results_table import title
+from tools.tables import run_title
 from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint
 
@@ -51,7 +51,7 @@ def main() -> int:
     checkpoint = load_checkpoint(args.runs[0] / "best.pt")
     case = args.case or checkpoint["cases"][summaries[0]["split"].split("+")[0]][0]
     views = views_of(checkpoint, [run / "predictions" for run in args.runs], case, args.slice)
-    scores = [f"{title(s)}\nDice {100 * d:.1f} %" for s, d in zip(summaries, views.dice)]
+    scores = [f"{run_title(s)}\nDice {100 * d:.1f} %" for s, d in zip(summaries, views.dice)]
     save(
         views.pictures,
         ["image", "ground truth", *scores],

@@ -31,12 +31,10 @@ import yaml
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from metrics import DISTANCES, FLAGS, METRICS, SHARES, SHOWN
 from tools import report_charts as charts
 from tools.figure import Views, views_of
 from tools.report_data import (
-    FLAGS,
-    METRICS,
-    PERCENT,
     ReportError,
     Run,
     defined,
@@ -46,7 +44,7 @@ from tools.report_data import (
     read_run,
     teacher_validation,
 )
-from tools.results_table import notes, penalised
+from tools.tables import notes, penalised
 from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.diagnosis import findings, term_history
@@ -108,8 +106,8 @@ def build_page(runs: list[Run], teacher: Run | None, args: argparse.Namespace) -
         tested=tested,
         order=order,
         unit=units(runs),
-        metrics=METRICS,
-        percent=PERCENT,
+        metrics={metric: METRICS[metric] for metric in SHOWN},
+        shares=SHARES,
         summary=summary(scored),
         comparison=comparison(tested, args.against_first),
         taught=[teacher_and_student(run, teachers[run.name]) for run in runs if run.distilled],
@@ -149,13 +147,13 @@ def shown(value: float | None, spec: str) -> str:
 
 
 def score(value: float | None, metric: str) -> str:
-    """Dice and Jaccard in percent with one decimal, distances with two."""
-    return shown(scaled(value, metric), ".1f" if metric in PERCENT else ".2f")
+    """Shares in percent with one decimal, distances with two."""
+    return shown(scaled(value, metric), ".1f" if metric in SHARES else ".2f")
 
 
 def scaled(value: float | None, metric: str) -> float | None:
     """In the unit that is shown."""
-    return 100 * value if value is not None and metric in PERCENT else value
+    return None if value is None else METRICS[metric].factor * value
 
 
 def p_value(value: float | None) -> str:
@@ -173,7 +171,8 @@ def as_yaml(config: dict) -> str:
 
 
 def metric_titles(unit: str) -> dict[str, str]:
-    return {key: f"{name}, {'%' if key in PERCENT else unit}" for key, name in METRICS.items()}
+    units = {metric: "%" if metric in SHARES else unit for metric in SHOWN}
+    return {metric: f"{METRICS[metric].title}, {units[metric]}" for metric in SHOWN}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,7 +186,8 @@ def summary(scored: list[Run]) -> dict | None:
     rows = []
     for run in scored:
         interval = bootstrap_interval(list(run.case_means("dice").values()))
-        failed = {metric: penalised(run.summary, run.space, metric) for metric in ("hd95", "asd")}
+        distances = [metric for metric in SHOWN if metric in DISTANCES]
+        failed = {metric: penalised(run.summary, run.space, metric) for metric in distances}
         rows.append({"run": run, "interval": interval, "penalised": failed})
     lines = notes([run.summary for run in scored], scored[0].space)
     # The steps are a column of the table.
@@ -232,9 +232,10 @@ def compared(
         if row["n"]:
             name = f"{row['b']}\n− {row['a']}"
             drawn.append((name, row["difference"], row["low"], row["high"]))
-    unit = "percentage points" if metric in PERCENT else units(tested)
-    label = f"difference of mean {METRICS[metric]}, {unit}"
-    chart = charts.interval_chart(METRICS[metric], drawn, label) if drawn else ""
+    unit = "percentage points" if metric in SHARES else units(tested)
+    title = METRICS[metric].title
+    label = f"difference of mean {title}, {unit}"
+    chart = charts.interval_chart(title, drawn, label) if drawn else ""
     return {"metric": metric, "chart": chart, "rows": rows, "left_out": left_out}
 
 
@@ -304,13 +305,13 @@ def classes(tested: list[Run], order: list[str]) -> dict | None:
         for run in tested:
             own = run.of_class(name)
             row = {"name": name if run is tested[0] else "", "run": run.name, "cases": len(own)}
-            row["means"] = {metric: mean(each[metric] for each in own) for metric in METRICS}
-            row["counts"] = [sum(each[flag] for each in own) for flag in FLAGS]
+            row["means"] = {metric: mean(each[metric] for each in own) for metric in SHOWN}
+            row["counts"] = {flag: sum(each[flag] for each in own) for flag in FLAGS}
             rows.append(row)
             for metric, values in boxes.items():
                 values[name][run.name] = defined(scaled(each[metric], metric) for each in own)
     titles = metric_titles(units(tested))
-    drawn = [charts.box_chart(METRICS[key], boxes[key], order, titles[key]) for key in boxes]
+    drawn = [charts.box_chart(METRICS[key].title, boxes[key], order, titles[key]) for key in boxes]
     return {"charts": drawn, "rows": rows}
 
 
@@ -336,13 +337,13 @@ def cases_of_all(tested: list[Run]) -> dict | None:
 
 def cases_of(run: Run) -> dict:
     """The means of each case over organs, and the scores of each organ."""
-    means = {metric: run.case_means(metric) for metric in METRICS}
+    means = {metric: run.case_means(metric) for metric in SHOWN}
     rows = []
     for case in run.cases:
         own = {row["class"]: row for row in run.rows if row["case"] == case}
         organs = [own.get(name) for name in run.classes]
         missed = sum(row["missed"] for row in own.values())
-        over_organs = {metric: means[metric][case] for metric in METRICS}
+        over_organs = {metric: means[metric][case] for metric in SHOWN}
         rows.append({"case": case, "means": over_organs, "missed": missed, "organs": organs})
     return {"name": run.name, "unit": run.unit, "classes": run.classes, "rows": rows}
 

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from tools.results_table import scores, title
+from metrics import FLAGS, PUBLISHED, SHOWN
+from reporting import score_columns
+from tools.tables import run_title, scores
 from utils.checkpoint import load_checkpoint
 from utils.run import run_folder
 from utils.runlog import read_log
 from utils.statistics import case_means
-
-METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "asd": "ASD"}
-PERCENT = ("dice", "jaccard")  # shown in %; the other metrics are distances
-FLAGS = ("missed", "spurious", "absent")
 
 
 class ReportError(ValueError):
@@ -34,7 +32,7 @@ class Run:
     cell: tuple[str, str]  # data set and what was trained: equal for seeds
     log: list[dict]
     summary: dict | None
-    rows: list[dict]  # of each case and class: case, class, METRICS (None: undefined), FLAGS
+    rows: list[dict]  # of each case and class: case, class, SHOWN (None: undefined), FLAGS
     suffix: str  # of the files of this test: '', '_last', ...
     space: str  # of the rows, where a test has several
 
@@ -150,22 +148,27 @@ def name_of(config: dict) -> str:
             "teacher": config["teacher"] if taught else None,
         }
     tag = f" [{config['tag']}]" if config.get("tag") else ""
-    return (title(described) + tag).replace("<-", "←")
+    return (run_title(described) + tag).replace("<-", "←")
 
 
 def read_rows(path: Path, space: str) -> list[dict]:
     """Rows of metrics.csv as test_3d.py (of one space) or reporting.py wrote it; an undefined
-    value is None.
+    value is None, as are those of a metric that the file does not have. All have the papers'.
     """
     rows = []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        columns = {metric: column_of(metric, reader.fieldnames or (), path) for metric in METRICS}
+        try:
+            columns = score_columns(reader.fieldnames or ())
+        except ValueError as error:
+            raise ReportError(f"{path}: {error}; test the run again") from error
+        if missing := [metric for metric in PUBLISHED if metric not in columns]:
+            raise ReportError(f"{path}: no column of {', '.join(missing)}; test the run again")
         for line in reader:
             if line.get("space", space) != space:
                 continue
             row = {"case": line["case"], "class": line["class"]}
-            row |= {metric: known(line[column]) for metric, column in columns.items()}
+            row |= {key: known(line[columns[key]]) if key in columns else None for key in SHOWN}
             row |= {flag: int(line[flag]) for flag in FLAGS}
             rows.append(row)
     return rows
@@ -173,16 +176,6 @@ def read_rows(path: Path, space: str) -> list[dict]:
 
 def known(text: str) -> float | None:
     return None if text in ("", "nan") else float(text)
-
-
-def column_of(metric: str, columns: Iterable[str], path: Path) -> str:
-    """The column of a metric: its name, perhaps with a definition and a unit behind it."""
-    found = [name for name in columns if name == metric or name.startswith(f"{metric}_")]
-    if len(found) != 1:
-        raise ReportError(
-            f"{path}: expected one column of {metric}, found {found}; test the run again"
-        )
-    return found[0]
 
 
 def named(runs: list[Run]) -> list[Run]:

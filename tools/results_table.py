@@ -20,10 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import tables
-from tools.tables import notes, penalised, scores
-from tools.tables import run_title as title
-
-__all__ = ["notes", "penalised", "scores", "title"]  # what reports and pictures take from here
 
 
 def main() -> int:
@@ -79,7 +75,7 @@ def named_runs(args: argparse.Namespace) -> int:
         summaries.append(json.loads(path.read_text(encoding="utf-8")))
     header, rows = tables.runs_table(summaries, args.space)
     print(tables.markdown(header, rows, right=True))
-    print("\n".join(notes(summaries, args.space)))
+    print("\n".join(tables.notes(summaries, args.space)))
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *rows])

@@ -562,7 +562,9 @@ def few_labels_cells(
             published = {f"published_{key}": "" for key in PUBLISHED}
             published |= dict(zip(published, figure or []))
             written.append(names | {"method": method, "preset": preset} | found | published)
-            counted = [f"{found['missed']}/{found['pairs']}", str(len(rows))] if rows else "--"
+            counted = (
+                [f"{found['missed']}/{found['pairs']}", str(len(rows))] if rows else ["-", "-"]
+            )
             scored = [shown(rows, metric, also=" / {}*") for metric in metrics]
             body.append([method, preset, *scored, *counted, few_labels_figure(figure)])
     titles = [METRICS[key].title + " %" * (key in SHARES) for key in metrics]
@@ -785,12 +787,12 @@ def gap_closed(student: float | None, alone: float | None, teacher: float | None
 
 def alone_table(results: Results) -> Table:
     """Teachers and students without a teacher."""
-    figures_ = published_figures(PUBLISHED_KD)
+    tabled = published_figures(PUBLISHED_KD)
     body, used = [], []
     for network, name in (TEACHERS | STUDENTS).items():
         rows = results.alone(network)
         used += rows
-        published = [f"{figures_[data]['alone'][network][0]:.2f}" for data in ("btcv", "word")]
+        published = [f"{tabled[data]['alone'][network][0]:.2f}" for data in ("btcv", "word")]
         scores = [shown(rows, metric) for metric in BRIEF]
         steps = str(rows[0]["max_steps"]) if rows else "-"
         body.append([name, *size(rows), steps, str(len(rows)), *scores, *published])
@@ -835,7 +837,7 @@ def methods_table(results: Results, teacher: str, which: str = "") -> Table:
     for method, rows in (run if which == "run" else found).items():
         row = tested.get(method)
         same = same_seeds(alone, rows)
-        figures_ = [published_gap(data, method, teacher) for data in ("btcv", "word", "brats21")]
+        published = [published_gap(data, method, teacher) for data in ("btcv", "word", "brats21")]
         body.append(
             [
                 title(method),
@@ -846,7 +848,7 @@ def methods_table(results: Results, teacher: str, which: str = "") -> Table:
                 change(row),
                 shown_p(row and row["p_holm"]),
                 shown_p(rivals.get(method) and rivals[method]["p_holm"]),
-                *map(percent, figures_),
+                *map(percent, published),
             ]
         )
     header = [
@@ -884,11 +886,11 @@ def change(row: Mapping | None, sign: int = 1) -> str:
 
 
 def published_gap(dataset: str, method: str, teacher: str, student: str = "unet") -> float | None:
-    figures_ = published_figures(PUBLISHED_KD)[dataset]
-    taught = figures_["distilled"].get(method, {}).get(student, {}).get(teacher)
+    published = published_figures(PUBLISHED_KD)[dataset]
+    taught = published["distilled"].get(method, {}).get(student, {}).get(teacher)
     if taught is None:
         return None
-    return gap_closed(taught[0], figures_["alone"][student][0], figures_["alone"][teacher][0])
+    return gap_closed(taught[0], published["alone"][student][0], published["alone"][teacher][0])
 
 
 def rates_table(results: Results) -> Table:
@@ -1026,7 +1028,7 @@ def few_labels_table(results: Results, published: str, labelled: str) -> Table:
         found["crkd"], {name: rows for name, rows in run.items() if name != "crkd"}
     )
     order = sorted(run, key=lambda name: -mean(run[name], "dice"))
-    figures_ = published_figures(PUBLISHED_SSL)[published][count]
+    tabled = published_figures(PUBLISHED_SSL)[published][count]
     body = []
     for name, rows in found.items():
         row = tested.get(name)
@@ -1038,7 +1040,7 @@ def few_labels_table(results: Results, published: str, labelled: str) -> Table:
                 str(order.index(name) + 1) if rows else "-",
                 change(row, -1),
                 shown_p(row and row["p_holm"]),
-                few_labels_figure(figures_.get(name)),
+                few_labels_figure(tabled.get(name)),
             ]
         )
     header = [

@@ -16,7 +16,7 @@ import inspect
 import sys
 import traceback
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +37,30 @@ class Contract:
     attributes.
     """
 
-    registry: dict[str, type]
+    registry: MutableMapping[str, type]
     base: type
     takes: tuple[str, ...]
     attributes: Mapping[str, type] = dataclasses.field(default_factory=dict)
     example: str = ""
 
 
-def network(registry: dict[str, type]) -> Contract:
+def network(registry: MutableMapping[str, type]) -> Contract:
     return Contract(
         registry, nn.Module, ("in_channels", "num_classes"), {"stride": int}, "networks/unet.py"
     )
 
 
-def distillation(registry: dict[str, type]) -> Contract:
+def distillation(registry: MutableMapping[str, type]) -> Contract:
     takes = ("student_channels", "teacher_channels", "num_classes", "multilabel", "preset")
     return Contract(registry, nn.Module, takes, example="losses/kd.py")
 
 
-def semi_supervised(registry: dict[str, type], base: type) -> Contract:
+def semi_supervised(registry: MutableMapping[str, type], base: type) -> Contract:
     takes = ("make_network", "max_steps", "preset")
     return Contract(registry, base, takes, {"dimensions": tuple}, "methods/unimatch.py")
 
 
-def data_format(registry: dict[str, type], base: type) -> Contract:
+def data_format(registry: MutableMapping[str, type], base: type) -> Contract:
     return Contract(
         registry, base, ("root", "split_dir", "class_names"), example="dataloaders/msd.py"
     )

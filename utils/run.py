@@ -107,8 +107,11 @@ class Settings:
 
     A script's Config adds keys and says in class attributes: `pluggable`, key -> contract of the
     class of the user's own that can stand there (utils/plugins.py); `recipes`, the names that
-    `recipe` can have, and `not_in_recipes`, the keys that a recipe cannot set.
+    `recipe` can have, and `not_in_recipes`, the keys that a recipe cannot set; `method_pairs`, the
+    names that can follow a method's in `method_args` (kd@resunet-unet), None for no such entries.
     """
+
+    method_pairs = None  # of the class, not a key
 
     # Data
     dataset: str  # name of the data set: names the run folder
@@ -231,7 +234,7 @@ class Settings:
         of_method = {k: v for k, v in cfg.method_args.items() if k in cfg.method_keys}
         return dataclasses.replace(cfg, network_args=of_network, method_args=of_method)
 
-    def _converted(self, pairs: Sequence[str] | None = None) -> Self:
+    def _converted(self) -> Self:
         networks = self.pluggable.get("network") or self.pluggable["student"]
         method = self.pluggable["method"]
         return dataclasses.replace(
@@ -241,7 +244,7 @@ class Settings:
                 "network_args", self.network_args, networks.registry, networks.takes
             ),
             method_args=check_nested(
-                "method_args", self.method_args, method.registry, method.takes, pairs
+                "method_args", self.method_args, method.registry, method.takes, self.method_pairs
             ),
         )
 

@@ -32,11 +32,11 @@ import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
 from dataloaders import DATASETS, SEMI_DATASETS, DataError, MSDDataset, SemiDataset
-from losses import KD_METHODS, distillation
-from methods import SSL_METHODS, few_labels
+from losses import KD_METHODS
+from methods import SSL_METHODS
 from networks import NETWORKS
 from tests.reliability import profiles  # noqa: F401
-from utils import run
+from utils import distillation, few_labels, run
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError, read_yaml
 
@@ -568,7 +568,8 @@ def test_a_key_that_another_setting_makes_idle_is_an_error(script, settings, key
 
 
 def test_options_that_the_method_has_no_use_for_are_named(capsys):
-    argv = ["x", "--config", "config.yaml", "--opts", "teacher_seed=3", "preset=as_released"]
+    argv = ["x", "--config", "config.yaml", "--teacher", "segresnet"]
+    argv += ["--opts", "teacher_seed=3", "preset=as_released"]
     attempt(train_3d_distill, BASE[train_3d_distill])  # writes the file
     before = sys.argv
     try:
@@ -577,7 +578,8 @@ def test_options_that_the_method_has_no_use_for_are_named(capsys):
             train_3d_distill.main()
     finally:
         sys.argv = before
-    assert "note: --method supervised does not use preset, teacher_seed" in capsys.readouterr().err
+    note = "note: --method supervised does not use teacher, teacher_seed, preset\n"
+    assert note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [test_2d, test_3d])

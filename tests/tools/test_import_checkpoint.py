@@ -17,11 +17,11 @@ import yaml
 
 import train_3d_distill
 from dataloaders import build_dataset
-from losses.distillation import load_teacher
 from networks import NETWORKS, build_network
 from tools.import_checkpoint import diagnosis, main
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ConfigError
+from utils.distillation import load_teacher
 
 # Different widths, as in the released networks: where two are equal, a shortcut convolution falls
 # away.

@@ -50,6 +50,7 @@ class Distillation(Settings):
         "format": plugins.data_format(DATASETS, MSDDataset),
     }
     recipes = NETWORKS
+    method_pairs = NETWORKS
     not_in_recipes = ("method", "student", "teacher")
 
     @property
@@ -72,8 +73,9 @@ class Distillation(Settings):
 
     @property
     def idle_keys(self) -> tuple[str, ...]:
-        of_method = ("preset", "method_args", "teacher_checkpoint", "teacher_seed")
-        return (*of_method, "distill_warmup", "method_lr") if self.supervised else ()
+        of_teacher = ("teacher", "teacher_checkpoint", "teacher_seed")
+        of_method = ("preset", "method_args", "distill_warmup", "method_lr")
+        return (*of_teacher, *of_method) if self.supervised else ()
 
     @property
     def trained_network(self) -> str:
@@ -97,9 +99,6 @@ class Distillation(Settings):
             preset=self.preset,
             **self.method_arguments,
         )
-
-    def _converted(self, pairs: Sequence[str] | None = None) -> Self:
-        return super()._converted(NETWORKS)
 
     def _completed(self) -> Self:
         if self.format not in DATASETS:
