@@ -40,9 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import arguments, faster, interleaved, overhead, report
 from dataloaders import build_dataset
 from dataloaders.msd import MSDDataset
-from dataloaders.phantoms import BTCV_LABELS
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
 from tools import make_demo_data
+from tools.phantoms.scans import BTCV_LABELS
 
 SPACING, COARSE = (1.5, 1.5, 2.0), (8.0, 8.0, 8.0)  # mm, resampled to; the second for --small
 WINDOW = (-175.0, 250.0)  # HU

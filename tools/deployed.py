@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from dataloaders import DATASETS, SEMI_DATASETS, Case, DataError, build_dataset, build_semi_dataset
 from dataloaders.la import SPACING as LA_SPACING
 from dataloaders.msd import MSDDataset
-from dataloaders.phantoms import BRATS_MODALITIES, brats_phantom, btcv_phantom
-from dataloaders.phantoms2d import acdc_phantom, isic_phantom, la_phantom
 from dataloaders.semi import SemiDataset
 from dataloaders.volumes import stem
 from inference import predict_labels, predict_logits, predict_slices
 from metrics import class_dice, mean_dice
 from networks import NETWORKS, build_network
+from tools.phantoms.few_labels import acdc_phantom, isic_phantom, la_phantom
+from tools.phantoms.scans import BRATS_MODALITIES, brats_phantom, btcv_phantom
 from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 

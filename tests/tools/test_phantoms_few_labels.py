@@ -9,8 +9,8 @@ from scipy import ndimage
 from dataloaders.acdc import ACDCDataset
 from dataloaders.images2d import Images2DDataset, draw
 from dataloaders.la import LADataset
-from dataloaders.phantoms2d import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
 from tools.make_demo_data import main
+from tools.phantoms.few_labels import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
 
 RV, MYO, LV = 1, 2, 3
 PHOTOGRAPHS = [(isic_phantom, (80, 104)), (kvasir_phantom, (80, 96))]
