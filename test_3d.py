@@ -22,7 +22,6 @@ import torch
 
 import reporting
 from dataloaders import DataError
-from dataloaders.native import to_native
 from inference import largest_component, predict_labels
 from metrics import case_metrics, diagonal, summarise
 from utils import figures
@@ -118,11 +117,7 @@ def score_distilled(
         options = {"overlap": scoring.config["overlap"], "multilabel": dataset.multilabel}
         prediction, seconds = predict(scoring, image, **options)
         native_label, native_affine = dataset.native_label(case)
-        restored = [
-            to_native(volume, sample["affine"], native_affine, sample["native_shape"])
-            for volume in (prediction if dataset.multilabel else prediction[None])
-        ]
-        native = np.stack(restored) if dataset.multilabel else restored[0]
+        native = dataset.native(prediction, sample)
         label = label if dataset.multilabel else label[0]
         native_spacing = np.linalg.norm(native_affine[:3, :3], axis=0)
         rows = []

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from dataloaders import SEMI_DATASETS, DataError, SemiDataset
+from dataloaders import DATASETS, DataError, Dataset
 from inference import autocast, predict_slices
 from methods.few_labels import MIX, Batches, FewLabels, open_data
 from metrics import class_dice, mean_dice
@@ -50,7 +50,7 @@ class Config(FewLabels):
     keys of the data are used: dataloaders/acdc.py, dataloaders/images2d.py.
     """
 
-    format: Annotated[str, OfDims(SEMI_DATASETS, 2)]
+    format: Annotated[str, OfDims(DATASETS, 2)]
     patch_size: tuple[Count, Count]  # pixels that every image is resized to
     augmentation: Annotated[str, OF_FORMAT] = "semi"  # RGB images: semi | supervised
     eval_resize: Annotated[str, OF_FORMAT] = "bilinear"  # RGB images: bilinear | nearest
@@ -65,17 +65,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
 
 
 def evaluate(
-    network: torch.nn.Module, dataset: SemiDataset, cases: list, run: Run
+    network: torch.nn.Module, dataset: Dataset, cases: list, run: Run
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean Dice over `cases` and of each class, at the images' own size, and a picture of the first
     case.
     """
     scores, picture = [], None
     for case in run.part(cases):
-        volume = dataset.read_volume(case)
-        slices = torch.from_numpy(np.ascontiguousarray(dataset.network_slices(volume)))
+        volume = dataset.read(case)
+        slices = torch.from_numpy(np.ascontiguousarray(dataset.slices(volume)))
         ids = predict_slices(network, slices, batch=run.cfg.eval_batch, amp=run.cfg.amp).numpy()
-        prediction, label = dataset.native_prediction(ids, volume), volume["label"][0]
+        prediction, label = dataset.unslice(ids, volume), volume["label"][0]
         scores.append(class_dice(prediction, label, dataset.num_classes))
         if picture is None:
             picture = figures.compared(volume["image"], label, prediction, dataset.num_classes)

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from dataloaders import SEMI_DATASETS, DataError, SemiDataset
+from dataloaders import DATASETS, DataError, Dataset
 from inference import autocast, predict_labels
 from methods.few_labels import MIX, Batches, FewLabels, open_data
 from metrics import class_dice, mean_dice
@@ -48,7 +48,7 @@ class Config(FewLabels):
     keys of the data are used: dataloaders/la.py.
     """
 
-    format: Annotated[str, OfDims(SEMI_DATASETS, 3)]
+    format: Annotated[str, OfDims(DATASETS, 3)]
     patch_size: tuple[Count, Count, Count]  # voxels of a training crop, and of a window
     # crops may start at the last admissible voxel; the released code never draws it
     last_start: Annotated[bool, OF_FORMAT] = True
@@ -75,14 +75,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
 
 
 def evaluate(
-    network: torch.nn.Module, dataset: SemiDataset, cases: list, run: Run
+    network: torch.nn.Module, dataset: Dataset, cases: list, run: Run
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean Dice over `cases` and of each class, and a picture of the first case: image, label,
     prediction.
     """
     scores, picture = [], None
     for case in run.part(cases):
-        volume = dataset.read_volume(case)
+        volume = dataset.read(case)
         prediction = predict_labels(
             network,
             torch.from_numpy(volume["image"]).to(run.device),

@@ -38,7 +38,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from dataloaders import DATASETS, DataError, MSDDataset, Report, build_dataset
+from dataloaders import DATASETS, DataError, Dataset, Report, build_dataset
 from inference import autocast, predict_labels
 from losses.distillation import Batches, Distillation, load_teacher, note_idle
 from losses.segmentation import SegmentationLoss
@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
 
 
 def evaluate(
-    network: torch.nn.Module, dataset: MSDDataset, cases: list, run: Run
+    network: torch.nn.Module, dataset: Dataset, cases: list, run: Run
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean Dice over `cases` and of each class, and a picture of one of this process: image, label,
     prediction.
@@ -130,17 +130,14 @@ def main() -> int:
     # Data: three disjoint lists, everything read and checked before the first step
     with constructing(args.config):
         dataset = build_dataset(**cfg.dataset_arguments(), allow_outside=args.allow_outside)
-        augment = dataset.patch_function(
-            cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
-        )
     report = Report()
-    splits = dataset.splits(report)
+    splits = dataset.splits(None, report)
     report.stop()
     if not splits[cfg.select_on]:
         raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.datalist))
     teacher, teacher_scores = load_teacher(cfg, args, dataset.num_classes, splits["val"])
     with world.main_first():  # so that one process fills the cache
-        dataset.prepare(splits, cfg.patch_size, report)
+        dataset.prepare(splits, report)
         report.stop()
         run.open(report)
 
@@ -176,7 +173,7 @@ def main() -> int:
     run.keep(student=student, method=kd, optimizer=optimizer, scaler=scaler)
     diagnosis = Diagnosis(cfg.diagnose_interval, student.parameters(), world, run.log, cfg.compile)
 
-    batches = Batches(cfg, run, dataset, splits, augment)
+    batches = Batches(cfg, run, dataset, splits)
 
     def see_clean_images() -> None:
         """Training patches, the same at each validation, for the statistics of batch norm."""

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.cases import Case, DataError, check_inside, read_json, select
-from dataloaders.faults import Finding, Report, gathering
+from dataloaders.cases import Case
+from dataloaders.checks import check_inside
+from dataloaders.faults import DataError, Finding, Report, gathering
+from dataloaders.lists import read_json, select
 from dataloaders.msd import MSDDataset
 from dataloaders.volumes import SUFFIXES, channel_number
 
@@ -53,18 +55,10 @@ class NnUNetDataset(MSDDataset):
         datalist: str,
         class_names: Sequence[str],
         in_channels: int = 1,
-        split_dir: str = "",
-        cache_dir: str = "cache",
-        orientation: str = "RAS",
-        spacing: Sequence[float] = (),
-        intensity: str = "window",
-        window: Sequence[float] = (-175.0, 250.0),
-        crop_foreground: bool = True,
-        patient_pattern: str = "",
-        absent_classes: Sequence[str] = (),
         regions: dict[str, Sequence[int]] | None = None,
         regions_class_order: Sequence[int] = (),
         fold: int = 0,
+        **preprocessing,
     ) -> None:
         self.regions = {name: tuple(ids) for name, ids in (regions or {}).items()}
         self.regions_class_order, self.fold = tuple(regions_class_order), fold
@@ -79,21 +73,7 @@ class NnUNetDataset(MSDDataset):
                 f"regions_class_order: {list(regions_class_order)}, expected one id for each of "
                 f"{list(self.regions)}"
             )
-        super().__init__(
-            root,
-            datalist,
-            class_names,
-            in_channels,
-            split_dir,
-            cache_dir,
-            orientation,
-            spacing,
-            intensity,
-            window,
-            crop_foreground,
-            patient_pattern,
-            absent_classes,
-        )
+        super().__init__(root, datalist, class_names, in_channels, **preprocessing)
 
     @property
     def allowed_ids(self) -> tuple[int, ...]:
@@ -101,11 +81,11 @@ class NnUNetDataset(MSDDataset):
             return super().allowed_ids
         return tuple(sorted({0, *(k for ids in self.regions.values() for k in ids)}))
 
-    def labelled(self, report: Report | None = None) -> list[Case]:
+    def cases(self, report: Report | None = None) -> list[Case]:
         """All labelled cases, those of labelsTs too."""
         return [case for cases in self._folders(report).values() for case in cases]
 
-    def labelled_tests(self) -> list[Case]:
+    def own_test(self) -> list[Case]:
         """The cases of labelsTs."""
         return self._folders(None)["Ts"]
 

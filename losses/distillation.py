@@ -3,13 +3,13 @@ settings, the teacher.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from torch import nn
 
-from dataloaders import DATASETS, MSDDataset, describe_dataset
+from dataloaders import DATASETS, Dataset, describe_dataset
 from dataloaders.samplers import PatchDataset, draws
 from losses import KD_METHODS, PRESETS, build_kd
 from networks import NETWORKS, build_network, check_network
@@ -47,7 +47,7 @@ class Distillation(Settings):
         "student": plugins.network(NETWORKS),
         "teacher": plugins.network(NETWORKS),
         "method": plugins.distillation(KD_METHODS),
-        "format": plugins.data_format(DATASETS, MSDDataset),
+        "format": plugins.data_format(DATASETS, Dataset),
     }
     recipes = NETWORKS
     not_in_recipes = ("method", "student", "teacher")
@@ -134,15 +134,13 @@ class Batches:
     """Batches of a training, in this process's share: `image` (B, C, H, W, D), `label` (B, 1 or K,
     H, W, D), and `case`, the names. What a step gets depends on the seed and the step alone.
 
-    augment: (sample, rng) -> patch. A process loads its part of the cases of each batch or, where
+    A process loads its part of the cases of each batch or, where
     that does not come out even, of each case's crops.
     """
 
-    def __init__(
-        self, cfg: Distillation, run: Run, dataset: MSDDataset, splits: Mapping, augment: Callable
-    ) -> None:
+    def __init__(self, cfg: Distillation, run: Run, dataset: Dataset, splits: Mapping) -> None:
         self.cfg, self.run, self.dataset = cfg, run, dataset
-        self.cases, self.augment = splits["train"], augment
+        self.cases = splits["labelled"]
 
     def training(self) -> Iterator[dict]:
         """Of each step that is left."""
@@ -160,8 +158,8 @@ class Batches:
             rank, size, kept = 0, 1, slice(rank * crops, (rank + 1) * crops)
         patches = PatchDataset(
             self.cases,
-            self.dataset.training_sample,
-            self.augment,
+            self.dataset.sample,
+            self.dataset.patch,
             cfg.seed,
             cfg.crops_per_case,
             stream=stream,

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from dataloaders import SEMI_DATASETS, Report, SemiDataset, build_semi_dataset
+from dataloaders import DATASETS, Dataset, Report, build_dataset
 from dataloaders.cases import Case
 from dataloaders.samplers import PatchDataset, draws
 from losses import PRESETS
@@ -38,7 +39,7 @@ class FewLabels(Settings):
     pluggable = {  # noqa: RUF012 - of the class, not of a configuration
         "network": plugins.network(NETWORKS),
         "method": plugins.semi_supervised(SSL_METHODS, Method),
-        "format": plugins.data_format(SEMI_DATASETS, SemiDataset),
+        "format": plugins.data_format(DATASETS, Dataset),
     }
     recipes = SSL_METHODS
     not_in_recipes = ("method",)
@@ -73,7 +74,7 @@ class FewLabels(Settings):
         self._check_patch(self.network)
 
     def _try_out(self) -> None:
-        channels, classes = SEMI_DATASETS[self.format].in_channels, len(self.class_names)
+        channels, classes = DATASETS[self.format].in_channels, len(self.class_names)
         with trying(f"network_args: {self.network}"):
             how = plugins.trial(NETWORKS[self.network], self.patch_size, self.labelled_batch)
             arguments = self.network_arguments(self.network)
@@ -82,14 +83,14 @@ class FewLabels(Settings):
             self.make_method(channels, classes)
 
 
-def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[SemiDataset, dict[str, list[Case]]]:
+def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[Dataset, dict[str, list[Case]]]:
     """The data set and its disjoint lists, after everything of them was read and checked; makes the
     run folder.
 
     Test cases are read too: none may be trained on. DataError or ConfigError for what is wrong.
     """
     with constructing(args.config):
-        dataset = build_semi_dataset(**cfg.dataset_arguments(), allow_outside=args.allow_outside)
+        dataset = build_dataset(**cfg.dataset_arguments(), allow_outside=args.allow_outside)
     report = Report()
     splits = dataset.splits(cfg.labelled, report)
     report.stop()
@@ -118,7 +119,7 @@ class Batches:
         self,
         cfg: FewLabels,
         run: Run,
-        dataset: SemiDataset,
+        dataset: Dataset,
         splits: Mapping[str, Sequence[Case]],
         method: Method,
     ) -> None:
@@ -132,7 +133,7 @@ class Batches:
         size = getattr(cfg, f"{split}_batch")
         world.share(size, f"{split}_batch")
         patches = PatchDataset(
-            self.splits[split], self.dataset.read, augment, cfg.seed, keys=keys, stream=stream
+            self.splits[split], self.dataset.sample, augment, cfg.seed, keys=keys, stream=stream
         )
         return draws(
             patches, first, last, size, cfg.workers, self.run.device, world.rank, world.size
@@ -140,7 +141,7 @@ class Batches:
 
     def labelled(self) -> Iterator[dict]:
         """`image` and `label`, of each step that is left."""
-        augment = self.dataset.labelled_patch
+        augment = self.dataset.patch
         steps = self.run.start, self.cfg.max_steps
         return self._of("labelled", augment, ("image", "label"), LABELLED, *steps)
 
@@ -150,7 +151,7 @@ class Batches:
         """
         count = self.method.strong_views
         keys = ("weak", *(f"strong{k}" for k in range(count)), "label")
-        views = self.dataset.view_function(count)
+        views = partial(self.dataset.views, strong_views=count)
         return self._of("unlabelled", views, keys, stream, self.run.start, self.cfg.max_steps)
 
     def clean(self) -> Iterator[Tensor]:
@@ -158,9 +159,9 @@ class Batches:
         the device.
         """
         steps = 0, self.cfg.bn_batches
-        parts = [self._of("labelled", self.dataset.labelled_patch, ("image",), CLEAN, *steps)]
+        parts = [self._of("labelled", self.dataset.patch, ("image",), CLEAN, *steps)]
         if self.method.uses_unlabelled:
-            views = self.dataset.view_function(0)
+            views = partial(self.dataset.views, strong_views=0)
             parts.append(self._of("unlabelled", views, ("weak",), CLEAN, *steps))
         for found in zip(*parts):
             images = [batch[key] for batch, key in zip(found, ("image", "weak"))]

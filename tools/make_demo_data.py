@@ -40,8 +40,7 @@ from tqdm import tqdm
 # The repository is not installed, so its root goes on the path before its own modules are imported.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataloaders.images2d import draw
-from dataloaders.semi import labelled_count
+from dataloaders.lists import draw, labelled_count
 from tools.corrupt_data import write_corrupt
 from tools.phantoms.few_labels import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
 from tools.phantoms.scans import (

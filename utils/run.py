@@ -14,7 +14,6 @@ A `Run` never calls the loop of a script: the loop asks it.
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import os
 import re
@@ -206,7 +205,7 @@ class Settings:
         its default although the class has no use for it.
         """
         cls = self.pluggable["format"].registry[self.format]
-        accepted = set(inspect.signature(cls.__init__).parameters)
+        accepted = cls.accepted()
         of_format = [key for key, mark in marks(type(self)) if mark is OF_FORMAT]
         idle = [key for key in of_format if key not in accepted]
         check_unused(self, idle, f"the data format '{self.format}'")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dataloaders.brats import BraTSDataset
-from dataloaders.inputs import find_images, find_scans
+from dataloaders.lists import find_images, find_scans
 from dataloaders.volumes import DataError, channel_number
 from tests.dataloaders.test_msd import AFFINES
 from tests.dataloaders.test_volumes import write_dicom

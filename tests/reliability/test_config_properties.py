@@ -8,7 +8,6 @@ of the errors that the scripts print is a traceback to their user, and fails the
 import ast
 import contextlib
 import dataclasses
-import inspect
 import io
 import json
 import math
@@ -31,7 +30,7 @@ import test_3d
 import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
-from dataloaders import DATASETS, SEMI_DATASETS, DataError, MSDDataset, SemiDataset
+from dataloaders import DATASETS, FEW_LABELS, DataError, Dataset, MSDDataset
 from losses import KD_METHODS, distillation
 from methods import SSL_METHODS, few_labels
 from networks import NETWORKS
@@ -93,7 +92,7 @@ def stop(*_, **__):
 @pytest.fixture(autouse=True)
 def stopped_before_the_data(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(MSDDataset, "splits", stop)
-    monkeypatch.setattr(SemiDataset, "splits", stop)
+    monkeypatch.setattr(Dataset, "splits", stop)
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
 
 
@@ -482,19 +481,15 @@ def stored_reads(module):
 
 def formats(script):
     if script is train_3d_distill:
-        return DATASETS
+        return {name: cls for name, cls in DATASETS.items() if name not in FEW_LABELS}
     dims = 3 if script is train_3d_crkd else 2
-    return {name: cls for name, cls in SEMI_DATASETS.items() if cls.dims == dims}
-
-
-def taken_by(cls):
-    return set(inspect.signature(cls.__init__).parameters)
+    return {name: DATASETS[name] for name in FEW_LABELS if DATASETS[name].dims == dims}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_key_is_read(script):
     read = attribute_reads(script) | stored_reads(test_2d if script is train_2d_crkd else test_3d)
-    by_formats = set().union(*map(taken_by, formats(script).values()))
+    by_formats = set().union(*(cls.accepted() for cls in formats(script).values()))
     assert "no_such_key" not in read and "max_steps" in read
     parsed_only = {"recipe"}  # settled when the configuration is read
     ignored = set(fields(script)) - read - by_formats - parsed_only
@@ -525,9 +520,10 @@ def idle_keys():
         read = attribute_reads(script) - {"intensity", "window", "regions"}  # read to check them
         for name, cls in formats(script).items():
             for key in sorted(
-                set().union(*map(taken_by, formats(script).values())) & set(fields(script))
+                set().union(*(cls.accepted() for cls in formats(script).values()))
+                & set(fields(script))
             ):
-                if key not in taken_by(cls) and key not in read:
+                if key not in cls.accepted() and key not in read:
                     yield pytest.param(script, name, key, id=f"{script.__name__}-{name}-{key}")
 
 
