@@ -163,8 +163,9 @@ def score_few_labels(
     args: argparse.Namespace, checkpoint: dict, world: World, device: torch.device
 ) -> None:
     """Score a run of train_3d_crkd.py, with windows at the stride of the published protocol."""
-    if args.cache_dir:
-        raise ConfigError("--cache-dir is for runs of train_3d_distill.py")
+    if args.cache_dir and "cache_dir" not in checkpoint["dataset"]:
+        form = checkpoint["dataset"]["format"]
+        raise ConfigError(f"--cache-dir: the data format '{form}' keeps no cache; leave it out")
     config = checkpoint["config"]
     stride = args.stride or config["stride"]
     if any(not 0 < step <= side for step, side in zip(stride, config["patch_size"])):

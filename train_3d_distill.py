@@ -21,6 +21,7 @@ import sys
 from typing import Annotated
 
 from losses import KD_METHODS
+from methods import SSL_METHODS
 from networks import NETWORKS
 from utils.config import training_flags
 
@@ -45,9 +46,10 @@ from losses.segmentation import SegmentationLoss
 from metrics import class_dice, mean_dice
 from networks import build_network, init_weights
 from utils import figures
-from utils.config import OF_FORMAT, ConfigError, Count, Natural, Share, constructing, parse
+from utils.config import ConfigError, Count, Natural, constructing, parse
 from utils.diagnosis import Diagnosis
 from utils.modes import copied, seed_everything, statistics_estimated
+from utils.registry import OfDims
 from utils.run import Run, no_selection, run_script
 from utils.schedules import set_lr
 
@@ -55,40 +57,18 @@ from utils.schedules import set_lr
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Distillation):
     """Keys of this script; losses/distillation.py and utils/run.py have others. How the keys of the
-    data are used: dataloaders/msd.py.
+    data are used: dataloaders/settings.py.
     """
 
     patch_size: tuple[Count, Count, Count]  # voxels of the preprocessed grid
-    format: Annotated[str, DATASETS] = "msd"
-    datalist: str = "dataset.json"  # the data set's JSON in data_root
-    class_names: tuple[str, ...] = ()  # by label id, background first; []: as the JSON says
-    # nnunet: {name: [ids]} that overlap; {}: as the JSON says
-    regions: Annotated[dict, OF_FORMAT] = dataclasses.field(default_factory=dict)
-    # nnunet: id of each region in predictions; []: as the JSON says
-    regions_class_order: Annotated[tuple[int, ...], OF_FORMAT] = ()
-    # nnunet: entry of splits_final.json, where split_dir is empty
-    fold: Annotated[int, OF_FORMAT] = 0
-    cache_dir: str = "cache"  # preprocessed cases
-    orientation: Annotated[str, OF_FORMAT] = "RAS"
-    spacing: Annotated[tuple[float, ...], OF_FORMAT] = ()  # mm; []: as stored
-    intensity: Annotated[str, OF_FORMAT] = "window"  # window | zscore | none
-    # HU, for intensity: window
-    window: Annotated[tuple[float, float], OF_FORMAT] = (-175.0, 250.0)
-    crop_foreground: Annotated[bool, OF_FORMAT] = True
-    # BraTS: crop | volume, the voxels whose statistics normalise a patch
-    normalize: Annotated[str, OF_FORMAT] = "crop"
-    # BraTS: patches come from the brain's box enlarged to multiples of this; 0: the patch size
-    k_divisible: Annotated[int, OF_FORMAT] = 0
-    crop: str = "pos_neg"  # pos_neg: half of the patches are centred on foreground; uniform
-    flip_prob: Share = 0.2  # each axis
-    rot90_prob: Share = 0.2
-    scale_prob: Share = 0.1  # intensity x U(0.9, 1.1)
-    shift_prob: Share = 0.1  # intensity + U(-0.1, 0.1)
+    format: Annotated[str, OfDims(DATASETS, 3)] = "msd"
     cases_per_batch: Count = 1
     crops_per_case: Count = 4  # batch size = cases_per_batch x crops_per_case
     val_start: Natural = 0  # first step at which to validate
     overlap: Annotated[float, "[0, 1)"] = 0.5  # of neighbouring windows
     window_batch: Count = 4
+
+    other_names = tuple(SSL_METHODS)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -134,7 +114,7 @@ def main() -> int:
     splits = dataset.splits(None, report)
     report.stop()
     if not splits[cfg.select_on]:
-        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.datalist))
+        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.data_root))
     teacher, teacher_scores = load_teacher(cfg, args, dataset.num_classes, splits["val"])
     with world.main_first():  # so that one process fills the cache
         dataset.prepare(splits, report)
@@ -147,7 +127,7 @@ def main() -> int:
     kd = None
     with constructing(f"{args.config}: network_args or method_args"):
         arguments = cfg.network_arguments(cfg.student)
-        student = build_network(cfg.student, cfg.in_channels, dataset.num_classes, **arguments)
+        student = build_network(cfg.student, cfg.channels, dataset.num_classes, **arguments)
         student = run.placed(init_weights(student), torch.channels_last_3d)
         if teacher is not None:
             teacher = teacher.to(device, memory_format=memory)
@@ -169,7 +149,7 @@ def main() -> int:
     groups = [{"params": group} for group in ([of_student, of_method] if split else [trained])]
     optimizer = cfg.make_optimizer(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    run.describe("3d", cfg.student, cfg.in_channels, dataset.num_classes, splits)
+    run.describe("3d", cfg.student, cfg.channels, dataset.num_classes, splits)
     run.keep(student=student, method=kd, optimizer=optimizer, scaler=scaler)
     diagnosis = Diagnosis(cfg.diagnose_interval, student.parameters(), world, run.log, cfg.compile)
 

@@ -43,11 +43,18 @@ def build_dataset(format: str, allow_outside: bool = False, **arguments) -> "Dat
     """The data set class of `format` ('msd': any decathlon-style list of NIfTI files) with its
     arguments.
 
-    allow_outside: lists may name files outside of the data root.
+    With a patch_size of two numbers, a volumetric data set is given slice by slice. allow_outside:
+    lists may name files outside of the data root.
     """
-    dataset = _class(format)(**arguments)
+    cls, sides = _class(format), tuple(arguments.get("patch_size", ()))
+    sliced = cls.dims == 3 and len(sides) == 2
+    dataset = cls(**arguments | ({"patch_size": ()} if sliced else {}))
     dataset.allow_outside = allow_outside
-    return dataset
+    if not sliced:
+        return dataset
+    from dataloaders.slices import Slices
+
+    return Slices(dataset, sides)
 
 
 def describe_dataset(format: str, root: str, datalist: str, given: dict) -> dict:

@@ -295,6 +295,18 @@ class Dataset(abc.ABC):
         """The strong view of a weak one: random intensities, the same geometry."""
         return augment.strong_volume(sample, rng)
 
+    # What a weak view and a patch are made of, where they are of slices: dataloaders/slices.py
+
+    turns = True  # whether `turn` exchanges the first two axes
+
+    def turn(self, sample: dict, rng: np.random.Generator) -> dict:
+        """Random mirrors and 90-degree turns, of image and label."""
+        return augment.rot_flip(sample, rng)
+
+    def jitter(self, sample: dict, rng: np.random.Generator) -> dict:
+        """Random intensities of labelled patches."""
+        return sample
+
     def views(self, sample: dict, rng: np.random.Generator, strong_views: int = 1) -> dict:
         """An unlabelled case: `weak` and `label` of one geometry, and `strong0`, `strong1`, ...
         that start from it.
@@ -335,7 +347,7 @@ class InMemory(Dataset):
         if memory_gb < 0:
             raise DataError(f"memory_gb must be 0 or more, got {memory_gb}")
         super().__init__(root, split_dir, class_names, patch_size, patient_pattern, absent_classes)
-        if len(self.patch_size) != self.dims:
+        if self.patch_size and len(self.patch_size) != self.dims:
             raise DataError(f"patch_size must be {self.dims} numbers, got {list(patch_size)}")
         self._room = int(memory_gb * 1e9)  # bytes
         self._memory: dict[Case, dict] = {}

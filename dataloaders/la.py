@@ -88,8 +88,7 @@ class LADataset(InMemory):
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """Quarter turns and a mirror in the axial plane, then a random crop."""
-        turned = augment.rot_flip(sample, rng)
-        return augment.crop_padded(turned, rng, self.patch_size, self.last_start)
+        return augment.crop_padded(self.turn(sample, rng), rng, self.patch_size, self.last_start)
 
     def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
         image, label = read_h5(case.images[0], self.num_classes, 3, notes=notes)

@@ -107,6 +107,7 @@ class MSDDataset(Dataset):
         self.crop_foreground = crop_foreground
         self.crop, self.flip_prob, self.rot90_prob = crop, flip_prob, rot90_prob
         self.scale_prob, self.shift_prob = scale_prob, shift_prob
+        self.turns = rot90_prob > 0
         self.cache = CaseCache(Path(cache_dir), self.preprocess, self._parameters())
 
     @property
@@ -306,9 +307,7 @@ class MSDDataset(Dataset):
 
     def patch(self, sample: dict, rng: np.random.Generator) -> dict:
         """One random training patch: crop, flips, 90-degree turns, intensity scale and shift."""
-        patch = self.turn(self.cut(sample, rng), rng)
-        patch = augment.random_scale(patch, rng, self.scale_prob)
-        return augment.random_shift(patch, rng, self.shift_prob)
+        return self.jitter(self.turn(self.cut(sample, rng), rng), rng)
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """A crop at any place, flips and 90-degree turns."""
@@ -320,9 +319,12 @@ class MSDDataset(Dataset):
         return crop(sample, rng, self.patch_size)
 
     def turn(self, patch: dict, rng: np.random.Generator) -> dict:
-        """Random mirrors and 90-degree turns."""
         patch = augment.random_flip(patch, rng, self.flip_prob)
         return augment.random_rot90(patch, rng, self.rot90_prob)
+
+    def jitter(self, patch: dict, rng: np.random.Generator) -> dict:
+        patch = augment.random_scale(patch, rng, self.scale_prob)
+        return augment.random_shift(patch, rng, self.shift_prob)
 
     def _ids(self, label: np.ndarray) -> list[int]:
         return np.unique(label).tolist()

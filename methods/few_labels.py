@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,27 +11,25 @@ from torch import Tensor
 from dataloaders import DATASETS, Dataset, Report, build_dataset
 from dataloaders.cases import Case
 from dataloaders.samplers import PatchDataset, draws
-from losses import PRESETS
+from dataloaders.settings import DataSettings
+from losses import KD_METHODS, PRESETS
 from methods import SSL_METHODS, build_method
 from methods.base import Method
 from networks import NETWORKS, build_network, check_network
 from utils import plugins
-from utils.config import ConfigError, NotNegative, constructing, trying
+from utils.config import ConfigError, constructing, trying
 from utils.modes import weightless
-from utils.run import Run, Settings, no_selection
+from utils.run import Run, no_selection
 
 LABELLED, UNLABELLED, MIX, CLEAN = 0, 1, 2, 3  # streams of random numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewLabels(Settings):
+class FewLabels(DataSettings):
     """Keys of both scripts."""
 
-    # Data
-    class_names: tuple[str, ...]  # by label id, background first
     # units that count as labelled, or their share; null: all
     labelled: int | float | None = None
-    memory_gb: NotNegative = 2.0  # of training units kept in memory
     # Method
     method: Annotated[str, SSL_METHODS] = "crkd"
     preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
@@ -43,6 +41,11 @@ class FewLabels(Settings):
     }
     recipes = SSL_METHODS
     not_in_recipes = ("method",)
+    set_aside: ClassVar = (
+        *("student", "teacher", "teacher_checkpoint", "teacher_seed", "distill_warmup"),
+        *("method_lr", "cases_per_batch", "crops_per_case", "val_start", "overlap"),
+    )
+    other_names = (*KD_METHODS, *NETWORKS)
 
     @property
     def idle_keys(self) -> tuple[str, ...]:
@@ -72,9 +75,17 @@ class FewLabels(Settings):
         if len(self.patch_size) not in dimensions:
             raise ConfigError(f"method: {self.method} is a method for {dimensions[0]}D networks")
         self._check_patch(self.network)
+        of_format = self.pluggable["format"].registry[self.format]
+        key = "regions" if self.regions and "regions" in of_format.accepted() else "format"
+        if key == "regions" or of_format.multilabel:
+            raise ConfigError(
+                f"{key}: {getattr(self, key)} has regions that overlap, so a voxel can be in "
+                f"several, but {self.method} gives each voxel one class; train it with "
+                "train_3d_distill.py, or store labels of classes that exclude each other"
+            )
 
     def _try_out(self) -> None:
-        channels, classes = DATASETS[self.format].in_channels, len(self.class_names)
+        channels, classes = self.channels, len(self.class_names)
         with trying(f"network_args: {self.network}"):
             how = plugins.trial(NETWORKS[self.network], self.patch_size, self.labelled_batch)
             arguments = self.network_arguments(self.network)
@@ -95,7 +106,7 @@ def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[Dataset, dict[str, l
     splits = dataset.splits(cfg.labelled, report)
     report.stop()
     if not splits[cfg.select_on]:
-        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir))
+        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.data_root))
     uses_unlabelled = SSL_METHODS[cfg.method].uses_unlabelled
     if uses_unlabelled and not splits["unlabelled"]:
         raise ConfigError(
