@@ -175,7 +175,7 @@ def score_few_labels(
 
     def predict_volume(scoring: reporting.Scoring, volume: dict) -> tuple[np.ndarray, float]:
         options = {"stride": stride, "probabilities": True}
-        ids, seconds = predict(scoring, volume["image"], **options)
+        ids, seconds = predict(scoring, np.array(volume["image"]), **options)
         return largest_component(ids) if args.largest_component else ids, seconds
 
     settings = {

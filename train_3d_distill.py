@@ -117,7 +117,8 @@ def main() -> int:
         raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.data_root))
     teacher, teacher_scores = load_teacher(cfg, args, dataset.num_classes, splits["val"])
     with world.main_first():  # so that one process fills the cache
-        dataset.prepare(splits, report)
+        used = {split: cases for split, cases in splits.items() if split != "unlabelled"}
+        dataset.prepare(used, report)
         report.stop()
         run.open(report)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from dataloaders import augment, checks
 from dataloaders.base import InMemory
-from dataloaders.cases import Case, read_h5, read_image
+from dataloaders.cases import Case, h5_lacks_label, read_h5, read_image
 from dataloaders.faults import CaseNotes, DataError, Report
 from dataloaders.lists import select
 
@@ -64,10 +64,10 @@ class ACDCDataset(InMemory):
         memory_gb: float = 2.0,
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        unlabelled: str = "",
     ) -> None:
-        super().__init__(
-            root, split_dir, class_names, patch_size, memory_gb, patient_pattern, absent_classes
-        )
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others)
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The volumes called `names`, such as patient028_frame01."""
@@ -80,14 +80,13 @@ class ACDCDataset(InMemory):
         """A volume: image (1, H, W, D) float32, label (1, H, W, D) uint8, D slices; spacing 1 and
         affine identity.
         """
-        image, label = read_h5(case.images[0], self.num_classes, 3, notes=notes, limits=LIMITS)
+        stacks = read_h5(case.images[0], self.num_classes, 3, notes=notes, limits=LIMITS)
         # slice by slice, so that a volume is recognised in slices and the other way round
         if notes is not None:
-            for pair in zip(image, label):
-                notes.see(*pair)
+            for index, plane in enumerate(stacks["image"]):
+                notes.see(plane, stacks["label"][index] if "label" in stacks else None)
         return {
-            "image": np.moveaxis(image, 0, -1)[None],
-            "label": np.moveaxis(label, 0, -1)[None],
+            **{key: np.moveaxis(stack, 0, -1)[None] for key, stack in stacks.items()},
             "spacing": [1.0, 1.0, 1.0],
             "affine": np.eye(4),
             "name": case.name,
@@ -152,23 +151,49 @@ class ACDCDataset(InMemory):
 
     def named(self, case: Case) -> str:
         """The patient."""
-        return _FRAME.match(case.name)[1]
+        match = _FRAME.match(case.name)
+        return match[1] if match else case.name.rpartition("_slice_")[0]
 
     def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
         index = case.index if isinstance(case, SliceCase) else None
-        image, label = read_h5(
-            case.images[0], self.num_classes, 2 if index is None else 3, index, notes, LIMITS
-        )
+        if case.images[0].suffix != ".h5":  # of the folder `unlabelled`
+            planes = {"image": self.read_file(case)["image"][0, ..., index]}
+        else:
+            ndim = 2 if index is None else 3
+            planes = read_h5(case.images[0], self.num_classes, ndim, index, notes, LIMITS)
         if notes is not None:
-            notes.see(image, label)
-        return {"image": image[None], "label": label[None]}
+            notes.see(planes["image"], planes.get("label"))
+        return {key: plane[None] for key, plane in planes.items()}
+
+    def has_label(self, name: str) -> bool:
+        """Whether all files of the patient have one."""
+        files = [*self.root.glob(f"data/{name}_*.h5"), *self.root.glob(f"data/slices/{name}_*.h5")]
+        return not any(h5_lacks_label(path) for path in files)
+
+    def folder_cases(self, folder: Path, report: Report) -> list[Case]:
+        """Slices of HDF5 volumes with the array `image`, else of scan files."""
+        files = sorted(folder.glob("*.h5"))
+        volumes = [Case(path.stem, (path,)) for path in files]
+        cases = []
+        for case in volumes or super().folder_cases(folder, report):
+            with report.catching("unlabelled", case.name):
+                depth = (
+                    _num_slices(case.images[0], self.num_classes)
+                    if files
+                    else self.read_file(case)["image"].shape[-1]
+                )
+                for index in range(depth):
+                    name = f"{case.name}_slice_{index + 1}"
+                    cases.append(SliceCase(name, case.images, None, index))
+        return cases
 
     def check_labels(self, facts: dict[tuple[str, Case], dict], report: Report) -> None:
         """Of a frame's slices together: those above and below the heart are empty."""
         frames: dict[str, tuple[str, Case, set[int]]] = {}
         for (split, case), found in facts.items():
-            first = frames.setdefault(_FRAME.match(case.name)[0], (split, case, set()))
-            first[2].update(found["ids"])
+            if found["ids"] is not None:
+                first = frames.setdefault(_FRAME.match(case.name)[0], (split, case, set()))
+                first[2].update(found["ids"])
         for split, case, ids in frames.values():
             checks.check_foreground(case, split, ids, report)
 
@@ -247,6 +272,6 @@ class ACDCDataset(InMemory):
 def _num_slices(path: Path, num_classes: int) -> int:
     try:
         with h5py.File(path) as file:
-            return len(file["label"])
+            return len(file["image"])
     except (OSError, KeyError, TypeError, RuntimeError):
-        return len(read_h5(path, num_classes, 3)[0])  # says what is wrong with the file
+        return len(read_h5(path, num_classes, 3)["image"])  # says what is wrong with the file

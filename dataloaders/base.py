@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dataloaders import augment, checks
 from dataloaders.cases import Case
 from dataloaders.faults import ERROR, CaseNotes, DataError, Finding, Report, gathering, placed
-from dataloaders.lists import labelled_count, patient_function, read_split
+from dataloaders.lists import find_scans, labelled_count, patient_function, read_split
 from dataloaders.volumes import to_native
 
 SPLITS = ("labelled", "unlabelled", "val", "test")
@@ -31,7 +31,8 @@ class Dataset(abc.ABC):
     split_dir: folder with train.txt, val.txt and test.txt. patch_size: of what `patch` and `views`
     return. patient_pattern: regular expression whose group 1 is the patient in a name, '' for the
     usual conventions (lists.patient_function). absent_classes: those that no labelled case need
-    have.
+    have. unlabelled: a folder of further cases without labels, or 'test' for those of the data
+    set's own test list.
     """
 
     dims = 3  # axes of what a network is trained on
@@ -71,6 +72,7 @@ class Dataset(abc.ABC):
         patch_size: Sequence[int] = (),
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        unlabelled: str = "",
     ) -> None:
         if len(class_names) < (1 if self.multilabel else 2):
             raise DataError(
@@ -82,6 +84,7 @@ class Dataset(abc.ABC):
         self.root, self.split_dir = Path(root), Path(split_dir)
         self.class_names, self.patch_size = tuple(class_names), tuple(patch_size)
         self.patient, self.absent_classes = patient_function(patient_pattern), tuple(absent_classes)
+        self.unlabelled = unlabelled
 
     # Classes
 
@@ -129,9 +132,10 @@ class Dataset(abc.ABC):
         """Cases of `labelled`, `unlabelled`, `val` and `test`, checked to be disjoint.
 
         labelled: whole number = that many of the train list; fraction below 1 = that share of it,
-        rounded down; None or 1.0 = all. Unlabelled is always what remains: lists of it that are
-        shipped with the data are never read. report: takes the faults, and the lists have what is
-        left; where it is None, they are raised together.
+        rounded down; None or 1.0 = all; always of those that have a label. Unlabelled is what
+        remains of it, whatever unlabelled.txt names, and the folder `unlabelled`; other lists that
+        are shipped with the data are never read. report: takes the faults, and the lists have what
+        is left; where it is None, they are raised together.
         """
         checks.check_folder(self.root)
         with gathering(report) as report:
@@ -143,29 +147,38 @@ class Dataset(abc.ABC):
                         named[split].append(Case(name, ()))
             checks.check_disjoint(named, report, self.patient)
             lists = {split: [case.name for case in cases] for split, cases in named.items()}
-            chosen = self.choose(lists["train"], labelled, report) if lists["train"] else []
+            having = [name for name in lists["train"] if self.has_label(name)]
+            if lists["train"]:
+                checks.check_labelled(lists["train"], having, self.source, self.unit, report)
+            chosen = self.choose(having, labelled, report) if having else []
             kept = set(chosen)
-            rest = [name for name in lists["train"] if name not in kept]
+            rest = [name for name in lists["train"] if name not in kept] + lists["unlabelled"]
+            listed = {name for names in lists.values() for name in names}
+            more = self.unlisted(listed, report)
             result = {
                 "labelled": self.training_cases(chosen, report),
-                "unlabelled": self.training_cases(rest, report),
+                "unlabelled": self.training_cases(rest, report) + more,
                 "val": self.evaluation_cases(lists["val"], report),
                 "test": self.evaluation_cases(lists["test"], report),
             }
             # A name in two lists is reported already; here one file may be met under two names.
             counts = Counter(name for names in lists.values() for name in names)
             once = {
-                split: [c for c in cases if counts[self.named(c)] == 1]
+                split: [c for c in cases if counts[self.named(c)] <= 1]
                 for split, cases in result.items()
             }
             checks.check_disjoint(once, report)
+            if more:
+                tested = {split: result[split] for split in ("val", "test")}
+                checks.check_disjoint({"unlabelled": more, **tested}, report, self.patient)
         return result
 
     def lists(self, report: Report) -> dict[str, list[str]]:
-        """The names of `train`, `val` and `test`, as the lists or the data set have them."""
-        lists = {
-            split: read_split(self.split_dir, split, report) for split in ("train", "val", "test")
-        }
+        """The names of `train`, `unlabelled`, `val` and `test`, as the lists or the data set have
+        them.
+        """
+        names = ("train", "unlabelled", "val", "test")
+        lists = {split: read_split(self.split_dir, split, report) for split in names}
         for split in ("train", "val") if self.needs_val else ("train",):
             if lists[split] is None:
                 report.error(
@@ -187,6 +200,25 @@ class Dataset(abc.ABC):
     ) -> list[str]:
         """The labelled names of the train list: its beginning, as every published table has it."""
         return list(train[: labelled_count(labelled, len(train), self.source, self.unit)])
+
+    def has_label(self, name: str) -> bool:
+        """Whether what a line of the train list names has a label, as far as a glance can tell."""
+        return True
+
+    def unlisted(self, listed: set[str], report: Report) -> list[Case]:
+        """Training cases without labels that are in no list: those of `unlabelled`."""
+        if self.unlabelled == "test":
+            raise DataError(
+                f"unlabelled: 'test' is for lists of scans; {type(self).__name__} takes a folder"
+            )
+        return self.folder_cases(Path(self.unlabelled), report) if self.unlabelled else []
+
+    def folder_cases(self, folder: Path, report: Report) -> list[Case]:
+        """Training cases of the files in a folder, none of which has a label."""
+        cases, problems = find_scans(folder, self.in_channels, self.channel_of)
+        for problem in problems:
+            report.error("channels", folder, problem)
+        return cases
 
     def named(self, case: Case) -> str:
         """The line of a list that a case belongs to."""
@@ -224,12 +256,15 @@ class Dataset(abc.ABC):
             for split, case in tqdm(jobs, desc="reading the data", unit=self.unit, delay=1):
                 with report.catching(split, case.name):
                     facts[split, case] = self.facts(case, split, store)
+                    if facts[split, case]["ids"] is None and split != "unlabelled":
+                        raise checks.without_label(case)
             for (split, case), found in facts.items():
                 report.take(placed(found["findings"], split, case.name))
                 if self.pads:
                     checks.check_size(case, split, found["shape"], self.patch_size, report)
             self.check_labels(facts, report)
             checks.check_orientations(facts, report)
+            checks.check_spacings(facts, report)
             lists = {"labelled": "train", "unlabelled": "train"}
             seen = (
                 (lists.get(split, split), self.named(case), case.images[0], found["content"])
@@ -237,6 +272,7 @@ class Dataset(abc.ABC):
             )
             checks.check_duplicates(seen, report, self.repeats)
             labelled = [found["ids"] for (split, _), found in facts.items() if split == "labelled"]
+            labelled = [ids for ids in labelled if ids is not None]
             # else a class may be in a case that is not read
             if labelled and len(labelled) == len(splits["labelled"]):
                 present = {number for ids in labelled for number in self.present(ids)}
@@ -248,13 +284,15 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def facts(self, case: Case, split: str, store: bool) -> dict:
         """Read a case with checks -> `findings` about it, `content` (digests of its images), `ids`
-        of its label, `shape` of its image and, where files have one, `native_affine`.
+        of its label (None: it has none), `shape` of its image and, where files have them,
+        `native_affine` and `spacing`.
         """
 
     def check_labels(self, facts: dict[tuple[str, Case], dict], report: Report) -> None:
         """A warning for each label without foreground."""
         for (split, case), found in facts.items():
-            checks.check_foreground(case, split, found["ids"], report)
+            if found["ids"] is not None:
+                checks.check_foreground(case, split, found["ids"], report)
 
     # Samples
 
@@ -311,11 +349,16 @@ class Dataset(abc.ABC):
         """An unlabelled case: `weak` and `label` of one geometry, and `strong0`, `strong1`, ...
         that start from it.
 
-        The label is for monitoring pseudo-labels; no method trains on it.
+        The label is for monitoring pseudo-labels, UNKNOWN where there is none; no method trains on
+        it.
         """
+        known = "label" in sample
+        if not known:
+            sample = sample | {"label": np.zeros((1, *sample["image"].shape[1:]), np.uint8)}
         weak = self.weak(sample, rng)
         strong = {f"strong{k}": self.strong(weak, rng)["image"] for k in range(strong_views)}
-        return {"weak": weak["image"], **strong, "label": weak["label"]}
+        label = weak["label"] if known else np.full_like(weak["label"], UNKNOWN)
+        return {"weak": weak["image"], **strong, "label": label}
 
     def native(self, prediction: np.ndarray, sample: dict) -> np.ndarray:
         """Prediction, ids or regions, on the grid of `read` -> on the grid of the case's file."""
@@ -343,10 +386,12 @@ class InMemory(Dataset):
         memory_gb: float,
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        unlabelled: str = "",
     ) -> None:
         if memory_gb < 0:
             raise DataError(f"memory_gb must be 0 or more, got {memory_gb}")
-        super().__init__(root, split_dir, class_names, patch_size, patient_pattern, absent_classes)
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir, class_names, patch_size, *others)
         if self.patch_size and len(self.patch_size) != self.dims:
             raise DataError(f"patch_size must be {self.dims} numbers, got {list(patch_size)}")
         self._room = int(memory_gb * 1e9)  # bytes
@@ -355,9 +400,13 @@ class InMemory(Dataset):
     def facts(self, case: Case, split: str, store: bool) -> dict:
         notes = CaseNotes()
         read = self.read if split in ("val", "test") else self.sample
-        shape = read(case, notes)["label"].shape[1:]
-        known = {"findings": notes.findings, "content": notes.content, "ids": sorted(notes.ids)}
-        return known | {"shape": shape}
+        sample = read(case, notes)
+        return {
+            "findings": notes.findings,
+            "content": notes.content,
+            "ids": sorted(notes.ids) if "label" in sample else None,
+            "shape": sample["image"].shape[1:],
+        }
 
     @abc.abstractmethod
     def read(self, case: Case, notes: CaseNotes | None = None) -> dict:

@@ -111,7 +111,6 @@ class BraTSDataset(MSDDataset):
         short = np.abs(image).max() < 2**15 and bool((image == np.rint(image)).all())
         return {
             "image": image.astype(np.int16) if short else image,
-            "label": label[None],
             "mean": mean,
             "std": std,
             "box": [
@@ -120,9 +119,9 @@ class BraTSDataset(MSDDataset):
             ],
             "affine": affine,
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
-            "ids": self._ids(label),
             "native_affine": affine,
             "native_shape": list(image.shape[1:]),
+            **({} if label is None else {"label": label[None], "ids": self._ids(label)}),
             **seen,
         }
 
@@ -135,7 +134,8 @@ class BraTSDataset(MSDDataset):
             np.asarray(sample["image"], np.float32), sample.pop("mean"), sample.pop("std")
         )
         del sample["box"]  # what is normalised already must not serve as a training sample
-        return sample | {"image": image, "label": self.encode_label(sample["label"])}
+        known = {"label": self.encode_label(sample["label"])} if "label" in sample else {}
+        return sample | {"image": image} | known
 
     def preprocess_image(
         self, case: Case, image: np.ndarray, affine: np.ndarray

@@ -101,7 +101,7 @@ def read_label(
     all faults that were found; the ids go to `notes`.
     """
     if case.label is None:
-        raise checks.unlabelled(case)
+        raise checks.without_label(case)
     faults = Report()
     label, label_affine = read_volume(case.label)
     if label.ndim == 4 and label.shape[-1] == 1:
@@ -122,9 +122,9 @@ def read_h5(
     index: int | None = None,
     notes: CaseNotes | None = None,
     limits: tuple[float, float] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`image` float32 and `label` uint8 of an HDF5 file, or of its slice `index`; DataError with
-    all that is wrong.
+) -> dict[str, np.ndarray]:
+    """`image` float32 and, where the file has one, `label` uint8 of an HDF5 file, or of its slice
+    `index`; DataError with all that is wrong.
 
     Other keys are ignored. `ndim` is that of the stored arrays. limits: of the intensities.
     Warnings go to `notes`.
@@ -146,7 +146,19 @@ def read_h5(
     faults.stop()
     if notes is not None:
         checks.check_h5_types(path, arrays, notes)
-    return np.asarray(arrays["image"], np.float32), arrays["label"].astype(np.uint8)
+    types = {"image": np.float32, "label": np.uint8}
+    return {key: np.asarray(array, types[key]) for key, array in arrays.items()}
+
+
+def h5_lacks_label(path: Path) -> bool:
+    """Whether an HDF5 file has the array `image` and no `label`; what is wrong with it otherwise is
+    said where it is read.
+    """
+    try:
+        with h5py.File(path) as file:
+            return "image" in file and "label" not in file
+    except (OSError, RuntimeError):
+        return False
 
 
 def file_digest(path: Path, known: dict[str, list]) -> str:

@@ -26,7 +26,29 @@ SMALLEST, LARGEST, RATIO = 0.1, 12.0, 15.0
 OBLIQUE = 35.0
 
 
+# Lists that are trained on
+TRAINED = {"train", "labelled", "unlabelled"}
+
+
 # Lists
+
+
+def check_labelled(
+    names: Sequence[str], having: Sequence[str], source: str, unit: str, report: Report
+) -> None:
+    """A warning where some of the names that are trained on have no label, an error where all of
+    them have none.
+    """
+    without = sorted(set(names) - set(having))
+    if without:
+        note = report.warning if having else report.error
+        note(
+            "no label",
+            source,
+            f"{len(without)} of {len(names)} {unit}s have no label, for example '{without[0]}'",
+            "" if having else f"at least one labelled {unit}",
+            "they count as unlabelled" if having else "complete the data",
+        )
 
 
 def check_folder(root: Path) -> None:
@@ -89,7 +111,8 @@ def check_disjoint(
                 elif patient:
                     who = patient(case.name)
                     other_split, other = patients.setdefault(who, (split, case.name))
-                    if other_split != split:
+                    # of one patient, some scans may have labels and others not
+                    if other_split != split and {other_split, split} - TRAINED:
                         report.error(
                             "same patient",
                             case.name,
@@ -183,6 +206,33 @@ def check_orientations(facts: Mapping[tuple, Mapping], report: Report) -> None:
                 f"stored as {code}",
                 f"{counts[0][0]}, as {counts[0][1]} of {len(codes)} cases are",
                 "check that the header is right",
+                split=split,
+                case=case.name,
+            )
+
+
+def check_spacings(facts: Mapping[tuple, Mapping], report: Report) -> None:
+    """An error for each unlabelled case whose voxels are more than twice as large or as small as
+    those of all others: the network would see its organs at another size. facts: (split, case) ->
+    `spacing` in mm as it is trained on, where that is known.
+    """
+    others = [
+        found["spacing"]
+        for (split, _), found in facts.items()
+        if split != "unlabelled" and "spacing" in found
+    ]
+    if not others:
+        return
+    low, high = np.min(others, axis=0), np.max(others, axis=0)
+    for (split, case), found in facts.items():
+        sides = np.array(found.get("spacing", low))
+        if split == "unlabelled" and ((sides < low / 2) | (sides > 2 * high)).any():
+            report.error(
+                "spacing",
+                case.images[0],
+                f"voxels of {' x '.join(f'{side:.4g}' for side in sides)} mm",
+                f"about those of the labelled cases, {' x '.join(f'{s:.4g}' for s in high)}",
+                "set spacing, to which all scans are resampled, or take it out",
                 split=split,
                 case=case.name,
             )
@@ -325,15 +375,15 @@ def _report_nonfinite(path: Path, voxels: np.ndarray, faults: Report) -> None:
     faults.error("not finite", path, found, "finite intensities", "repair the scan")
 
 
-def unlabelled(case: "Case") -> DataError:
+def without_label(case: "Case") -> DataError:
     """The error of a case that must have a label and has none."""
     return DataError(
         Finding(
             "no label",
             str(case.images[0]),
-            f"case '{case.name}' has no label in the data list",
-            "",
-            "only labelled cases can be used here",
+            f"case '{case.name}' has no label",
+            "one: it is to be trained on as labelled, or scored",
+            "restore it, or take the case out of the list",
         )
     )
 
@@ -418,30 +468,29 @@ def check_h5(path: Path, file, ndim: int, index: int | None, faults: Report) -> 
     """Keys, shapes and types of an open HDF5 file -> those of `image` and `label` that hold
     numbers.
     """
-    missing = [key for key in ("image", "label") if not isinstance(file.get(key), h5py.Dataset)]
-    if missing:
+    keys = [key for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)]
+    if "image" not in keys:
         raise DataError(
             Finding(
                 "keys",
                 str(path),
-                f"no array '{missing[0]}', found {sorted(file)}",
-                "the keys 'image' and 'label'",
+                f"no array 'image', found {sorted(file)}",
+                "the keys 'image' and 'label', or 'image' alone without a label",
                 "convert the case again",
             )
         )
-    shapes = file["image"].shape, file["label"].shape
-    if shapes[0] != shapes[1] or len(shapes[0]) != ndim:
-        found = f"image has shape {shapes[0]}, label {shapes[1]}"
+    shapes = [file[key].shape for key in keys]
+    if len(set(shapes)) > 1 or len(shapes[0]) != ndim:
+        found = ", ".join(f"{key} has shape {shape}" for key, shape in zip(keys, shapes))
         expected = f"the same {ndim} axes for both"
         faults.error("shape", path, found, expected, "convert the case again")
     elif index is not None and index >= shapes[0][0]:
         found = f"{shapes[0][0]} slices"
         faults.error("shape", path, found, f"at least {index + 1}", "copy the file again")
-    numeric = [key for key in ("image", "label") if file[key].dtype.kind in "fiub"]
-    for key in ("image", "label"):
-        if key not in numeric:
-            found = f"'{key}' is of type {file[key].dtype}"
-            faults.error("type", path, found, "numbers", "convert the case again")
+    numeric = [key for key in keys if file[key].dtype.kind in "fiub"]
+    for key in set(keys) - set(numeric):
+        found = f"'{key}' is of type {file[key].dtype}"
+        faults.error("type", path, found, "numbers", "convert the case again")
     return numeric
 
 
@@ -455,7 +504,7 @@ def check_h5_types(path: Path, arrays: Mapping[str, np.ndarray], notes: Report) 
             "floating point, normalised",
             "check that intensities are normalised as the data set's are",
         )
-    if arrays["label"].dtype.kind == "f":
+    if "label" in arrays and arrays["label"].dtype.kind == "f":
         notes.warning(
             "type",
             path,

@@ -30,7 +30,7 @@ FAULTS = {
     "unreadable": "a file is truncated, damaged or of another kind",
     "no label": "a case has no label or mask",
     "stray file": "a label or mask belongs to no image",
-    "keys": "an HDF5 file lacks the arrays 'image' and 'label'",
+    "keys": "an HDF5 file lacks the array 'image'",
     "type": "values are stored in a type that cannot hold what is expected",
     "shape": "sizes of image and label, or of channels, differ, or the number of axes is wrong",
     "channels": "the number or the order of channels is wrong",
@@ -208,10 +208,11 @@ class CaseNotes(Report):
         self.ids: set[int] = set()
         self.grid: tuple[Sequence[int], np.ndarray | None] = (), None
 
-    def see(self, image: np.ndarray, label: np.ndarray) -> None:
-        """Note content and ids. image: any array; label: non-negative ids."""
+    def see(self, image: np.ndarray, label: np.ndarray | None) -> None:
+        """Note content and ids. image: any array; label: non-negative ids, if there are any."""
         self.content.append(content_digest(image))
-        self.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
+        if label is not None:
+            self.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:

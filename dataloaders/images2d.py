@@ -25,7 +25,7 @@ from dataloaders.base import InMemory
 from dataloaders.cases import Case
 from dataloaders.checks import check_inside, check_mask
 from dataloaders.faults import WARNING, CaseNotes, DataError, Finding, Report, no_file, unreadable
-from dataloaders.lists import draw, labelled_count, read_split
+from dataloaders.lists import draw, find_images, labelled_count, read_split
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 FOLDERS = {  # images, masks; where the names alone tell the list, its name
@@ -66,16 +66,10 @@ class Images2DDataset(InMemory):
         eval_resize: str = "bilinear",
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        unlabelled: str = "",
     ) -> None:
-        super().__init__(
-            root,
-            split_dir or root,
-            class_names,
-            patch_size,
-            memory_gb,
-            patient_pattern,
-            absent_classes,
-        )
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir or root, class_names, patch_size, memory_gb, *others)
         if patch_size[0] != patch_size[1]:
             raise DataError(
                 "patch_size must be two equal numbers, since images are turned, got "
@@ -118,12 +112,8 @@ class Images2DDataset(InMemory):
         pixel.
         """
         image, mask = _open_pair(case, notes)
-        return {
-            "image": augment.from_pil(image),
-            "label": np.asarray(mask)[None],
-            "spacing": [1.0, 1.0],
-            "name": case.name,
-        }
+        label = {} if mask is None else {"label": np.asarray(mask)[None]}
+        return {"image": augment.from_pil(image), **label, "spacing": [1.0, 1.0], "name": case.name}
 
     def read_file(self, case: Case) -> dict:
         """An image file: image (3, H, W) float32 in 0..1 at its own size."""
@@ -164,23 +154,23 @@ class Images2DDataset(InMemory):
         # the first step of the pipeline, without a random choice: done once
         if self.augmentation == "semi":
             size = (self.patch_size[1], self.patch_size[0])
-            image, mask = (
-                image.resize(size, Image.Resampling.BILINEAR),
-                mask.resize(size, Image.Resampling.NEAREST),
-            )
-        return {
-            "image": np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0)),
-            "label": np.array(mask)[None],
-        }
+            image = image.resize(size, Image.Resampling.BILINEAR)
+            mask = mask and mask.resize(size, Image.Resampling.NEAREST)
+        label = {} if mask is None else {"label": np.array(mask)[None]}
+        return {"image": np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0)), **label}
 
     def unpacked(self, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {
-            "image": stored["image"].astype(np.float32) / np.float32(255),
-            "label": stored["label"],
-        }
+        return stored | {"image": stored["image"].astype(np.float32) / np.float32(255)}
+
+    def has_label(self, name: str) -> bool:
+        return name not in self._known or self._known[name].label is not None
+
+    def folder_cases(self, folder: Path, report: Report) -> list[Case]:
+        return find_images(folder, SUFFIXES)
 
     def lists(self, report: Report) -> dict[str, list[str]]:
-        lists = {split: self._read_list(split, report) for split in ("train", "val", "test")}
+        names = ("train", "unlabelled", "val", "test")
+        lists = {split: self._read_list(split, report) for split in names}
         if lists["train"] is None:
             lists |= self._ratio_lists(report)
         folders = self.scan() if lists["train"] is None or lists["val"] is None else {}
@@ -344,16 +334,7 @@ class Images2DDataset(InMemory):
             )
         cases = []
         for case in (self._known[name] for name in names if name in self._known):
-            if case.label is None:
-                report.error(
-                    "no label",
-                    case.images[0],
-                    "has no mask of the same name",
-                    "one beside the image folder",
-                    "restore the mask or take the image out of the lists",
-                )
-                continue
-            missing = [path for path in (*case.images, case.label) if not path.is_file()]
+            missing = [path for path in case.files if not path.is_file()]
             report.take(no_file(path) for path in missing)
             if not missing:
                 cases.append(case)
@@ -387,9 +368,11 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image, Image.Image]:
-    """Image in mode RGB and mask in mode L with values 0 and 1; DataError with all faults of the
-    two.
+def _open_pair(
+    case: Case, notes: CaseNotes | None = None
+) -> tuple[Image.Image, Image.Image | None]:
+    """Image in mode RGB and mask, if there is one, in mode L with values 0 and 1; DataError with
+    all faults of the two.
     """
     faults, image, mask = Report(), None, None
     with faults.catching():
@@ -403,10 +386,11 @@ def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image,
                 "it is empty",
             )
     with faults.catching():
-        mask = _open(case.label)
-        lossy = mask.format == "JPEG" or case.label.suffix.lower() in (".jpg", ".jpeg")
-        mask = mask.convert("L")
-        check_mask(case.label, mask, lossy, faults)
+        if case.label is not None:
+            mask = _open(case.label)
+            lossy = mask.format == "JPEG" or case.label.suffix.lower() in (".jpg", ".jpeg")
+            mask = mask.convert("L")
+            check_mask(case.label, mask, lossy, faults)
     if image is not None and mask is not None and image.size != mask.size:
         faults.error(
             "shape",
@@ -417,8 +401,8 @@ def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image,
             "image and mask must have one size",
         )
     faults.stop()
-    cut = mask.point([int(value > 127) for value in range(256)])
+    cut = mask and mask.point([int(value > 127) for value in range(256)])
     if notes is not None:
         notes.take(faults.warnings)
-        notes.see(np.asarray(image), np.asarray(cut))
+        notes.see(np.asarray(image), None if cut is None else np.asarray(cut))
     return image, cut

@@ -14,6 +14,7 @@ scans out of that choice, add a val.txt with ids taken from train.txt.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from monai.transforms import Compose, Orientation, Spacing
 
 from dataloaders import augment
 from dataloaders.base import InMemory
-from dataloaders.cases import Case, read_h5, read_image
+from dataloaders.cases import Case, h5_lacks_label, read_h5, read_image
 from dataloaders.faults import CaseNotes, DataError, Finding, Report
 
 ORIENTATION = "LPS"  # of the arrays in the files, as the challenge's own scans store them
@@ -52,10 +53,10 @@ class LADataset(InMemory):
         last_start: bool = True,
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        unlabelled: str = "",
     ) -> None:
-        super().__init__(
-            root, split_dir, class_names, patch_size, memory_gb, patient_pattern, absent_classes
-        )
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others)
         self.last_start = last_start
 
     def read(self, case: Case, notes: CaseNotes | None = None) -> dict:
@@ -91,10 +92,26 @@ class LADataset(InMemory):
         return augment.crop_padded(self.turn(sample, rng), rng, self.patch_size, self.last_start)
 
     def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
-        image, label = read_h5(case.images[0], self.num_classes, 3, notes=notes)
+        """An HDF5 file, or a scan of the folder `unlabelled`."""
+        if case.images[0].suffix != ".h5":
+            arrays = {"image": self.read_file(case)["image"][0]}
+        else:
+            arrays = read_h5(case.images[0], self.num_classes, 3, notes=notes)
         if notes is not None:
-            notes.see(image, label)
-        return {"image": image[None], "label": label[None]}
+            notes.see(arrays["image"], arrays.get("label"))
+        return {key: array[None] for key, array in arrays.items()}
+
+    def has_label(self, name: str) -> bool:
+        paths = [self.root / layout.format(name) for layout in LAYOUTS]
+        return not any(path.is_file() and h5_lacks_label(path) for path in paths)
+
+    def folder_cases(self, folder: Path, report: Report) -> list[Case]:
+        """HDF5 files (ID.h5 or ID/mri_norm2.h5) with the array `image`, else scan files."""
+        files = {path.stem: path for path in sorted(folder.glob("*.h5"))}
+        files |= {path.parent.name: path for path in sorted(folder.glob("*/mri_norm2.h5"))}
+        if not files:
+            return super().folder_cases(folder, report)
+        return [Case(name, (path,)) for name, path in files.items()]
 
     def evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
         cases = []

@@ -359,7 +359,7 @@ def find_scans(
         elif dicom_series(folder):
             cases.append(Case(folder.name, (folder,)))
     if not cases and not problems:
-        raise DataError(f"{path}: nothing to predict; {HELP}")
+        raise DataError(f"{path}: no scan or image; {HELP}")
     return _unique(cases), problems
 
 
@@ -376,7 +376,7 @@ def find_images(path: Path, suffixes: Sequence[str]) -> list[Case]:
         else sorted(file for file in path.iterdir() if has_suffix(file, tuple(suffixes)))
     )
     if not files:
-        raise DataError(f"{path}: nothing to predict; expected {', '.join(suffixes)} files")
+        raise DataError(f"{path}: no scan or image; expected {', '.join(suffixes)} files")
     return _unique([Case(file.stem, (file,)) for file in files])
 
 

@@ -79,6 +79,7 @@ class MSDDataset(Dataset):
         rot90_prob: float = 0.2,
         scale_prob: float = 0.1,
         shift_prob: float = 0.1,
+        unlabelled: str = "",
     ) -> None:
         if intensity not in INTENSITIES:
             raise DataError(f"intensity must be one of {', '.join(INTENSITIES)}, got '{intensity}'")
@@ -100,7 +101,8 @@ class MSDDataset(Dataset):
                 f"rot90_prob is {rot90_prob}, but a patch of {tuple(patch_size)} changes its shape "
                 "when turned; set rot90_prob: 0 or make the first two sides equal"
             )
-        super().__init__(root, split_dir, class_names, patch_size, patient_pattern, absent_classes)
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir, class_names, patch_size, *others)
         self.datalist, self.in_channels, self.listed = datalist, in_channels, bool(split_dir)
         self.orientation, self.spacing = orientation, tuple(spacing)
         self.intensity, self.window = intensity, tuple(window)
@@ -108,6 +110,7 @@ class MSDDataset(Dataset):
         self.crop, self.flip_prob, self.rot90_prob = crop, flip_prob, rot90_prob
         self.scale_prob, self.shift_prob = scale_prob, shift_prob
         self.turns = rot90_prob > 0
+        self._known: dict[str, Case] = {}
         self.cache = CaseCache(Path(cache_dir), self.preprocess, self._parameters())
 
     @property
@@ -123,29 +126,35 @@ class MSDDataset(Dataset):
 
     def cases(self, report: Report | None = None) -> list[Case]:
         """All labelled cases, from any list of the data set."""
-        return [case for cases in self._sections(report).values() for case in cases]
+        return [case for case in self._all(report).values() if case.label is not None]
 
     def own_splits(self, report: Report | None = None) -> dict[str, list[Case]]:
-        """The lists train, val and test that come with the data set; each may be empty."""
-        sections = self._sections(report)
-        return {split: sections.get(section, []) for split, section in SECTIONS.items()}
+        """The lists train, val and test that come with the data set; each may be empty. Of train
+        alone some cases may have no label.
+        """
+        sections = self.sections(report)
+        own = {split: sections.get(section, []) for split, section in SECTIONS.items()}
+        scored = {split: [c for c in own[split] if c.label] for split in ("val", "test")}
+        return own | scored
 
     def own_test(self) -> list[Case]:
         """The labelled cases that the data set keeps for the test."""
         return self.own_splits()["test"]
 
     def lists(self, report: Report) -> dict[str, list[str]]:
-        cases = self.cases(report)
+        cases = self._all(report)
         if not self.listed:
             own = self.own_splits(report)
             lists = {split: [case.name for case in found] for split, found in own.items()}
+            lists["unlabelled"] = []
         else:
             lists = {}
-            for split in SECTIONS:
+            for split in (*SECTIONS, "unlabelled"):
                 names = read_split(self.split_dir, split, report) or []
-                known = select(cases, names, f"{self.split_dir}/{split}.txt", report)
+                source = f"{self.split_dir}/{split}.txt"
+                known = select(cases.values(), names, source, report)
                 lists[split] = [case.name for case in known]
-        for split in ("train", "val") if cases else ():
+        for split in ("train", "val") if any(case.label for case in cases.values()) else ():
             path = self.split_dir / f"{split}.txt" if self.listed else self.root / self.datalist
             if not lists[split] and not (self.listed and path.is_file()):
                 report.error(
@@ -158,28 +167,44 @@ class MSDDataset(Dataset):
         return lists
 
     def evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
-        return select(self.cases(report), names, str(self.root / self.datalist), report)
+        source = str(self.root / self.datalist)
+        return select(self._all(report).values(), names, source, report)
 
-    def _sections(self, report: Report | None) -> dict[str, list[Case]]:
-        """The labelled cases of each list of the JSON; others are left out, with a word about it
-        for training lists.
+    def has_label(self, name: str) -> bool:
+        return self._all(None)[name].label is not None
+
+    def unlisted(self, listed: set[str], report: Report) -> list[Case]:
+        """Training cases that the data set has without labels, and those of `unlabelled`."""
+        sections = self.sections(report)
+        found = sections.get("training", []) + sections.get("unlabelled", [])
+        if self.unlabelled == "test":
+            found = found + sections.get("test", [])
+        own = [case for case in found if case.label is None and case.name not in listed]
+        return own + (super().unlisted(listed, report) if self.unlabelled != "test" else [])
+
+    def sections(self, report: Report | None) -> dict[str, list[Case]]:
+        """The lists of the data set, labelled cases and others: training, validation, test and, in
+        formats that have it, unlabelled.
         """
         sections = read_datalist(self.root, self.datalist, report, self.allow_outside)
-        for section, cases in sections.items():
-            without = [case for case in cases if case.label is None]
-            if without and section in ("training", "validation") and report is not None:
-                report.warning(
-                    "no label",
-                    self.root / self.datalist,
-                    f"{len(without)} of {len(cases)} entries of '{section}' have no label, for "
-                    f"example '{without[0].name}'",
-                    "entries with 'image' and 'label'",
-                    "they are left out",
-                )
-        return {
-            name: [case for case in cases if case.label is not None]
-            for name, cases in sections.items()
-        }
+        without = [case for case in sections.get("validation", []) if case.label is None]
+        if without and report is not None:
+            report.warning(
+                "no label",
+                self.root / self.datalist,
+                f"{len(without)} of {len(sections['validation'])} entries of 'validation' have no "
+                f"label, for example '{without[0].name}'",
+                "entries with 'image' and 'label'",
+                "they are left out",
+            )
+        return sections
+
+    def _all(self, report: Report | None) -> dict[str, Case]:
+        """Every case of the data set by its name; read once, unless faults are asked for."""
+        if report is not None or not self._known:
+            for cases in self.sections(report).values():
+                self._known |= {case.name: case for case in cases}
+        return self._known
 
     # Reading
 
@@ -198,7 +223,7 @@ class MSDDataset(Dataset):
             Finding(fault, str(case.files[k]), what, expected, fix, WARNING)
             for k, fault, what, expected, fix in found["warnings"]
         ]
-        return found | {"findings": findings}
+        return {"ids": None} | found | {"findings": findings}
 
     def read(self, case: Case) -> dict:
         """The preprocessed case, memory-mapped, with the keys of `preprocess`."""
@@ -211,33 +236,29 @@ class MSDDataset(Dataset):
         """
         image, label, affine, seen = self._read_checked(case)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
-        sample = self._transform(
-            case,
-            {
-                "image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine)),
-                "label": MetaTensor(
-                    torch.from_numpy(label[None].astype(np.float32)),
-                    affine=torch.from_numpy(affine),
-                ),
-            },
-        )
-        image, label = (
-            sample["image"].numpy(),
-            self.encode_label(sample["label"].numpy().astype(np.uint8)),
-        )
-        affine = sample["image"].affine.numpy()
-        inside = (image > 0).any(0) if self.crop_foreground else np.ones(image.shape[1:], bool)
-        positive = label.any(0)
-        return {
+        sample = {"image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine))}
+        if label is not None:
+            ids = torch.from_numpy(label[None].astype(np.float32))
+            sample["label"] = MetaTensor(ids, affine=torch.from_numpy(affine))
+        sample = self._transform(case, sample)
+        image, affine = sample["image"].numpy(), sample["image"].affine.numpy()
+        found = {
             "image": np.ascontiguousarray(image, dtype=np.float32),
-            "label": label,
             "affine": affine,
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
+            **native,
+            **seen,
+        }
+        if label is None:
+            return found
+        label = self.encode_label(sample["label"].numpy().astype(np.uint8))
+        inside = (image > 0).any(0) if self.crop_foreground else np.ones(image.shape[1:], bool)
+        positive = label.any(0)
+        return found | {
+            "label": label,
             "foreground": np.flatnonzero(positive).astype(np.int32),
             "background": np.flatnonzero(inside & ~positive).astype(np.int32),
             "ids": self._ids(label),
-            **native,
-            **seen,
         }
 
     def read_file(self, case: Case) -> dict:
@@ -264,17 +285,18 @@ class MSDDataset(Dataset):
         """
         return channel_number(name) if self.in_channels > 1 else None
 
-    def _read_checked(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Image, label and affine of a case, and what the cache keeps of the checks; DataError with
-        all its faults.
+    def _read_checked(self, case: Case) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, dict]:
+        """Image, label (None: it has none) and affine of a case, and what the cache keeps of the
+        checks; DataError with all its faults.
         """
-        notes, image, affine = CaseNotes(), None, None
+        notes, image, label, affine = CaseNotes(), None, None, None
         with notes.catching():
             self._check_case(case)
         with notes.catching():
             image, affine = read_image(case, self.in_channels, notes)
         with notes.catching():
-            label = read_label(case, self.allowed_ids, *notes.grid, notes)
+            if case.label is not None:
+                label = read_label(case, self.allowed_ids, *notes.grid, notes)
         notes.stop()
         # Entries of the cache are found by content, wherever the files are: their names are not
         # stored.

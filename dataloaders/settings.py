@@ -29,6 +29,8 @@ class DataSettings(Settings):
     regions_class_order: Annotated[tuple[int, ...], OF_FORMAT] = ()
     # nnunet: entry of splits_final.json, where split_dir is empty
     fold: Annotated[int, OF_FORMAT] = 0
+    # folder of further cases without labels; test: those of the data set's own test list
+    unlabelled: Annotated[str, OF_FORMAT] = ""
     # Scans
     cache_dir: Annotated[str, OF_FORMAT] = "cache"  # preprocessed cases
     orientation: Annotated[str, OF_FORMAT] = "RAS"

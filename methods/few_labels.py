@@ -111,7 +111,7 @@ def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[Dataset, dict[str, l
     if uses_unlabelled and not splits["unlabelled"]:
         raise ConfigError(
             f"labelled: {cfg.labelled} leaves no unlabelled {dataset.unit} for {cfg.method}; label "
-            "fewer"
+            "fewer, or add some with --unlabelled FOLDER"
         )
     used = [split for split in splits if split != "unlabelled" or uses_unlabelled]
     dataset.prepare({split: splits[split] for split in used}, report)

@@ -86,6 +86,11 @@ def training_flags(
             type=parse_labelled,
             help=f"{labelled} that count as labelled (3), or their share (0.05, 5%%)",
         )
+        add(
+            "--unlabelled",
+            metavar="FOLDER",
+            help="folder of further scans or images without labels; test: the data set's own",
+        )
     add("--seed", type=int)
     add("--device", help="auto, cpu, cuda, cuda:1, ...")
     add("--amp", help=", ".join(AMP))

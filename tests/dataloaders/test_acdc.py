@@ -315,10 +315,10 @@ def spoil_slice(root, image=None, label=None, keys=("image", "label")):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"keys": ("image", "mask")}, r"no array 'label', found \['image', 'mask'\]"),
+        ({"keys": ("mask", "label")}, r"no array 'image', found \['label', 'mask'\]"),
         ({"label": np.full((20, 14), 4)}, r"label ids \[4\]; expected only 0..3"),
         ({"label": np.full((20, 14), 0.5)}, r"label ids \[0.5\]"),
-        ({"label": np.zeros((20, 13))}, r"image has shape \(20, 14\), label \(20, 13\)"),
+        ({"label": np.zeros((20, 13))}, r"image has shape \(20, 14\), label has shape \(20, 13\)"),
         (
             {"image": np.zeros((2, 20, 14)), "label": np.zeros((2, 20, 14))},
             "expected the same 2 axes",

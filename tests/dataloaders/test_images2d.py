@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dataloaders.augment import resize_rgb
-from dataloaders.faults import DataError
+from dataloaders.faults import DataError, Report
 from dataloaders.images2d import Images2DDataset
 from dataloaders.lists import draw
 from tools.make_splits_2d import main as make_splits
@@ -189,8 +189,13 @@ def test_missing_parts(flat, tmp_path):
     (flat / "masks" / "t04.jpg").unlink()
     (flat / "train.txt").write_text("\n".join(TRAIN[:10]))
     (flat / "val.txt").write_text("\n".join(TRAIN[10:]))
-    with pytest.raises(DataError, match=r"t04.jpg: has no mask"):
-        dataset(flat).splits(1)
+    report = Report()
+    splits = dataset(flat).splits(None, report)
+    assert [case.name for case in splits["unlabelled"]] == ["t04"]
+    assert [str(warning.fault) for warning in report.warnings] == ["no label"]
+    (flat / "masks" / "t10.jpg").unlink()
+    with pytest.raises(DataError, match=r"t10.jpg: case 't10' has no label; expected one"):
+        dataset(flat).prepare(dataset(flat).splits(1))
 
 
 def test_one_name_for_two_images(tree):

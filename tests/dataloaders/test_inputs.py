@@ -82,7 +82,7 @@ def test_dicom_folders(tmp_path):
 def test_nothing_there_and_names_twice(tmp_path):
     with pytest.raises(DataError, match="no such file or folder"):
         find_scans(tmp_path / "absent", 1, whole)
-    with pytest.raises(DataError, match="nothing to predict"):
+    with pytest.raises(DataError, match="no scan or image"):
         find_scans(tmp_path, 1, whole)
     touch(tmp_path, "a.nii", "a.nii.gz")
     with pytest.raises(DataError, match="would write the same result 'a'"):
@@ -92,5 +92,5 @@ def test_nothing_there_and_names_twice(tmp_path):
     touch(tmp_path, "p/a.jpg")
     with pytest.raises(DataError, match="would write the same result 'a'"):
         find_images(tmp_path / "p", (".jpg", ".png"))
-    with pytest.raises(DataError, match="nothing to predict"):
+    with pytest.raises(DataError, match="no scan or image"):
         find_images(tmp_path / "p", (".bmp",))

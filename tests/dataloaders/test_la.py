@@ -164,7 +164,10 @@ def spoiled(root, image=None, label=None, **arrays):
     [
         ({"data": np.zeros(3)}, r"no array 'image', found \['data'\]; expected the keys"),
         ({"label": np.full(SHAPE, 255, np.uint8)}, r"label ids \[255\]; expected only 0..1"),
-        ({"label": np.zeros((14, 12, 8))}, r"image has shape \(14, 12, 9\), label \(14, 12, 8\)"),
+        (
+            {"label": np.zeros((14, 12, 8))},
+            r"image has shape \(14, 12, 9\), label has shape \(14, 12, 8\)",
+        ),
         ({"image": np.full(SHAPE, np.nan)}, "1512 voxels are NaN or infinite"),
         ({"image": np.full(SHAPE, 2.0)}, "constant image"),
         ({"image": np.zeros((3, 3)), "label": np.zeros((3, 3))}, "expected the same 3 axes"),
