@@ -14,7 +14,6 @@ A `Run` never calls the loop of a script: the loop asks it.
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import os
 import re
@@ -55,6 +54,7 @@ from utils.config import (
     SELECTIONS,
     ConfigError,
     Count,
+    Given,
     Natural,
     NotNegative,
     Positive,
@@ -62,7 +62,7 @@ from utils.config import (
     check_run_names,
     check_unused,
     check_values,
-    marks,
+    from_flag,
 )
 from utils.diagnosis import findings
 from utils.distributed import join_world
@@ -108,7 +108,9 @@ class Settings:
     A script's Config adds keys and says in class attributes: `pluggable`, key -> contract of the
     class of the user's own that can stand there (utils/plugins.py); `recipes`, the names that
     `recipe` can have, and `not_in_recipes`, the keys that a recipe cannot set; `method_pairs`, the
-    names that can follow a method's in `method_args` (kd@resunet-unet), None for no such entries.
+    names that can follow a method's in `method_args` (kd@resunet-unet), None for no such entries;
+    `set_aside`, keys of other scripts, and `other_names`, methods and networks of theirs in
+    `recipe` and `method_args`.
     """
 
     method_pairs = None  # of the class, not a key
@@ -161,6 +163,28 @@ class Settings:
     runs_dir: str = "runs"
     tag: str = ""  # told apart from other runs of the same cell
 
+    set_aside = ()
+    other_names = ()
+
+    @classmethod
+    def adapted(cls, given: Given) -> list[str]:
+        """Take out of `given`, in place, what a file has for other training scripts, since one file
+        can serve all; -> notes about it. The command line must be of this script.
+        """
+        dropped = [key for key in cls.set_aside if key in given and not from_flag(given[key])]
+        for key in dropped:
+            del given[key]
+        for key in ("recipe", "method_args"):
+            value, source = given.get(key, (None, ""))
+            if not isinstance(value, dict) or source.startswith("--"):
+                continue
+            own = {k: v for k, v in value.items() if str(k).split("@")[0] not in cls.other_names}
+            given[key] = (own, source)
+            dropped += [f"{key} of {name}" for name in value if name not in own]
+        if not dropped:
+            return []
+        return [f"note: {', '.join(dropped)}: for other training scripts, not used here"]
+
     def lr_at(self, step: int, lr: float) -> float:
         """The learning rate of a step (0-based) that was `lr` at the start."""
         length = self.schedule_steps or self.max_steps
@@ -203,19 +227,6 @@ class Settings:
 
     def network_arguments(self, name: str) -> dict:
         return self.network_args.get(name, {})
-
-    def dataset_arguments(self) -> dict:
-        """What the class of the format takes of these keys; ConfigError for a key that departs from
-        its default although the class has no use for it.
-        """
-        cls = self.pluggable["format"].registry[self.format]
-        accepted = set(inspect.signature(cls.__init__).parameters)
-        of_format = [key for key, mark in marks(type(self)) if mark is OF_FORMAT]
-        idle = [key for key in of_format if key not in accepted]
-        check_unused(self, idle, f"the data format '{self.format}'")
-        keys = [field.name for field in dataclasses.fields(self) if field.name in accepted]
-        given = {key: getattr(self, key) for key in keys}
-        return {"root": self.data_root, "format": self.format} | given
 
     def checked(self) -> Self:
         """The same with arguments as their types; ConfigError for what could only fail later.
