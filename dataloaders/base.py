@@ -170,7 +170,10 @@ class Dataset(abc.ABC):
             checks.check_disjoint(once, report)
             if more:
                 tested = {split: result[split] for split in ("val", "test")}
-                checks.check_disjoint({"unlabelled": more, **tested}, report, self.patient)
+                # files of a folder are named after scans or slices, lists may name patients
+                checks.check_disjoint(
+                    {"unlabelled": more, **tested}, report, self.patient, self.named
+                )
         return result
 
     def lists(self, report: Report) -> dict[str, list[str]]:

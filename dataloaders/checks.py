@@ -88,9 +88,10 @@ def check_disjoint(
     splits: dict[str, Sequence["Case"]],
     report: Report | None = None,
     patient: Callable[[str], str] | None = None,
+    named: Callable[["Case"], str] | None = None,
 ) -> None:
     """A fault for each case that is, by name or by file, in two of the lists, and for each patient
-    who is.
+    who is. named: what of a case tells the patient, if it is not its name.
     """
     owner: dict[str, str] = {}
     patients: dict[str, tuple[str, str]] = {}
@@ -109,7 +110,7 @@ def check_disjoint(
                         "take it out of one of them",
                     )
                 elif patient:
-                    who = patient(case.name)
+                    who = patient(named(case) if named else case.name)
                     other_split, other = patients.setdefault(who, (split, case.name))
                     # of one patient, some scans may have labels and others not
                     if other_split != split and {other_split, split} - TRAINED:
@@ -133,15 +134,17 @@ def check_duplicates(
     """Note images that occur under two names. seen: (split, name, file, digests) of each case;
     several digests: any.
 
-    Between two lists that is an error, within one of level `same_list`. A pair of names is reported
-    once.
+    Between two lists that is an error, also of one name unless the report has it already; within
+    one of level `same_list`, of two names. A pair of names is reported once.
     """
+    reported = {finding.file for finding in report.errors}
     owners: dict[str, tuple[str, str, Path]] = {}
     pairs = set()
     for split, name, path, digests in seen:
         for digest in digests:
             other_split, other, file = owners.setdefault(digest, (split, name, path))
-            if other == name or (other, name) in pairs:
+            known = other == name and (split == other_split or name in reported)
+            if known or (other, name) in pairs:
                 continue
             pairs.add((other, name))
             note = report.error if split != other_split or same_list == ERROR else report.warning

@@ -432,3 +432,33 @@ def test_weak_view_and_label_are_aligned_in_views(root):
     for seed in range(20):
         views = partial(data.views, strong_views=1)(sample, np.random.default_rng(seed))
         assert np.array_equal(np.rint(views["weak"] * 3), views["label"])
+
+
+# Further cases without labels
+
+
+@pytest.mark.parametrize("slices", [True, False])
+@pytest.mark.parametrize("scored", ["patient006", "patient007"])
+def test_scans_of_scored_patients_are_found_in_the_folder(root, tmp_path, scored, slices):
+    """Under their own name: the patient is known from it. Under another: the image is the same."""
+    if not slices:
+        remove_slices(root)
+    more = tmp_path / "more"
+    copy = f"{scored}_frame01"
+    stacks = volume([list(SLICES).index(scored), 1], SLICES[scored])
+    save(more / f"{copy}.h5", *stacks)
+    with pytest.raises(DataError, match=f"patient '{scored}' is in both the unlabelled list"):
+        dataset(root, unlabelled=str(more)).splits()
+    (more / f"{copy}.h5").rename(more / "other_frame01.h5")
+    data = dataset(root, unlabelled=str(more))
+    with pytest.raises(DataError, match=r"the same image as .*other_frame01\.h5 \(train list\)"):
+        data.prepare(data.splits())
+
+
+def test_an_image_of_one_name_in_two_lists_is_a_duplicate(root):
+    data = dataset(root)
+    test = data.splits()["test"]
+    plane = SliceCase("patient007_frame01_slice_1", test[0].images, None, 0)
+    lists = {"labelled": [], "unlabelled": [plane], "val": [], "test": test}
+    with pytest.raises(DataError, match=r"the same image as .*here in the test list"):
+        data.prepare(lists)
