@@ -20,7 +20,7 @@ from dataloaders.faults import (
     no_file,
     unreadable,
 )
-from dataloaders.volumes import read_volume
+from dataloaders.volumes import DICOM_SUFFIXES, has_suffix, read_volume
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,23 @@ def h5_lacks_label(path: Path) -> bool:
 
 
 def file_digest(path: Path, known: dict[str, list]) -> str:
-    """SHA-256 of a file's content; `known` remembers it by path, size and modification time."""
-    if not path.is_file():
+    """SHA-256 of a file's content; `known` remembers it by path, size and modification time.
+
+    Of a folder: of the names and contents of its files. One DICOM file stands for its series, which
+    may be all files beside it: of its name and of its folder.
+    """
+    if not path.exists():
         raise DataError(no_file(path))
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() or has_suffix(path, DICOM_SUFFIXES):
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        lines = [f"{file.name} {_content_digest(file, known)}" for file in files]
+        lines += [] if path.is_dir() else [path.name]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return _content_digest(path, known)
+
+
+def _content_digest(path: Path, known: dict[str, list]) -> str:
     key, status = str(path.resolve()), path.stat()
     entry = known.get(key)
     if entry and entry[:2] == [status.st_size, status.st_mtime_ns]:
