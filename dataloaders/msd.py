@@ -31,6 +31,7 @@ from dataloaders.volumes import channel_number
 INTENSITIES = ("window", "zscore", "none")
 CROPS = ("pos_neg", "uniform")
 SECTIONS = {"train": "training", "val": "validation", "test": "test"}
+SECTION_ORDER = (*SECTIONS.values(), "unlabelled")
 _AXES = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -179,6 +180,17 @@ class MSDDataset(Dataset):
         found = sections.get("training", []) + sections.get("unlabelled", [])
         if self.unlabelled == "test":
             found = found + sections.get("test", [])
+        known = self._all(None)
+        for case in found:
+            same = known.get(case.name, case)
+            if case.label is None and case.name in listed and same.images != case.images:
+                report.error(
+                    "listed twice",
+                    case.images[0],
+                    f"an unlabelled scan with the name of {same.images[0]}",
+                    "",
+                    "every scan needs a name of its own",
+                )
         own = [case for case in found if case.label is None and case.name not in listed]
         return own + (super().unlisted(listed, report) if self.unlabelled != "test" else [])
 
@@ -202,8 +214,12 @@ class MSDDataset(Dataset):
     def _all(self, report: Report | None) -> dict[str, Case]:
         """Every case of the data set by its name; read once, unless faults are asked for."""
         if report is not None or not self._known:
-            for cases in self.sections(report).values():
-                self._known |= {case.name: case for case in cases}
+            sections, self._known = self.sections(report), {}
+            order = [section for section in SECTION_ORDER if section in sections]
+            cases = [case for section in order for case in sections[section]]
+            # a scan without a label must not stand in for a labelled one of its name
+            for case in sorted(cases, key=lambda case: case.label is None):
+                self._known.setdefault(case.name, case)
         return self._known
 
     # Reading

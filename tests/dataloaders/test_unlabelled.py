@@ -35,3 +35,15 @@ def test_dicom_series_without_labels(tmp_path):
     shutil.rmtree(tmp_path / "more/p1")
     with pytest.raises(DataError, match="p1: no such file"):
         dataset.sample(case)
+
+
+@pytest.mark.parametrize("first", ["training", "test"])
+def test_a_nameless_test_scan_does_not_replace_the_training_case_of_its_name(tmp_path, first):
+    folder = Folder(tmp_path).add("training", "a").add("validation", "b")
+    lists = folder.lists | {"test": ["imagesTs/a.nii.gz"]}
+    folder.lists = dict(sorted(lists.items(), key=lambda item: item[0] != first))
+    shutil.copytree(tmp_path / "imagesTr", tmp_path / "imagesTs")
+    (case,) = folder.dataset().splits()["labelled"]
+    assert case.label and case.images[0].parent.name == "imagesTr"
+    with pytest.raises(DataError, match=r"imagesTs/a.nii.gz: an unlabelled scan with the name of"):
+        folder.dataset(unlabelled="test").splits()
