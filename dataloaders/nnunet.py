@@ -84,7 +84,8 @@ class NnUNetDataset(MSDDataset):
     def own_splits(self, report: Report | None = None) -> dict[str, list[Case]]:
         """Train and val of the fold of splits_final.json; test: what labelsTs holds."""
         path, sections = self.root / SPLITS, self.sections(report)
-        result = {"train": [], "val": [], "test": sections["test"]}
+        tested = [case for case in sections["test"] if case.label]
+        result = {"train": [], "val": [], "test": tested}
         if not path.is_file():
             raise DataError(
                 Finding(
@@ -178,7 +179,7 @@ class NnUNetDataset(MSDDataset):
         return {k - 1 for k in ids} if self.regions else super().present(ids)
 
     def own_test(self) -> list[Case]:
-        return self.sections(None)["test"]
+        return [case for case in self.sections(None)["test"] if case.label]
 
     def sections(self, report: Report | None) -> dict[str, list[Case]]:
         """Cases of imagesTr as training, of imagesTs with labels as test, those without of imagesTr

@@ -210,3 +210,23 @@ def test_folds_that_are_refused(root, content, message):
     (root / "splits_final.json").write_text(content)
     with pytest.raises(DataError, match=message):
         make(root, REGIONS).splits()
+
+
+def test_unlabelled_test_scans_are_not_scored(root):
+    (root / "labelsTs/q.nii.gz").rename(root / "labelsTs/r.nii.gz")
+    for k in range(2):
+        image = root / f"imagesTs/q_{k:04d}.nii.gz"
+        (root / f"imagesTs/r_{k:04d}.nii.gz").write_bytes(image.read_bytes())
+    dataset = make(root, REGIONS, unlabelled="test")
+    splits = dataset.splits()
+    assert names(splits["test"]) == names(dataset.own_test()) == ["r"]
+    assert "q" in names(splits["unlabelled"])
+
+
+def test_an_unlabelled_scan_of_a_training_name_is_refused(root):
+    (root / "imagesUn").mkdir()
+    for k in range(2):
+        image = root / f"imagesTr/p_2_{k:04d}.nii.gz"
+        (root / f"imagesUn/{image.name}").write_bytes(image.read_bytes())
+    with pytest.raises(DataError, match=r"imagesUn/p_2.*an unlabelled scan with"):
+        make(root, REGIONS).splits()
