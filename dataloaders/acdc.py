@@ -69,6 +69,7 @@ class ACDCDataset(InMemory):
     ) -> None:
         others = patient_pattern, absent_classes, unlabelled
         super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others)
+        self._last: tuple[Path | None, np.ndarray] = None, np.empty(0)  # scan file that was read
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The volumes called `names`, such as patient028_frame01."""
@@ -158,7 +159,10 @@ class ACDCDataset(InMemory):
     def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
         index = case.index if isinstance(case, SliceCase) else None
         if case.images[0].suffix != ".h5":  # of the folder `unlabelled`
-            planes = {"image": self.read_file(case)["image"][0, ..., index]}
+            if self._last[0] != case.images[0]:  # once for all of its slices
+                self._last = case.images[0], self.read_file(case)["image"][0]
+            # a view would keep the whole scan in memory
+            planes = {"image": self._last[1][..., index].copy()}
         else:
             ndim = 2 if index is None else 3
             planes = read_h5(case.images[0], self.num_classes, ndim, index, notes, LIMITS)

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import h5py
+import nibabel as nib
 import numpy as np
 import pytest
 
 from dataloaders.acdc import ACDCDataset, SliceCase
-from dataloaders.faults import DataError
+from dataloaders.cases import read_image
+from dataloaders.faults import DataError, Report
 from dataloaders.lists import labelled_count, read_split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -462,3 +464,22 @@ def test_an_image_of_one_name_in_two_lists_is_a_duplicate(root):
     lists = {"labelled": [], "unlabelled": [plane], "val": [], "test": test}
     with pytest.raises(DataError, match=r"the same image as .*here in the test list"):
         data.prepare(lists)
+
+
+def test_a_scan_file_is_read_once_and_its_slices_are_kept_alone(tmp_path, root, monkeypatch):
+    scan = np.random.default_rng(0).random((14, 20, 3)).astype(np.float32)
+    (tmp_path / "more").mkdir()
+    nib.save(nib.Nifti1Image(scan, np.diag([1, 1, 8, 1])), tmp_path / "more/u.nii.gz")
+    data = dataset(root, unlabelled=str(tmp_path / "more"))
+    cases = data.folder_cases(tmp_path / "more", Report())
+    read = []
+    monkeypatch.setattr(
+        "dataloaders.acdc.read_image", lambda *given: read.append(given) or read_image(*given)
+    )
+    stored = [data.load(case, None)["image"] for case in cases]
+    assert len(read) == 1
+    for k, image in enumerate(stored):
+        owner = image if image.base is None else image.base
+        assert owner.size == image.size == 14 * 20
+        expected = (scan[..., k].T - scan.min()) / np.ptp(scan)
+        assert np.allclose(image[0], expected, atol=1e-6)
