@@ -197,7 +197,8 @@ class ACDCDataset(InMemory):
         frames: dict[str, tuple[str, Case, set[int]]] = {}
         for (split, case), found in facts.items():
             if found["ids"] is not None:
-                first = frames.setdefault(_FRAME.match(case.name)[0], (split, case, set()))
+                frame = case.name.rpartition("_slice_")[0] or case.name
+                first = frames.setdefault(frame, (split, case, set()))
                 first[2].update(found["ids"])
         for split, case, ids in frames.values():
             checks.check_foreground(case, split, ids, report)

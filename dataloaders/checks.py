@@ -262,7 +262,7 @@ def check_foreground(case: "Case", split: str, ids: Iterable[int], report: Repor
     if not set(ids) - {0}:
         report.warning(
             "empty label",
-            case.label,
+            case.label or case.images[0],
             "no foreground",
             "a labelled voxel",
             "check that it is meant so",

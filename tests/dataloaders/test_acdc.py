@@ -483,3 +483,14 @@ def test_a_scan_file_is_read_once_and_its_slices_are_kept_alone(tmp_path, root, 
         assert owner.size == image.size == 14 * 20
         expected = (scan[..., k].T - scan.min()) / np.ptp(scan)
         assert np.allclose(image[0], expected, atol=1e-6)
+
+
+def test_labelled_files_of_any_name_in_the_folder(tmp_path, root):
+    image, label = volume(0, 2)
+    save(tmp_path / "more/anyname.h5", image, label)
+    save(tmp_path / "more/empty.h5", 1 - image, 0 * label)
+    data = dataset(root, unlabelled=str(tmp_path / "more"))
+    splits = data.splits()
+    assert len(splits["unlabelled"]) == 4
+    (warning,) = data.prepare(splits)
+    assert warning.fault == "empty label" and warning.file.endswith("empty.h5")
