@@ -41,6 +41,7 @@ class Dataset(abc.ABC):
     unit = "case"  # what a line of the lists names
     title = "{split} cases"  # what messages count
     needs_val = True
+    caches = False  # whether `prepare` makes files that other processes then find
     pads = False  # whether cases smaller than the patch are padded, rather than resized
     repeats = ERROR  # level of an image that is there twice in one list
     described_keys: tuple[str, ...] = ()  # arguments that `described` knows

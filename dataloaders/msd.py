@@ -51,6 +51,7 @@ class MSDDataset(Dataset):
     its intensities scaled and shifted.
     """
 
+    caches = True
     pads = True
     described_keys = ("class_names", "in_channels")
 

@@ -1,5 +1,6 @@
 """What the two few-label scripts share: keys, a trial of the settings, data and batches."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -114,8 +115,11 @@ def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[Dataset, dict[str, l
             "fewer, or add some with --unlabelled FOLDER"
         )
     used = [split for split in splits if split != "unlabelled" or uses_unlabelled]
-    dataset.prepare({split: splits[split] for split in used}, report)
-    report.stop()
+    with contextlib.ExitStack() as first:
+        if dataset.caches:  # so that one process fills the cache
+            first.enter_context(run.world.main_first())
+        dataset.prepare({split: splits[split] for split in used}, report)
+        report.stop()
     with run.world.main_first():
         run.open(report)
     return dataset, splits
