@@ -19,10 +19,15 @@ from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weig
 from utils.config import OF_FORMAT, Natural, NotNegative, marks, trying
 from utils.modes import weightless
 from utils.registry import AnyOf, OfDims
-from utils.run import Run, run_folder
+from utils.run import Run, defaults, plain, run_folder
 from utils.schedules import SCHEDULES
 
 TRAINING, CLEAN = 0, 1  # streams of random numbers
+# Keys of the data that do not change a validated case: where it is kept, and what patches are
+NOT_SCORED = {
+    *("cache_dir", "memory_gb", "unlabelled", "crop", "last_start", "augmentation"),
+    *("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,10 +216,12 @@ def load_teacher(
 
 def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, chosen: Sequence) -> bool:
     """Whether the scores of a checkpoint are those of the cases `chosen` under these settings."""
-    before = checkpoint.get("config", {})
-    of_format = [key for key, mark in marks(type(cfg)) if mark is OF_FORMAT]
+    # keys that did not exist when it was trained had what is their default now
+    before = defaults(type(cfg)) | checkpoint.get("config", {})
+    keys = [key for key, mark in marks(type(cfg)) if mark is OF_FORMAT and key not in NOT_SCORED]
     same_keys = all(
-        before.get(key) == getattr(cfg, key) for key in ("dataset", "amp", "overlap", *of_format)
+        plain(before.get(key)) == plain(getattr(cfg, key))
+        for key in ("dataset", "amp", "overlap", *keys)
     )
     same_patch = list(before.get("patch_size", ())) == list(cfg.patch_size)
     names = [case.name for case in chosen]

@@ -598,14 +598,7 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
         )
     if resume:
         # Keys that did not exist when the run began had what is their default now.
-        fields = dataclasses.fields(config)
-        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        defaults |= {
-            f.name: f.default_factory()
-            for f in fields
-            if f.default_factory is not dataclasses.MISSING
-        }
-        before = plain(defaults) | yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = plain(defaults(type(config))) | yaml.safe_load(path.read_text(encoding="utf-8"))
         differ = sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k))
         refused = [key for key in differ if key not in RESUMABLE]
         if refused:
@@ -619,6 +612,13 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
             )
     remove_temporary(folder)
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """Key -> default of a dataclass, of the keys that have one."""
+    fields, missing = dataclasses.fields(schema), dataclasses.MISSING
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not missing}
+    return {f.name: f.default for f in fields if f.default is not missing} | made
 
 
 def plain(value: Any) -> Any:
