@@ -120,7 +120,7 @@ class Settings:
     data_root: str
     max_steps: Count  # optimiser updates
     split_dir: str = ""  # folder with train.txt, val.txt, test.txt
-    # group 1 is the patient in a name; "": the usual conventions (dataloaders/cases.py)
+    # group 1 is the patient in a name; "": the usual conventions (dataloaders/lists.py)
     patient_pattern: Annotated[str, OF_FORMAT] = ""
     # classes that the list which is trained on may lack
     absent_classes: Annotated[tuple[str, ...], OF_FORMAT] = ()
