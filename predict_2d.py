@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataloaders import SEMI_DATASETS, DataError, SemiDataset, build_semi_dataset
+from dataloaders import DATASETS, DataError, Dataset, build_dataset
 from dataloaders.images2d import SUFFIXES
-from dataloaders.inputs import find_images, find_scans
+from dataloaders.lists import find_images, find_scans
 from dataloaders.volumes import read_volume
 from inference import AMP_MODES, predict_slices
 from networks import NETWORKS, build_network
@@ -93,7 +93,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     network, checkpoint = load_predictor(args)
-    dataset, described = build_semi_dataset(**checkpoint["dataset"]), checkpoint["network"]
+    dataset, described = build_dataset(**checkpoint["dataset"]), checkpoint["network"]
     photographs, problems = checkpoint["dataset"]["format"] == "images2d", []
     if photographs:
         cases = find_images(args.input, SUFFIXES)
@@ -130,12 +130,12 @@ def main() -> int:
                     if case.name not in sizes:
                         sizes[case.name] = measured(*stored(target, photographs, value), structures)
                     continue
-                volume = dataset.read_unlabelled(case)
-                slices = torch.from_numpy(np.ascontiguousarray(dataset.network_slices(volume)))
+                volume = dataset.read_file(case)
+                slices = torch.from_numpy(np.ascontiguousarray(dataset.slices(volume)))
                 ids = predict_slices(network, slices, batch=batch, amp=args.amp).numpy()
-                ids = dataset.native_prediction(ids, volume)
+                ids = dataset.unslice(ids, volume)
                 shown = [(volume["image"], None), (volume["image"], ids)]
-                ids = ids if photographs else dataset.native_file(ids)
+                ids = ids if photographs else dataset.native(ids, volume)
                 sizes[case.name] = measured(ids, volume.get("native_affine"), structures)
                 save_about(
                     target,
@@ -193,7 +193,7 @@ def load_predictor(args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
         raise CheckpointError(
             f"{path}: not a network of train_2d_crkd.py; for 3D ones use predict_3d.py"
         )
-    contracts = (plugins.network(NETWORKS), plugins.data_format(SEMI_DATASETS, SemiDataset))
+    contracts = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))
     plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
     if args.model:
         return model, checkpoint

@@ -43,18 +43,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataloaders import (
-    DATASETS,
-    SEMI_DATASETS,
-    Case,
-    DataError,
-    MSDDataset,
-    SemiDataset,
-    build_dataset,
-    build_semi_dataset,
-)
-from dataloaders.inputs import find_scans
-from dataloaders.native import to_native
+from dataloaders import DATASETS, Case, DataError, Dataset, build_dataset
+from dataloaders.lists import find_scans
 from dataloaders.volumes import read_volume
 from inference import AMP_MODES, fast_copy, fast_dtype, predict_labels
 from networks import NETWORKS, build_network
@@ -125,7 +115,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     predictor, description = load_predictor(args)
-    dataset = dataset_of(description)
+    dataset = build_dataset(**description["dataset"])
     cases, problems = find_scans(args.input, description["in_channels"], dataset.channel_of)
     if args.output.resolve() in {path.parent.resolve() for case in cases for path in case.images}:
         raise ConfigError(
@@ -207,11 +197,7 @@ def load_predictor(args: argparse.Namespace) -> tuple[Predictor, dict]:
     model = ExportedModel(path, args.threads or 0) if args.model else None
     checkpoint = model.description if args.model else load_checkpoint(path)
     description = describe(checkpoint, path)
-    semi = description["kind"] == "3d-semi"
-    formats = plugins.data_format(
-        *((SEMI_DATASETS, SemiDataset) if semi else (DATASETS, MSDDataset))
-    )
-    contracts = (plugins.network(NETWORKS), formats)
+    contracts = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))
     plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
     if args.model:
         return model, description
@@ -266,19 +252,12 @@ def describe(checkpoint: dict, path: Path) -> dict:
     }
 
 
-def dataset_of(description: dict):
-    """The data set's class, for its preprocessing and the meaning of its ids."""
-    build = build_dataset if description["kind"] == "3d" else build_semi_dataset
-    return build(**description["dataset"])
-
-
 def segment(
     predictor: Predictor, dataset, description: dict, case: Case, args: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
     """Label ids (H, W, D) uint8 of a scan on its own grid, and its affine."""
-    sample = dataset.read_unlabelled(case)
+    sample = dataset.read_file(case)
     image = torch.from_numpy(sample.pop("image"))
-    multilabel = getattr(dataset, "multilabel", False)
     with tqdm(desc=case.name, unit="window", leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -294,7 +273,7 @@ def segment(
                     amp=args.amp,
                     tta=args.tta,
                     window_batch=args.window_batch or description["window_batch"],
-                    multilabel=multilabel,
+                    multilabel=dataset.multilabel,
                     progress=progress,
                     **description["windows"],
                 )
@@ -310,14 +289,8 @@ def segment(
             torch.cuda.empty_cache()
             prediction = predict(image)
     del image
-    volumes = prediction if multilabel else prediction[None]
-    native = [
-        to_native(v, sample["affine"], sample["native_affine"], sample["native_shape"])
-        for v in volumes
-    ]
-    return dataset.decode_prediction(np.stack(native) if multilabel else native[0]), sample[
-        "native_affine"
-    ]
+    native = dataset.native(prediction, sample)
+    return dataset.decode_prediction(native), sample["native_affine"]
 
 
 if __name__ == "__main__":

@@ -32,15 +32,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataloaders import (
-    DATASETS,
-    SEMI_DATASETS,
-    DataError,
-    MSDDataset,
-    SemiDataset,
-    build_dataset,
-    build_semi_dataset,
-)
+from dataloaders import DATASETS, DataError, Dataset, build_dataset
 from inference import AMP_MODES, fast_copy, fast_dtype
 from metrics import (
     DISTANCES,
@@ -494,8 +486,7 @@ class Scoring:
         self.args, self.path, self.checkpoint = args, path, checkpoint
         self.world, self.device, self.config = world, device, checkpoint["config"]
         few_labels, published = checkpoint["kind"] != "3d", args.protocol == "published"
-        formats, base = (SEMI_DATASETS, SemiDataset) if few_labels else (DATASETS, MSDDataset)
-        contracts = (plugins.network(NETWORKS), plugins.data_format(formats, base))
+        contracts = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))
         plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
         cache_dir = getattr(args, "cache_dir", None)
         arguments = dataset_arguments(
@@ -504,8 +495,7 @@ class Scoring:
         if published and arguments["format"] == "images2d":
             arguments["eval_resize"] = "nearest"
         self.unit = "pixels" if arguments["format"] == "images2d" else "voxels"
-        build = build_semi_dataset if few_labels else build_dataset
-        self.dataset = build(**arguments)
+        self.dataset = build_dataset(**arguments)
         self.split, default = self._splits()
         listed = [name for part in self.split.split("+") for name in checkpoint["cases"][part]]
         self.cases = self.dataset.find(listed)
@@ -638,7 +628,7 @@ def _score_few_labels(scoring: Scoring, predict: Callable, settings: dict) -> No
     empty, hd95 = args.empty or "agree", args.hd95 or "pooled"
 
     def score_case(case) -> tuple[list[dict], float]:
-        volume = dataset.read_volume(case)
+        volume = dataset.read(case)
         ids, seconds = predict(scoring, volume)
         image, label = volume["image"], volume["label"][0]
         shown = [(image, None), (image, label), (image, ids)]

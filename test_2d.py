@@ -61,13 +61,13 @@ def main() -> int:
 def predict(scoring: reporting.Scoring, volume: dict) -> tuple[np.ndarray, float]:
     """Ids of a volume or photograph at its own size, and the seconds that the network took."""
     dataset = scoring.dataset
-    slices = torch.from_numpy(np.ascontiguousarray(dataset.network_slices(volume)))
+    slices = torch.from_numpy(np.ascontiguousarray(dataset.slices(volume)))
     begin = time.perf_counter()
     ids = predict_slices(
         scoring.network, slices, batch=scoring.config["eval_batch"], amp=scoring.args.amp
     )
     seconds = time.perf_counter() - begin
-    return dataset.native_prediction(ids.numpy(), volume), seconds
+    return dataset.unslice(ids.numpy(), volume), seconds
 
 
 if __name__ == "__main__":

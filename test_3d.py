@@ -22,7 +22,6 @@ import torch
 
 import reporting
 from dataloaders import DataError
-from dataloaders.native import to_native
 from inference import largest_component, predict_labels
 from metrics import case_metrics, diagonal, summarise
 from utils import figures
@@ -119,11 +118,7 @@ def score_distilled(
         options = {"overlap": scoring.config["overlap"], "multilabel": dataset.multilabel}
         prediction, seconds = predict(scoring, image, **options)
         native_label, native_affine = dataset.native_label(case)
-        restored = [
-            to_native(volume, sample["affine"], native_affine, sample["native_shape"])
-            for volume in (prediction if dataset.multilabel else prediction[None])
-        ]
-        native = np.stack(restored) if dataset.multilabel else restored[0]
+        native = dataset.native(prediction, sample)
         label = label if dataset.multilabel else label[0]
         native_spacing = np.linalg.norm(native_affine[:3, :3], axis=0)
         rows = []
@@ -169,8 +164,9 @@ def score_few_labels(
     args: argparse.Namespace, checkpoint: dict, world: World, device: torch.device
 ) -> None:
     """Score a run of train_3d_crkd.py, with windows at the stride of the published protocol."""
-    if args.cache_dir:
-        raise ConfigError("--cache-dir is for runs of train_3d_distill.py")
+    if args.cache_dir and "cache_dir" not in checkpoint["dataset"]:
+        form = checkpoint["dataset"]["format"]
+        raise ConfigError(f"--cache-dir: the data format '{form}' keeps no cache; leave it out")
     config = checkpoint["config"]
     stride = args.stride or config["stride"]
     if any(not 0 < step <= side for step, side in zip(stride, config["patch_size"])):
@@ -180,7 +176,7 @@ def score_few_labels(
 
     def predict_volume(scoring: reporting.Scoring, volume: dict) -> tuple[np.ndarray, float]:
         options = {"stride": stride, "probabilities": True}
-        ids, seconds = predict(scoring, volume["image"], **options)
+        ids, seconds = predict(scoring, np.array(volume["image"]), **options)
         return largest_component(ids) if args.largest_component else ids, seconds
 
     settings = {

@@ -30,12 +30,12 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from dataloaders import SEMI_DATASETS, DataError, SemiDataset
+from dataloaders import DATASETS, DataError, Dataset
 from inference import autocast, predict_slices
 from metrics import class_dice, mean_dice
 from networks import NETWORKS
 from utils import figures
-from utils.config import OF_FORMAT, Count, constructing, labelled_name, parse
+from utils.config import Count, Given, constructing, from_flag, labelled_name, parse
 from utils.diagnosis import Diagnosis
 from utils.few_labels import MIX, Batches, FewLabels, open_data
 from utils.modes import copied, on_device, seed_everything, statistics_estimated
@@ -47,17 +47,26 @@ from utils.schedules import set_lr
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(FewLabels):
     """Keys of this script; utils/few_labels.py and utils/run.py have those of others too. How the
-    keys of the data are used: dataloaders/acdc.py, dataloaders/images2d.py.
+    keys of the data are used: dataloaders/settings.py.
     """
 
-    format: Annotated[str, OfDims(SEMI_DATASETS, 2)]
     patch_size: tuple[Count, Count]  # pixels that every image is resized to
-    augmentation: Annotated[str, OF_FORMAT] = "semi"  # RGB images: semi | supervised
-    eval_resize: Annotated[str, OF_FORMAT] = "bilinear"  # RGB images: bilinear | nearest
     labelled_batch: Count = 12  # images in a step
     unlabelled_batch: Count = 12
     network: Annotated[str, OfDims(NETWORKS, 2)] = "unet2d"
     eval_batch: Count = 16  # images
+
+    set_aside = (*FewLabels.set_aside, "stride", "val_stride", "window_batch")
+
+    @classmethod
+    def adapted(cls, given: Given) -> list[str]:
+        notes = super().adapted(given)
+        volumes = given.get("format", ("msd", ""))[0] in OfDims(DATASETS, 3)
+        sides, source = given.get("patch_size", (None, ""))
+        if volumes and isinstance(sides, list) and len(sides) == 3 and not from_flag((0, source)):
+            given["patch_size"] = (sides[:2], source)
+            notes.append(f"note: patch_size {sides}: slices of {sides[:2]} across the third axis")
+        return notes
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -65,17 +74,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
 
 
 def evaluate(
-    network: torch.nn.Module, dataset: SemiDataset, cases: list, run: Run
+    network: torch.nn.Module, dataset: Dataset, cases: list, run: Run
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean Dice over `cases` and of each class, at the images' own size, and a picture of the first
     case.
     """
     scores, picture = [], None
     for case in run.part(cases):
-        volume = dataset.read_volume(case)
-        slices = torch.from_numpy(np.ascontiguousarray(dataset.network_slices(volume)))
+        volume = dataset.read(case)
+        slices = torch.from_numpy(np.ascontiguousarray(dataset.slices(volume)))
         ids = predict_slices(network, slices, batch=run.cfg.eval_batch, amp=run.cfg.amp).numpy()
-        prediction, label = dataset.native_prediction(ids, volume), volume["label"][0]
+        prediction, label = dataset.unslice(ids, volume), volume["label"][0]
         scores.append(class_dice(prediction, label, dataset.num_classes))
         if picture is None:
             picture = figures.compared(volume["image"], label, prediction, dataset.num_classes)
@@ -91,7 +100,7 @@ def main() -> int:
     # Method, with the network that it trains, and optimiser
     seed_everything(cfg.seed)
     with constructing(f"{args.config}: network_args or method_args"):
-        method = cfg.make_method(dataset.in_channels, dataset.num_classes)
+        method = cfg.make_method(cfg.channels, dataset.num_classes)
     method = run.placed(method, torch.channels_last)
     if cfg.compile:
         method.network.compile()
@@ -99,7 +108,7 @@ def main() -> int:
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = cfg.make_optimizer(trained)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    run.describe("2d-semi", cfg.network, dataset.in_channels, dataset.num_classes, splits)
+    run.describe("2d-semi", cfg.network, cfg.channels, dataset.num_classes, splits)
     run.keep(method=method, optimizer=optimizer, scaler=scaler)
     parameters = method.network.parameters()
     diagnosis = Diagnosis(cfg.diagnose_interval, parameters, world, run.log, cfg.compile)

@@ -16,7 +16,7 @@ Results go to runs/<dataset>/<method>/<network>-<labelled>/seed<k>/;
 import argparse
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Self
 
 from methods import SSL_METHODS
 from utils.config import training_flags
@@ -28,12 +28,12 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from dataloaders import SEMI_DATASETS, DataError, SemiDataset
+from dataloaders import DATASETS, DataError, Dataset
 from inference import autocast, predict_labels
 from metrics import class_dice, mean_dice
 from networks import NETWORKS
 from utils import figures
-from utils.config import OF_FORMAT, ConfigError, Count, constructing, labelled_name, parse
+from utils.config import ConfigError, Count, constructing, labelled_name, parse
 from utils.diagnosis import Diagnosis
 from utils.few_labels import MIX, Batches, FewLabels, open_data
 from utils.modes import copied, on_device, seed_everything, statistics_estimated
@@ -45,28 +45,34 @@ from utils.schedules import set_lr
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(FewLabels):
     """Keys of this script; utils/few_labels.py and utils/run.py have those of others too. How the
-    keys of the data are used: dataloaders/la.py.
+    keys of the data are used: dataloaders/settings.py.
     """
 
-    format: Annotated[str, OfDims(SEMI_DATASETS, 3)]
+    format: Annotated[str, OfDims(DATASETS, 3)] = "msd"
     patch_size: tuple[Count, Count, Count]  # voxels of a training crop, and of a window
-    # crops may start at the last admissible voxel; the released code never draws it
-    last_start: Annotated[bool, OF_FORMAT] = True
     labelled_batch: Count = 2  # patches in a step
     unlabelled_batch: Count = 2
     network: Annotated[str, OfDims(NETWORKS, 3)] = "vnet"
-    stride: tuple[Count, Count, Count] = (18, 18, 4)  # voxels between windows when a scan is tested
-    # the same in validation, which need not be as fine
-    val_stride: tuple[Count, Count, Count] = (56, 56, 40)
+    stride: tuple[Count, ...] = ()  # voxels between windows in a test; []: half a patch
+    val_stride: tuple[Count, ...] = ()  # the same in validation, which need not be as fine
     window_batch: Count = 4
+
+    set_aside = (*FewLabels.set_aside, "eval_batch")
+
+    def _completed(self) -> Self:
+        half = tuple(max(side // 2, 1) for side in self.patch_size)
+        strides = {"stride": self.stride or half, "val_stride": self.val_stride or half}
+        return dataclasses.replace(super()._completed(), **strides)
 
     def _check(self) -> None:
         super()._check()
         for key in ("stride", "val_stride"):
-            if any(step > side for step, side in zip(getattr(self, key), self.patch_size)):
+            steps = getattr(self, key)
+            if len(steps) != 3:
+                raise ConfigError(f"{key}: three numbers, or none; got {list(steps)}")
+            if any(step > side for step, side in zip(steps, self.patch_size)):
                 raise ConfigError(
-                    f"{key}: {list(getattr(self, key))} leaves gaps between windows of "
-                    f"{list(self.patch_size)}"
+                    f"{key}: {list(steps)} leaves gaps between windows of {list(self.patch_size)}"
                 )
 
 
@@ -75,17 +81,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
 
 
 def evaluate(
-    network: torch.nn.Module, dataset: SemiDataset, cases: list, run: Run
+    network: torch.nn.Module, dataset: Dataset, cases: list, run: Run
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean Dice over `cases` and of each class, and a picture of the first case: image, label,
     prediction.
     """
     scores, picture = [], None
     for case in run.part(cases):
-        volume = dataset.read_volume(case)
+        volume = dataset.read(case)
         prediction = predict_labels(
             network,
-            torch.from_numpy(volume["image"]).to(run.device),
+            torch.from_numpy(np.array(volume["image"])).to(run.device),
             patch_size=run.cfg.patch_size,
             stride=run.cfg.val_stride,
             window_batch=run.cfg.window_batch,
@@ -108,7 +114,7 @@ def main() -> int:
     # Method, with the network that it trains, and optimiser
     seed_everything(cfg.seed)
     with constructing(f"{args.config}: network_args or method_args"):
-        method = cfg.make_method(dataset.in_channels, dataset.num_classes)
+        method = cfg.make_method(cfg.channels, dataset.num_classes)
     method = run.placed(method, torch.channels_last_3d)
     if cfg.compile:
         method.network.compile()
@@ -116,7 +122,7 @@ def main() -> int:
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = cfg.make_optimizer(trained)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    run.describe("3d-semi", cfg.network, dataset.in_channels, dataset.num_classes, splits)
+    run.describe("3d-semi", cfg.network, cfg.channels, dataset.num_classes, splits)
     run.keep(method=method, optimizer=optimizer, scaler=scaler)
     parameters = method.network.parameters()
     diagnosis = Diagnosis(cfg.diagnose_interval, parameters, world, run.log, cfg.compile)

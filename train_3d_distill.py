@@ -21,6 +21,7 @@ import sys
 from typing import Annotated
 
 from losses import KD_METHODS
+from methods import SSL_METHODS
 from networks import NETWORKS
 from utils.config import training_flags
 
@@ -38,16 +39,17 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from dataloaders import DATASETS, DataError, MSDDataset, Report, build_dataset
+from dataloaders import DATASETS, DataError, Dataset, Report, build_dataset
 from inference import autocast, predict_labels
 from losses.segmentation import SegmentationLoss
 from metrics import class_dice, mean_dice
 from networks import build_network, init_weights
 from utils import figures
-from utils.config import OF_FORMAT, ConfigError, Count, Natural, Share, constructing, parse
+from utils.config import ConfigError, Count, Natural, constructing, parse
 from utils.diagnosis import Diagnosis
 from utils.distillation import Batches, Distillation, load_teacher, note_idle
 from utils.modes import copied, seed_everything, statistics_estimated
+from utils.registry import OfDims
 from utils.run import Run, no_selection, run_script
 from utils.schedules import set_lr
 
@@ -55,40 +57,18 @@ from utils.schedules import set_lr
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Distillation):
     """Keys of this script; utils/distillation.py and utils/run.py have others. How the keys of the
-    data are used: dataloaders/msd.py.
+    data are used: dataloaders/settings.py.
     """
 
     patch_size: tuple[Count, Count, Count]  # voxels of the preprocessed grid
-    format: Annotated[str, DATASETS] = "msd"
-    datalist: str = "dataset.json"  # the data set's JSON in data_root
-    class_names: tuple[str, ...] = ()  # by label id, background first; []: as the JSON says
-    # nnunet: {name: [ids]} that overlap; {}: as the JSON says
-    regions: Annotated[dict, OF_FORMAT] = dataclasses.field(default_factory=dict)
-    # nnunet: id of each region in predictions; []: as the JSON says
-    regions_class_order: Annotated[tuple[int, ...], OF_FORMAT] = ()
-    # nnunet: entry of splits_final.json, where split_dir is empty
-    fold: Annotated[int, OF_FORMAT] = 0
-    cache_dir: str = "cache"  # preprocessed cases
-    orientation: Annotated[str, OF_FORMAT] = "RAS"
-    spacing: Annotated[tuple[float, ...], OF_FORMAT] = ()  # mm; []: as stored
-    intensity: Annotated[str, OF_FORMAT] = "window"  # window | zscore | none
-    # HU, for intensity: window
-    window: Annotated[tuple[float, float], OF_FORMAT] = (-175.0, 250.0)
-    crop_foreground: Annotated[bool, OF_FORMAT] = True
-    # BraTS: crop | volume, the voxels whose statistics normalise a patch
-    normalize: Annotated[str, OF_FORMAT] = "crop"
-    # BraTS: patches come from the brain's box enlarged to multiples of this; 0: the patch size
-    k_divisible: Annotated[int, OF_FORMAT] = 0
-    crop: str = "pos_neg"  # pos_neg: half of the patches are centred on foreground; uniform
-    flip_prob: Share = 0.2  # each axis
-    rot90_prob: Share = 0.2
-    scale_prob: Share = 0.1  # intensity x U(0.9, 1.1)
-    shift_prob: Share = 0.1  # intensity + U(-0.1, 0.1)
+    format: Annotated[str, OfDims(DATASETS, 3)] = "msd"
     cases_per_batch: Count = 1
     crops_per_case: Count = 4  # batch size = cases_per_batch x crops_per_case
     val_start: Natural = 0  # first step at which to validate
     overlap: Annotated[float, "[0, 1)"] = 0.5  # of neighbouring windows
     window_batch: Count = 4
+
+    other_names = tuple(SSL_METHODS)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -96,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
 
 
 def evaluate(
-    network: torch.nn.Module, dataset: MSDDataset, cases: list, run: Run
+    network: torch.nn.Module, dataset: Dataset, cases: list, run: Run
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean Dice over `cases` and of each class, and a picture of one of this process: image, label,
     prediction.
@@ -130,18 +110,16 @@ def main() -> int:
     # Data: three disjoint lists, everything read and checked before the first step
     with constructing(args.config):
         dataset = build_dataset(**cfg.dataset_arguments(), allow_outside=args.allow_outside)
-        augment = dataset.patch_function(
-            cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
-        )
     report = Report()
-    splits = dataset.splits(report)
+    splits = dataset.splits(None, report)
     report.stop()
     if not splits[cfg.select_on]:
-        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.datalist))
+        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.data_root))
     chosen = splits[cfg.select_on]
     teacher, teacher_scores = load_teacher(cfg, args, dataset.num_classes, chosen)
     with world.main_first():  # so that one process fills the cache
-        dataset.prepare(splits, cfg.patch_size, report)
+        used = {split: cases for split, cases in splits.items() if split != "unlabelled"}
+        dataset.prepare(used, report)
         report.stop()
         run.open(report)
 
@@ -151,7 +129,7 @@ def main() -> int:
     kd = None
     with constructing(f"{args.config}: network_args or method_args"):
         arguments = cfg.network_arguments(cfg.student)
-        student = build_network(cfg.student, cfg.in_channels, dataset.num_classes, **arguments)
+        student = build_network(cfg.student, cfg.channels, dataset.num_classes, **arguments)
         student = run.placed(init_weights(student), torch.channels_last_3d)
         if teacher is not None:
             teacher = teacher.to(device, memory_format=memory)
@@ -173,11 +151,11 @@ def main() -> int:
     groups = [{"params": group} for group in ([of_student, of_method] if split else [trained])]
     optimizer = cfg.make_optimizer(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    run.describe("3d", cfg.student, cfg.in_channels, dataset.num_classes, splits)
+    run.describe("3d", cfg.student, cfg.channels, dataset.num_classes, splits)
     run.keep(student=student, method=kd, optimizer=optimizer, scaler=scaler)
     diagnosis = Diagnosis(cfg.diagnose_interval, student.parameters(), world, run.log, cfg.compile)
 
-    batches = Batches(cfg, run, dataset, splits, augment)
+    batches = Batches(cfg, run, dataset, splits)
 
     def see_clean_images() -> None:
         """Training patches, the same at each validation, for the statistics of batch norm."""

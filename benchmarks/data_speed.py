@@ -40,9 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import arguments, faster, interleaved, overhead, report
 from dataloaders import build_dataset
 from dataloaders.msd import MSDDataset
-from dataloaders.phantoms import BTCV_LABELS
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
 from tools import make_demo_data
+from tools.phantoms.scans import BTCV_LABELS
 
 SPACING, COARSE = (1.5, 1.5, 2.0), (8.0, 8.0, 8.0)  # mm, resampled to; the second for --small
 WINDOW = (-175.0, 250.0)  # HU
@@ -88,19 +88,18 @@ def open_data(folder: Path, args: argparse.Namespace) -> MSDDataset:
         cache_dir=str(folder / "cache"),
         spacing=args.spacing,
         window=WINDOW,
+        patch_size=(args.patch,) * 3,
         absent_classes=tuple(BTCV_LABELS),  # coarse phantoms lose small organs
     )
 
 
-def make_loader(
-    dataset: MSDDataset, read: Callable, patch: int, draws: int, workers: int = 0
-) -> DataLoader:
+def make_loader(dataset: MSDDataset, read: Callable, draws: int, workers: int = 0) -> DataLoader:
     """The loader of train_3d_distill.py, one case per batch, over `draws` batches; read: case ->
     sample.
     """
-    cases = dataset.splits()["train"]
+    cases = dataset.splits()["labelled"]
     return DataLoader(
-        PatchDataset(cases, read, dataset.patch_function((patch, patch, patch)), SEED, CROPS),
+        PatchDataset(cases, read, dataset.patch, SEED, CROPS),
         batch_size=1,
         num_workers=workers,
         collate_fn=collate,
@@ -196,17 +195,17 @@ def start_up(folder: Path, args: argparse.Namespace) -> list[dict]:
 def batches(folder: Path, args: argparse.Namespace) -> list[dict]:
     dataset = open_data(folder, args)
     monai_set = MonaiDataset(
-        monai_entries(dataset.splits()["train"]),
+        monai_entries(dataset.splits()["labelled"]),
         transforms.Compose(
             [*monai_steps(args.spacing), *monai_random(args.patch)]
         ).set_random_state(SEED),
     )
 
     def ours() -> list[dict]:
-        return list(make_loader(dataset, dataset.training_sample, args.patch, args.batches))
+        return list(make_loader(dataset, dataset.sample, args.batches))
 
     def uncached() -> list[dict]:
-        return list(make_loader(dataset, dataset.preprocess, args.patch, args.batches))
+        return list(make_loader(dataset, dataset.preprocess, args.batches))
 
     def monai() -> list[dict]:
         loader = MonaiLoader(monai_set, batch_size=1)
@@ -238,7 +237,7 @@ def batches(folder: Path, args: argparse.Namespace) -> list[dict]:
 
 def fed(folder: Path, args: argparse.Namespace) -> list[dict]:
     dataset = open_data(folder, args)
-    loader = iter(make_loader(dataset, dataset.training_sample, args.patch, args.steps, workers=2))
+    loader = iter(make_loader(dataset, dataset.sample, args.steps, workers=2))
     waits, sleeps = [], []
     for _ in range(args.steps):
         begin = time.perf_counter()

@@ -38,11 +38,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import arguments, faster, interleaved, overhead, report
-from dataloaders.phantoms import btcv_phantom
-from dataloaders.phantoms2d import la_phantom
 from inference import fast_copy, fast_dtype, predict_labels, predict_logits
 from metrics import dice
 from networks import build_network, init_weights
+from tools.phantoms.few_labels import la_phantom
+from tools.phantoms.scans import btcv_phantom
 
 BTCV_EXTENT = (358, 269, 224)  # mm that the generated abdomen is made for
 HU_WINDOW = (-175.0, 250.0)

@@ -1,6 +1,4 @@
-"""Data formats by name. To add one: a file with a class like `MSDDataset` or `ACDCDataset`, and a
-line below.
-"""
+"""Data formats by name. To add one: a file with a class like `LADataset`, and a line below."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,73 +7,61 @@ from dataloaders.faults import DataError, Report
 from utils.registry import Registry, lazily
 
 if TYPE_CHECKING:
-    from dataloaders.msd import MSDDataset
-    from dataloaders.semi import SemiDataset
+    from dataloaders.base import Dataset
 
-# Of train_3d_distill.py
 DATASETS = Registry(
     {
         "msd": "dataloaders.msd:MSDDataset",
         "brats": "dataloaders.brats:BraTSDataset",
         "nnunet": "dataloaders.nnunet:NnUNetDataset",
-    }
-)
-
-# Of train_2d_crkd.py and train_3d_crkd.py: each makes labelled and unlabelled lists
-SEMI_DATASETS = Registry(
-    {
         "acdc": "dataloaders.acdc:ACDCDataset",
         "images2d": "dataloaders.images2d:Images2DDataset",
         "la": "dataloaders.la:LADataset",
     }
 )
+# The benchmarks of few-label training: configurations of these are not for train_3d_distill.py
+FEW_LABELS = ("acdc", "images2d", "la")
 
 __all__ = [
     "DATASETS",
-    "SEMI_DATASETS",
+    "FEW_LABELS",
     "Case",
     "DataError",
+    "Dataset",
     "MSDDataset",
     "Report",
-    "SemiDataset",
     "build_dataset",
-    "build_semi_dataset",
     "describe_dataset",
 ]
 __getattr__ = lazily(
     __name__,
-    {
-        "Case": "dataloaders.cases",
-        "MSDDataset": "dataloaders.msd",
-        "SemiDataset": "dataloaders.semi",
-    },
+    {"Case": "dataloaders.cases", "Dataset": "dataloaders.base", "MSDDataset": "dataloaders.msd"},
 )
 
 
-def build_dataset(format: str, allow_outside: bool = False, **arguments) -> "MSDDataset":
+def build_dataset(format: str, allow_outside: bool = False, **arguments) -> "Dataset":
     """The data set class of `format` ('msd': any decathlon-style list of NIfTI files) with its
     arguments.
 
-    allow_outside: lists may name files outside of the data root.
+    With a patch_size of two numbers, a volumetric data set is given slice by slice. allow_outside:
+    lists may name files outside of the data root.
     """
-    if format not in DATASETS:
-        raise DataError(
-            f"unknown data format '{format}'; choose from {', '.join(sorted(DATASETS))}"
-        )
-    dataset = DATASETS[format](**arguments)
+    cls, sides = _class(format), tuple(arguments.get("patch_size", ()))
+    sliced = cls.dims == 3 and len(sides) == 2
+    dataset = cls(**arguments | ({"patch_size": ()} if sliced else {}))
     dataset.allow_outside = allow_outside
-    return dataset
+    if not sliced:
+        return dataset
+    from dataloaders.slices import Slices
+
+    return Slices(dataset, sides)
 
 
 def describe_dataset(format: str, root: str, datalist: str, given: dict) -> dict:
     """Values for those keys of `given` that are empty there and that the data set's own files tell,
     such as class_names, in_channels, and nnU-Net's regions.
     """
-    if format not in DATASETS:
-        raise DataError(
-            f"unknown data format '{format}'; choose from {', '.join(sorted(DATASETS))}"
-        )
-    cls = DATASETS[format]
+    cls = _class(format)
     empty = [key for key in cls.described_keys if not given.get(key)]
     if not empty:
         return {}
@@ -85,15 +71,9 @@ def describe_dataset(format: str, root: str, datalist: str, given: dict) -> dict
     return cls.described(Path(root), datalist, empty)
 
 
-def build_semi_dataset(format: str, allow_outside: bool = False, **arguments) -> "SemiDataset":
-    """The semi-supervised data set class of `format` ('acdc', 'images2d', 'la') with its arguments.
-
-    allow_outside: lists may name files outside of the data root.
-    """
-    if format not in SEMI_DATASETS:
+def _class(format: str) -> type["Dataset"]:
+    if format not in DATASETS:
         raise DataError(
-            f"unknown data format '{format}'; choose from {', '.join(sorted(SEMI_DATASETS))}"
+            f"unknown data format '{format}'; choose from {', '.join(sorted(DATASETS))}"
         )
-    dataset = SEMI_DATASETS[format](**arguments)
-    dataset.allow_outside = allow_outside
-    return dataset
+    return DATASETS[format]

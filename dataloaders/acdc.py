@@ -20,10 +20,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dataloaders import augment_ssl
-from dataloaders.cases import Case, DataError, read_image, select
-from dataloaders.faults import CaseNotes, Report
-from dataloaders.semi import SemiDataset, read_h5
+from dataloaders import augment, checks
+from dataloaders.base import InMemory
+from dataloaders.cases import Case, h5_lacks_label, read_h5, read_image
+from dataloaders.faults import CaseNotes, DataError, Report
+from dataloaders.lists import select
 
 # range of intensities: eight-bit views are cut from them, and anything else would wrap around
 LIMITS = (0.0, 1.0)
@@ -39,7 +40,7 @@ class SliceCase(Case):
     index: int | None = None
 
 
-class ACDCDataset(SemiDataset):
+class ACDCDataset(InMemory):
     """ACDC slices and volumes; splits/acdc has the 70, 10 and 20 patients of SSL4MIS in their
     order.
 
@@ -49,7 +50,6 @@ class ACDCDataset(SemiDataset):
 
     dims = 2
     unit = "patient"
-    in_channels = 1
 
     def __init__(
         self,
@@ -65,14 +65,11 @@ class ACDCDataset(SemiDataset):
         memory_gb: float = 2.0,
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        unlabelled: str = "",
     ) -> None:
-        super().__init__(
-            root, split_dir, patch_size, class_names, memory_gb, patient_pattern, absent_classes
-        )
-        if len(patch_size) != 2:
-            raise DataError(
-                f"patch_size must be two numbers, height and width, got {list(patch_size)}"
-            )
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others)
+        self._last: tuple[Path | None, np.ndarray] = None, np.empty(0)  # scan file that was read
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The volumes called `names`, such as patient028_frame01."""
@@ -81,24 +78,23 @@ class ACDCDataset(SemiDataset):
             [case for cases in volumes.values() for case in cases], names, str(self.root / "data")
         )
 
-    def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
+    def read(self, case: Case, notes: CaseNotes | None = None) -> dict:
         """A volume: image (1, H, W, D) float32, label (1, H, W, D) uint8, D slices; spacing 1 and
         affine identity.
         """
-        image, label = read_h5(case.images[0], self.num_classes, 3, notes=notes, limits=LIMITS)
+        stacks = read_h5(case.images[0], self.num_classes, 3, notes=notes, limits=LIMITS)
         # slice by slice, so that a volume is recognised in slices and the other way round
         if notes is not None:
-            for pair in zip(image, label):
-                notes.see(*pair)
+            for index, plane in enumerate(stacks["image"]):
+                notes.see(plane, stacks["label"][index] if "label" in stacks else None)
         return {
-            "image": np.moveaxis(image, 0, -1)[None],
-            "label": np.moveaxis(label, 0, -1)[None],
+            **{key: np.moveaxis(stack, 0, -1)[None] for key, stack in stacks.items()},
             "spacing": [1.0, 1.0, 1.0],
             "affine": np.eye(4),
             "name": case.name,
         }
 
-    def read_unlabelled(self, case: Case) -> dict:
+    def read_file(self, case: Case) -> dict:
         """A scan file (NIfTI, NRRD, ...): image (1, H, W, D) scaled to 0..1 over the volume, rows
         and columns as the HDF5 files have them, D slices along the file's third axis; the file's
         own affine and native_shape.
@@ -122,67 +118,90 @@ class ACDCDataset(SemiDataset):
             "native_shape": native_shape,
         }
 
-    def native_file(self, prediction: np.ndarray) -> np.ndarray:
-        """What `native_prediction` gives for a volume of `read_unlabelled`, in the axis order of
-        its file.
-        """
-        return prediction.swapaxes(0, 1)
+    def native(self, prediction: np.ndarray, sample: dict) -> np.ndarray:
+        """Of a file of `read_file`: in its own order of axes."""
+        return prediction.swapaxes(0, 1) if "native_affine" in sample else prediction
 
-    def network_slices(self, volume: dict) -> np.ndarray:
+    def slices(self, volume: dict) -> np.ndarray:
         """The slices of a volume as the network takes them: (D, 1, *patch_size) float32."""
-        return augment_ssl.resize_nearest(np.moveaxis(volume["image"], -1, 0), self.patch_size)
+        return augment.resize_nearest(np.moveaxis(volume["image"], -1, 0), self.patch_size)
 
-    def native_prediction(self, prediction: np.ndarray, volume: dict) -> np.ndarray:
+    def unslice(self, prediction: np.ndarray, volume: dict) -> np.ndarray:
         """Label maps (D, *patch_size) -> (H, W, D), nearest neighbour."""
-        return np.moveaxis(
-            augment_ssl.resize_nearest(prediction, volume["image"].shape[1:3]), 0, -1
-        )
+        return np.moveaxis(augment.resize_nearest(prediction, volume["image"].shape[1:3]), 0, -1)
 
-    def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
+    def patch(self, sample: dict, rng: np.random.Generator) -> dict:
         """Half the time rot_flip, a quarter a turn of up to 20 degrees, a quarter nothing; then
         resized.
         """
         if rng.random() > 0.5:
-            sample = augment_ssl.rot_flip(sample, rng)
+            sample = augment.rot_flip(sample, rng)
         elif rng.random() > 0.5:
-            sample = augment_ssl.rotate_small(sample, rng)
+            sample = augment.rotate_small(sample, rng)
         return sample | {
-            key: augment_ssl.resize_nearest(sample[key], self.patch_size)
-            for key in ("image", "label")
+            key: augment.resize_nearest(sample[key], self.patch_size) for key in ("image", "label")
         }
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
-        """As `labelled_patch`, with the image cut to 8 bits, which the strong view starts from."""
-        patch = self.labelled_patch(sample, rng)
-        return patch | {"image": augment_ssl.quantise(patch["image"])}
+        """As `patch`, with the image cut to 8 bits, which the strong view starts from."""
+        patch = self.patch(sample, rng)
+        return patch | {"image": augment.quantise(patch["image"])}
 
     def strong(self, sample: dict, rng: np.random.Generator) -> dict:
         """Jitter of brightness and contrast, and blur, of a weak view."""
-        return augment_ssl.strong_grey(sample, rng)
+        return augment.strong_grey(sample, rng)
 
     def named(self, case: Case) -> str:
         """The patient."""
-        return _FRAME.match(case.name)[1]
+        match = _FRAME.match(case.name)
+        return match[1] if match else case.name.rpartition("_slice_")[0]
 
-    def _load(self, case: Case, notes: CaseNotes | None = None) -> dict[str, np.ndarray]:
+    def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
         index = case.index if isinstance(case, SliceCase) else None
-        image, label = read_h5(
-            case.images[0], self.num_classes, 2 if index is None else 3, index, notes, LIMITS
-        )
+        if case.images[0].suffix != ".h5":  # of the folder `unlabelled`
+            if self._last[0] != case.images[0]:  # once for all of its slices
+                self._last = case.images[0], self.read_file(case)["image"][0]
+            # a view would keep the whole scan in memory
+            planes = {"image": self._last[1][..., index].copy()}
+        else:
+            ndim = 2 if index is None else 3
+            planes = read_h5(case.images[0], self.num_classes, ndim, index, notes, LIMITS)
         if notes is not None:
-            notes.see(image, label)
-        return {"image": image[None], "label": label[None]}
+            notes.see(planes["image"], planes.get("label"))
+        return {key: plane[None] for key, plane in planes.items()}
 
-    def _check_empty(self, ids: dict[Case, tuple[str, set[int]]], report: Report) -> None:
-        """As for other data, but of a frame's slices together: those above and below the heart are
-        empty.
-        """
-        frames: dict[str, list] = {}
-        for case, (split, found) in ids.items():
-            frame = frames.setdefault(_FRAME.match(case.name)[0], [split, case, set()])
-            frame[2] |= found
-        whole = {case: (split, found) for split, case, found in frames.values()}
-        super()._check_empty(whole, report)
+    def has_label(self, name: str) -> bool:
+        """Whether all files of the patient have one."""
+        files = [*self.root.glob(f"data/{name}_*.h5"), *self.root.glob(f"data/slices/{name}_*.h5")]
+        return not any(h5_lacks_label(path) for path in files)
+
+    def folder_cases(self, folder: Path, report: Report) -> list[Case]:
+        """Slices of HDF5 volumes with the array `image`, else of scan files."""
+        files = sorted(folder.glob("*.h5"))
+        volumes = [Case(path.stem, (path,)) for path in files]
+        cases = []
+        for case in volumes or super().folder_cases(folder, report):
+            with report.catching("unlabelled", case.name):
+                depth = (
+                    _num_slices(case.images[0], self.num_classes)
+                    if files
+                    else self.read_file(case)["image"].shape[-1]
+                )
+                for index in range(depth):
+                    name = f"{case.name}_slice_{index + 1}"
+                    cases.append(SliceCase(name, case.images, None, index))
+        return cases
+
+    def check_labels(self, facts: dict[tuple[str, Case], dict], report: Report) -> None:
+        """Of a frame's slices together: those above and below the heart are empty."""
+        frames: dict[str, tuple[str, Case, set[int]]] = {}
+        for (split, case), found in facts.items():
+            if found["ids"] is not None:
+                frame = case.name.rpartition("_slice_")[0] or case.name
+                first = frames.setdefault(frame, (split, case, set()))
+                first[2].update(found["ids"])
+        for split, case, ids in frames.values():
+            checks.check_foreground(case, split, ids, report)
 
     def _volumes(self) -> dict[str, list[Case]]:
         """Patient -> its volumes, by frame."""
@@ -192,16 +211,16 @@ class ACDCDataset(SemiDataset):
                 volumes.setdefault(match[2], []).append(Case(match[1], (path,), path))
         return volumes
 
-    def _evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
+    def evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
         volumes = self._volumes() if names else {}
         found = self._found(names, volumes, self.root / "data", "patientXXX_frameYY.h5", report)
         return [case for name in found for case in volumes[name]]
 
-    def _training_cases(self, names: Sequence[str], report: Report) -> list[Case]:
+    def training_cases(self, names: Sequence[str], report: Report) -> list[Case]:
         folder = self.root / "data" / "slices"
         if not folder.is_dir():
             cases = []
-            for case in self._evaluation_cases(names, report):
+            for case in self.evaluation_cases(names, report):
                 with report.catching("", case.name):
                     for index in range(_num_slices(case.images[0], self.num_classes)):
                         cases.append(
@@ -259,6 +278,6 @@ class ACDCDataset(SemiDataset):
 def _num_slices(path: Path, num_classes: int) -> int:
     try:
         with h5py.File(path) as file:
-            return len(file["label"])
+            return len(file["image"])
     except (OSError, KeyError, TypeError, RuntimeError):
-        return len(read_h5(path, num_classes, 3)[0])  # says what is wrong with the file
+        return len(read_h5(path, num_classes, 3)["image"])  # says what is wrong with the file

@@ -11,14 +11,14 @@ nothing, 72 MB each), and a training step reads only its patch.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from dataloaders import augment
-from dataloaders.cases import Case, DataError
-from dataloaders.faults import Finding
+from dataloaders.cases import Case
+from dataloaders.faults import DataError, Finding
 from dataloaders.msd import MSDDataset
 
 CHANNELS = ("t1c", "t1n", "t2f", "t2w")
@@ -38,6 +38,13 @@ class BraTSDataset(MSDDataset):
     """
 
     multilabel = True
+    fixed: ClassVar = {
+        "orientation": "",
+        "spacing": (),
+        "intensity": "none",
+        "crop_foreground": False,
+        "window": (0.0, 1.0),
+    }
 
     @classmethod
     def described(cls, root: Path, datalist: str, keys: Sequence[str]) -> dict:
@@ -51,12 +58,10 @@ class BraTSDataset(MSDDataset):
         datalist: str,
         class_names: Sequence[str] = REGIONS,
         in_channels: int = len(CHANNELS),
-        split_dir: str = "",
-        cache_dir: str = "cache",
         normalize: str = "crop",
         k_divisible: int = 0,
-        patient_pattern: str = "",
-        absent_classes: Sequence[str] = (),
+        crop: str = "uniform",
+        **arguments,
     ) -> None:
         if len(class_names) != len(REGIONS):
             raise DataError(
@@ -70,20 +75,14 @@ class BraTSDataset(MSDDataset):
             raise DataError(
                 f"k_divisible: a number of voxels, or 0 for the patch size; got {k_divisible}"
             )
+        if crop != "uniform":
+            raise DataError(
+                f"crop: the data format 'brats' draws patches uniformly, got '{crop}'; set crop: "
+                "uniform"
+            )
         self.normalize, self.k_divisible = normalize, k_divisible
         super().__init__(
-            root,
-            datalist,
-            class_names,
-            in_channels,
-            split_dir,
-            cache_dir,
-            orientation="",
-            spacing=(),
-            intensity="none",
-            crop_foreground=False,
-            patient_pattern=patient_pattern,
-            absent_classes=absent_classes,
+            root, datalist, class_names, in_channels, crop=crop, **arguments, **self.fixed
         )
 
     @property
@@ -112,7 +111,6 @@ class BraTSDataset(MSDDataset):
         short = np.abs(image).max() < 2**15 and bool((image == np.rint(image)).all())
         return {
             "image": image.astype(np.int16) if short else image,
-            "label": label[None],
             "mean": mean,
             "std": std,
             "box": [
@@ -121,9 +119,9 @@ class BraTSDataset(MSDDataset):
             ],
             "affine": affine,
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
-            "ids": self._ids(label),
             "native_affine": affine,
             "native_shape": list(image.shape[1:]),
+            **({} if label is None else {"label": label[None], "ids": self._ids(label)}),
             **seen,
         }
 
@@ -136,7 +134,8 @@ class BraTSDataset(MSDDataset):
             np.asarray(sample["image"], np.float32), sample.pop("mean"), sample.pop("std")
         )
         del sample["box"]  # what is normalised already must not serve as a training sample
-        return sample | {"image": image, "label": self.encode_label(sample["label"])}
+        known = {"label": self.encode_label(sample["label"])} if "label" in sample else {}
+        return sample | {"image": image} | known
 
     def preprocess_image(
         self, case: Case, image: np.ndarray, affine: np.ndarray
@@ -161,7 +160,7 @@ class BraTSDataset(MSDDataset):
     def id_names(self) -> dict[int, str]:
         return {0: "background", 1: "necrotic core", 2: "oedema", 3: "enhancing tumour"}
 
-    def training_sample(self, case: Case) -> dict:
+    def sample(self, case: Case) -> dict:
         """The case as patches are cut from it: memory-mapped, not normalised."""
         return self.cache.read(case)
 
@@ -192,29 +191,13 @@ class BraTSDataset(MSDDataset):
         ids[enhancing] = 3
         return ids
 
-    def patch_function(
-        self,
-        patch_size: Sequence[int],
-        crop: str = "uniform",
-        *probabilities: float,
-        **named: float,
-    ):
-        """(sample, rng) -> one random training patch, as MSDDataset's; every position in the
-        brain's enlarged box is equally likely, which may reach beyond the volume (zeros).
+    def cut(self, sample: dict, rng: np.random.Generator) -> dict:
+        """A random crop of which every position in the brain's enlarged box is equally likely; it
+        may reach beyond the volume (zeros).
         """
-        if crop != "uniform":
-            raise DataError(
-                f"crop: the data format 'brats' draws patches uniformly, got '{crop}'; set crop: "
-                "uniform"
-            )
-        made = super().patch_function(patch_size, crop, *probabilities, **named)
-        return partial(made, cut=partial(self._cut, size=tuple(patch_size)))
-
-    def _cut(self, sample: dict, rng: np.random.Generator, size: Sequence[int]) -> dict:
         if "box" not in sample:
-            raise ValueError(
-                "BraTS patches are cut from training_sample(case), not from read(case)"
-            )
+            raise ValueError("BraTS patches are cut from sample(case), not from read(case)")
+        size = self.patch_size
         low, high = enlarge(*sample["box"], [self.k_divisible or side for side in size])
         start = [int(rng.integers(a, max(b - side, a) + 1)) for a, b, side in zip(low, high, size)]
         image = crop_padded(sample["image"], start, size).astype(np.float32)

@@ -48,9 +48,8 @@ class CaseCache:
 
         store: keep the sample. DataError that lists all faults of the case.
         """
-        files = [*case.images, case.label] if case.label else case.images
-        # where one is missing, preprocessing says so, and what else is wrong
-        there = all(path.is_file() for path in files)
+        # else preprocessing says what is missing, and what else is wrong
+        there = all(path.exists() for path in case.files)
         if there and store and not self._entry(case).is_dir():
             self._make(case)
         sample = self.read(case) if there and self._entry(case).is_dir() else self.preprocess(case)

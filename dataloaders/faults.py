@@ -8,7 +8,7 @@ finding of level 'error' keeps a run from starting; a 'warning' is printed and t
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ FAULTS = {
     "unreadable": "a file is truncated, damaged or of another kind",
     "no label": "a case has no label or mask",
     "stray file": "a label or mask belongs to no image",
-    "keys": "an HDF5 file lacks the arrays 'image' and 'label'",
+    "keys": "an HDF5 file lacks the array 'image'",
     "type": "values are stored in a type that cannot hold what is expected",
     "shape": "sizes of image and label, or of channels, differ, or the number of axes is wrong",
     "channels": "the number or the order of channels is wrong",
@@ -208,10 +208,11 @@ class CaseNotes(Report):
         self.ids: set[int] = set()
         self.grid: tuple[Sequence[int], np.ndarray | None] = (), None
 
-    def see(self, image: np.ndarray, label: np.ndarray) -> None:
-        """Note content and ids. image: any array; label: non-negative ids."""
+    def see(self, image: np.ndarray, label: np.ndarray | None) -> None:
+        """Note content and ids. image: any array; label: non-negative ids, if there are any."""
         self.content.append(content_digest(image))
-        self.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
+        if label is not None:
+            self.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
@@ -255,63 +256,3 @@ def content_digest(image: np.ndarray) -> str:
     result = hashlib.sha256(f"{image.shape} {image.dtype}".encode())
     result.update(np.ascontiguousarray(image).data)
     return result.hexdigest()
-
-
-def check_duplicates(
-    seen: Iterable[tuple[str, str, Path, Sequence[str]]], report: Report, same_list: str
-) -> None:
-    """Note images that occur under two names. seen: (split, name, file, digests) of each case;
-    several digests: any.
-
-    Between two lists that is an error, within one of level `same_list`. A pair of names is reported
-    once.
-    """
-    owners: dict[str, tuple[str, str, Path]] = {}
-    pairs = set()
-    for split, name, path, digests in seen:
-        for digest in digests:
-            other_split, other, file = owners.setdefault(digest, (split, name, path))
-            if other == name or (other, name) in pairs:
-                continue
-            pairs.add((other, name))
-            note = report.error if split != other_split or same_list == ERROR else report.warning
-            note(
-                "duplicate",
-                path,
-                f"the same image as {file} ({other_split} list), here in the {split} list",
-                "",
-                "every scan may be listed once, not under two names",
-                split=split,
-            )
-
-
-def check_classes(
-    ids: Iterable[int],
-    classes: Mapping[int, str],
-    absent: Sequence[str],
-    source: str,
-    report: Report,
-):
-    """Note classes (id -> name) that no label of the training list has, unless they are named in
-    `absent`.
-
-    An error: a network learns nothing about such a class, misses it in every case, and the printed
-    mean falls by it with nothing to show why. The usual causes are another order of class_names and
-    lists that are too short.
-    """
-    unknown = [name for name in absent if name not in classes.values()]
-    if unknown:
-        raise DataError(
-            f"absent_classes: {unknown} are none of the classes {', '.join(classes.values())}"
-        )
-    ids = set(ids)
-    for number, name in classes.items():
-        if number not in ids and name not in absent:
-            report.error(
-                "absent class",
-                source,
-                f"no training case has class {number}, '{name}'",
-                "each class at least once",
-                "mend class_names or the list, or say so with "
-                f"--opts \"absent_classes=['{name}']\"",
-            )

@@ -14,17 +14,18 @@ values look like ids of further classes are refused, blurred ones are warned of.
 pixels, so spacing is 1.
 """
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dataloaders import augment_ssl
-from dataloaders.cases import Case, DataError, check_inside, read_split
-from dataloaders.faults import WARNING, CaseNotes, Finding, Report, gathering, no_file, unreadable
-from dataloaders.semi import SemiDataset, labelled_count
+from dataloaders import augment
+from dataloaders.base import InMemory
+from dataloaders.cases import Case
+from dataloaders.checks import check_inside, check_mask
+from dataloaders.faults import WARNING, CaseNotes, DataError, Finding, Report, no_file, unreadable
+from dataloaders.lists import draw, find_images, labelled_count, read_split
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 FOLDERS = {  # images, masks; where the names alone tell the list, its name
@@ -35,17 +36,16 @@ FOLDERS = {  # images, masks; where the names alone tell the list, its name
     "isic": ("ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"),
 }
 MASK_ENDING = "_segmentation"  # of the ISIC archive
-SEED = 1337
 AUGMENTATIONS = ("semi", "supervised")
 RESIZES = ("bilinear", "nearest")
 
 
-class Images2DDataset(SemiDataset):
+class Images2DDataset(InMemory):
     """RGB images and binary masks of any size, resized to patch_size.
 
     split_dir: folder of the lists, root if empty. augmentation: 'semi' resizes first and always
     turns and mirrors, labelled images too; 'supervised' is the pipeline of the fully supervised
-    runs for `labelled_patch` (turn and mirror half the time, else small rotations, then resize),
+    runs for `patch` (turn and mirror half the time, else small rotations, then resize),
     which reads images at their own size. eval_resize: of images to be predicted; 'bilinear' as in
     training, 'nearest' as the released testers do.
     """
@@ -66,17 +66,11 @@ class Images2DDataset(SemiDataset):
         eval_resize: str = "bilinear",
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        unlabelled: str = "",
     ) -> None:
-        super().__init__(
-            root,
-            split_dir or root,
-            patch_size,
-            class_names,
-            memory_gb,
-            patient_pattern,
-            absent_classes,
-        )
-        if len(patch_size) != 2 or patch_size[0] != patch_size[1]:
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir or root, class_names, patch_size, memory_gb, *others)
+        if patch_size[0] != patch_size[1]:
             raise DataError(
                 "patch_size must be two equal numbers, since images are turned, got "
                 f"{list(patch_size)}"
@@ -110,81 +104,73 @@ class Images2DDataset(SemiDataset):
         """The images called `names`, from any list or folder."""
         found = self._known.keys() >= set(names) or self._by_name(Report()).keys() >= set(names)
         if not found and (self.split_dir / "train.txt").is_file():
-            self._lists(Report())  # of paths to other folders
-        with gathering(None) as report:
-            return self._cases(names, report)
+            self.lists(Report())  # of paths to other folders
+        return super().find(names)
 
-    def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
+    def read(self, case: Case, notes: CaseNotes | None = None) -> dict:
         """An image at its own size: image (3, H, W) float32, label (1, H, W) uint8; spacing 1
         pixel.
         """
         image, mask = _open_pair(case, notes)
-        return {
-            "image": augment_ssl.from_pil(image),
-            "label": np.asarray(mask)[None],
-            "spacing": [1.0, 1.0],
-            "name": case.name,
-        }
+        label = {} if mask is None else {"label": np.asarray(mask)[None]}
+        return {"image": augment.from_pil(image), **label, "spacing": [1.0, 1.0], "name": case.name}
 
-    def read_unlabelled(self, case: Case) -> dict:
+    def read_file(self, case: Case) -> dict:
         """An image file: image (3, H, W) float32 in 0..1 at its own size."""
-        return {
-            "image": augment_ssl.from_pil(_open(case.images[0]).convert("RGB")),
-            "name": case.name,
-        }
+        return {"image": augment.from_pil(_open(case.images[0]).convert("RGB")), "name": case.name}
 
-    def network_slices(self, volume: dict) -> np.ndarray:
+    def slices(self, volume: dict) -> np.ndarray:
         """The image as the network takes it: (1, 3, *patch_size) float32."""
         if self.eval_resize == "nearest":
-            return augment_ssl.resize_nearest(volume["image"], self.patch_size)[None]
-        return augment_ssl.resize_image(volume["image"], self.patch_size)[None]
+            return augment.resize_nearest(volume["image"], self.patch_size)[None]
+        return augment.resize_image(volume["image"], self.patch_size)[None]
 
-    def native_prediction(self, prediction: np.ndarray, volume: dict) -> np.ndarray:
+    def unslice(self, prediction: np.ndarray, volume: dict) -> np.ndarray:
         """Label maps (1, *patch_size) -> (H, W), nearest neighbour."""
-        return augment_ssl.resize_nearest(prediction, volume["image"].shape[1:])[0]
+        return augment.resize_nearest(prediction, volume["image"].shape[1:])[0]
 
-    def labelled_patch(self, sample: dict, rng: np.random.Generator) -> dict:
+    def patch(self, sample: dict, rng: np.random.Generator) -> dict:
         """The weak view, or with augmentation 'supervised' the pipeline of fully supervised
         runs.
         """
         if self.augmentation == "semi":
             return self.weak(sample, rng)
         if rng.random() > 0.5:
-            sample = augment_ssl.rot_flip(sample, rng)
+            sample = augment.rot_flip(sample, rng)
         elif rng.random() > 0.5:
-            sample = augment_ssl.rotate_small_rgb(sample, rng)
-        return augment_ssl.resize_rgb(sample, self.patch_size)
+            sample = augment.rotate_small_rgb(sample, rng)
+        return augment.resize_rgb(sample, self.patch_size)
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """Resized, then always quarter turns and a mirror."""
-        return augment_ssl.rot_flip(augment_ssl.resize_rgb(sample, self.patch_size), rng)
+        return augment.rot_flip(augment.resize_rgb(sample, self.patch_size), rng)
 
     def strong(self, sample: dict, rng: np.random.Generator) -> dict:
         """Colour jitter, grayscale and blur of a weak view."""
-        return augment_ssl.strong_rgb(sample, rng)
+        return augment.strong_rgb(sample, rng)
 
-    def _load(self, case: Case, notes: CaseNotes | None = None) -> dict[str, np.ndarray]:
+    def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
         image, mask = _open_pair(case, notes)
         # the first step of the pipeline, without a random choice: done once
         if self.augmentation == "semi":
             size = (self.patch_size[1], self.patch_size[0])
-            image, mask = (
-                image.resize(size, Image.Resampling.BILINEAR),
-                mask.resize(size, Image.Resampling.NEAREST),
-            )
-        return {
-            "image": np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0)),
-            "label": np.array(mask)[None],
-        }
+            image = image.resize(size, Image.Resampling.BILINEAR)
+            mask = mask and mask.resize(size, Image.Resampling.NEAREST)
+        label = {} if mask is None else {"label": np.array(mask)[None]}
+        return {"image": np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0)), **label}
 
-    def _sample(self, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {
-            "image": stored["image"].astype(np.float32) / np.float32(255),
-            "label": stored["label"],
-        }
+    def unpacked(self, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return stored | {"image": stored["image"].astype(np.float32) / np.float32(255)}
 
-    def _lists(self, report: Report) -> dict[str, list[str]]:
-        lists = {split: self._read_list(split, report) for split in ("train", "val", "test")}
+    def has_label(self, name: str) -> bool:
+        return name not in self._known or self._known[name].label is not None
+
+    def folder_cases(self, folder: Path, report: Report) -> list[Case]:
+        return find_images(folder, SUFFIXES)
+
+    def lists(self, report: Report) -> dict[str, list[str]]:
+        names = ("train", "unlabelled", "val", "test")
+        lists = {split: self._read_list(split, report) for split in names}
         if lists["train"] is None:
             lists |= self._ratio_lists(report)
         folders = self.scan() if lists["train"] is None or lists["val"] is None else {}
@@ -273,7 +259,7 @@ class Images2DDataset(SemiDataset):
                 return lists | ({"val": val} if val else {})
         return {}
 
-    def _choose(
+    def choose(
         self, train: Sequence[str], labelled: int | float | None, report: Report
     ) -> list[str]:
         count = labelled_count(labelled, len(train), f"{self.split_dir}/train.txt", self.unit)
@@ -334,7 +320,7 @@ class Images2DDataset(SemiDataset):
                         "restore the image or remove the mask",
                     )
 
-    def _cases(self, names: Sequence[str], report: Report) -> list[Case]:
+    def evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
         if not all(name in self._known for name in names):
             self._by_name(report)
         unknown = [name for name in names if name not in self._known]
@@ -348,27 +334,11 @@ class Images2DDataset(SemiDataset):
             )
         cases = []
         for case in (self._known[name] for name in names if name in self._known):
-            if case.label is None:
-                report.error(
-                    "no label",
-                    case.images[0],
-                    "has no mask of the same name",
-                    "one beside the image folder",
-                    "restore the mask or take the image out of the lists",
-                )
-                continue
-            missing = [path for path in (*case.images, case.label) if not path.is_file()]
+            missing = [path for path in case.files if not path.is_file()]
             report.take(no_file(path) for path in missing)
             if not missing:
                 cases.append(case)
         return cases
-
-    _training_cases = _evaluation_cases = _cases
-
-
-def draw(names: Sequence[str], count: int, seed: int = SEED) -> list[str]:
-    """`count` of the names, drawn with a seed from their sorted order."""
-    return random.Random(seed).sample(sorted(names), count)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -398,9 +368,11 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image, Image.Image]:
-    """Image in mode RGB and mask in mode L with values 0 and 1; DataError with all faults of the
-    two.
+def _open_pair(
+    case: Case, notes: CaseNotes | None = None
+) -> tuple[Image.Image, Image.Image | None]:
+    """Image in mode RGB and mask, if there is one, in mode L with values 0 and 1; DataError with
+    all faults of the two.
     """
     faults, image, mask = Report(), None, None
     with faults.catching():
@@ -414,10 +386,11 @@ def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image,
                 "it is empty",
             )
     with faults.catching():
-        mask = _open(case.label)
-        lossy = mask.format == "JPEG" or case.label.suffix.lower() in (".jpg", ".jpeg")
-        mask = mask.convert("L")
-        _check_mask(case.label, mask, lossy, faults)
+        if case.label is not None:
+            mask = _open(case.label)
+            lossy = mask.format == "JPEG" or case.label.suffix.lower() in (".jpg", ".jpeg")
+            mask = mask.convert("L")
+            check_mask(case.label, mask, lossy, faults)
     if image is not None and mask is not None and image.size != mask.size:
         faults.error(
             "shape",
@@ -428,45 +401,8 @@ def _open_pair(case: Case, notes: CaseNotes | None = None) -> tuple[Image.Image,
             "image and mask must have one size",
         )
     faults.stop()
-    cut = mask.point([int(value > 127) for value in range(256)])
+    cut = mask and mask.point([int(value > 127) for value in range(256)])
     if notes is not None:
         notes.take(faults.warnings)
-        notes.see(np.asarray(image), np.asarray(cut))
+        notes.see(np.asarray(image), None if cut is None else np.asarray(cut))
     return image, cut
-
-
-def _check_mask(path: Path, mask: Image.Image, lossy: bool, faults: Report) -> None:
-    """What the grey values of a mask tell. lossy: JPEG, where values beside 0 and 255 are to be
-    expected.
-    """
-    counts = np.asarray(mask.histogram())
-    high = int(np.flatnonzero(counts)[-1])
-    if 0 < high <= 127:
-        faults.error(
-            "mask values",
-            path,
-            f"its largest value is {high}",
-            "0 and 255 (cut at half)",
-            "multiply ids by 255",
-        )
-        return
-    # compression moves a value by less than 32
-    between = counts[32:224] if lossy else counts[1:255]
-    share = between.sum() / counts.sum()
-    levels = np.flatnonzero(between) + 1
-    if not lossy and share > 0.005 and len(levels) <= 8:  # a blurred border has many
-        faults.error(
-            "mask values",
-            path,
-            f"values {levels.tolist()} in {100 * share:.1f} % of the pixels",
-            "0 and 255 alone",
-            "masks are binary: map the ids of several classes to 0 and 255",
-        )
-    elif share > (0.02 if lossy else 0.0):
-        faults.warning(
-            "mask values",
-            path,
-            f"{100 * share:.1f} % of the pixels lie between background and foreground",
-            "0 and 255",
-            "masks are cut at half, 128 and above is foreground",
-        )

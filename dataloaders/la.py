@@ -15,23 +15,24 @@ scans out of that choice, add a val.txt with ids taken from train.txt.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, Spacing
 
-from dataloaders import augment_ssl
-from dataloaders.cases import Case, DataError, read_image
-from dataloaders.faults import CaseNotes, Finding, Report, gathering
-from dataloaders.semi import SemiDataset, read_h5
+from dataloaders import augment
+from dataloaders.base import InMemory
+from dataloaders.cases import Case, h5_lacks_label, read_h5, read_image
+from dataloaders.faults import CaseNotes, DataError, Finding, Report
 
 ORIENTATION = "LPS"  # of the arrays in the files, as the challenge's own scans store them
 SPACING = 0.625  # mm, along each axis
 LAYOUTS = ("{}/mri_norm2.h5", "data/{}.h5", "2018LA_Seg_Training Set/{}/mri_norm2.h5")
 
 
-class LADataset(SemiDataset):
+class LADataset(InMemory):
     """LA volumes; splits/la has the 80 and 20 scans of UA-MT in their order, and no val.txt (then
     val is empty).
 
@@ -39,11 +40,9 @@ class LADataset(SemiDataset):
     start at the last admissible voxel, which the released code never draws (False).
     """
 
-    dims = 3
     unit = "scan"
     needs_val = False
     pads = True
-    in_channels = 1
 
     def __init__(
         self,
@@ -55,30 +54,23 @@ class LADataset(SemiDataset):
         last_start: bool = True,
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        unlabelled: str = "",
     ) -> None:
-        super().__init__(
-            root, split_dir, patch_size, class_names, memory_gb, patient_pattern, absent_classes
-        )
-        if len(patch_size) != 3:
-            raise DataError(f"patch_size must be three numbers, got {list(patch_size)}")
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others)
         self.last_start = last_start
 
-    def find(self, names: Sequence[str]) -> list[Case]:
-        """The scans called `names`."""
-        with gathering(None) as report:
-            return self._evaluation_cases(names, report)
-
-    def read_volume(self, case: Case, notes: CaseNotes | None = None) -> dict:
+    def read(self, case: Case, notes: CaseNotes | None = None) -> dict:
         """A scan: image (1, H, W, D) float32, label (1, H, W, D) uint8; spacing 1 and affine
         identity.
         """
-        return self._load(case, notes) | {
+        return self.load(case, notes) | {
             "spacing": [1.0, 1.0, 1.0],
             "affine": np.eye(4),
             "name": case.name,
         }
 
-    def read_unlabelled(self, case: Case) -> dict:
+    def read_file(self, case: Case) -> dict:
         """A scan file (NIfTI, NRRD, ...) as the HDF5 files hold scans: image (1, H, W, D) float32
         in the axis order LPS and on a grid of 0.625 mm, z-scored over the whole scan; affine,
         native_affine and native_shape.
@@ -98,21 +90,31 @@ class LADataset(SemiDataset):
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """Quarter turns and a mirror in the axial plane, then a random crop."""
-        return augment_ssl.crop_padded(
-            augment_ssl.rot_flip(sample, rng), rng, self.patch_size, self.last_start
-        )
+        return augment.crop_padded(self.turn(sample, rng), rng, self.patch_size, self.last_start)
 
-    def strong(self, sample: dict, rng: np.random.Generator) -> dict:
-        """Bias field, gamma and blur of a weak view."""
-        return augment_ssl.strong_volume(sample, rng)
-
-    def _load(self, case: Case, notes: CaseNotes | None = None) -> dict[str, np.ndarray]:
-        image, label = read_h5(case.images[0], self.num_classes, 3, notes=notes)
+    def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
+        """An HDF5 file, or a scan of the folder `unlabelled`."""
+        if case.images[0].suffix != ".h5":
+            arrays = {"image": self.read_file(case)["image"][0]}
+        else:
+            arrays = read_h5(case.images[0], self.num_classes, 3, notes=notes)
         if notes is not None:
-            notes.see(image, label)
-        return {"image": image[None], "label": label[None]}
+            notes.see(arrays["image"], arrays.get("label"))
+        return {key: array[None] for key, array in arrays.items()}
 
-    def _evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
+    def has_label(self, name: str) -> bool:
+        paths = [self.root / layout.format(name) for layout in LAYOUTS]
+        return not any(path.is_file() and h5_lacks_label(path) for path in paths)
+
+    def folder_cases(self, folder: Path, report: Report) -> list[Case]:
+        """HDF5 files (ID.h5 or ID/mri_norm2.h5) with the array `image`, else scan files."""
+        files = {path.stem: path for path in sorted(folder.glob("*.h5"))}
+        files |= {path.parent.name: path for path in sorted(folder.glob("*/mri_norm2.h5"))}
+        if not files:
+            return super().folder_cases(folder, report)
+        return [Case(name, (path,)) for name, path in files.items()]
+
+    def evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
         cases = []
         for name in names:
             with report.catching():
@@ -133,5 +135,3 @@ class LADataset(SemiDataset):
                     )
                 cases.append(Case(name, (path,), path))
         return cases
-
-    _training_cases = _evaluation_cases

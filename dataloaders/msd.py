@@ -5,12 +5,9 @@ the foreground (MONAI transforms; steps 1-5 of the CT recipe of ACF-BCKD). Rando
 dataloaders/augment.py.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -22,42 +19,23 @@ from monai.transforms import (
     ScaleIntensityRanged,
     Spacingd,
 )
-from tqdm import tqdm
 
 from dataloaders import augment
+from dataloaders.base import Dataset
 from dataloaders.cache import CaseCache
-from dataloaders.cases import (
-    Case,
-    DataError,
-    check_disjoint,
-    patient_function,
-    read_class_names,
-    read_datalist,
-    read_image,
-    read_label,
-    read_num_channels,
-    read_split,
-    select,
-)
-from dataloaders.faults import (
-    ERROR,
-    WARNING,
-    CaseNotes,
-    Finding,
-    Report,
-    check_classes,
-    check_duplicates,
-    gathering,
-    placed,
-)
+from dataloaders.cases import Case, read_image, read_label
+from dataloaders.faults import WARNING, CaseNotes, DataError, Finding, Report
+from dataloaders.lists import read_class_names, read_datalist, read_num_channels, read_split, select
 from dataloaders.volumes import channel_number
 
 INTENSITIES = ("window", "zscore", "none")
 CROPS = ("pos_neg", "uniform")
+SECTIONS = {"train": "training", "val": "validation", "test": "test"}
+SECTION_ORDER = (*SECTIONS.values(), "unlabelled")
 _AXES = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
-class MSDDataset:
+class MSDDataset(Dataset):
     """Cases of a decathlon JSON and how they are preprocessed.
 
     root, datalist: folder and JSON name. split_dir: folder with train.txt, val.txt, test.txt of
@@ -68,18 +46,17 @@ class MSDDataset:
     intensity: 'window' maps window[0]..window[1] to 0..1 and clips, 'zscore' normalises each
     channel over the volume.
     crop_foreground: cut to the box of voxels above 0 after normalisation.
-    patient_pattern: regular expression whose group 1 is the patient in a case's name, '' for the
-    usual conventions (cases.patient_function). absent_classes: those that the training list may
-    lack.
+    crop: 'pos_neg', half of the labelled patches are centred on foreground, or 'uniform'. flip_prob
+    (of each axis), rot90_prob, scale_prob, shift_prob: how often a patch is mirrored, turned, and
+    its intensities scaled and shifted.
     """
 
-    multilabel = False
-    allow_outside = False  # whether lists may name files outside of root
-    described_keys = ("class_names", "in_channels")  # arguments that `described` knows
+    caches = True
+    pads = True
+    described_keys = ("class_names", "in_channels")
 
     @classmethod
     def described(cls, root: Path, datalist: str, keys: Sequence[str]) -> dict:
-        """Values of `keys`, which are among `described_keys`, as the data set itself tells them."""
         readers = {"class_names": read_class_names, "in_channels": read_num_channels}
         return {key: readers[key](root / datalist) for key in keys}
 
@@ -98,6 +75,13 @@ class MSDDataset:
         crop_foreground: bool = True,
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
+        patch_size: Sequence[int] = (),
+        crop: str = "pos_neg",
+        flip_prob: float = 0.2,
+        rot90_prob: float = 0.2,
+        scale_prob: float = 0.1,
+        shift_prob: float = 0.1,
+        unlabelled: str = "",
     ) -> None:
         if intensity not in INTENSITIES:
             raise DataError(f"intensity must be one of {', '.join(INTENSITIES)}, got '{intensity}'")
@@ -112,23 +96,24 @@ class MSDDataset:
             sorted(map("LRPAIS".find, (a, b, c))) for a in "LR" for b in "PA" for c in "IS"
         ]:
             raise DataError(f"orientation must name three axes, such as RAS, got '{orientation}'")
-        self.root, self.datalist, self.split_dir = Path(root), datalist, split_dir
-        self.class_names, self.in_channels = tuple(class_names), in_channels
+        if crop not in CROPS:
+            raise DataError(f"crop must be one of {', '.join(CROPS)}, got '{crop}'")
+        if rot90_prob and patch_size and patch_size[0] != patch_size[1]:
+            raise DataError(
+                f"rot90_prob is {rot90_prob}, but a patch of {tuple(patch_size)} changes its shape "
+                "when turned; set rot90_prob: 0 or make the first two sides equal"
+            )
+        others = patient_pattern, absent_classes, unlabelled
+        super().__init__(root, split_dir, class_names, patch_size, *others)
+        self.datalist, self.in_channels, self.listed = datalist, in_channels, bool(split_dir)
         self.orientation, self.spacing = orientation, tuple(spacing)
-        self.intensity, self.window, self.crop_foreground = (
-            intensity,
-            tuple(window),
-            crop_foreground,
-        )
-        self.patient, self.absent_classes = patient_function(patient_pattern), tuple(absent_classes)
+        self.intensity, self.window = intensity, tuple(window)
+        self.crop_foreground = crop_foreground
+        self.crop, self.flip_prob, self.rot90_prob = crop, flip_prob, rot90_prob
+        self.scale_prob, self.shift_prob = scale_prob, shift_prob
+        self.turns = rot90_prob > 0
+        self._known: dict[str, Case] = {}
         self.cache = CaseCache(Path(cache_dir), self.preprocess, self._parameters())
-
-    @property
-    def num_classes(self) -> int:
-        """Channels of the logits: background included, or the number of regions of multi-label
-        data.
-        """
-        return len(self.class_names)
 
     @property
     def allowed_ids(self) -> tuple[int, ...]:
@@ -136,161 +121,130 @@ class MSDDataset:
         return tuple(range(len(self.class_names)))
 
     @property
-    def classes(self) -> dict[int, str]:
-        """Number -> name of what is scored: the foreground classes, or the regions of multi-label
-        data.
-        """
-        return (
-            dict(enumerate(self.class_names))
-            if self.multilabel
-            else dict(enumerate(self.class_names[1:], 1))
-        )
+    def source(self) -> str:
+        return super().source if self.listed else str(self.root / self.datalist)
 
-    def splits(self, report: Report | None = None) -> dict[str, list[Case]]:
-        """The lists train, val and test (the last may be empty), checked to be disjoint and not
-        empty.
+    # Lists
 
-        report: takes the faults, and the lists have what is left; where it is None, they are raised
-        together.
-        """
-        result: dict[str, list[Case]] = {}
-        with gathering(report) as report:
-            labelled = self.labelled(report)
-            for split in ("train", "val", "test") if self.split_dir else ():
-                names, source = (
-                    read_split(Path(self.split_dir), split, report),
-                    f"{self.split_dir}/{split}.txt",
-                )
-                result[split] = select(labelled, names, source, report) if names else []
-            if not self.split_dir:
-                result = self.own_splits(report)
-            for split in ("train", "val") if labelled else ():
-                where = (
-                    Path(self.split_dir) / f"{split}.txt"
-                    if self.split_dir
-                    else self.root / self.datalist
-                )
-                if not result[split] and not (self.split_dir and where.is_file()):
-                    report.error(
-                        "empty list",
-                        where,
-                        f"the {split} list is empty",
-                        "at least one labelled case",
-                        "tools/make_splits.py draws seeded lists",
-                    )
-            check_disjoint(result, report, self.patient)
-        return result
-
-    def find(self, names: Sequence[str]) -> list[Case]:
-        """The labelled cases called `names`, from any list of the JSON; DataError naming those that
-        are not there.
-        """
-        return select(self.labelled(), names, str(self.root / self.datalist))
-
-    def labelled(self, report: Report | None = None) -> list[Case]:
+    def cases(self, report: Report | None = None) -> list[Case]:
         """All labelled cases, from any list of the data set."""
-        return [case for cases in self._labelled(report).values() for case in cases]
+        return [case for case in self._all(report).values() if case.label is not None]
 
-    def labelled_tests(self) -> list[Case]:
+    def own_splits(self, report: Report | None = None) -> dict[str, list[Case]]:
+        """The lists train, val and test that come with the data set; each may be empty. Of train
+        alone some cases may have no label.
+        """
+        sections = self.sections(report)
+        own = {split: sections.get(section, []) for split, section in SECTIONS.items()}
+        scored = {split: [c for c in own[split] if c.label] for split in ("val", "test")}
+        return own | scored
+
+    def own_test(self) -> list[Case]:
         """The labelled cases that the data set keeps for the test."""
         return self.own_splits()["test"]
 
-    def own_splits(self, report: Report | None = None) -> dict[str, list[Case]]:
-        """The lists train, val and test that come with the data set; each may be empty."""
-        labelled = self._labelled(report)
-        names = {"train": "training", "val": "validation", "test": "test"}
-        return {split: labelled.get(section, []) for split, section in names.items()}
+    def lists(self, report: Report) -> dict[str, list[str]]:
+        cases = self._all(report)
+        if not self.listed:
+            own = self.own_splits(report)
+            lists = {split: [case.name for case in found] for split, found in own.items()}
+            lists["unlabelled"] = []
+        else:
+            lists = {}
+            for split in (*SECTIONS, "unlabelled"):
+                names = read_split(self.split_dir, split, report) or []
+                source = f"{self.split_dir}/{split}.txt"
+                known = select(cases.values(), names, source, report)
+                lists[split] = [case.name for case in known]
+        for split in ("train", "val") if any(case.label for case in cases.values()) else ():
+            path = self.split_dir / f"{split}.txt" if self.listed else self.root / self.datalist
+            if not lists[split] and not (self.listed and path.is_file()):
+                report.error(
+                    "empty list",
+                    path,
+                    f"the {split} list is empty",
+                    "at least one labelled case",
+                    "tools/make_splits.py draws seeded lists",
+                )
+        return lists
 
-    def _labelled(self, report: Report | None) -> dict[str, list[Case]]:
-        """The labelled cases of each list of the JSON; others are left out, with a word about it
-        for training lists.
+    def evaluation_cases(self, names: Sequence[str], report: Report) -> list[Case]:
+        source = str(self.root / self.datalist)
+        return select(self._all(report).values(), names, source, report)
+
+    def has_label(self, name: str) -> bool:
+        return self._all(None)[name].label is not None
+
+    def unlisted(self, listed: set[str], report: Report) -> list[Case]:
+        """Training cases that the data set has without labels, and those of `unlabelled`."""
+        sections = self.sections(report)
+        found = sections.get("training", []) + sections.get("unlabelled", [])
+        if self.unlabelled == "test":
+            found = found + sections.get("test", [])
+        known = self._all(None)
+        for case in found:
+            same = known.get(case.name, case)
+            if case.label is None and case.name in listed and same.images != case.images:
+                report.error(
+                    "listed twice",
+                    case.images[0],
+                    f"an unlabelled scan with the name of {same.images[0]}",
+                    "",
+                    "every scan needs a name of its own",
+                )
+        own = [case for case in found if case.label is None and case.name not in listed]
+        return own + (super().unlisted(listed, report) if self.unlabelled != "test" else [])
+
+    def sections(self, report: Report | None) -> dict[str, list[Case]]:
+        """The lists of the data set, labelled cases and others: training, validation, test and, in
+        formats that have it, unlabelled.
         """
         sections = read_datalist(self.root, self.datalist, report, self.allow_outside)
-        for section, cases in sections.items():
-            without = [case for case in cases if case.label is None]
-            if without and section in ("training", "validation") and report is not None:
-                report.warning(
-                    "no label",
-                    self.root / self.datalist,
-                    f"{len(without)} of {len(cases)} entries of '{section}' have no label, for "
-                    "example "
-                    f"'{without[0].name}'",
-                    "entries with 'image' and 'label'",
-                    "they are left out",
-                )
-        return {
-            name: [case for case in cases if case.label is not None]
-            for name, cases in sections.items()
-        }
+        without = [case for case in sections.get("validation", []) if case.label is None]
+        if without and report is not None:
+            report.warning(
+                "no label",
+                self.root / self.datalist,
+                f"{len(without)} of {len(sections['validation'])} entries of 'validation' have no "
+                f"label, for example '{without[0].name}'",
+                "entries with 'image' and 'label'",
+                "they are left out",
+            )
+        return sections
+
+    def _all(self, report: Report | None) -> dict[str, Case]:
+        """Every case of the data set by its name; read once, unless faults are asked for."""
+        if report is not None or not self._known:
+            sections, self._known = self.sections(report), {}
+            order = [section for section in SECTION_ORDER if section in sections]
+            cases = [case for section in order for case in sections[section]]
+            # a scan without a label must not stand in for a labelled one of its name
+            for case in sorted(cases, key=lambda case: case.label is None):
+                self._known.setdefault(case.name, case)
+        return self._known
+
+    # Reading
 
     def prepare(
-        self,
-        splits: dict[str, Sequence[Case]],
-        patch_size: Sequence[int] = (),
-        report: Report | None = None,
-        store: bool = True,
+        self, splits: dict[str, Sequence[Case]], report: Report | None = None, store: bool = True
     ) -> list[Finding]:
-        """Preprocess every case of the lists that is not cached yet, and check them together -> the
-        warnings.
-
-        DataError that lists every fault, or with `report` the faults are noted there. patch_size:
-        of training, to tell of smaller scans. store: keep what was preprocessed.
-        """
-        with gathering(report) as report:
-            facts: dict[tuple[str, Case], dict] = {}
-            for split, cases in splits.items():
-                report.count(split, len(cases), f"{split} cases")
-                for case in tqdm(cases, desc=f"preparing {split}", unit="case", delay=1):
-                    with report.catching(split, case.name):
-                        facts[split, case] = self.cache.facts(case, store)
+        try:
+            return super().prepare(splits, report, store)
+        finally:
             if store:
                 self.cache.write_digests()
-            for (split, case), found in facts.items():
-                report.take(placed(_stored_warnings(case, found["warnings"]), split, case.name))
-                if any(side < want for side, want in zip(found["shape"], patch_size)):
-                    sides = " x ".join(map(str, found["shape"]))
-                    report.warning(
-                        "small",
-                        case.images[0],
-                        f"{sides} voxels after preprocessing",
-                        f"at least the patch, {' x '.join(map(str, patch_size))}",
-                        "patches are padded with zeros",
-                        split=split,
-                        case=case.name,
-                    )
-            _check_orientations(
-                {key: found["native_affine"] for key, found in facts.items()}, report
-            )
-            seen = (
-                (split, case.name, case.images[0], found["content"])
-                for (split, case), found in facts.items()
-            )
-            check_duplicates(seen, report, ERROR)
-            training = [found["ids"] for (split, _), found in facts.items() if split == "train"]
-            # only where all were read: a class may be in a case that was not
-            if training and len(training) == len(splits["train"]):
-                present = {number for ids in training for number in self.present(ids)}
-                source = (
-                    f"{self.split_dir}/train.txt"
-                    if self.split_dir
-                    else str(self.root / self.datalist)
-                )
-                check_classes(present, self.classes, self.absent_classes, source, report)
-        return report.warnings
 
-    def present(self, ids: Sequence[int]) -> set[int]:
-        """Which of `classes` a label with these `ids` has."""
-        return set(ids)
+    def facts(self, case: Case, split: str, store: bool) -> dict:
+        found = self.cache.facts(case, store)
+        findings = [
+            Finding(fault, str(case.files[k]), what, expected, fix, WARNING)
+            for k, fault, what, expected, fix in found["warnings"]
+        ]
+        return {"ids": None} | found | {"findings": findings}
 
     def read(self, case: Case) -> dict:
-        """The preprocessed case: image (C, H, W, D) float32, label (1, H, W, D) uint8 and the keys
-        of `preprocess`.
-        """
+        """The preprocessed case, memory-mapped, with the keys of `preprocess`."""
         return self.cache.read(case)
-
-    def training_sample(self, case: Case) -> dict:
-        """The case as training patches are cut from it."""
-        return self.read(case)
 
     def preprocess(self, case: Case) -> dict:
         """Read and transform one case. Beside image and label: affine, spacing (mm) and the stored
@@ -299,39 +253,33 @@ class MSDDataset:
         """
         image, label, affine, seen = self._read_checked(case)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
-        sample = self._transform(
-            case,
-            {
-                "image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine)),
-                "label": MetaTensor(
-                    torch.from_numpy(label[None].astype(np.float32)),
-                    affine=torch.from_numpy(affine),
-                ),
-            },
-        )
-        image, label = (
-            sample["image"].numpy(),
-            self.encode_label(sample["label"].numpy().astype(np.uint8)),
-        )
-        affine = sample["image"].affine.numpy()
-        inside = (image > 0).any(0) if self.crop_foreground else np.ones(image.shape[1:], bool)
-        positive = label.any(0)
-        return {
+        sample = {"image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine))}
+        if label is not None:
+            ids = torch.from_numpy(label[None].astype(np.float32))
+            sample["label"] = MetaTensor(ids, affine=torch.from_numpy(affine))
+        sample = self._transform(case, sample)
+        image, affine = sample["image"].numpy(), sample["image"].affine.numpy()
+        found = {
             "image": np.ascontiguousarray(image, dtype=np.float32),
-            "label": label,
             "affine": affine,
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
-            "foreground": np.flatnonzero(positive).astype(np.int32),
-            "background": np.flatnonzero(inside & ~positive).astype(np.int32),
-            "ids": self._ids(label),
             **native,
             **seen,
         }
+        if label is None:
+            return found
+        label = self.encode_label(sample["label"].numpy().astype(np.uint8))
+        inside = (image > 0).any(0) if self.crop_foreground else np.ones(image.shape[1:], bool)
+        positive = label.any(0)
+        return found | {
+            "label": label,
+            "foreground": np.flatnonzero(positive).astype(np.int32),
+            "background": np.flatnonzero(inside & ~positive).astype(np.int32),
+            "ids": self._ids(label),
+        }
 
-    def read_unlabelled(self, case: Case) -> dict:
-        """A scan without a label as `read` gives it: image (C, H, W, D) float32, affine, and the
-        stored grid's native_affine and native_shape. Nothing is cached.
-        """
+    def read_file(self, case: Case) -> dict:
+        """A scan without a label as `read` gives it; nothing is cached."""
         image, affine = read_image(case, self.in_channels)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
         image, affine = self.preprocess_image(case, image, affine)
@@ -354,31 +302,22 @@ class MSDDataset:
         """
         return channel_number(name) if self.in_channels > 1 else None
 
-    def structures(self) -> dict[str, tuple[int, ...]]:
-        """What a prediction shows, by name: the ids that it is made of in what `decode_prediction`
-        gives.
+    def _read_checked(self, case: Case) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, dict]:
+        """Image, label (None: it has none) and affine of a case, and what the cache keeps of the
+        checks; DataError with all its faults.
         """
-        return {name: (k,) for k, name in enumerate(self.class_names) if k}
-
-    def id_names(self) -> dict[int, str]:
-        """Names of the ids that `decode_prediction` gives."""
-        return dict(enumerate(self.class_names))
-
-    def _read_checked(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Image, label and affine of a case, and what the cache keeps of the checks; DataError with
-        all its faults.
-        """
-        notes, image, affine = CaseNotes(), None, None
+        notes, image, label, affine = CaseNotes(), None, None, None
         with notes.catching():
             self._check_case(case)
         with notes.catching():
             image, affine = read_image(case, self.in_channels, notes)
         with notes.catching():
-            label = read_label(case, self.allowed_ids, *notes.grid, notes)
+            if case.label is not None:
+                label = read_label(case, self.allowed_ids, *notes.grid, notes)
         notes.stop()
         # Entries of the cache are found by content, wherever the files are: their names are not
         # stored.
-        files = [str(path) for path in (*case.images, case.label)]
+        files = [str(path) for path in case.files]
         stored = [
             [files.index(w.file), w.fault, w.found, w.expected, w.fix] for w in notes.warnings
         ]
@@ -403,52 +342,28 @@ class MSDDataset:
         """Prediction on any grid -> ids as label files hold them; the same for multi-class data."""
         return prediction
 
-    def patch_function(
-        self,
-        patch_size: Sequence[int],
-        crop: str = "pos_neg",
-        flip_prob: float = 0.2,
-        rot90_prob: float = 0.2,
-        scale_prob: float = 0.1,
-        shift_prob: float = 0.1,
-    ):
-        """(sample, rng) -> one random training patch: crop, flips, 90-degree turns, intensity scale
-        and shift.
-        """
-        if crop not in CROPS:
-            raise DataError(f"crop must be one of {', '.join(CROPS)}, got '{crop}'")
-        if rot90_prob and patch_size[0] != patch_size[1]:
-            raise DataError(
-                f"rot90_prob is {rot90_prob}, but a patch of {tuple(patch_size)} changes its shape "
-                "when turned; "
-                f"set rot90_prob: 0 or make the first two sides equal"
-            )
-        cut = augment.crop_pos_neg if crop == "pos_neg" else augment.crop_uniform
-        return partial(
-            self._patch,
-            cut=partial(cut, size=tuple(patch_size)),
-            flip_prob=flip_prob,
-            rot90_prob=rot90_prob,
-            scale_prob=scale_prob,
-            shift_prob=shift_prob,
-        )
+    # Patches
 
-    def _patch(
-        self,
-        sample: dict,
-        rng: np.random.Generator,
-        *,
-        cut,
-        flip_prob,
-        rot90_prob,
-        scale_prob,
-        shift_prob,
-    ):
-        patch = cut(sample, rng)
-        patch = augment.random_flip(patch, rng, flip_prob)
-        patch = augment.random_rot90(patch, rng, rot90_prob)
-        patch = augment.random_scale(patch, rng, scale_prob)
-        return augment.random_shift(patch, rng, shift_prob)
+    def patch(self, sample: dict, rng: np.random.Generator) -> dict:
+        """One random training patch: crop, flips, 90-degree turns, intensity scale and shift."""
+        return self.jitter(self.turn(self.cut(sample, rng), rng), rng)
+
+    def weak(self, sample: dict, rng: np.random.Generator) -> dict:
+        """A crop at any place, flips and 90-degree turns."""
+        return self.turn(augment.crop_uniform(sample, rng, self.patch_size), rng)
+
+    def cut(self, sample: dict, rng: np.random.Generator) -> dict:
+        """A random crop of the size of a patch."""
+        crop = augment.crop_pos_neg if self.crop == "pos_neg" else augment.crop_uniform
+        return crop(sample, rng, self.patch_size)
+
+    def turn(self, patch: dict, rng: np.random.Generator) -> dict:
+        patch = augment.random_flip(patch, rng, self.flip_prob)
+        return augment.random_rot90(patch, rng, self.rot90_prob)
+
+    def jitter(self, patch: dict, rng: np.random.Generator) -> dict:
+        patch = augment.random_scale(patch, rng, self.scale_prob)
+        return augment.random_shift(patch, rng, self.shift_prob)
 
     def _ids(self, label: np.ndarray) -> list[int]:
         return np.unique(label).tolist()
@@ -499,33 +414,3 @@ class MSDDataset:
 
 def _positive(image):
     return image > 0
-
-
-def _stored_warnings(case: Case, stored: Sequence[Sequence]) -> list[Finding]:
-    """What `_read_checked` noted of a case, with the names that its files have now."""
-    files = [str(path) for path in (*case.images, case.label)]
-    return [
-        Finding(fault, files[k], found, expected, fix, WARNING)
-        for k, fault, found, expected, fix in stored
-    ]
-
-
-def _check_orientations(affines: dict[tuple[str, Case], Sequence], report: Report) -> None:
-    """A warning for each case that is stored in another axis order than most: a flipped header
-    looks like that.
-    """
-    codes = {key: "".join(nib.aff2axcodes(np.asarray(affine))) for key, affine in affines.items()}
-    counts = Counter(codes.values()).most_common()
-    if len(counts) < 2 or counts[0][1] == counts[1][1]:
-        return
-    for (split, case), code in codes.items():
-        if code != counts[0][0]:
-            report.warning(
-                "orientation",
-                case.images[0],
-                f"stored as {code}",
-                f"{counts[0][0]}, as {counts[0][1]} of {len(codes)} cases are",
-                "check that the header is right",
-                split=split,
-                case=case.name,
-            )

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.cases import Case, DataError, check_inside, read_json, select
-from dataloaders.faults import Finding, Report, gathering
+from dataloaders.cases import Case
+from dataloaders.checks import check_inside
+from dataloaders.faults import DataError, Finding, Report, gathering
+from dataloaders.lists import find_scans, read_json, select
 from dataloaders.msd import MSDDataset
 from dataloaders.volumes import SUFFIXES, channel_number
 
@@ -53,18 +55,10 @@ class NnUNetDataset(MSDDataset):
         datalist: str,
         class_names: Sequence[str],
         in_channels: int = 1,
-        split_dir: str = "",
-        cache_dir: str = "cache",
-        orientation: str = "RAS",
-        spacing: Sequence[float] = (),
-        intensity: str = "window",
-        window: Sequence[float] = (-175.0, 250.0),
-        crop_foreground: bool = True,
-        patient_pattern: str = "",
-        absent_classes: Sequence[str] = (),
         regions: dict[str, Sequence[int]] | None = None,
         regions_class_order: Sequence[int] = (),
         fold: int = 0,
+        **preprocessing,
     ) -> None:
         self.regions = {name: tuple(ids) for name, ids in (regions or {}).items()}
         self.regions_class_order, self.fold = tuple(regions_class_order), fold
@@ -79,21 +73,7 @@ class NnUNetDataset(MSDDataset):
                 f"regions_class_order: {list(regions_class_order)}, expected one id for each of "
                 f"{list(self.regions)}"
             )
-        super().__init__(
-            root,
-            datalist,
-            class_names,
-            in_channels,
-            split_dir,
-            cache_dir,
-            orientation,
-            spacing,
-            intensity,
-            window,
-            crop_foreground,
-            patient_pattern,
-            absent_classes,
-        )
+        super().__init__(root, datalist, class_names, in_channels, **preprocessing)
 
     @property
     def allowed_ids(self) -> tuple[int, ...]:
@@ -101,18 +81,11 @@ class NnUNetDataset(MSDDataset):
             return super().allowed_ids
         return tuple(sorted({0, *(k for ids in self.regions.values() for k in ids)}))
 
-    def labelled(self, report: Report | None = None) -> list[Case]:
-        """All labelled cases, those of labelsTs too."""
-        return [case for cases in self._folders(report).values() for case in cases]
-
-    def labelled_tests(self) -> list[Case]:
-        """The cases of labelsTs."""
-        return self._folders(None)["Ts"]
-
     def own_splits(self, report: Report | None = None) -> dict[str, list[Case]]:
         """Train and val of the fold of splits_final.json; test: what labelsTs holds."""
-        path, folders = self.root / SPLITS, self._folders(report)
-        result = {"train": [], "val": [], "test": folders["Ts"]}
+        path, sections = self.root / SPLITS, self.sections(report)
+        tested = [case for case in sections["test"] if case.label]
+        result = {"train": [], "val": [], "test": tested}
         if not path.is_file():
             raise DataError(
                 Finding(
@@ -154,9 +127,9 @@ class NnUNetDataset(MSDDataset):
                 if repeated:
                     listed = f"'{split}' of fold {self.fold} names '{repeated[0]}' more than once"
                     faults.error("listed twice", path, listed, "", "each case may stand once")
-                result[split] = select(
-                    folders["Tr"], list(dict.fromkeys(names)), f"{path}, fold {self.fold}", faults
-                )
+                source = f"{path}, fold {self.fold}"
+                known = sections["training"] + sections["unlabelled"]
+                result[split] = select(known, list(dict.fromkeys(names)), source, faults)
         return result
 
     def encode_label(self, label: np.ndarray) -> np.ndarray:
@@ -205,34 +178,43 @@ class NnUNetDataset(MSDDataset):
     def present(self, ids: Sequence[int]) -> set[int]:
         return {k - 1 for k in ids} if self.regions else super().present(ids)
 
-    def _folders(self, report: Report | None) -> dict[str, list[Case]]:
-        """Labelled cases of imagesTr and imagesTs, sorted by name. report: as in `splits`."""
+    def own_test(self) -> list[Case]:
+        return [case for case in self.sections(None)["test"] if case.label]
+
+    def sections(self, report: Report | None) -> dict[str, list[Case]]:
+        """Cases of imagesTr as training, of imagesTs with labels as test, those without of imagesTr
+        and imagesUn as unlabelled, sorted by name.
+        """
         path = self.root / self.datalist
         content = read_json(path, expected=OBJECT)
         ending = _ending(path, content)
         listed = content.get("dataset")
-        result: dict[str, list[Case]] = {"Tr": [], "Ts": []}
+        result: dict[str, list[Case]] = {"training": [], "test": [], "unlabelled": []}
         with gathering(report) as report:
             if listed is not None:
                 for name, entry in sorted(listed.items()):
                     with report.catching():
                         case = self._listed(name, entry)
-                        files = (*case.images, case.label)
+                        outside = self.allow_outside
                         if all(
                             [
-                                check_inside(file, self.root, path, report, self.allow_outside)
-                                for file in files
+                                check_inside(file, self.root, path, report, outside)
+                                for file in case.files
                             ]
                         ):
-                            result["Tr"].append(case)
+                            result["training"].append(case)
                 return result
-            for part, cases in result.items():
+            for part, section in (("Tr", "training"), ("Ts", "test")):
                 for label in sorted((self.root / f"labels{part}").glob(f"*{ending}")):
                     with report.catching():
-                        cases.append(self._case(label, label.name[: -len(ending)], part, ending))
-            if not (self.root / "labelsTr").is_dir() or not any(
-                (self.root / "labelsTr").glob(f"*{ending}")
-            ):
+                        case = self._case(label, label.name[: -len(ending)], part, ending)
+                        result[section].append(case)
+            for part, section in (("Tr", "unlabelled"), ("Un", "unlabelled"), ("Ts", "test")):
+                wanted = part != "Ts" or self.unlabelled == "test"
+                if wanted and (self.root / f"images{part}").is_dir():
+                    labels = self.root / f"labels{part}"
+                    result[section] += self._without_label(part, labels, ending, report)
+            if not any((self.root / "labelsTr").glob(f"*{ending}")):
                 report.error(
                     "empty list",
                     self.root / "labelsTr",
@@ -241,6 +223,15 @@ class NnUNetDataset(MSDDataset):
                     "complete the data",
                 )
         return result
+
+    def _without_label(self, part: str, labels: Path, ending: str, report: Report) -> list[Case]:
+        folder = self.root / f"images{part}"
+        if not any(folder.glob(f"*{ending}")):
+            return []
+        cases, problems = find_scans(folder, self.in_channels, self.channel_of)
+        for problem in problems if part == "Un" else ():
+            report.error("channels", folder, problem)
+        return [case for case in cases if not (labels / f"{case.name}{ending}").is_file()]
 
     def _case(self, label: Path, name: str, part: str, ending: str) -> Case:
         folder = self.root / f"images{part}"
@@ -268,7 +259,7 @@ class NnUNetDataset(MSDDataset):
         if (
             not isinstance(images, list)
             or len(images) != self.in_channels
-            or not isinstance(label, str)
+            or not isinstance(label, (str, type(None)))
         ):
             raise DataError(
                 Finding(
@@ -279,7 +270,8 @@ class NnUNetDataset(MSDDataset):
                     "mend the data list",
                 )
             )
-        return Case(name, tuple(self.root / image for image in images), self.root / label)
+        files = tuple(self.root / image for image in images)
+        return Case(name, files, self.root / label if label else None)
 
     def _ids(self, label: np.ndarray) -> list[int]:
         """Of regions: the numbers, counted from 1, of those that occur."""

@@ -1,16 +1,19 @@
-"""Scans read from files with checks: NIfTI by nibabel, NRRD, MetaImage and DICOM series by
-SimpleITK.
+"""Scans read from files: NIfTI by nibabel, NRRD, MetaImage and DICOM series by SimpleITK; and
+predictions back on their grid.
 """
 
 import gzip
 import locale
+import os
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from scipy.ndimage import affine_transform
 
 from dataloaders.faults import DataError, Finding, no_file, unreadable
 
@@ -217,3 +220,47 @@ def channel_number(name: str) -> tuple[str, int] | None:
     """
     match = re.fullmatch(r"(.+)_(\d{4})", name)
     return (match[1], int(match[2])) if match else None
+
+
+def inside(path: str | Path, root: str | Path) -> bool:
+    """Whether a path, as it is written, stays in `root`. Links are not followed: they are how a
+    user keeps data.
+    """
+    path, root = os.path.abspath(path), os.path.abspath(root)
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def to_native(
+    prediction: np.ndarray,
+    affine: np.ndarray,
+    native_affine: np.ndarray,
+    native_shape: Sequence[int],
+) -> np.ndarray:
+    """Resample (H, W, D) ids by nearest neighbour from the grid of `affine` to the native grid; 0
+    outside.
+
+    Both grids are placed by their voxel-to-world affines, so reorientation, resampling and cropping
+    are all undone.
+    """
+    to_source = np.linalg.inv(np.asarray(affine, float)) @ np.asarray(native_affine, float)
+    # Half a voxel beyond the outermost centres still belongs to the grid: 'grid-constant' alone
+    # would drop it.
+    padded = np.pad(prediction, 1, mode="edge")
+    result = affine_transform(
+        padded,
+        to_source[:3, :3],
+        to_source[:3, 3] + 1,
+        output_shape=tuple(native_shape),
+        order=0,
+        mode="constant",
+    )
+    # Whatever lies more than half a voxel outside the grid was cropped away: background. Plane by
+    # plane, since the coordinates of a large scan's voxels would take many times the memory of its
+    # ids.
+    _, y, z = np.ogrid[:1, : native_shape[1], : native_shape[2]]
+    for x, plane in enumerate(result):
+        for axis, size in enumerate(prediction.shape):
+            terms = to_source[axis]
+            coordinate = terms[0] * x + terms[1] * y[0] + terms[2] * z[0] + terms[3]
+            plane *= (coordinate >= -0.5 - 1e-6) & (coordinate <= size - 0.5 + 1e-6)
+    return result

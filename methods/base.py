@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+UNKNOWN = 255  # dataloaders.base.UNKNOWN: no label is there
+
 
 class Method(nn.Module):
     """A network under training with its losses; parameters and buffers are the state that a
@@ -46,9 +48,9 @@ class Method(nn.Module):
         """Weighted scalar terms of one step; their sum is minimised.
 
         labelled: `image` (B, C, *spatial) float32, `label` (B, 1, *spatial). unlabelled: `weak` and
-        `strong0`, `strong1`, ... like image, all of one geometry, and `label`, for `monitor` alone;
-        if `mixes`, the same of other images under `mix_weak`, `mix_strong0`, ...; None if
-        `uses_unlabelled` is False. step: 0-based.
+        `strong0`, `strong1`, ... like image, all of one geometry, and `label`, for `monitor` alone,
+        UNKNOWN where there is none; if `mixes`, the same of other images under `mix_weak`,
+        `mix_strong0`, ...; None if `uses_unlabelled` is False. step: 0-based.
         """
         raise NotImplementedError
 
@@ -71,19 +73,19 @@ def pseudo_label_report(
     pred: Tensor, valid: Tensor, label: Tensor, num_classes: int
 ) -> dict[str, Tensor]:
     """How good pseudo-labels are: pred (B, *spatial) ids, valid bool, label (B, 1, *spatial) the
-    truth, for logging.
+    truth, for logging; voxels whose truth is UNKNOWN are compared with nothing.
 
     `mask_ratio`: share of valid voxels; `pseudo_accuracy`: of those, share that is right;
     `pseudo_foreground` and `true_foreground`: shares of all voxels; `recall_k`: of the voxels of
     class k, share that is valid and right. NaN where nothing is counted.
     """
     truth = label[:, 0].long()
-    right = pred == truth
+    right, known = pred == truth, truth != UNKNOWN
     report = {
         "mask_ratio": valid.float().mean(),
-        "pseudo_accuracy": (right & valid).sum() / valid.sum(),
+        "pseudo_accuracy": (right & valid).sum() / (valid & known).sum(),
         "pseudo_foreground": (pred > 0).float().mean(),
-        "true_foreground": (truth > 0).float().mean(),
+        "true_foreground": ((truth > 0) & known).float().mean() / known.float().mean(),
     }
     for k in range(1, num_classes):
         of_class = truth == k

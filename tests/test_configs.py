@@ -13,8 +13,8 @@ import yaml
 import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
-from dataloaders import build_dataset, build_semi_dataset
-from dataloaders.cases import read_split
+from dataloaders import build_dataset
+from dataloaders.lists import read_split
 from losses import KD_METHODS, build_kd
 from methods import SSL_METHODS, build_method
 from networks import NETWORKS, build_network
@@ -66,9 +66,6 @@ def test_loads_and_describes_its_data_set(name, monkeypatch):
     assert cfg.dataset == name  # so that run folders are told apart
     dataset = build_dataset(**cfg.dataset_arguments())
     assert dataset.num_classes == len(cfg.class_names)
-    dataset.patch_function(
-        cfg.patch_size, cfg.crop, cfg.flip_prob, cfg.rot90_prob, cfg.scale_prob, cfg.shift_prob
-    )
     assert cfg.val_start <= cfg.max_steps
     assert cfg.val_interval <= cfg.max_steps
 
@@ -120,7 +117,7 @@ def test_semi_supervised_ones_build_their_data_set_and_every_method(name, monkey
         cfg = load(name, monkeypatch, "--method", method)
         assert cfg.dataset == name  # so that run folders are told apart
         assert cfg.val_interval <= cfg.max_steps
-        dataset = build_semi_dataset(**cfg.dataset_arguments())
+        dataset = build_dataset(**cfg.dataset_arguments())
         assert (dataset.num_classes, dataset.dims) == (len(cfg.class_names), len(cfg.patch_size))
         arguments = cfg.network_args.get(cfg.network, {})
         make = functools.partial(

@@ -26,15 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
-from dataloaders import (
-    DATASETS,
-    SEMI_DATASETS,
-    DataError,
-    Report,
-    build_dataset,
-    build_semi_dataset,
-)
+from dataloaders import DATASETS, FEW_LABELS, DataError, Report, build_dataset
 from dataloaders.faults import FAULTS, Finding, grouped
+from dataloaders.msd import MSDDataset
 from utils.config import ConfigError, read_yaml
 from utils.run import no_selection
 
@@ -90,25 +84,20 @@ def examine(args: argparse.Namespace, report: Report) -> dict[str, int]:
     list.
     """
     script = script_for(args)
-    semi = script is not train_3d_distill
     # a data folder that is not there is a finding; wrong arguments end the program
     with report.catching():
         _, cfg = script.parse_args(["--config", args.config, "--opts", *args.opts])
-        arguments = {**cfg.dataset_arguments(), "allow_outside": args.allow_outside}
-        if semi:
-            dataset = build_semi_dataset(
-                **arguments | ({"memory_gb": 0.0} if "memory_gb" in arguments else {})
-            )
-            splits = dataset.splits(cfg.labelled, report)
-            dataset.prepare(splits, report)
-        else:
-            dataset = build_dataset(**arguments)
+        arguments = cfg.dataset_arguments()
+        if "memory_gb" in arguments:
+            arguments["memory_gb"] = 0.0
+        dataset = build_dataset(**arguments, allow_outside=args.allow_outside)
+        if isinstance(dataset, MSDDataset):
             dataset.cache.forget_digests()
-            splits = dataset.splits(report)
-            dataset.prepare(splits, cfg.patch_size, report, store=not args.no_cache)
+        splits = dataset.splits(getattr(cfg, "labelled", None), report)
+        dataset.prepare(splits, report, store=not args.no_cache)
         if not splits[cfg.select_on] and not report.errors:
-            source = cfg.split_dir or (args.config if semi else cfg.datalist)
-            report.error("empty list", args.config, no_selection(cfg.select_on, source))
+            found = no_selection(cfg.select_on, cfg.split_dir or args.config)
+            report.error("empty list", args.config, found)
         return {split: len(found) for split, found in splits.items()}
     return {}
 
@@ -119,12 +108,12 @@ def script_for(args: argparse.Namespace):
         option.split("=", 1) for option in args.opts if option.startswith("format=")
     )
     name = values.get("format", "msd")
-    if name in SEMI_DATASETS:
-        dims = SEMI_DATASETS[name].dims
-    elif name in DATASETS or "datalist" in values:
+    if name not in FEW_LABELS and (name in DATASETS or "datalist" in values):
         return train_3d_distill
+    sides = values.get("patch_size")
+    if name in DATASETS:
+        dims = DATASETS[name].dims
     else:  # a class of the user's own
-        sides = values.get("patch_size")
         dims = len(sides) if isinstance(sides, list) else 3
     return train_2d_crkd if dims == 2 else train_3d_crkd
 

@@ -781,7 +781,7 @@ PHOTOGRAPHS = {
         lambda site: site.lists["train"].append("train/images/gone.png train/masks/gone.png"),
     ),
     "truncated": ("unreadable", "error", lambda site: truncate(site.root / PHOTO)),
-    "no_mask": ("no label", "error", lambda site: (site.root / MASK).unlink()),
+    "no_mask": ("no label", "warning", lambda site: (site.root / MASK).unlink()),
     "mask_without_image": (
         "stray file",
         "warning",

@@ -16,16 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dataloaders import DATASETS, SEMI_DATASETS, Case, DataError, build_dataset, build_semi_dataset
+from dataloaders import DATASETS, Case, DataError, Dataset, build_dataset
 from dataloaders.la import SPACING as LA_SPACING
-from dataloaders.msd import MSDDataset
-from dataloaders.phantoms import BRATS_MODALITIES, brats_phantom, btcv_phantom
-from dataloaders.phantoms2d import acdc_phantom, isic_phantom, la_phantom
-from dataloaders.semi import SemiDataset
 from dataloaders.volumes import stem
 from inference import predict_labels, predict_logits, predict_slices
 from metrics import class_dice, mean_dice
 from networks import NETWORKS, build_network
+from tools.phantoms.few_labels import acdc_phantom, isic_phantom, la_phantom
+from tools.phantoms.scans import BRATS_MODALITIES, brats_phantom, btcv_phantom
 from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 
@@ -75,8 +73,7 @@ def load_network(
         raise CheckpointError(
             f"{path}: not a checkpoint of the training scripts or of tools/import_checkpoint.py"
         )
-    formats = (DATASETS, MSDDataset) if checkpoint["kind"] == "3d" else (SEMI_DATASETS, SemiDataset)
-    contracts = (plugins.network(NETWORKS), plugins.data_format(*formats))
+    contracts = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))
     plugins.plug_in_for(checkpoint, path, references, contracts, allow_changed)
     network = checkpoint["network"]
     built = build_network(
@@ -113,7 +110,7 @@ def open_dataset(
     arguments = dict(described["dataset"])
     arguments |= {"root": str(data_root)} if data_root else {}
     arguments |= {"cache_dir": str(cache_dir)} if cache_dir and "cache_dir" in arguments else {}
-    return (build_dataset if described["kind"] == "3d" else build_semi_dataset)(**arguments)
+    return build_dataset(**arguments)
 
 
 def listed(checkpoint: dict[str, Any], dataset, splits: Sequence[str]) -> tuple[str, list[Case]]:
@@ -127,15 +124,10 @@ def listed(checkpoint: dict[str, Any], dataset, splits: Sequence[str]) -> tuple[
 
 def read(dataset, kind: str, case: Case) -> Sample:
     """A case of the data set."""
-    if kind == "3d":
-        sample = dataset.read(case)
-        label = np.array(sample["label"] if dataset.multilabel else sample["label"][0])
-        return Sample(case.name, torch.from_numpy(np.array(sample["image"])), label, sample)
-    volume = dataset.read_volume(case)
-    image = volume["image"] if kind == "3d-semi" else dataset.network_slices(volume)
-    return Sample(
-        case.name, torch.from_numpy(np.array(image, np.float32)), volume["label"][0], volume
-    )
+    sample = dataset.read(case)
+    image = dataset.slices(sample) if kind == "2d-semi" else sample["image"]
+    label = np.array(sample["label"] if dataset.multilabel else sample["label"][0])
+    return Sample(case.name, torch.from_numpy(np.array(image, np.float32)), label, sample)
 
 
 def read_files(described: dict[str, Any], files: Sequence[Path]) -> Sample:
@@ -143,8 +135,8 @@ def read_files(described: dict[str, Any], files: Sequence[Path]) -> Sample:
     do.
     """
     dataset, case = open_dataset(described), Case(stem(files[0]), tuple(files))
-    volume = dataset.read_unlabelled(case)
-    image = dataset.network_slices(volume) if described["kind"] == "2d-semi" else volume["image"]
+    volume = dataset.read_file(case)
+    image = dataset.slices(volume) if described["kind"] == "2d-semi" else volume["image"]
     return Sample(
         case.name, torch.from_numpy(np.ascontiguousarray(image, np.float32)), None, volume
     )
@@ -152,7 +144,7 @@ def read_files(described: dict[str, Any], files: Sequence[Path]) -> Sample:
 
 def image_files(kind: str, case: Case, sample: Sample, folder: Path) -> list[Path]:
     """Image files of a case of the data set; of arrays in HDF5, written as NIfTI to `folder`."""
-    if kind != "3d-semi":
+    if case.images[0].suffix != ".h5":
         return list(case.images)
     path = folder / f"{case.name}.nii.gz"
     nib.save(nib.Nifti1Image(sample.volume["image"][0], HDF5_GRID), path)
@@ -235,7 +227,7 @@ def mean_dice_of(
         sample = read(dataset, described["kind"], case)
         labels = predict(model, sample.image, described, dataset.multilabel)
         if described["kind"] == "2d-semi":
-            labels = dataset.native_prediction(labels, sample.volume)
+            labels = dataset.unslice(labels, sample.volume)
         scores.append(class_dice(labels, sample.label, dataset.num_classes, dataset.multilabel))
     return mean_dice(scores, names)["dice"]
 

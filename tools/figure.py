@@ -24,8 +24,9 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from dataloaders import DataError, build_dataset, build_semi_dataset
-from dataloaders.cases import read_image, read_volume
+from dataloaders import DataError, build_dataset
+from dataloaders.cases import read_image
+from dataloaders.volumes import read_volume
 from metrics import class_dice
 from tools.tables import run_title
 from utils import figures
@@ -110,8 +111,8 @@ def _few_labels(checkpoint: dict, folders: Sequence[Path], name: str, z: int | N
     """The same for runs of train_2d_crkd.py and train_3d_crkd.py: volumes without geometry, or
     photographs.
     """
-    dataset = build_semi_dataset(**checkpoint["dataset"])
-    volume = dataset.read_volume(dataset.find([name])[0])
+    dataset = build_dataset(**checkpoint["dataset"])
+    volume = dataset.read(dataset.find([name])[0])
     image, label, classes = volume["image"], volume["label"][0], dataset.num_classes
     ids = [label]
     for folder in folders:

@@ -41,7 +41,7 @@ from torch import Tensor
 import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
-from dataloaders import SEMI_DATASETS, DataError, build_dataset, build_semi_dataset
+from dataloaders import DATASETS, FEW_LABELS, DataError, build_dataset
 from losses import KD_METHODS
 from methods import SSL_METHODS
 from networks import NETWORKS, build_network
@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    semi = read_yaml(args.config).get("format") in SEMI_DATASETS
+    semi = read_yaml(args.config).get("format") in FEW_LABELS
     name, folder, in_channels, described = semi_run(args) if semi else distillation_run(args)
     out = args.out or folder / "best.pt"
     if out.exists():
@@ -200,7 +200,7 @@ def distillation_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str
 
 def semi_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
     """The same as train_2d_crkd.py or train_3d_crkd.py would make them."""
-    dims = SEMI_DATASETS[read_yaml(args.config)["format"]].dims
+    dims = DATASETS[read_yaml(args.config)["format"]].dims
     script = train_2d_crkd if dims == 2 else train_3d_crkd
     cfg = settings(script, args, network=args.network, labelled=args.labelled)
     networks = f"{cfg.network}-{labelled_name(cfg.labelled)}"
@@ -208,7 +208,7 @@ def semi_run(args: argparse.Namespace) -> tuple[str, Path, int, dict[str, Any]]:
         cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag
     )
     arguments = cfg.dataset_arguments()
-    dataset = build_semi_dataset(**arguments)
+    dataset = build_dataset(**arguments)
     splits = dataset.splits(cfg.labelled)
     described = describe(f"{dims}d-semi", cfg, dataset, arguments, splits)
     # Released code chooses its best checkpoint on what it reports: see ssl tables of ACDC, LA, ISIC

@@ -39,8 +39,10 @@ from tqdm import tqdm
 # The repository is not installed, so its root goes on the path before its own modules are imported.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataloaders.images2d import draw
-from dataloaders.phantoms import (
+from dataloaders.lists import draw, labelled_count
+from tools.corrupt_data import write_corrupt
+from tools.phantoms.few_labels import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
+from tools.phantoms.scans import (
     BRATS_LABELS,
     BRATS_MODALITIES,
     BTCV_LABELS,
@@ -49,9 +51,6 @@ from dataloaders.phantoms import (
     btcv_phantom,
     word_phantom,
 )
-from dataloaders.phantoms2d import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
-from dataloaders.semi import labelled_count
-from tools.corrupt_data import write_corrupt
 
 GENERATORS = {"btcv": btcv_phantom, "word": word_phantom, "brats21": brats_phantom}
 PHOTOGRAPHS = {"isic2018": isic_phantom, "kvasir": kvasir_phantom}

@@ -24,7 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders import DATASETS, build_dataset, describe_dataset
-from dataloaders.cases import DataError, read_datalist
+from dataloaders.faults import DataError
+from dataloaders.lists import read_datalist
 from tools import make_splits_2d
 
 
@@ -79,7 +80,7 @@ def labelled_names(format: str, root: Path, datalist: str) -> list[str]:
     told = describe_dataset(format, str(root), datalist, {})
     return sorted(
         case.name
-        for case in build_dataset(format, root=str(root), datalist=datalist, **told).labelled()
+        for case in build_dataset(format, root=str(root), datalist=datalist, **told).cases()
     )
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataloaders.cases import DataError
-from dataloaders.images2d import SEED, Images2DDataset, draw
-from dataloaders.semi import labelled_count
+from dataloaders.faults import DataError
+from dataloaders.images2d import Images2DDataset
+from dataloaders.lists import SEED, draw, labelled_count
 
 
 def main(argv: list[str] | None = None) -> int:

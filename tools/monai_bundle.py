@@ -33,7 +33,7 @@ import numpy as np
 from torch import nn
 
 from dataloaders import la
-from dataloaders.native import to_native
+from dataloaders.volumes import to_native
 from tools.deployed import Sample
 from utils.config import ConfigError
 from utils.exported import optional
@@ -242,7 +242,7 @@ def preprocessing(described: dict[str, Any], dataset) -> list[dict[str, Any]]:
             }
         )
     else:
-        semi = described["kind"] == "3d-semi"
+        semi = described["dataset"]["format"] == "la"
         axes, spacing = (
             (la.ORIENTATION, [la.SPACING] * 3)
             if semi

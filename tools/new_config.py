@@ -52,7 +52,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_3d_distill
 from dataloaders import build_dataset, describe_dataset
-from dataloaders.cases import DataError, read_image, read_json, read_label, read_split
+from dataloaders.cases import read_image, read_label
+from dataloaders.faults import DataError
+from dataloaders.lists import read_json, read_split
 from networks import NETWORKS, build_network
 from tools.make_splits import drawn, write_lists
 from utils.complexity import count_parameters, saved_bytes
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     format, datalist = find_format(args.data, args.format, args.datalist)
     told = describe_dataset(format, str(args.data), datalist, {})
     dataset = build_dataset(format, root=str(args.data), datalist=datalist, **told)
-    cases = dataset.labelled()
+    cases = dataset.cases()
     if not cases:
         raise DataError(f"{args.data / datalist}: no labelled scan; expected entries with a label")
     picked = cases
@@ -432,7 +434,7 @@ def choose_lists(
     if own.get("train") and own.get("val"):
         counts = {split: len(own[split]) for split in own}
         return "", counts, f"the data set's own lists: {shown_counts(counts)}"
-    test = {case.name for case in dataset.labelled_tests()}
+    test = {case.name for case in dataset.own_test()}
     names = sorted(case.name for case in cases if case.name not in test)
     if len(names) < 2:
         raise DataError(

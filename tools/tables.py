@@ -668,7 +668,7 @@ class Results:
 
     def __init__(self, cases: Sequence[str], rows: Rows) -> None:
         # the package takes seconds to import, which tables of run folders do without
-        from dataloaders.cases import patient_function
+        from dataloaders.lists import patient_function
 
         self.cases, self.rows, self.patient = cases, rows, patient_function("")
         self.rates = {}  # of every run, told apart by all but its rate: {rate: row}

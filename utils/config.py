@@ -86,6 +86,11 @@ def training_flags(
             type=parse_labelled,
             help=f"{labelled} that count as labelled (3), or their share (0.05, 5%%)",
         )
+        add(
+            "--unlabelled",
+            metavar="FOLDER",
+            help="folder of further scans or images without labels; test: the data set's own",
+        )
     add("--seed", type=int)
     add("--device", help="auto, cpu, cuda, cuda:1, ...")
     add("--amp", help=", ".join(AMP))
@@ -127,15 +132,19 @@ def parse(
 
     def read(recipe: Mapping[str, Any] | None) -> tuple[Given, T]:
         given = gather(args.config, args.opts, chosen, recipe)
+        notes[:] = schema.adapted(given)
         args.plugins = plug_in(given, schema.pluggable)
         return given, build(schema, given)
 
+    notes: list[str] = []
     given, cfg = read(None)
     with located(given, args.config):
         check_recipes(schema, cfg.recipe, schema.recipes, schema.not_in_recipes)
     if cfg.recipe_name in cfg.recipe:
         given, cfg = read(cfg.recipe[cfg.recipe_name])
     note_unused(given, cfg.idle_keys, f"--method {cfg.method}")
+    for note in notes:
+        print(note, file=sys.stderr)
     with located(given, args.config):
         return args, cfg.checked()
 
@@ -392,11 +401,16 @@ def labelled_name(labelled: int | float | None) -> str:
     return f"{labelled:g}" if labelled >= 1 else f"{100 * labelled:g}%"
 
 
+def from_flag(entry: tuple[Any, str]) -> bool:
+    """Whether an entry of `Given` comes from the command line."""
+    return entry[1].startswith("--")
+
+
 def note_unused(given: Given, keys: Iterable[str], reason: str) -> None:
     """Print which of `keys` the command line gives although `reason` has no use for them; a file
     serves other runs.
     """
-    idle = [key for key in keys if key in given and given[key][1].startswith("--")]
+    idle = [key for key in keys if key in given and from_flag(given[key])]
     if idle:
         print(f"note: {reason} does not use {', '.join(idle)}", file=sys.stderr)
 

@@ -3,38 +3,35 @@ settings, the teacher.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
-from dataloaders import DATASETS, MSDDataset, describe_dataset
+from dataloaders import DATASETS, Dataset
 from dataloaders.samplers import PatchDataset, draws
+from dataloaders.settings import DataSettings
 from losses import KD_METHODS, PRESETS, build_kd
 from networks import NETWORKS, build_network, check_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
-from utils.config import (
-    OF_FORMAT,
-    ConfigError,
-    Count,
-    Natural,
-    NotNegative,
-    check_unused,
-    marks,
-    trying,
-)
+from utils.config import OF_FORMAT, ConfigError, Natural, NotNegative, marks, trying
 from utils.modes import weightless
 from utils.registry import AnyOf, OfDims
-from utils.run import Run, Settings, run_folder
+from utils.run import Run, defaults, plain, run_folder
 from utils.schedules import SCHEDULES
 
 TRAINING, CLEAN = 0, 1  # streams of random numbers
+# Keys of the data that do not change a validated case: where it is kept, and what patches are
+NOT_SCORED = {
+    *("cache_dir", "memory_gb", "unlabelled", "crop", "last_start", "augmentation"),
+    *("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation(Settings):
+class Distillation(DataSettings):
     """Keys of student, teacher and method."""
 
     student: Annotated[str, OfDims(NETWORKS, 3)] = "unet"
@@ -47,7 +44,6 @@ class Distillation(Settings):
     # from nothing to their weights; 0: none
     distill_warmup: Annotated[int | float, "[0, inf)"] = 0
     method_lr: NotNegative = 0.0  # of the method's own parameters (attention, projections); 0: lr
-    in_channels: Count = 0  # 0: as the data set's JSON says
     schedule: Annotated[str, SCHEDULES] = "poly_closed"  # its last step runs at exactly min_lr
     weight_decay: NotNegative = 5e-4
     channels_last: bool = False
@@ -56,11 +52,15 @@ class Distillation(Settings):
         "student": plugins.network(NETWORKS),
         "teacher": plugins.network(NETWORKS),
         "method": plugins.distillation(KD_METHODS),
-        "format": plugins.data_format(DATASETS, MSDDataset),
+        "format": plugins.data_format(DATASETS, Dataset),
     }
     recipes = NETWORKS
     method_pairs = NETWORKS
     not_in_recipes = ("method", "student", "teacher")
+    set_aside: ClassVar = (
+        *("labelled", "labelled_batch", "unlabelled_batch", "unlabelled", "network"),
+        *("stride", "val_stride", "eval_batch"),
+    )
 
     @property
     def supervised(self) -> bool:
@@ -109,13 +109,6 @@ class Distillation(Settings):
             **self.method_arguments,
         )
 
-    def _completed(self) -> Self:
-        if self.format not in DATASETS:
-            return self
-        given = dataclasses.asdict(self)
-        told = describe_dataset(self.format, self.data_root, self.datalist, given)
-        return dataclasses.replace(self, **told)
-
     def _check(self) -> None:
         super()._check()
         warmup = self.distill_warmup
@@ -124,8 +117,6 @@ class Distillation(Settings):
                 "distill_warmup: a whole number of steps, or a share of max_steps below 1; got "
                 f"{warmup}; the whole training is {self.max_steps}"
             )
-        if self.intensity != "window":
-            check_unused(self, ("window",), f"intensity '{self.intensity}'")
         self._check_patch(self.student, self.teacher)
 
     def _try_out(self) -> None:
@@ -136,7 +127,7 @@ class Distillation(Settings):
             with trying(f"network_args: {name}"):
                 how = plugins.trial(NETWORKS[name], self.patch_size, batch)
                 arguments = self.network_arguments(name)
-                channels[role] = check_network(name, self.in_channels, classes, **how, **arguments)
+                channels[role] = check_network(name, self.channels, classes, **how, **arguments)
         if not self.supervised:
             multilabel = self.pluggable["format"].registry[self.format].multilabel
             with trying(f"method_args: {self.method}"), weightless():
@@ -148,15 +139,13 @@ class Batches:
     """Batches of a training, in this process's share: `image` (B, C, H, W, D), `label` (B, 1 or K,
     H, W, D), and `case`, the names. What a step gets depends on the seed and the step alone.
 
-    augment: (sample, rng) -> patch. A process loads its part of the cases of each batch or, where
+    A process loads its part of the cases of each batch or, where
     that does not come out even, of each case's crops.
     """
 
-    def __init__(
-        self, cfg: Distillation, run: Run, dataset: MSDDataset, splits: Mapping, augment: Callable
-    ) -> None:
+    def __init__(self, cfg: Distillation, run: Run, dataset: Dataset, splits: Mapping) -> None:
         self.cfg, self.run, self.dataset = cfg, run, dataset
-        self.cases, self.augment = splits["train"], augment
+        self.cases = splits["labelled"]
 
     def training(self) -> Iterator[dict]:
         """Of each step that is left."""
@@ -174,8 +163,8 @@ class Batches:
             rank, size, kept = 0, 1, slice(rank * crops, (rank + 1) * crops)
         patches = PatchDataset(
             self.cases,
-            self.dataset.training_sample,
-            self.augment,
+            self.dataset.sample,
+            self.dataset.patch,
             cfg.seed,
             cfg.crops_per_case,
             stream=stream,
@@ -212,7 +201,7 @@ def load_teacher(
         )
     checkpoint = load_checkpoint(path)
     network = checkpoint["network"]
-    expected = {"name": cfg.teacher, "in_channels": cfg.in_channels, "num_classes": num_classes}
+    expected = {"name": cfg.teacher, "in_channels": cfg.channels, "num_classes": num_classes}
     wrong = [f"{k} {network[k]} instead of {v}" for k, v in expected.items() if network[k] != v]
     if checkpoint.get("class_names") and list(checkpoint["class_names"]) != list(cfg.class_names):
         wrong.append(
@@ -233,10 +222,12 @@ def load_teacher(
 
 def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, chosen: Sequence) -> bool:
     """Whether the scores of a checkpoint are those of the cases `chosen` under these settings."""
-    before = checkpoint.get("config", {})
-    of_format = [key for key, mark in marks(type(cfg)) if mark is OF_FORMAT]
+    # keys that did not exist when it was trained had what is their default now
+    before = defaults(type(cfg)) | checkpoint.get("config", {})
+    keys = [key for key, mark in marks(type(cfg)) if mark is OF_FORMAT and key not in NOT_SCORED]
     same_keys = all(
-        before.get(key) == getattr(cfg, key) for key in ("dataset", "amp", "overlap", *of_format)
+        plain(before.get(key)) == plain(getattr(cfg, key))
+        for key in ("dataset", "amp", "overlap", *keys)
     )
     same_patch = list(before.get("patch_size", ())) == list(cfg.patch_size)
     names = [case.name for case in chosen]

@@ -1,36 +1,36 @@
 """What the two few-label scripts share: keys, a trial of the settings, data and batches."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dataloaders import SEMI_DATASETS, Report, SemiDataset, build_semi_dataset
+from dataloaders import DATASETS, Dataset, Report, build_dataset
 from dataloaders.cases import Case
 from dataloaders.samplers import PatchDataset, draws
-from losses import PRESETS
+from dataloaders.settings import DataSettings
+from losses import KD_METHODS, PRESETS
 from methods import SSL_METHODS, build_method
 from methods.base import Method
 from networks import NETWORKS, build_network, check_network
 from utils import plugins
-from utils.config import ConfigError, NotNegative, constructing, trying
+from utils.config import ConfigError, constructing, trying
 from utils.modes import weightless
-from utils.run import Run, Settings, no_selection
+from utils.run import Run, no_selection
 
 LABELLED, UNLABELLED, MIX, CLEAN = 0, 1, 2, 3  # streams of random numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewLabels(Settings):
+class FewLabels(DataSettings):
     """Keys of both scripts."""
 
-    # Data
-    class_names: tuple[str, ...]  # by label id, background first
     # units that count as labelled, or their share; null: all
     labelled: int | float | None = None
-    memory_gb: NotNegative = 2.0  # of training units kept in memory
     # Method
     method: Annotated[str, SSL_METHODS] = "crkd"
     preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
@@ -38,10 +38,15 @@ class FewLabels(Settings):
     pluggable = {  # noqa: RUF012 - of the class, not of a configuration
         "network": plugins.network(NETWORKS),
         "method": plugins.semi_supervised(SSL_METHODS, Method),
-        "format": plugins.data_format(SEMI_DATASETS, SemiDataset),
+        "format": plugins.data_format(DATASETS, Dataset),
     }
     recipes = SSL_METHODS
     not_in_recipes = ("method",)
+    set_aside: ClassVar = (
+        *("student", "teacher", "teacher_checkpoint", "teacher_seed", "distill_warmup"),
+        *("method_lr", "cases_per_batch", "crops_per_case", "val_start", "overlap"),
+    )
+    other_names = (*KD_METHODS, *NETWORKS)
 
     @property
     def idle_keys(self) -> tuple[str, ...]:
@@ -71,9 +76,17 @@ class FewLabels(Settings):
         if len(self.patch_size) not in dimensions:
             raise ConfigError(f"method: {self.method} is a method for {dimensions[0]}D networks")
         self._check_patch(self.network)
+        of_format = self.pluggable["format"].registry[self.format]
+        key = "regions" if self.regions and "regions" in of_format.accepted() else "format"
+        if key == "regions" or of_format.multilabel:
+            raise ConfigError(
+                f"{key}: {getattr(self, key)} has regions that overlap, so a voxel can be in "
+                f"several, but {self.method} gives each voxel one class; train it with "
+                "train_3d_distill.py, or store labels of classes that exclude each other"
+            )
 
     def _try_out(self) -> None:
-        channels, classes = SEMI_DATASETS[self.format].in_channels, len(self.class_names)
+        channels, classes = self.channels, len(self.class_names)
         with trying(f"network_args: {self.network}"):
             how = plugins.trial(NETWORKS[self.network], self.patch_size, self.labelled_batch)
             arguments = self.network_arguments(self.network)
@@ -82,28 +95,31 @@ class FewLabels(Settings):
             self.make_method(channels, classes)
 
 
-def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[SemiDataset, dict[str, list[Case]]]:
+def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[Dataset, dict[str, list[Case]]]:
     """The data set and its disjoint lists, after everything of them was read and checked; makes the
     run folder.
 
     Test cases are read too: none may be trained on. DataError or ConfigError for what is wrong.
     """
     with constructing(args.config):
-        dataset = build_semi_dataset(**cfg.dataset_arguments(), allow_outside=args.allow_outside)
+        dataset = build_dataset(**cfg.dataset_arguments(), allow_outside=args.allow_outside)
     report = Report()
     splits = dataset.splits(cfg.labelled, report)
     report.stop()
     if not splits[cfg.select_on]:
-        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir))
+        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.data_root))
     uses_unlabelled = SSL_METHODS[cfg.method].uses_unlabelled
     if uses_unlabelled and not splits["unlabelled"]:
         raise ConfigError(
             f"labelled: {cfg.labelled} leaves no unlabelled {dataset.unit} for {cfg.method}; label "
-            "fewer"
+            "fewer, or add some with --unlabelled FOLDER"
         )
     used = [split for split in splits if split != "unlabelled" or uses_unlabelled]
-    dataset.prepare({split: splits[split] for split in used}, report)
-    report.stop()
+    with contextlib.ExitStack() as first:
+        if dataset.caches:  # so that one process fills the cache
+            first.enter_context(run.world.main_first())
+        dataset.prepare({split: splits[split] for split in used}, report)
+        report.stop()
     with run.world.main_first():
         run.open(report)
     return dataset, splits
@@ -118,7 +134,7 @@ class Batches:
         self,
         cfg: FewLabels,
         run: Run,
-        dataset: SemiDataset,
+        dataset: Dataset,
         splits: Mapping[str, Sequence[Case]],
         method: Method,
     ) -> None:
@@ -132,7 +148,7 @@ class Batches:
         size = getattr(cfg, f"{split}_batch")
         world.share(size, f"{split}_batch")
         patches = PatchDataset(
-            self.splits[split], self.dataset.read, augment, cfg.seed, keys=keys, stream=stream
+            self.splits[split], self.dataset.sample, augment, cfg.seed, keys=keys, stream=stream
         )
         return draws(
             patches, first, last, size, cfg.workers, self.run.device, world.rank, world.size
@@ -140,7 +156,7 @@ class Batches:
 
     def labelled(self) -> Iterator[dict]:
         """`image` and `label`, of each step that is left."""
-        augment = self.dataset.labelled_patch
+        augment = self.dataset.patch
         steps = self.run.start, self.cfg.max_steps
         return self._of("labelled", augment, ("image", "label"), LABELLED, *steps)
 
@@ -150,7 +166,7 @@ class Batches:
         """
         count = self.method.strong_views
         keys = ("weak", *(f"strong{k}" for k in range(count)), "label")
-        views = self.dataset.view_function(count)
+        views = partial(self.dataset.views, strong_views=count)
         return self._of("unlabelled", views, keys, stream, self.run.start, self.cfg.max_steps)
 
     def clean(self) -> Iterator[Tensor]:
@@ -158,9 +174,9 @@ class Batches:
         the device.
         """
         steps = 0, self.cfg.bn_batches
-        parts = [self._of("labelled", self.dataset.labelled_patch, ("image",), CLEAN, *steps)]
+        parts = [self._of("labelled", self.dataset.patch, ("image",), CLEAN, *steps)]
         if self.method.uses_unlabelled:
-            views = self.dataset.view_function(0)
+            views = partial(self.dataset.views, strong_views=0)
             parts.append(self._of("unlabelled", views, ("weak",), CLEAN, *steps))
         for found in zip(*parts):
             images = [batch[key] for batch, key in zip(found, ("image", "weak"))]

@@ -103,6 +103,7 @@ def views(
             middle = image.shape[-1] // 2 if z is None else z
             image, ids = image[..., middle], None if ids is None else ids[..., middle]
         ids = np.zeros(image.shape[1:], int) if ids is None else ids.astype(int)
+        ids = np.where(ids < num_classes, ids, 0)  # of images without a label
         low, high = (0.0, 1.0) if len(image) == 3 else np.percentile(image, [0.5, 99.5])
         shown = np.clip((np.moveaxis(image[:3], 0, -1) - low) / max(high - low, 1e-6), 0, 1)
         colours = palette(num_classes)[ids]

@@ -62,7 +62,7 @@ def semi_supervised(registry: MutableMapping[str, type], base: type) -> Contract
 
 def data_format(registry: MutableMapping[str, type], base: type) -> Contract:
     return Contract(
-        registry, base, ("root", "split_dir", "class_names"), example="dataloaders/msd.py"
+        registry, base, ("root", "split_dir", "class_names"), example="dataloaders/la.py"
     )
 
 

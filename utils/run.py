@@ -14,7 +14,6 @@ A `Run` never calls the loop of a script: the loop asks it.
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import os
 import re
@@ -55,6 +54,7 @@ from utils.config import (
     SELECTIONS,
     ConfigError,
     Count,
+    Given,
     Natural,
     NotNegative,
     Positive,
@@ -62,7 +62,7 @@ from utils.config import (
     check_run_names,
     check_unused,
     check_values,
-    marks,
+    from_flag,
 )
 from utils.diagnosis import findings
 from utils.distributed import join_world
@@ -108,7 +108,9 @@ class Settings:
     A script's Config adds keys and says in class attributes: `pluggable`, key -> contract of the
     class of the user's own that can stand there (utils/plugins.py); `recipes`, the names that
     `recipe` can have, and `not_in_recipes`, the keys that a recipe cannot set; `method_pairs`, the
-    names that can follow a method's in `method_args` (kd@resunet-unet), None for no such entries.
+    names that can follow a method's in `method_args` (kd@resunet-unet), None for no such entries;
+    `set_aside`, keys of other scripts, and `other_names`, methods and networks of theirs in
+    `recipe` and `method_args`.
     """
 
     method_pairs = None  # of the class, not a key
@@ -118,7 +120,7 @@ class Settings:
     data_root: str
     max_steps: Count  # optimiser updates
     split_dir: str = ""  # folder with train.txt, val.txt, test.txt
-    # group 1 is the patient in a name; "": the usual conventions (dataloaders/cases.py)
+    # group 1 is the patient in a name; "": the usual conventions (dataloaders/lists.py)
     patient_pattern: Annotated[str, OF_FORMAT] = ""
     # classes that the list which is trained on may lack
     absent_classes: Annotated[tuple[str, ...], OF_FORMAT] = ()
@@ -160,6 +162,28 @@ class Settings:
     device: str = "auto"
     runs_dir: str = "runs"
     tag: str = ""  # told apart from other runs of the same cell
+
+    set_aside = ()
+    other_names = ()
+
+    @classmethod
+    def adapted(cls, given: Given) -> list[str]:
+        """Take out of `given`, in place, what a file has for other training scripts, since one file
+        can serve all; -> notes about it. The command line must be of this script.
+        """
+        dropped = [key for key in cls.set_aside if key in given and not from_flag(given[key])]
+        for key in dropped:
+            del given[key]
+        for key in ("recipe", "method_args"):
+            value, source = given.get(key, (None, ""))
+            if not isinstance(value, dict) or source.startswith("--"):
+                continue
+            own = {k: v for k, v in value.items() if str(k).split("@")[0] not in cls.other_names}
+            given[key] = (own, source)
+            dropped += [f"{key} of {name}" for name in value if name not in own]
+        if not dropped:
+            return []
+        return [f"note: {', '.join(dropped)}: for other training scripts, not used here"]
 
     def lr_at(self, step: int, lr: float) -> float:
         """The learning rate of a step (0-based) that was `lr` at the start."""
@@ -203,19 +227,6 @@ class Settings:
 
     def network_arguments(self, name: str) -> dict:
         return self.network_args.get(name, {})
-
-    def dataset_arguments(self) -> dict:
-        """What the class of the format takes of these keys; ConfigError for a key that departs from
-        its default although the class has no use for it.
-        """
-        cls = self.pluggable["format"].registry[self.format]
-        accepted = set(inspect.signature(cls.__init__).parameters)
-        of_format = [key for key, mark in marks(type(self)) if mark is OF_FORMAT]
-        idle = [key for key in of_format if key not in accepted]
-        check_unused(self, idle, f"the data format '{self.format}'")
-        keys = [field.name for field in dataclasses.fields(self) if field.name in accepted]
-        given = {key: getattr(self, key) for key in keys}
-        return {"root": self.data_root, "format": self.format} | given
 
     def checked(self) -> Self:
         """The same with arguments as their types; ConfigError for what could only fail later.
@@ -587,14 +598,7 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
         )
     if resume:
         # Keys that did not exist when the run began had what is their default now.
-        fields = dataclasses.fields(config)
-        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        defaults |= {
-            f.name: f.default_factory()
-            for f in fields
-            if f.default_factory is not dataclasses.MISSING
-        }
-        before = plain(defaults) | yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = plain(defaults(type(config))) | yaml.safe_load(path.read_text(encoding="utf-8"))
         differ = sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k))
         refused = [key for key in differ if key not in RESUMABLE]
         if refused:
@@ -608,6 +612,13 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
             )
     remove_temporary(folder)
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """Key -> default of a dataclass, of the keys that have one."""
+    fields, missing = dataclasses.fields(schema), dataclasses.MISSING
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not missing}
+    return {f.name: f.default for f in fields if f.default is not missing} | made
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ generated scan.
     python docs/figures/draw.py --out somewhere --only boundary
 
 The boundary weights are those of losses/acf_bckd.py, computed on one phantom of
-dataloaders/phantoms.py.
+tools/phantoms/scans.py.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from scipy import ndimage
 
-from dataloaders.phantoms import btcv_phantom
 from losses.acf_bckd import boundary_shells
 from losses.distance import boundary_distance_squared
+from tools.phantoms.scans import btcv_phantom
 from utils.figures import overlay
 
 # Okabe and Ito's colours, told apart under every colour-vision deficiency.

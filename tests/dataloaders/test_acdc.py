@@ -2,15 +2,18 @@
 volumes, bad input.
 """
 
+from functools import partial
 from pathlib import Path
 
 import h5py
+import nibabel as nib
 import numpy as np
 import pytest
 
 from dataloaders.acdc import ACDCDataset, SliceCase
-from dataloaders.cases import DataError, read_split
-from dataloaders.semi import labelled_count
+from dataloaders.cases import read_image
+from dataloaders.faults import DataError, Report
+from dataloaders.lists import labelled_count, read_split
 
 ROOT = Path(__file__).resolve().parents[2]
 # not sorted: the order of the list counts
@@ -124,14 +127,14 @@ def test_labelled_is_a_prefix_and_unlabelled_what_remains(root, with_slices):
 
 def test_both_layouts_hold_the_same(root):
     data = dataset(root)
-    from_slices = [(case.name, data.read(case)) for case in data.splits()["labelled"]]
+    from_slices = [(case.name, data.sample(case)) for case in data.splits()["labelled"]]
     remove_slices(root)
     data = dataset(root)
     cases = data.splits()["labelled"]
     assert [case.name for case in cases] == [name for name, _ in from_slices]
     assert all(isinstance(case, SliceCase) and case.index is not None for case in cases)
     for case, (_, stored) in zip(cases, from_slices):
-        read = data.read(case)
+        read = data.sample(case)
         assert np.array_equal(read["image"], stored["image"])
         assert np.array_equal(read["label"], stored["label"])
 
@@ -201,7 +204,7 @@ def test_find(root):
 def test_read(root):
     data = dataset(root)
     case = data.splits(1)["labelled"][0]
-    sample = data.read(case)
+    sample = data.sample(case)
     image, label = volume([2, 1], 11)
     assert sample["image"].dtype == np.float32 and sample["label"].dtype == np.uint8
     np.testing.assert_allclose(sample["image"], image[:1], rtol=1e-6)
@@ -215,9 +218,9 @@ def test_memory_limits_what_is_kept(root, monkeypatch):
         splits = data.splits(2)
         data.prepare(splits)
         assert len(data._memory) == min(kept, 36)
-    monkeypatch.setattr(data, "_load", None)  # nothing is read from disk any more
+    monkeypatch.setattr(data, "load", None)  # nothing is read from disk any more
     assert all(
-        data.read(case)["image"].shape == (1, 20, 14)
+        data.sample(case)["image"].shape == (1, 20, 14)
         for case in splits["labelled"] + splits["unlabelled"]
     )
 
@@ -232,11 +235,11 @@ def test_prepare_lists_every_faulty_file(root):
 
 def test_views_are_functions_of_sample_and_rng(root):
     data = dataset(root)
-    sample = data.read(data.splits(1)["labelled"][0])
+    sample = data.sample(data.splits(1)["labelled"][0])
     kept = {key: value.copy() for key, value in sample.items()}
     for seed in range(8):
         weak, again = (data.weak(sample, np.random.default_rng(seed)) for _ in range(2))
-        patch = data.labelled_patch(sample, np.random.default_rng(seed))
+        patch = data.patch(sample, np.random.default_rng(seed))
         strong = data.strong(weak, np.random.default_rng(seed))
         assert weak["image"].shape == weak["label"].shape == (1, 16, 16)
         assert np.array_equal(weak["image"], again["image"]) and np.array_equal(
@@ -254,7 +257,7 @@ def test_image_and_label_move_together(root):
     label = np.random.default_rng(0).integers(1, 4, (1, 20, 14)).astype(np.uint8)
     sample = {"image": (label * 85 / np.float32(255)).astype(np.float32), "label": label}
     for seed in range(20):
-        patch = data.labelled_patch(sample, np.random.default_rng(seed))
+        patch = data.patch(sample, np.random.default_rng(seed))
         assert np.array_equal(np.rint(patch["image"] * 3), patch["label"])
 
 
@@ -266,7 +269,7 @@ def test_shares_of_the_three_geometries(root):
     counts = {"turned": 0, "same": 0, "rotated": 0}
     generator = np.random.default_rng(1)
     for _ in range(1000):
-        image = data.labelled_patch(sample, generator)["image"][0]
+        image = data.patch(sample, generator)["image"][0]
         kind = (
             "turned"
             if image.tobytes() in turned
@@ -283,16 +286,16 @@ def test_shares_of_the_three_geometries(root):
 def test_volumes_to_slices_and_back(root):
     data = dataset(root, patch_size=(40, 40))
     case = data.splits(1)["test"][0]
-    read = data.read_volume(case)
+    read = data.read(case)
     image, label = volume([5, 1], 4)
     assert read["image"].shape == (1, 20, 14, 4)
     np.testing.assert_allclose(read["image"][0, ..., 2], image[2], rtol=1e-6)
     assert np.array_equal(read["label"][0, ..., 3], label[3])
     assert read["spacing"] == [1.0, 1.0, 1.0]
-    slices = data.network_slices(read)
+    slices = data.slices(read)
     assert slices.shape == (4, 1, 40, 40)
-    prediction = data.network_slices({"image": read["label"]})[:, 0]
-    assert np.array_equal(data.native_prediction(prediction, read), read["label"][0])
+    prediction = data.slices({"image": read["label"]})[:, 0]
+    assert np.array_equal(data.unslice(prediction, read), read["label"][0])
 
 
 # Bad input
@@ -308,16 +311,16 @@ def spoil_slice(root, image=None, label=None, keys=("image", "label")):
         for key, array in zip(keys, (image, label)):
             file[key] = array
     data = dataset(root)
-    return lambda: data.read(data.splits(1)["labelled"][0])
+    return lambda: data.sample(data.splits(1)["labelled"][0])
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"keys": ("image", "mask")}, r"no array 'label', found \['image', 'mask'\]"),
+        ({"keys": ("mask", "label")}, r"no array 'image', found \['label', 'mask'\]"),
         ({"label": np.full((20, 14), 4)}, r"label ids \[4\]; expected only 0..3"),
         ({"label": np.full((20, 14), 0.5)}, r"label ids \[0.5\]"),
-        ({"label": np.zeros((20, 13))}, r"image has shape \(20, 14\), label \(20, 13\)"),
+        ({"label": np.zeros((20, 13))}, r"image has shape \(20, 14\), label has shape \(20, 13\)"),
         (
             {"image": np.zeros((2, 20, 14)), "label": np.zeros((2, 20, 14))},
             "expected the same 2 axes",
@@ -342,9 +345,9 @@ def test_truncated_files(root, size):
     data = dataset(root)
     splits = data.splits(1)
     with pytest.raises(DataError, match=r"slice_1.h5: unreadable or truncated"):
-        data.read(splits["labelled"][0])
+        data.sample(splits["labelled"][0])
     with pytest.raises(DataError, match=r"patient006_frame01.h5: unreadable or truncated"):
-        data.read_volume(splits["val"][0])
+        data.read(splits["val"][0])
 
 
 def test_a_damaged_volume_where_slices_are_counted(root):
@@ -364,7 +367,7 @@ def test_bad_data_inside_a_file(root):
     path.write_bytes(content)
     data = dataset(root)
     with pytest.raises(DataError, match="unreadable or truncated"):
-        data.read(data.splits(1)["labelled"][0])
+        data.sample(data.splits(1)["labelled"][0])
 
 
 def test_a_file_that_is_gone(root):
@@ -372,13 +375,13 @@ def test_a_file_that_is_gone(root):
     splits = data.splits(1)
     splits["labelled"][0].images[0].unlink()
     with pytest.raises(DataError, match="no such file"):
-        data.read(splits["labelled"][0])
+        data.sample(splits["labelled"][0])
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"patch_size": (16, 16, 16)}, "two numbers"),
+        ({"patch_size": (16, 16, 16)}, "2 numbers"),
         ({"patch_size": (0, 16)}, "positive"),
         ({"memory_gb": -1}, "memory_gb"),
         ({"class_names": ("background",)}, "class_names"),
@@ -392,9 +395,9 @@ def test_bad_arguments(root, arguments, message):
 @pytest.mark.parametrize("strong_views", [0, 1, 2])
 def test_views_have_one_geometry_and_strong_views_of_their_own(root, strong_views):
     data = dataset(root)
-    sample = data.read(data.splits(1)["unlabelled"][0])
+    sample = data.sample(data.splits(1)["unlabelled"][0])
     kept = {key: value.copy() for key, value in sample.items()}
-    function = data.view_function(strong_views)
+    function = partial(data.views, strong_views=strong_views)
     keys = ["weak", *(f"strong{k}" for k in range(strong_views)), "label"]
     for seed in range(6):
         views, again = (function(sample, np.random.default_rng(seed)) for _ in range(2))
@@ -412,7 +415,7 @@ def test_views_have_one_geometry_and_strong_views_of_their_own(root, strong_view
 
 def test_strong_views_of_one_image_differ(root):
     data = dataset(root)
-    sample = data.read(data.splits(1)["unlabelled"][0])
+    sample = data.sample(data.splits(1)["unlabelled"][0])
     differ = 0
     for seed in range(10):
         views = data.views(sample, np.random.default_rng(seed), strong_views=2)
@@ -429,5 +432,65 @@ def test_weak_view_and_label_are_aligned_in_views(root):
     label = np.random.default_rng(0).integers(1, 4, (1, 20, 14)).astype(np.uint8)
     sample = {"image": (label * 85 / np.float32(255)).astype(np.float32), "label": label}
     for seed in range(20):
-        views = data.view_function(1)(sample, np.random.default_rng(seed))
+        views = partial(data.views, strong_views=1)(sample, np.random.default_rng(seed))
         assert np.array_equal(np.rint(views["weak"] * 3), views["label"])
+
+
+# Further cases without labels
+
+
+@pytest.mark.parametrize("slices", [True, False])
+@pytest.mark.parametrize("scored", ["patient006", "patient007"])
+def test_scans_of_scored_patients_are_found_in_the_folder(root, tmp_path, scored, slices):
+    """Under their own name: the patient is known from it. Under another: the image is the same."""
+    if not slices:
+        remove_slices(root)
+    more = tmp_path / "more"
+    copy = f"{scored}_frame01"
+    stacks = volume([list(SLICES).index(scored), 1], SLICES[scored])
+    save(more / f"{copy}.h5", *stacks)
+    with pytest.raises(DataError, match=f"patient '{scored}' is in both the unlabelled list"):
+        dataset(root, unlabelled=str(more)).splits()
+    (more / f"{copy}.h5").rename(more / "other_frame01.h5")
+    data = dataset(root, unlabelled=str(more))
+    with pytest.raises(DataError, match=r"the same image as .*other_frame01\.h5 \(train list\)"):
+        data.prepare(data.splits())
+
+
+def test_an_image_of_one_name_in_two_lists_is_a_duplicate(root):
+    data = dataset(root)
+    test = data.splits()["test"]
+    plane = SliceCase("patient007_frame01_slice_1", test[0].images, None, 0)
+    lists = {"labelled": [], "unlabelled": [plane], "val": [], "test": test}
+    with pytest.raises(DataError, match=r"the same image as .*here in the test list"):
+        data.prepare(lists)
+
+
+def test_a_scan_file_is_read_once_and_its_slices_are_kept_alone(tmp_path, root, monkeypatch):
+    scan = np.random.default_rng(0).random((14, 20, 3)).astype(np.float32)
+    (tmp_path / "more").mkdir()
+    nib.save(nib.Nifti1Image(scan, np.diag([1, 1, 8, 1])), tmp_path / "more/u.nii.gz")
+    data = dataset(root, unlabelled=str(tmp_path / "more"))
+    cases = data.folder_cases(tmp_path / "more", Report())
+    read = []
+    monkeypatch.setattr(
+        "dataloaders.acdc.read_image", lambda *given: read.append(given) or read_image(*given)
+    )
+    stored = [data.load(case, None)["image"] for case in cases]
+    assert len(read) == 1
+    for k, image in enumerate(stored):
+        owner = image if image.base is None else image.base
+        assert owner.size == image.size == 14 * 20
+        expected = (scan[..., k].T - scan.min()) / np.ptp(scan)
+        assert np.allclose(image[0], expected, atol=1e-6)
+
+
+def test_labelled_files_of_any_name_in_the_folder(tmp_path, root):
+    image, label = volume(0, 2)
+    save(tmp_path / "more/anyname.h5", image, label)
+    save(tmp_path / "more/empty.h5", 1 - image, 0 * label)
+    data = dataset(root, unlabelled=str(tmp_path / "more"))
+    splits = data.splits()
+    assert len(splits["unlabelled"]) == 4
+    (warning,) = data.prepare(splits)
+    assert warning.fault == "empty label" and warning.file.endswith("empty.h5")

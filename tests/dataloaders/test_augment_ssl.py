@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from dataloaders import augment_ssl as ssl
+from dataloaders import augment as ssl
 
 
 class Fixed:

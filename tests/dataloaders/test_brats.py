@@ -13,10 +13,15 @@ from monai.transforms import CropForeground, NormalizeIntensity
 
 from dataloaders import DataError, build_dataset
 from dataloaders.brats import CHANNELS, REGIONS, BraTSDataset, crop_padded, enlarge
-from dataloaders.cases import read_split
+from dataloaders.lists import read_split
 from tools.make_splits import drawn, every_fifth
 
 SHAPE = (20, 24, 18)
+# Patches without augmentation
+PLAIN = {
+    "patch_size": (16, 16, 16),
+    **{f"{name}_prob": 0.0 for name in ("flip", "rot90", "scale", "shift")},
+}
 
 
 def write_case(root, name, rng, ids=(0, 1, 2, 3), channels=CHANNELS, shape=SHAPE):
@@ -102,8 +107,8 @@ def test_evaluation_sees_the_whole_volume(root):
 
 def test_box_is_monai_foreground_crop(root):
     dataset = make(root)
-    case = dataset.splits()["train"][0]
-    low, high = enlarge(*dataset.training_sample(case)["box"], (8, 8, 8))
+    case = dataset.splits()["labelled"][0]
+    low, high = enlarge(*dataset.sample(case)["box"], (8, 8, 8))
     image, _ = stored(root, "case0")
     crop = CropForeground(k_divisible=8, allow_smaller=True, select_fn=lambda x: x > 0)
     expected = crop(torch.from_numpy(image)).numpy()
@@ -117,10 +122,10 @@ def test_box_is_monai_foreground_crop(root):
 
 @pytest.mark.parametrize("normalize", ["crop", "volume"])
 def test_patches(root, normalize):
-    dataset = make(root, normalize=normalize)
-    case = dataset.splits()["train"][0]
-    augment = dataset.patch_function((16, 16, 16), "uniform", 0.0, 0.0, 0.0, 0.0)
-    sample = dataset.training_sample(case)
+    dataset = make(root, normalize=normalize, **PLAIN)
+    case = dataset.splits()["labelled"][0]
+    augment = dataset.patch
+    sample = dataset.sample(case)
     assert sample["image"].dtype == np.int16
     full = dataset.read(case)["image"]
     for draw in range(5):
@@ -141,14 +146,14 @@ def test_patches(root, normalize):
 
 def test_patches_are_not_cut_from_the_evaluation_sample(root):
     dataset = make(root)
-    case = dataset.splits()["train"][0]
-    with pytest.raises(ValueError, match="training_sample"):
-        dataset.patch_function((16, 16, 16))(dataset.read(case), np.random.default_rng(0))
+    case = dataset.splits()["labelled"][0]
+    with pytest.raises(ValueError, match=r"cut from sample\(case\)"):
+        dataset.patch(dataset.read(case), np.random.default_rng(0))
 
 
 def test_patches_cover_the_box_evenly(root):
-    dataset = make(root)
-    sample = dataset.training_sample(dataset.splits()["train"][0])
+    dataset = make(root, patch_size=(8, 8, 8))
+    sample = dataset.sample(dataset.splits()["labelled"][0])
     seen = set()
 
     class Recorder:
@@ -156,22 +161,16 @@ def test_patches_cover_the_box_evenly(root):
             seen.add((low, high))
             return low
 
-    dataset._cut(sample, Recorder(), (8, 8, 8))
+    dataset.cut(sample, Recorder())
     # Brain 4..14, 5..20, 3..13: boxes of 16 voxels from 2, 5 and 1; nine positions each.
     assert seen == {(2, 11), (5, 14), (1, 10)}
 
 
 def test_augmentations_apply_to_image_and_regions(root):
-    dataset = make(root)
-    sample = dataset.training_sample(dataset.splits()["train"][0])
-    plain = dataset.patch_function((16, 16, 16), "uniform", 0.0, 0.0, 0.0, 0.0)
-    flipped = dataset.patch_function(
-        (16, 16, 16), "uniform", flip_prob=1.0, rot90_prob=0, scale_prob=1, shift_prob=1
-    )
-    first, second = (
-        plain(sample, np.random.default_rng(3)),
-        flipped(sample, np.random.default_rng(3)),
-    )
+    changes = {"flip_prob": 1.0, "rot90_prob": 0, "scale_prob": 1, "shift_prob": 1}
+    plain, flipped = make(root, **PLAIN), make(root, **PLAIN | changes)
+    sample = plain.sample(plain.splits()["labelled"][0])
+    first, second = (d.patch(sample, np.random.default_rng(3)) for d in (plain, flipped))
     np.testing.assert_array_equal(first["label"][:, ::-1, ::-1, ::-1], second["label"])
     a, b = first["image"][:, ::-1, ::-1, ::-1].ravel(), second["image"].ravel()
     slope, shift = np.polyfit(a, b, 1)
@@ -217,7 +216,7 @@ def test_arguments_are_checked():
     with pytest.raises(DataError, match="normalize"):
         BraTSDataset("x", "y", normalize="patch")
     with pytest.raises(DataError, match="crop: uniform"):
-        BraTSDataset("x", "y").patch_function((16, 16, 16), "pos_neg")
+        BraTSDataset("x", "y", crop="pos_neg")
 
 
 def test_every_fifth_gives_the_published_split():

@@ -3,14 +3,16 @@ input, drawn lists.
 """
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataloaders.augment_ssl import resize_rgb
-from dataloaders.cases import DataError
-from dataloaders.images2d import Images2DDataset, draw
+from dataloaders.augment import resize_rgb
+from dataloaders.faults import DataError, Report
+from dataloaders.images2d import Images2DDataset
+from dataloaders.lists import draw
 from tools.make_splits_2d import main as make_splits
 
 SHAPE = (24, 30)
@@ -187,8 +189,13 @@ def test_missing_parts(flat, tmp_path):
     (flat / "masks" / "t04.jpg").unlink()
     (flat / "train.txt").write_text("\n".join(TRAIN[:10]))
     (flat / "val.txt").write_text("\n".join(TRAIN[10:]))
-    with pytest.raises(DataError, match=r"t04.jpg: has no mask"):
-        dataset(flat).splits(1)
+    report = Report()
+    splits = dataset(flat).splits(None, report)
+    assert [case.name for case in splits["unlabelled"]] == ["t04"]
+    assert [str(warning.fault) for warning in report.warnings] == ["no label"]
+    (flat / "masks" / "t10.jpg").unlink()
+    with pytest.raises(DataError, match=r"t10.jpg: case 't10' has no label; expected one"):
+        dataset(flat).prepare(dataset(flat).splits(1))
 
 
 def test_one_name_for_two_images(tree):
@@ -209,7 +216,7 @@ def test_impossible_counts(tree, labelled):
 def test_read_resizes_once_and_volumes_keep_their_size(tree):
     data = dataset(tree)
     case = data.splits(1)["labelled"][0]
-    sample, volume = data.read(case), data.read_volume(case)
+    sample, volume = data.sample(case), data.read(case)
     assert (sample["image"].shape, sample["label"].shape) == ((3, 16, 16), (1, 16, 16))
     assert (volume["image"].shape, volume["label"].shape) == ((3, *SHAPE), (1, *SHAPE))
     assert sample["image"].dtype == volume["image"].dtype == np.float32
@@ -221,17 +228,17 @@ def test_read_resizes_once_and_volumes_keep_their_size(tree):
             np.rint(volume["image"] * 255), np.moveaxis(np.asarray(stored), -1, 0)
         )
     assert volume["spacing"] == [1.0, 1.0]
-    assert np.array_equal(data.network_slices(volume)[0], sample["image"])
-    nearest = dataset(tree, eval_resize="nearest").network_slices(volume)
+    assert np.array_equal(data.slices(volume)[0], sample["image"])
+    nearest = dataset(tree, eval_resize="nearest").slices(volume)
     assert nearest.shape == (1, 3, 16, 16)
     assert nearest[0, :, 0, 0].tolist() == volume["image"][:, 0, 0].tolist()
 
 
 def test_prediction_back_at_full_size(tree):
     data = dataset(tree, patch_size=(96, 96), eval_resize="nearest")
-    volume = data.read_volume(data.splits(1)["val"][0])
-    prediction = data.network_slices(volume | {"image": volume["label"]})[:, 0]
-    assert np.array_equal(data.native_prediction(prediction, volume), volume["label"][0])
+    volume = data.read(data.splits(1)["val"][0])
+    prediction = data.slices(volume | {"image": volume["label"]})[:, 0]
+    assert np.array_equal(data.unslice(prediction, volume), volume["label"][0])
 
 
 def test_masks_are_cut_at_half(tree):
@@ -239,25 +246,25 @@ def test_masks_are_cut_at_half(tree):
     save(tree / "val" / "images" / "v0.jpg", pixels(0, ramp.shape))
     save(tree / "val" / "masks" / "v0.png", ramp)
     data = dataset(tree)
-    label = data.read_volume(data.find(["v0"])[0])["label"]
+    label = data.read(data.find(["v0"])[0])["label"]
     assert np.array_equal(label[0], (ramp > 127).astype(np.uint8))
     # Kvasir's masks have three equal channels
     save(tree / "val" / "masks" / "v0.png", np.stack([ramp] * 3, -1))
-    assert np.array_equal(data.read_volume(data.find(["v0"])[0])["label"], label)
+    assert np.array_equal(data.read(data.find(["v0"])[0])["label"], label)
 
 
 def test_jpeg_masks_come_back_clean(flat):
     data = dataset(flat)
     with Image.open(flat / "masks" / "t01.jpg") as stored:
         assert len(np.unique(np.asarray(stored))) > 2
-    label = data.read_volume(data.find(["t01"])[0])["label"][0]
+    label = data.read(data.find(["t01"])[0])["label"][0]
     assert (label != (mask_of(1) > 0)).mean() < 0.01
 
 
 def test_empty_masks_are_kept(tree):
     save(tree / "val" / "masks" / "v0.png", np.zeros(SHAPE, np.uint8))
     data = dataset(tree)
-    assert not data.read_volume(data.find(["v0"])[0])["label"].any()
+    assert not data.read(data.find(["v0"])[0])["label"].any()
 
 
 def test_views_are_functions_of_sample_and_rng(tree):
@@ -269,7 +276,7 @@ def test_views_are_functions_of_sample_and_rng(tree):
         assert np.array_equal(weak["image"], again["image"])
         assert all(np.array_equal(channel, weak["label"][0]) for channel in weak["image"])
         assert np.array_equal(
-            data.labelled_patch(sample, np.random.default_rng(seed))["image"], weak["image"]
+            data.patch(sample, np.random.default_rng(seed))["image"], weak["image"]
         )
         strong, repeated = (data.strong(weak, np.random.default_rng(seed)) for _ in range(2))
         assert np.array_equal(strong["image"], repeated["image"])
@@ -278,14 +285,12 @@ def test_views_are_functions_of_sample_and_rng(tree):
 
 def test_the_supervised_recipe_reads_whole_images_and_keeps_a_quarter_as_they_are(tree):
     data = dataset(tree, augmentation="supervised")
-    sample = data.read(data.splits(1)["labelled"][0])
+    sample = data.sample(data.splits(1)["labelled"][0])
     assert sample["image"].shape == (3, *SHAPE)
-    assert data.labelled_patch(sample, np.random.default_rng(0))["image"].shape == (3, 16, 16)
+    assert data.patch(sample, np.random.default_rng(0))["image"].shape == (3, 16, 16)
     plain = resize_rgb(sample, (16, 16))["image"]
     generator = np.random.default_rng(0)
-    same = sum(
-        np.array_equal(data.labelled_patch(sample, generator)["image"], plain) for _ in range(400)
-    )
+    same = sum(np.array_equal(data.patch(sample, generator)["image"], plain) for _ in range(400))
     assert 75 < same < 130
     assert data.weak(sample, generator)["image"].shape == (3, 16, 16)
 
@@ -298,9 +303,9 @@ def test_memory_holds_eight_bit_pixels(tree, monkeypatch):
     assert all(
         array.dtype == np.uint8 for stored in data._memory.values() for array in stored.values()
     )
-    first = data.read(splits["labelled"][0])
-    monkeypatch.setattr(data, "_load", None)
-    assert np.array_equal(data.read(splits["labelled"][0])["image"], first["image"])
+    first = data.sample(splits["labelled"][0])
+    monkeypatch.setattr(data, "load", None)
+    assert np.array_equal(data.sample(splits["labelled"][0])["image"], first["image"])
 
 
 # Bad input
@@ -322,7 +327,7 @@ def test_bad_pairs(tree, which, array, message):
     save(next((tree / "val" / which).glob("v0.*")), array)
     data = dataset(tree)
     case = data.splits(1)["val"][0]
-    for read in (data.read, data.read_volume):
+    for read in (data.sample, data.read):
         with pytest.raises(DataError, match=message):
             read(case)
 
@@ -346,7 +351,7 @@ def test_sixteen_bit_images(tree):
     (tree / "val" / "images" / "v0.jpg").unlink()
     data = dataset(tree)
     with pytest.raises(DataError, match="expected 8 bits"):
-        data.read(data.find(["v0"])[0])
+        data.sample(data.find(["v0"])[0])
 
 
 @pytest.mark.parametrize(
@@ -410,9 +415,9 @@ def test_lists_that_cannot_be_drawn(flat, tmp_path, arguments, message):
 @pytest.mark.parametrize("strong_views", [0, 1, 2])
 def test_views_have_one_geometry_and_strong_views_of_their_own(tree, strong_views):
     data = dataset(tree)
-    sample = data.read(data.splits(1)["unlabelled"][0])
+    sample = data.sample(data.splits(1)["unlabelled"][0])
     kept = {key: value.copy() for key, value in sample.items()}
-    function = data.view_function(strong_views)
+    function = partial(data.views, strong_views=strong_views)
     keys = ["weak", *(f"strong{k}" for k in range(strong_views)), "label"]
     for seed in range(6):
         views, again = (function(sample, np.random.default_rng(seed)) for _ in range(2))
@@ -430,7 +435,7 @@ def test_views_have_one_geometry_and_strong_views_of_their_own(tree, strong_view
 
 def test_strong_views_of_one_image_differ(tree):
     data = dataset(tree)
-    sample = data.read(data.splits(1)["unlabelled"][0])
+    sample = data.sample(data.splits(1)["unlabelled"][0])
     differ = 0
     for seed in range(10):
         views = data.views(sample, np.random.default_rng(seed), strong_views=2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dataloaders.brats import BraTSDataset
-from dataloaders.inputs import find_images, find_scans
+from dataloaders.lists import find_images, find_scans
 from dataloaders.volumes import DataError, channel_number
 from tests.dataloaders.test_msd import AFFINES
 from tests.dataloaders.test_volumes import write_dicom
@@ -82,7 +82,7 @@ def test_dicom_folders(tmp_path):
 def test_nothing_there_and_names_twice(tmp_path):
     with pytest.raises(DataError, match="no such file or folder"):
         find_scans(tmp_path / "absent", 1, whole)
-    with pytest.raises(DataError, match="nothing to predict"):
+    with pytest.raises(DataError, match="no scan or image"):
         find_scans(tmp_path, 1, whole)
     touch(tmp_path, "a.nii", "a.nii.gz")
     with pytest.raises(DataError, match="would write the same result 'a'"):
@@ -92,5 +92,5 @@ def test_nothing_there_and_names_twice(tmp_path):
     touch(tmp_path, "p/a.jpg")
     with pytest.raises(DataError, match="would write the same result 'a'"):
         find_images(tmp_path / "p", (".jpg", ".png"))
-    with pytest.raises(DataError, match="nothing to predict"):
+    with pytest.raises(DataError, match="no scan or image"):
         find_images(tmp_path / "p", (".bmp",))

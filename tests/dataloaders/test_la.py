@@ -1,13 +1,15 @@
 """LA on tiny HDF5 files: the three layouts, lists and labelled prefixes, views, bad input."""
 
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from dataloaders.cases import DataError, read_split
+from dataloaders.faults import DataError
 from dataloaders.la import LAYOUTS, LADataset
+from dataloaders.lists import read_split
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, TEST = ["D", "A", "C", "B"], ["T1", "T2"]
@@ -63,7 +65,7 @@ def test_layouts_and_labelled_prefixes(tmp_path, layout):
         assert names(splits["labelled"]) == TRAIN[:count]
         assert names(splits["unlabelled"]) == TRAIN[count:]
         assert (splits["val"], names(splits["test"])) == ([], TEST)
-    sample = data.read(splits["labelled"][1])
+    sample = data.sample(splits["labelled"][1])
     image, label = scan(1)
     assert np.array_equal(sample["image"][0], image) and np.array_equal(sample["label"][0], label)
 
@@ -98,7 +100,7 @@ def test_lists_that_are_wrong(tmp_path):
 
 def test_volumes(tmp_path):
     data = build(tmp_path)
-    volume = data.read_volume(data.find(["T2"])[0])
+    volume = data.read(data.find(["T2"])[0])
     assert volume["image"].shape == volume["label"].shape == (1, *SHAPE)
     assert volume["spacing"] == [1.0, 1.0, 1.0]
     assert np.array_equal(volume["affine"], np.eye(4))
@@ -114,7 +116,7 @@ def test_views_are_functions_of_sample_and_rng(tmp_path):
         weak = data.weak(sample, np.random.default_rng(seed))
         assert weak["image"].shape == weak["label"].shape == (1, 8, 8, 6)
         assert np.array_equal(weak["image"] > 0, weak["label"] > 0)
-        again = data.labelled_patch(sample, np.random.default_rng(seed))
+        again = data.patch(sample, np.random.default_rng(seed))
         assert np.array_equal(again["image"], weak["image"])
         strong = data.strong(weak, np.random.default_rng(seed))
         assert strong["image"].dtype == np.float32
@@ -139,7 +141,7 @@ def test_strong_views_stay_aligned(tmp_path):
 @pytest.mark.parametrize("last_start", [True, False])
 def test_scans_smaller_than_the_patch_are_padded(tmp_path, last_start):
     data = build(tmp_path, patch_size=(16, 8, 12), last_start=last_start)
-    weak = data.weak(data.read(data.splits(1)["labelled"][0]), np.random.default_rng(0))
+    weak = data.weak(data.sample(data.splits(1)["labelled"][0]), np.random.default_rng(0))
     assert weak["image"].shape == (1, 16, 8, 12)
     assert (weak["image"] == 0).mean() > 0.2
 
@@ -162,7 +164,10 @@ def spoiled(root, image=None, label=None, **arrays):
     [
         ({"data": np.zeros(3)}, r"no array 'image', found \['data'\]; expected the keys"),
         ({"label": np.full(SHAPE, 255, np.uint8)}, r"label ids \[255\]; expected only 0..1"),
-        ({"label": np.zeros((14, 12, 8))}, r"image has shape \(14, 12, 9\), label \(14, 12, 8\)"),
+        (
+            {"label": np.zeros((14, 12, 8))},
+            r"image has shape \(14, 12, 9\), label has shape \(14, 12, 8\)",
+        ),
         ({"image": np.full(SHAPE, np.nan)}, "1512 voxels are NaN or infinite"),
         ({"image": np.full(SHAPE, 2.0)}, "constant image"),
         ({"image": np.zeros((3, 3)), "label": np.zeros((3, 3))}, "expected the same 3 axes"),
@@ -171,7 +176,7 @@ def spoiled(root, image=None, label=None, **arrays):
 def test_bad_scans(tmp_path, arguments, message):
     data = spoiled(tmp_path, **arguments)
     case = data.splits(1)["labelled"][0]
-    for read in (data.read, data.read_volume):
+    for read in (data.sample, data.read):
         with pytest.raises(DataError, match=message) as caught:
             read(case)
         assert "D/mri_norm2.h5" in str(caught.value)
@@ -188,7 +193,7 @@ def test_a_truncated_scan_is_reported_by_prepare(tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(DataError, match="three numbers"):
+    with pytest.raises(DataError, match="3 numbers"):
         build(tmp_path, patch_size=(8, 8))
     with pytest.raises(DataError, match="no such folder"):
         LADataset(str(tmp_path / "nowhere")).splits(4)
@@ -197,9 +202,9 @@ def test_bad_arguments(tmp_path):
 @pytest.mark.parametrize("strong_views", [0, 1, 2])
 def test_views_have_one_geometry_and_strong_views_of_their_own(tmp_path, strong_views):
     data = build(tmp_path)
-    sample = data.read(data.splits(1)["unlabelled"][0])
+    sample = data.sample(data.splits(1)["unlabelled"][0])
     kept = {key: value.copy() for key, value in sample.items()}
-    function = data.view_function(strong_views)
+    function = partial(data.views, strong_views=strong_views)
     keys = ["weak", *(f"strong{k}" for k in range(strong_views)), "label"]
     for seed in range(6):
         views, again = (function(sample, np.random.default_rng(seed)) for _ in range(2))
@@ -217,7 +222,7 @@ def test_views_have_one_geometry_and_strong_views_of_their_own(tmp_path, strong_
 
 def test_strong_views_of_one_image_differ(tmp_path):
     data = build(tmp_path)
-    sample = data.read(data.splits(1)["unlabelled"][0])
+    sample = data.sample(data.splits(1)["unlabelled"][0])
     differ = 0
     for seed in range(10):
         views = data.views(sample, np.random.default_rng(seed), strong_views=2)
@@ -234,5 +239,5 @@ def test_weak_view_and_label_are_aligned_in_views(tmp_path):
     label = (np.random.default_rng(0).random((1, *SHAPE)) > 0.5).astype(np.uint8)
     sample = {"image": label * np.float32(2) - 1, "label": label}
     for seed in range(20):
-        views = data.view_function(1)(sample, np.random.default_rng(seed))
+        views = partial(data.views, strong_views=1)(sample, np.random.default_rng(seed))
         assert np.array_equal(views["weak"] > 0, views["label"] > 0)

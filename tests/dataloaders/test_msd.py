@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from dataloaders import DATASETS, Case, DataError, build_dataset, describe_dataset
-from dataloaders.cases import check_disjoint, read_datalist, read_image, read_label, read_volume
+from dataloaders.cases import read_image, read_label
+from dataloaders.checks import check_disjoint
+from dataloaders.lists import read_datalist
 from dataloaders.msd import MSDDataset
-from dataloaders.native import to_native
+from dataloaders.volumes import read_volume, to_native
 
 CLASSES = ("background", "liver", "spleen")
 SHAPE = (12, 10, 8)
@@ -113,7 +115,7 @@ class Folder:
     def only(self, **arguments):
         """The preprocessed first training case."""
         dataset = self.dataset(**arguments)
-        return dataset.read(dataset.splits()["train"][0])
+        return dataset.read(dataset.splits()["labelled"][0])
 
 
 @pytest.fixture
@@ -254,10 +256,12 @@ def prepared(folder, **arguments):
 
 def test_second_start_preprocesses_nothing(pair, monkeypatch):
     first = prepared(pair)
-    before = {key: np.array(value) for key, value in first.read(first.splits()["train"][0]).items()}
+    before = {
+        key: np.array(value) for key, value in first.read(first.splits()["labelled"][0]).items()
+    }
     monkeypatch.setattr(MSDDataset, "preprocess", lambda self, case: refuse(case))
     second = prepared(pair)
-    after = second.read(second.splits()["train"][0])
+    after = second.read(second.splits()["labelled"][0])
     assert before.keys() == after.keys()
     for key, value in before.items():
         np.testing.assert_array_equal(value, after[key], err_msg=key)
@@ -265,7 +269,7 @@ def test_second_start_preprocesses_nothing(pair, monkeypatch):
 
 def test_cached_equals_fresh_and_is_read_only(pair):
     dataset = prepared(pair)
-    case = dataset.splits()["train"][0]
+    case = dataset.splits()["labelled"][0]
     fresh, cached = dataset.preprocess(case), dataset.read(case)
     for key, value in fresh.items():
         np.testing.assert_array_equal(value, cached[key], err_msg=key)
@@ -294,7 +298,7 @@ def test_a_touched_file_is_a_hit_and_a_changed_one_a_miss(pair, monkeypatch):
     assert made == ["a", "b"]
     assert (dataset.read(dataset.splits()["val"][0])["label"] == 1).all()
     np.testing.assert_allclose(
-        dataset.read(dataset.splits()["train"][0])["image"][0], noise(77), atol=1e-5
+        dataset.read(dataset.splits()["labelled"][0])["image"][0], noise(77), atol=1e-5
     )
 
 
@@ -387,7 +391,7 @@ def test_resampling_and_cropping_are_undone_by_nearest_neighbour(folder, name, s
 
 def test_native_label_is_the_file(pair):
     dataset = pair.dataset(orientation="LPS", spacing=(1.0, 1.0, 1.0))
-    label, affine = dataset.native_label(dataset.splits()["train"][0])
+    label, affine = dataset.native_label(dataset.splits()["labelled"][0])
     np.testing.assert_array_equal(label, blocks())
     np.testing.assert_allclose(affine, AFFINES["RAS"])
 
@@ -401,7 +405,8 @@ def test_splits_of_the_json_and_of_files(folder):
     folder.lists["test"].append("imagesTs/unlabelled.nii.gz")
     splits = folder.dataset().splits()
     assert {split: [case.name for case in cases] for split, cases in splits.items()} == {
-        "train": ["a", "b"],
+        "labelled": ["a", "b"],
+        "unlabelled": [],
         "val": ["c"],
         "test": ["d"],
     }
@@ -411,7 +416,8 @@ def test_splits_of_the_json_and_of_files(folder):
     (lists / "val.txt").write_text("b\n")
     splits = folder.dataset(split_dir=str(lists)).splits()
     assert {split: [case.name for case in cases] for split, cases in splits.items()} == {
-        "train": ["d", "a"],
+        "labelled": ["d", "a"],
+        "unlabelled": [],
         "val": ["b"],
         "test": [],
     }
@@ -523,11 +529,9 @@ def test_missing_list(tmp_path):
             r"names look like a, b",
         ),
         ("a\n", "a\n", r"'a' is in both the train and the val list"),
-        ("a\nu\n", "b\n", r"train\.txt: 1 of 2 cases are not in the data list, for example 'u'"),
     ],
 )
 def test_bad_split_files(pair, train, val, message):
-    pair.lists["test"] = ["imagesTs/u.nii.gz"]  # without a label
     lists = pair.root / "splits"
     lists.mkdir()
     for name, text in (("train", train), ("val", val)):
@@ -663,7 +667,7 @@ def test_bad_files_are_named_with_what_was_expected(pair, kind):
     dataset = pair.dataset()
     splits = dataset.splits()
     spoil(path)
-    start = r"1 of 1 train cases cannot be used:\s+" + re.escape(str(path))
+    start = r"1 of 1 labelled cases cannot be used:\s+" + re.escape(str(path))
     with pytest.raises(DataError, match=start + ".*" + message):
         dataset.prepare(splits)
 
@@ -677,7 +681,8 @@ def test_all_bad_files_are_reported_at_once(folder):
     (folder.root / "imagesTr" / "a.nii.gz").unlink()
     truncate(folder.root / "imagesTr" / "c.nii.gz")
     with pytest.raises(
-        DataError, match=r"(?s)2 of 4 train cases.*a\.nii\.gz: no such file.*c\.nii\.gz: unreadable"
+        DataError,
+        match=r"(?s)2 of 4 labelled cases.*a\.nii\.gz: no such file.*c\.nii\.gz: unreadable",
     ):
         dataset.prepare(splits)
 
@@ -704,7 +709,7 @@ def test_labels_that_are_no_ids(tmp_path):
         label = save(tmp_path / "label.nii.gz", put(value)(np.zeros(SHAPE)))
         with pytest.raises(DataError, match=r"label\.nii\.gz: label ids .*expected only 0, 1"):
             read_label(Case("a", (image,), label), (0, 1), SHAPE, AFFINES["RAS"])
-    with pytest.raises(DataError, match="case 'a' has no label in the data list"):
+    with pytest.raises(DataError, match="case 'a' has no label"):
         read_label(Case("a", (image,)), (0, 1), SHAPE, AFFINES["RAS"])
 
 
@@ -788,13 +793,11 @@ def test_build_dataset(tmp_path):
 @pytest.mark.parametrize("crop", ["pos_neg", "uniform"])
 @pytest.mark.parametrize("size", [(6, 6, 4), (16, 16, 16)])
 def test_patches_of_a_cached_case(pair, crop, size):
-    dataset = prepared(pair)
-    sample = dataset.read(dataset.splits()["train"][0])
-    draw = dataset.patch_function(
-        size, crop, flip_prob=0.5, rot90_prob=0.5, scale_prob=0.5, shift_prob=0.5
-    )
+    probabilities = {f"{name}_prob": 0.5 for name in ("flip", "rot90", "scale", "shift")}
+    dataset = prepared(pair, patch_size=size, crop=crop, **probabilities)
+    sample = dataset.read(dataset.splits()["labelled"][0])
     for seed in range(10):
-        patch, again = (draw(sample, np.random.default_rng(seed)) for _ in range(2))
+        patch, again = (dataset.patch(sample, np.random.default_rng(seed)) for _ in range(2))
         assert patch["image"].shape == patch["label"].shape == (1, *size)
         assert patch["image"].dtype == np.float32 and patch["label"].dtype == np.uint8
         np.testing.assert_array_equal(patch["image"], again["image"])
@@ -803,39 +806,35 @@ def test_patches_of_a_cached_case(pair, crop, size):
 
 def test_patches_keep_image_and_label_together(folder):
     label = blocks()
-    dataset = folder.add("training", "a", label * 5.0 + 1, label).add("validation", "z").dataset()
-    sample = dataset.read(dataset.splits()["train"][0])
-    draw = dataset.patch_function(
-        (6, 6, 4), flip_prob=0.5, rot90_prob=0.5, scale_prob=0.0, shift_prob=0.0
+    folder.add("training", "a", label * 5.0 + 1, label).add("validation", "z")
+    dataset = folder.dataset(
+        patch_size=(6, 6, 4), flip_prob=0.5, rot90_prob=0.5, scale_prob=0.0, shift_prob=0.0
     )
+    sample = dataset.read(dataset.splits()["labelled"][0])
     for seed in range(30):
-        patch = draw(sample, np.random.default_rng(seed))
+        patch = dataset.patch(sample, np.random.default_rng(seed))
         np.testing.assert_allclose(patch["image"], patch["label"] * 5.0 + 1)
 
 
 def test_pos_neg_patches_see_foreground_more_often(folder):
     label = np.zeros((20, 20, 20), np.uint8)
     label[0, 0, 0] = 1
-    dataset = (
-        folder.add("training", "a", noise(0, label.shape), label).add("validation", "z").dataset()
-    )
-    sample = dataset.read(dataset.splits()["train"][0])
+    folder.add("training", "a", noise(0, label.shape), label).add("validation", "z")
     share = {}
     for crop in ("pos_neg", "uniform"):
-        draw = dataset.patch_function((4, 4, 4), crop)
-        share[crop] = np.mean(
-            [draw(sample, np.random.default_rng(seed))["label"].any() for seed in range(300)]
-        )
+        dataset = folder.dataset(patch_size=(4, 4, 4), crop=crop)
+        sample = dataset.read(dataset.splits()["labelled"][0])
+        draws = [dataset.patch(sample, np.random.default_rng(seed)) for seed in range(300)]
+        share[crop] = np.mean([patch["label"].any() for patch in draws])
     assert share["pos_neg"] == pytest.approx(0.5, abs=0.1) and share["uniform"] < 0.02
 
 
 def test_patch_arguments(pair):
-    dataset = pair.dataset()
     with pytest.raises(DataError, match="crop must be one of pos_neg, uniform, got 'random'"):
-        dataset.patch_function((4, 4, 4), "random")
+        pair.dataset(crop="random")
     with pytest.raises(
         DataError, match=r"rot90_prob is 0\.2, but a patch of \(6, 4, 4\).*set rot90_prob: 0"
     ):
-        dataset.patch_function((6, 4, 4))
-    dataset.patch_function((6, 4, 4), rot90_prob=0.0)
-    dataset.patch_function((4, 4, 6))
+        pair.dataset(patch_size=(6, 4, 4))
+    pair.dataset(patch_size=(6, 4, 4), rot90_prob=0.0)
+    pair.dataset(patch_size=(4, 4, 6))

@@ -60,13 +60,14 @@ def test_names_come_by_id_and_lists_from_the_fold(root):
     assert (dataset.in_channels, dataset.num_classes, dataset.multilabel) == (2, 4, False)
     splits = dataset.splits()
     assert {split: names(cases) for split, cases in splits.items()} == {
-        "train": ["p_1", "p_2"],
+        "labelled": ["p_1", "p_2"],
+        "unlabelled": [],
         "val": ["p_3", "p_4"],
         "test": ["q"],
     }
     other = make(root, PLAIN | {"labels": {"background": 0, "c": 3, "b": 2, "a": 1}}, fold=1)
     assert names(other.splits()["val"]) == ["p_2"]
-    sample = dataset.read(splits["train"][0])
+    sample = dataset.read(splits["labelled"][0])
     stored = [nib.load(root / f"imagesTr/p_1_{k:04d}.nii.gz").get_fdata() for k in range(2)]
     assert np.allclose(sample["image"], stored)
     assert names(dataset.find(["q", "p_2"])) == ["q", "p_2"]
@@ -78,7 +79,8 @@ def test_own_lists_win_over_the_folds(root):
         (root / "lists" / f"{split}.txt").write_text("\n".join(chosen))
     dataset = make(root, REGIONS, split_dir=str(root / "lists"))
     assert {split: names(cases) for split, cases in dataset.splits().items()} == {
-        "train": ["p_4"],
+        "labelled": ["p_4"],
+        "unlabelled": [],
         "val": ["p_1"],
         "test": [],
     }
@@ -88,7 +90,7 @@ def test_regions_overlap_and_come_back_as_ids(root):
     dataset = make(root, REGIONS)
     assert dataset.multilabel
     assert dataset.class_names == ("whole", "core", "enhancing")
-    case = dataset.splits()["train"][0]
+    case = dataset.splits()["labelled"][0]
     ids = np.asarray(nib.load(case.label).dataobj)
     label = dataset.read(case)["label"]
     assert np.array_equal(label, [ids > 0, (ids == 1) | (ids == 3), ids == 3])
@@ -108,7 +110,7 @@ def test_regions_overlap_and_come_back_as_ids(root):
 
 def test_regions_have_a_cache_of_their_own(root):
     regions = make(root, REGIONS)
-    case = regions.splits()["train"][0]
+    case = regions.splits()["labelled"][0]
     assert regions.read(case)["label"].shape[0] == 3
     changed = REGIONS | {
         "labels": {"background": 0, "whole": [1, 2, 3], "core": [1], "enhancing": 3}
@@ -123,10 +125,10 @@ def test_files_listed_in_the_json(root):
         "label": "labelsTr/p_1.nii.gz",
     }
     dataset = make(root, REGIONS | {"dataset": {"scan": entry}})
-    (case,) = dataset.labelled()
+    (case,) = dataset.cases()
     assert (case.name, case.images[1].name) == ("scan", "p_1_0001.nii.gz")
     with pytest.raises(DataError, match=r"case .scan. .* a list of 2"):
-        make(root, REGIONS | {"dataset": {"scan": entry | {"images": ["a"]}}}).labelled()
+        make(root, REGIONS | {"dataset": {"scan": entry | {"images": ["a"]}}}).cases()
 
 
 @pytest.mark.parametrize(
@@ -207,4 +209,24 @@ def test_files_that_are_missing(root):
 def test_folds_that_are_refused(root, content, message):
     (root / "splits_final.json").write_text(content)
     with pytest.raises(DataError, match=message):
+        make(root, REGIONS).splits()
+
+
+def test_unlabelled_test_scans_are_not_scored(root):
+    (root / "labelsTs/q.nii.gz").rename(root / "labelsTs/r.nii.gz")
+    for k in range(2):
+        image = root / f"imagesTs/q_{k:04d}.nii.gz"
+        (root / f"imagesTs/r_{k:04d}.nii.gz").write_bytes(image.read_bytes())
+    dataset = make(root, REGIONS, unlabelled="test")
+    splits = dataset.splits()
+    assert names(splits["test"]) == names(dataset.own_test()) == ["r"]
+    assert "q" in names(splits["unlabelled"])
+
+
+def test_an_unlabelled_scan_of_a_training_name_is_refused(root):
+    (root / "imagesUn").mkdir()
+    for k in range(2):
+        image = root / f"imagesTr/p_2_{k:04d}.nii.gz"
+        (root / f"imagesUn/{image.name}").write_bytes(image.read_bytes())
+    with pytest.raises(DataError, match=r"imagesUn/p_2.*an unlabelled scan with"):
         make(root, REGIONS).splits()

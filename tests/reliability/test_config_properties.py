@@ -32,14 +32,15 @@ import test_3d
 import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
-from dataloaders import DATASETS, SEMI_DATASETS, DataError, MSDDataset, SemiDataset
+from dataloaders import DATASETS, DataError, Dataset, MSDDataset
+from dataloaders.settings import DataSettings
 from losses import KD_METHODS
 from methods import SSL_METHODS
 from networks import NETWORKS
 from tests.reliability import profiles  # noqa: F401
 from utils import distillation, few_labels, run
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError, load_config, read_yaml
+from utils.config import OF_FORMAT, ConfigError, load_config, marks, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 # what the scripts turn into `error: ...`
@@ -94,7 +95,7 @@ def stop(*_, **__):
 @pytest.fixture(autouse=True)
 def stopped_before_the_data(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(MSDDataset, "splits", stop)
-    monkeypatch.setattr(SemiDataset, "splits", stop)
+    monkeypatch.setattr(Dataset, "splits", stop)
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
 
 
@@ -496,23 +497,17 @@ def stored_reads(module):
 
 
 def formats(script):
-    if script is train_3d_distill:
-        return DATASETS
-    dims = 3 if script is train_3d_crkd else 2
-    return {name: cls for name, cls in SEMI_DATASETS.items() if cls.dims == dims}
-
-
-def taken_by(cls):
-    return set(inspect.signature(cls.__init__).parameters)
+    dims = 2 if script is train_2d_crkd else 3
+    return {name: cls for name, cls in DATASETS.items() if dims == 2 or cls.dims == dims}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_key_is_read(script):
     read = attribute_reads(script) | stored_reads(test_2d if script is train_2d_crkd else test_3d)
-    by_formats = set().union(*map(taken_by, formats(script).values()))
+    by_formats = set().union(*(cls.accepted() for cls in formats(script).values()))
     assert "no_such_key" not in read and "max_steps" in read
-    assert not read & {"intensity", "received"}  # read by a check, and of another class
-    parsed_only = {"recipe"}  # settled when the configuration is read
+    # settled when the configuration is read; of the data, what no format takes is refused
+    parsed_only = {"recipe"} | {field.name for field in dataclasses.fields(DataSettings)}
     ignored = set(fields(script)) - read - by_formats - parsed_only
     assert not ignored, f"nothing reads {ignored}"
 
@@ -529,10 +524,15 @@ def other_value(field):
         "eval_resize": "nearest",
         "regions": {"whole": [1, 2], "core": [2]},
         "regions_class_order": [1, 2],
+        "crop": "uniform",
+        "datalist": "other.json",
+        "cache_dir": "elsewhere",
     }
     if field.name in by_name:
         return by_name[field.name]
-    return not field.default if isinstance(field.default, bool) else field.default + 1
+    if isinstance(field.default, bool):
+        return not field.default
+    return 0.5 if isinstance(field.default, float) else field.default + 1
 
 
 def idle_keys():
@@ -540,16 +540,22 @@ def idle_keys():
     for script in SCRIPTS:
         read = attribute_reads(script)
         for name, cls in formats(script).items():
+            if cls.multilabel and script is not train_3d_distill:
+                continue
             for key in sorted(
-                set().union(*map(taken_by, formats(script).values())) & set(fields(script))
+                set().union(*(cls.accepted() for cls in formats(script).values()))
+                & set(fields(script))
             ):
-                if key not in taken_by(cls) and key not in read:
+                if key not in cls.accepted() and key not in read:
                     yield pytest.param(script, name, key, id=f"{script.__name__}-{name}-{key}")
 
 
 @pytest.mark.parametrize("script, name, key", list(idle_keys()))
 def test_a_key_that_the_format_has_no_use_for_is_an_error(script, name, key, tmp_path):
     config = dict(BASE[script]) | {"format": name}
+    of_format = {given for given, mark in marks(script.Config) if mark is OF_FORMAT}
+    idle = of_format - DATASETS[name].accepted()
+    config = {given: value for given, value in config.items() if given not in idle}
     if name == "brats":
         config |= {"class_names": ["a", "b", "c"], "in_channels": 4, "crop": "uniform"}
     if name == "nnunet":  # what a configuration leaves out is read from the data set

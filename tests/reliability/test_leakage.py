@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from dataloaders.cases import Case, check_disjoint, patient_function
+from dataloaders.cases import Case
+from dataloaders.checks import check_disjoint
 from dataloaders.faults import DataError
+from dataloaders.lists import patient_function
 from tests.scripts.conftest import run
 from tools.corrupt_data import SITES, write_site
 from utils.checkpoint import load_checkpoint

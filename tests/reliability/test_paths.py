@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders import DataError, build_semi_dataset
-from dataloaders.cases import Case, inside
+from dataloaders import DataError, build_dataset
+from dataloaders.cases import Case
+from dataloaders.volumes import inside
 from tests.scripts.conftest import run
 from tools.corrupt_data import Atrium, Decathlon, Photographs, write_site
 from utils.checkpoint import CheckpointError, atomic_save, dataset_arguments, load_checkpoint
@@ -324,7 +325,7 @@ def test_split_lists_with_marks_of_other_editors(tmp_path):
     site.finish()
     lists = site.root / "splits"
     (lists / "train.txt").write_bytes("\ufeffS1\r\nS2 # the second\r\n#S3\r\nS#5\r\n".encode())
-    dataset = build_semi_dataset(
+    dataset = build_dataset(
         "la",
         root=str(site.root),
         split_dir=str(lists),

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dataloaders import DATASETS, SEMI_DATASETS
+from dataloaders import DATASETS
 from losses import KD_METHODS
 from methods import SSL_METHODS
 from networks import NETWORKS
@@ -74,7 +74,7 @@ def run(script: str, *arguments: str, cwd: Path, ok: bool = True) -> Result:
         code = stop.code
     finally:
         # nothing stays plugged in, as in a process of its own
-        for registry in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS, SEMI_DATASETS):
+        for registry in (NETWORKS, KD_METHODS, SSL_METHODS, DATASETS):
             for name in [name for name, cls in registry.items() if is_plugged_in(cls)]:
                 del registry[name]
         os.chdir(before)

@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
+from dataloaders import build_dataset
 from tests.dataloaders.test_volumes import write_dicom
 from tests.scripts import test_multilabel, test_train_crkd
 from tests.scripts.conftest import make_workspace, run, train
@@ -176,7 +177,7 @@ def test_options_reach_the_prediction(site):
     calls = []
     description = predict_3d.describe(load_checkpoint(site / "best.pt"), site / "best.pt")
     assert json.loads(json.dumps(description)) == description
-    dataset = predict_3d.dataset_of(description)
+    dataset = build_dataset(**description["dataset"])
     cases, _ = predict_3d.find_scans(site / "in", 1, dataset.channel_of)
 
     def constant(windows):  # any function can take the network's place

@@ -425,7 +425,7 @@ def test_teacher_of_other_classes_is_refused(workspace):
             "method_args={acf_bckd: {flor: 1}}",
             "method_args: acf_bckd: unknown argument 'flor'; did you mean 'floor'?",
         ),
-        ("data_root=nowhere", "no such data list"),
+        ("data_root=nowhere", "nowhere: no such folder"),
         (
             "network_args={unet: {chanels: [1]}}",
             "network_args: unet: unknown argument 'chanels'; did you mean 'channels'?",

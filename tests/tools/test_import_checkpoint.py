@@ -101,7 +101,12 @@ def test_teacher_of_a_supervised_run(config):
     assert main(["--ckpt", "released.pth", "--config", config, "--network", "resunet"]) == 0
     checkpoint = load_checkpoint("runs/tiny/supervised/resunet/seed0/best.pt")
     assert checkpoint["step"] == 19200
-    assert checkpoint["cases"] == {"train": ["image0", "image1"], "val": ["image2"], "test": []}
+    assert checkpoint["cases"] == {
+        "labelled": ["image0", "image1"],
+        "unlabelled": [],
+        "val": ["image2"],
+        "test": [],
+    }
     assert all(torch.equal(checkpoint["weights"][key], value) for key, value in state.items())
     # The distillation script takes it as a teacher, and test_3d.py finds every key it reads.
     args, cfg = train_3d_distill.parse_args(["--config", config])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dataloaders import DATASETS, MSDDataset
+from dataloaders import DATASETS, Dataset
 from losses import KD_METHODS
 from methods import SSL_METHODS, Method
 from networks import NETWORKS, check_network
@@ -162,9 +162,9 @@ def test_what_is_wrong_is_said(tmp_path, reference, source, expected):
             "must derive from methods.base.Method",
         ),
         (
-            plugins.data_format(DATASETS, MSDDataset),
+            plugins.data_format(DATASETS, Dataset),
             "class A: ...\n",
-            "must derive from dataloaders.msd.MSDDataset",
+            "must derive from dataloaders.base.Dataset",
         ),
     ],
 )
@@ -233,7 +233,7 @@ def stored(sha256, roles=("student",)):
     }
 
 
-PAIR = (plugins.network(NETWORKS), plugins.data_format(DATASETS, MSDDataset))
+PAIR = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))
 DIGEST = hashlib.sha256(STUDENT.encode()).hexdigest()
 
 

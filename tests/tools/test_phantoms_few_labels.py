@@ -7,10 +7,11 @@ import pytest
 from scipy import ndimage
 
 from dataloaders.acdc import ACDCDataset
-from dataloaders.images2d import Images2DDataset, draw
+from dataloaders.images2d import Images2DDataset
 from dataloaders.la import LADataset
-from dataloaders.phantoms2d import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
+from dataloaders.lists import draw
 from tools.make_demo_data import main
+from tools.phantoms.few_labels import acdc_phantom, isic_phantom, kvasir_phantom, la_phantom
 
 RV, MYO, LV = 1, 2, 3
 PHOTOGRAPHS = [(isic_phantom, (80, 104)), (kvasir_phantom, (80, 96))]
@@ -161,9 +162,9 @@ def test_the_acdc_demo_loads(tmp_path):
     assert [case.name for case in splits["val"]] == ["patient003_frame01", "patient003_frame02"]
     assert 12 <= len(splits["labelled"]) <= 24
     data.prepare(splits)
-    volume = data.read_volume(splits["test"][0])
+    volume = data.read(splits["test"][0])
     assert 6 <= volume["image"].shape[-1] <= 12
-    assert data.network_slices(volume).shape[1:] == (1, 32, 32)
+    assert data.slices(volume).shape[1:] == (1, 32, 32)
 
 
 def test_the_la_demo_loads(tmp_path):
@@ -177,12 +178,9 @@ def test_the_la_demo_loads(tmp_path):
         "test": 1,
     }
     data.prepare(splits)
-    assert data.weak(data.read(splits["labelled"][0]), np.random.default_rng(0))["image"].shape == (
-        1,
-        16,
-        16,
-        12,
-    )
+    assert data.weak(data.sample(splits["labelled"][0]), np.random.default_rng(0))[
+        "image"
+    ].shape == (1, 16, 16, 12)
 
 
 @pytest.mark.parametrize("dataset,percent", [("isic2018", 20), ("kvasir", 10)])
@@ -197,7 +195,7 @@ def test_the_photograph_demos_load(tmp_path, dataset, percent):
     train = labelled + [case.name for case in splits["unlabelled"]]
     assert set(labelled) == set(draw(train, len(labelled)))
     assert all(case.label.suffix == ".png" for case in splits["val"])
-    assert data.read_volume(splits["val"][0])["label"].any()
+    assert data.read(splits["val"][0])["label"].any()
 
 
 @pytest.mark.slow

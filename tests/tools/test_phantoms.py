@@ -10,7 +10,8 @@ import pytest
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacingd
 from scipy import ndimage
 
-from dataloaders.phantoms import (
+from tools.make_demo_data import main, split_cases
+from tools.phantoms.scans import (
     BRATS_MODALITIES,
     BTCV_LABELS,
     CT_HU,
@@ -19,7 +20,6 @@ from dataloaders.phantoms import (
     btcv_phantom,
     word_phantom,
 )
-from tools.make_demo_data import main, split_cases
 
 SMALL = {"shape": (72, 56, 40), "spacing": (5.0, 5.0, 5.6)}
 # Gas, fluid or fat inside these lowers the median below the HU of their wall; adrenals are about

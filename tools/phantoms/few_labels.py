@@ -1,7 +1,7 @@
 """Generated images for the semi-supervised demos and tests: ACDC, LA, ISIC-2018 and Kvasir-SEG in
 kind.
 
-No patient data. As in dataloaders/phantoms.py structures are signed distances (negative inside)
+No patient data. As in tools/phantoms/scans.py structures are signed distances (negative inside)
 painted one over the other. Cases differ in place, size, orientation, contrast and texture, and
 unlabelled structures share intensities with labelled ones (vessels and chambers with the atrium,
 liver and muscle with the myocardium, freckles and hair with the lesion, folds with the polyp), so
@@ -13,7 +13,7 @@ that intensity alone does not tell the class.
 import numpy as np
 from scipy import ndimage
 
-from dataloaders.phantoms import Canvas, smooth_noise, smooth_union
+from tools.phantoms.scans import Canvas, smooth_noise, smooth_union
 
 ACDC_LABELS = {"right_ventricle": 1, "myocardium": 2, "left_ventricle": 3}
 FRAMES = ("frame01", "frame02")  # end of diastole, end of systole
