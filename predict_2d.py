@@ -36,7 +36,7 @@ from inference import AMP_MODES, predict_slices
 from networks import NETWORKS, build_network
 from utils import figures, plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
-from utils.config import ConfigError
+from utils.config import ConfigError, add_plugin_flags
 from utils.exported import ExportedModel
 from utils.predictions import (
     SizeTable,
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
         "--threads", type=int, help="processor threads; default: as many as PyTorch takes"
     )
     parser.add_argument("--batch", type=int, help="slices at a time; default: that of the run")
-    plugins.add_plugin_flags(parser)
+    add_plugin_flags(parser)
     return parser.parse_args()
 
 

@@ -50,7 +50,7 @@ from inference import AMP_MODES, fast_copy, fast_dtype, predict_labels
 from networks import NETWORKS, build_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
-from utils.config import ConfigError
+from utils.config import ConfigError, add_plugin_flags
 from utils.exported import ExportedModel
 from utils.predictions import (
     SizeTable,
@@ -101,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--window-batch", type=int, help="windows at a time; default: that of the run"
     )
-    plugins.add_plugin_flags(parser)
+    add_plugin_flags(parser)
     return parser.parse_args()
 
 

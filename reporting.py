@@ -33,12 +33,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataloaders import DATASETS, DataError, Dataset, build_dataset
-from inference import AMP_MODES, fast_copy, fast_dtype
+from inference import fast_copy, fast_dtype
 from metrics import (
     DISTANCES,
-    EMPTY_POLICIES,
     FLAGS,
-    HD95_DEFINITIONS,
     METRICS,
     PUBLISHED,
     SHOWN,
@@ -56,45 +54,9 @@ from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
 from utils.distributed import World
 
-PROTOCOLS = ("clean", "published")
 PENALISED = (
     "* with missed and wrongly predicted {} as the diagonal of the volume: compare runs by these"
 )
-
-
-def parse_flags(parser, splits: Sequence[str], split_help: str, protocol_help: str):
-    """The flags of a test script: those that `parser` has, and those of both scripts."""
-    parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run")
-    parser.add_argument("--split", choices=splits, help=split_help)
-    parser.add_argument(
-        "--data-root", help="folder of the data set, if it is not where the run found it"
-    )
-    parser.add_argument(
-        "--allow-outside",
-        action="store_true",
-        help="read and cache where the checkpoint says, wherever that is",
-    )
-    parser.add_argument("--out", type=Path, help="output folder; default: the checkpoint's")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off")
-    parser.add_argument(
-        "--hd95", choices=HD95_DEFINITIONS, help="definition, see metrics.py; default: pooled"
-    )
-    parser.add_argument(
-        "--empty",
-        choices=EMPTY_POLICIES,
-        help="scores of empty masks, see metrics.py; default: agree, distillation runs: nan",
-    )
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="clean", help=protocol_help)
-    parser.add_argument("--no-predictions", action="store_true", help="do not write label maps")
-    parser.add_argument(
-        "--overlays", action="store_true", help="write a PNG per case: image, label, prediction"
-    )
-    plugins.add_plugin_flags(parser)
-    args = parser.parse_args()
-    if args.out and args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out}: is a file, expected a folder")
-    return args
 
 
 # --- scores of a case ---

@@ -12,9 +12,24 @@ last.pt is scored beside it.
     python test_2d.py --ckpt runs/isic2018/crkd/unet2d-5%/seed0/best.pt --overlays
 """
 
-import argparse
 import sys
 import time
+
+from metrics import EMPTY_POLICIES, HD95_DEFINITIONS
+from utils.config import testing_flags
+
+FLAGS = testing_flags(
+    __doc__,
+    splits=("test", "val", "val+test"),
+    split_help=(
+        "default: test, or val where there is no test list; published protocol of volumes: both"
+    ),
+    protocol_help="see reporting.py",
+    hd95=HD95_DEFINITIONS,
+    empty=EMPTY_POLICIES,
+)
+if __name__ == "__main__":
+    FLAGS.parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import numpy as np
 import torch
@@ -27,25 +42,9 @@ from utils.config import ConfigError
 from utils.distributed import join_world
 from utils.run import resolve_device
 
-SPLITS = ("test", "val", "val+test")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    return reporting.parse_flags(
-        parser,
-        splits=SPLITS,
-        split_help=(
-            "default: test, or val where there is no test list; published protocol of volumes: both"
-        ),
-        protocol_help="see reporting.py",
-    )
-
 
 def main() -> int:
-    args = parse_args()
+    args = FLAGS.parse_args()
     world, name = join_world(args.device)
     checkpoint = load_checkpoint(args.ckpt)
     if checkpoint.get("kind") != "2d-semi":

@@ -17,13 +17,45 @@ import functools
 import sys
 import time
 
+from metrics import EMPTY_POLICIES, HD95_DEFINITIONS, case_metrics, diagonal, summarise
+from utils.config import testing_flags
+
+FLAGS = testing_flags(
+    __doc__,
+    splits=("test", "val"),
+    split_help="default: test, or val where there is no test list",
+    protocol_help=(
+        "published: semi-supervised runs are scored as in published tables; distillation runs "
+        "as with --published"
+    ),
+    hd95=HD95_DEFINITIONS,
+    empty=EMPTY_POLICIES,
+)
+FLAGS.add_argument("--cache-dir", help="folder of preprocessed cases")
+FLAGS.add_argument(
+    "--fast", action="store_true", help="predict by a bfloat16 copy, if the processor can"
+)
+FLAGS.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
+FLAGS.add_argument(
+    "--published", action="store_true", help="add the ACF-BCKD code's own figures (HD95 in voxels)"
+)
+FLAGS.add_argument(
+    "--stride", type=int, nargs=3, help="semi-supervised runs: voxels between windows"
+)
+FLAGS.add_argument(
+    "--largest-component",
+    action="store_true",
+    help="semi-supervised runs: keep the largest component alone",
+)
+if __name__ == "__main__":
+    FLAGS.parse_args()  # before torch is imported: --help and a mistyped flag answer at once
+
 import numpy as np
 import torch
 
 import reporting
 from dataloaders import DataError
 from inference import largest_component, predict_labels
-from metrics import case_metrics, diagonal, summarise
 from utils import figures
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ConfigError
@@ -34,36 +66,7 @@ SPACES = ("resampled", "native")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cache-dir", help="folder of preprocessed cases")
-    parser.add_argument(
-        "--fast", action="store_true", help="predict by a bfloat16 copy, if the processor can"
-    )
-    parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
-    parser.add_argument(
-        "--published",
-        action="store_true",
-        help="add the ACF-BCKD code's own figures (HD95 in voxels)",
-    )
-    parser.add_argument(
-        "--stride", type=int, nargs=3, help="semi-supervised runs: voxels between windows"
-    )
-    parser.add_argument(
-        "--largest-component",
-        action="store_true",
-        help="semi-supervised runs: keep the largest component alone",
-    )
-    args = reporting.parse_flags(
-        parser,
-        splits=("test", "val"),
-        split_help="default: test, or val where there is no test list",
-        protocol_help=(
-            "published: semi-supervised runs are scored as in published tables; distillation runs "
-            "as with --published"
-        ),
-    )
+    args = FLAGS.parse_args()
     if args.published:
         args.protocol = "published"
     return args

@@ -34,10 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
 from dataloaders import DataError
 from tools import deployed, export
-from utils import plugins
 from utils.checkpoint import CheckpointError
 from utils.complexity import count_macs, count_parameters, peak_memory
-from utils.config import ConfigError
+from utils.config import ConfigError, add_plugin_flags
 from utils.exported import FORMATS, ExportedModel, model_files
 
 SETTLE = 0.3  # seconds after which the threads of an idle runtime no longer wait in a loop
@@ -80,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-dice", action="store_true", help="leave the Dice out")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
-    plugins.add_plugin_flags(parser)
+    add_plugin_flags(parser)
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.threads < 1 or args.cases < 0:
         parser.error("--repeats and --threads must be at least 1, --cases 0 or more")

@@ -13,7 +13,6 @@ from medpy.metric import binary as medpy
 
 from metrics import METRICS, case_metrics, summarise
 from reporting import (
-    PROTOCOLS,
     PUBLISHED,
     case_rows,
     describe,
@@ -25,6 +24,7 @@ from reporting import (
     write_summary,
 )
 from tools.tables import runs_table
+from utils.config import PROTOCOLS
 
 NAN = math.nan
 VOLUME, IMAGE = (7, 6, 5), (9, 8)

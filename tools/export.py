@@ -48,9 +48,8 @@ from dataloaders import DataError
 from inference import to_labels
 from tools import deployed, model_card, monai_bundle
 from tools.deployed import Sample
-from utils import plugins
 from utils.checkpoint import CheckpointError, digest
-from utils.config import ConfigError
+from utils.config import ConfigError, add_plugin_flags
 from utils.exported import (
     FORMATS,
     ExportedModel,
@@ -113,7 +112,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--licence", default="", help="licence of the weights, for the model card")
     parser.add_argument("--intended-use", default="", help="intended use, for the model card")
-    plugins.add_plugin_flags(parser)
+    add_plugin_flags(parser)
     args = parser.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.int8 and args.format not in ("onnx", "openvino"):

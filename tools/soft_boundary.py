@@ -38,9 +38,8 @@ from inference import predict_logits
 from losses.distance import boundary_distance_squared
 from metrics import class_dice
 from tools.deployed import listed, load_network, read
-from utils import plugins
 from utils.checkpoint import CheckpointError, dataset_arguments, load_checkpoint
-from utils.config import ConfigError
+from utils.config import ConfigError, add_plugin_flags
 from utils.run import resolve_device
 
 
@@ -78,7 +77,7 @@ def main() -> int:
         help="read and cache where the checkpoint says, wherever that is",
     )
     parser.add_argument("--device", default="auto")
-    plugins.add_plugin_flags(parser)
+    add_plugin_flags(parser)
     args = parser.parse_args()
     if args.cases is not None and args.cases < 1:
         parser.error(f"--cases {args.cases}: expected 1 or more")

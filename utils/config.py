@@ -37,6 +37,7 @@ Natural = Annotated[int, "[0, inf)"]
 OF_FORMAT = object()  # marks a key that only some data formats have a use for
 
 AMP = ("off", "bf16", "fp16")
+PROTOCOLS = ("clean", "published")  # of scores: reporting.py
 SELECTIONS = ("val", "test")  # lists that may choose the best checkpoint
 
 # beyond this a number is a slip, and PyTorch's sizes and seeds fail somewhere deep
@@ -114,6 +115,74 @@ def training_flags(
         help="override keys of the YAML file",
     )
     return parser
+
+
+def testing_flags(
+    description: str,
+    splits: Sequence[str],
+    split_help: str,
+    protocol_help: str,
+    hd95: Sequence[str],
+    empty: Sequence[str],
+) -> argparse.ArgumentParser:
+    """The flags of both test scripts. hd95, empty: definitions and policies of metrics.py.
+
+    Needs no torch, as `training_flags`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run")
+    parser.add_argument("--split", choices=splits, help=split_help)
+    parser.add_argument(
+        "--data-root", help="folder of the data set, if it is not where the run found it"
+    )
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="read and cache where the checkpoint says, wherever that is",
+    )
+    parser.add_argument("--out", type=_folder, help="output folder; default: the checkpoint's")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", choices=AMP, default="off")
+    parser.add_argument("--hd95", choices=hd95, help="definition, see metrics.py; default: pooled")
+    parser.add_argument(
+        "--empty",
+        choices=empty,
+        help="scores of empty masks, see metrics.py; default: agree, distillation runs: nan",
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="clean", help=protocol_help)
+    parser.add_argument("--no-predictions", action="store_true", help="do not write label maps")
+    parser.add_argument(
+        "--overlays", action="store_true", help="write a PNG per case: image, label, prediction"
+    )
+    add_plugin_flags(parser)
+    return parser
+
+
+def _folder(name: str) -> Path:
+    """ArgumentTypeError for something that is there and no folder."""
+    if (path := Path(name)).exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: is a file, expected a folder")
+    return path
+
+
+def add_plugin_flags(parser: argparse.ArgumentParser) -> None:
+    """--plugin and --allow-changed-plugin, for `utils.plugins.plug_in_for`."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help=(
+            "run this class of your own, which the checkpoint was trained with (docs/extending.md)"
+        ),
+    )
+    parser.add_argument(
+        "--allow-changed-plugin",
+        action="store_true",
+        help="even if its source is not what it was in training",
+    )
 
 
 def parse(

@@ -238,24 +238,6 @@ def check_same(
             )
 
 
-def add_plugin_flags(parser) -> None:
-    """--plugin and --allow-changed-plugin, for `plug_in_for`."""
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE.py:CLASS",
-        help=(
-            "run this class of your own, which the checkpoint was trained with (docs/extending.md)"
-        ),
-    )
-    parser.add_argument(
-        "--allow-changed-plugin",
-        action="store_true",
-        help="even if its source is not what it was in training",
-    )
-
-
 def plug_in_for(
     checkpoint: Mapping,
     path: str | Path,

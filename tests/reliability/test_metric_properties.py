@@ -24,6 +24,7 @@ import reporting
 from metrics import DISTANCES, METRICS, case_metrics, class_dice, diagonal, mean_dice, summarise
 from tests.reliability import profiles  # noqa: F401
 from tools import tables
+from utils.config import PROTOCOLS
 
 NUM_CLASSES = 4
 NAMES = ("background", "liver", "left kidney", "spleen")
@@ -278,9 +279,7 @@ def test_a_missed_organ_improves_no_mean(drawn, empty):
 
 
 @given(
-    cases_with_one_to_miss(),
-    st.sampled_from(reporting.PROTOCOLS),
-    st.sampled_from(["nan", "diag", "agree"]),
+    cases_with_one_to_miss(), st.sampled_from(PROTOCOLS), st.sampled_from(["nan", "diag", "agree"])
 )
 def test_a_missed_organ_improves_no_mean_of_either_protocol(drawn, protocol, empty):
     predictions, labels, _, chosen = drawn
@@ -320,7 +319,7 @@ def printed(function, *arguments):
     return out.getvalue()
 
 
-@given(cases_with_one_to_miss(), st.sampled_from(reporting.PROTOCOLS))
+@given(cases_with_one_to_miss(), st.sampled_from(PROTOCOLS))
 def test_every_table_prints_the_number_of_misses_and_the_penalised_means(drawn, protocol):
     predictions, labels, spacing, chosen = drawn
     missing = without(predictions, chosen)

@@ -307,15 +307,20 @@ def stop_after(step: int, options: tuple[str, ...], workspace: Path, folder: Pat
     assert "--resume" in errors
 
 
-@pytest.mark.parametrize("script", ["train_3d_distill", "train_3d_crkd", "train_2d_crkd"])
-@pytest.mark.parametrize("flags, says", [(["--help"], "usage:"), (["--confg", "x"], "--config")])
+@pytest.mark.parametrize(
+    "script", ["train_3d_distill", "train_3d_crkd", "train_2d_crkd", "test_3d", "test_2d"]
+)
+@pytest.mark.parametrize(
+    "flags, says", [(["--help"], "usage:"), (["--confg", "x"], "required: --c")]
+)
 def test_help_and_mistyped_flags_are_answered_without_torch(script, flags, says):
+    heavy = ("torch", "monai", *(("numpy",) if script.startswith("train") else ()))
     program = f"""import runpy, sys
 sys.argv = ["{script}.py", *{flags}]
 try:
     runpy.run_path("{script}.py", run_name="__main__")
 finally:
-    print("heavy:", [name for name in ("torch", "monai", "numpy") if name in sys.modules])
+    print("heavy:", [name for name in {heavy} if name in sys.modules])
 """
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
