@@ -40,13 +40,22 @@ def overlay(
     """
     low, high = np.percentile(image, [0.5, 99.5])
     grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None].repeat(3, -1)
-    colours = palette(num_classes)[label]
-    border = np.zeros(label.shape, bool)
-    border[:-1] |= label[:-1] != label[1:]
-    border[:, :-1] |= label[:, :-1] != label[:, 1:]
-    weight = np.where(label > 0, np.where(border, 1.0, alpha), 0.0)[..., None]
-    mixed = grey * (1 - weight) + colours * weight
-    return (np.rot90(mixed)[:, ::-1] * 255).round().astype(np.uint8)
+    mixed = _coloured(grey, label, num_classes, alpha)
+    return np.rot90(mixed)[:, ::-1]
+
+
+def _coloured(shown: np.ndarray, ids: np.ndarray, num_classes: int, alpha: float) -> np.ndarray:
+    """Colours (H, W, 3) in [0, 1] with the classes of ids (H, W) over them, uint8: a tint of
+    `alpha` inside, and an opaque outline.
+
+    The outline lies on the pixels of a class that touch another one by a side, so it is closed.
+    """
+    around = np.pad(ids, 1, mode="edge")
+    neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
+    outline = np.any([ids != neighbour for neighbour in neighbours], axis=0)
+    weight = np.where(ids > 0, np.where(outline, 1.0, alpha), 0.0)[..., None]
+    mixed = shown * (1 - weight) + palette(num_classes)[ids] * weight
+    return (mixed * 255).round().astype(np.uint8)
 
 
 def fullest_slice(label: np.ndarray, axis: int = 2) -> int:
@@ -106,14 +115,7 @@ def views(
         ids = np.where(ids < num_classes, ids, 0)  # of images without a label
         low, high = (0.0, 1.0) if len(image) == 3 else np.percentile(image, [0.5, 99.5])
         shown = np.clip((np.moveaxis(image[:3], 0, -1) - low) / max(high - low, 1e-6), 0, 1)
-        colours = palette(num_classes)[ids]
-        border = np.zeros(ids.shape, bool)
-        border[:-1] |= ids[:-1] != ids[1:]
-        border[:, :-1] |= ids[:, :-1] != ids[:, 1:]
-        weight = np.where(border & (ids >= 0), 1.0, np.where(ids > 0, 0.3, 0.0))[..., None]
-        colours[border & (ids == 0)] = (1.0, 1.0, 1.0)
-        mixed = shown * (1 - weight) + colours * weight
-        pictures.append((mixed * 255).round().astype(np.uint8))
+        pictures.append(_coloured(shown, ids, num_classes, 0.3))
     return side_by_side(pictures)
 
 
