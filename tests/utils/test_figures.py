@@ -64,7 +64,7 @@ def test_every_class_has_its_colour():
 def test_ids_without_an_image_lie_on_black():
     picture = views([(None, SQUARE)], 3)
     assert picture.shape == (6, 8, 3) and (picture[0, 0] == 0).all()
-    assert np.array_equal(picture[2, 4], (0.3 * 255 * palette(3)[1]).round())
+    assert np.array_equal(picture[3, 4], (0.3 * 255 * palette(3)[1]).round())
 
 
 def test_pairs_stand_in_a_row_with_white_gaps():
