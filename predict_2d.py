@@ -36,7 +36,7 @@ from inference import AMP_MODES, predict_slices
 from networks import NETWORKS, build_network
 from utils import figures, plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
-from utils.config import ConfigError, add_plugin_flags
+from utils.config import ConfigError, Flags, add_plugin_flags, run_checkpoint
 from utils.exported import ExportedModel
 from utils.predictions import (
     SizeTable,
@@ -52,11 +52,11 @@ from utils.run import resolve_device
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Flags(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--ckpt", type=Path, help="best.pt or last.pt of a run of train_2d_crkd.py")
+    which.add_argument(
+        "--ckpt", type=run_checkpoint, help="best.pt or last.pt of a run of train_2d_crkd.py"
+    )
     which.add_argument(
         "--model",
         type=Path,

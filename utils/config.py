@@ -21,10 +21,11 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
 
+PROJECT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 Given = dict[str, tuple[Any, str]]  # key -> value, and the file or flag that it comes from
 
@@ -54,6 +55,39 @@ class ConfigError(ValueError):
     """
 
 
+class Flags(argparse.ArgumentParser):
+    """Command-line flags under a description that keeps its lines; a mistyped flag is answered by
+    the nearest one.
+    """
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for word in re.findall(r"(?<!\S)--[^\s=]+", message):
+            if message.startswith("unrecognized arguments") and word not in known:
+                message += f"; {word}: {_nearest(word, known)}"
+        super().error(message)
+
+
+def config_path(name: str) -> Path:
+    """The YAML file that `--config` names: a path, or the name of one of the project's own such as
+    btcv.
+    """
+    own = PROJECT / "configs" / f"{name}.yaml"
+    if re.fullmatch(r"[\w-]+", name) and not Path(name).exists() and own.exists():
+        return Path("configs", own.name) if Path("configs", own.name).exists() else own
+    return Path(name)
+
+
+def run_checkpoint(name: str) -> Path:
+    """The checkpoint that `--ckpt` names: a file, or best.pt of a run folder."""
+    return Path(name, "best.pt") if Path(name).is_dir() else Path(name)
+
+
 def load_config(
     schema: type[T],
     path: str | Path,
@@ -73,11 +107,14 @@ def training_flags(
     networks: flag -> help. labelled: what is counted, where some images have labels and others do
     not. Needs no torch, so that --help and a mistyped flag are answered at once.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Flags(description=description)
     add = parser.add_argument
-    add("--config", required=True, help="YAML file of the data set, such as configs/btcv.yaml")
+    add(
+        "--config",
+        required=True,
+        type=config_path,
+        help="YAML file of the data set, such as configs/btcv.yaml, or just btcv",
+    )
     add("--method", help=", ".join(methods))
     for name, text in networks.items():
         add(f"--{name}", help=text)
@@ -129,10 +166,13 @@ def testing_flags(
 
     Needs no torch, as `training_flags`.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Flags(description=description)
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        type=run_checkpoint,
+        help="best.pt or last.pt of a run, or its folder",
     )
-    parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run")
     parser.add_argument("--split", choices=splits, help=split_help)
     parser.add_argument(
         "--data-root", help="folder of the data set, if it is not where the run found it"
@@ -531,7 +571,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         kind = (
             "a folder, not a configuration file" if path.is_dir() else "no such configuration file"
         )
-        raise ConfigError(f"{path}: {kind}{f'; found {shown}' if nearby else ''}")
+        hint = f"; found {shown}" if nearby else ""
+        if (PROJECT / path).is_file():
+            hint = f"; it lies in {PROJECT}, start the script there"
+        elif re.fullmatch(r"[\w-]+", str(path)):
+            hint = (
+                f"; {_nearest(str(path), sorted(p.stem for p in PROJECT.glob('configs/*.yaml')))}"
+            )
+        raise ConfigError(f"{path}: {kind}{hint}")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (ConfigError, UnicodeDecodeError, OSError) as error:

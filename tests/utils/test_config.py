@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 
 from utils.config import (
     OF_FORMAT,
+    PROJECT,
     ConfigError,
     Count,
     Positive,
@@ -15,6 +17,8 @@ from utils.config import (
     check_values,
     load_config,
     read_yaml,
+    run_checkpoint,
+    training_flags,
 )
 
 
@@ -161,6 +165,32 @@ def test_bad_files(file, text, expected):
     path = file(text)
     with pytest.raises(ConfigError, match=re.escape(str(path)) + ".*" + re.escape(expected)):
         read_yaml(path)
+
+
+def test_a_name_stands_for_a_configuration_of_the_project(tmp_path, monkeypatch, capsys):
+    flags = training_flags("", ["kd"], {})
+    monkeypatch.chdir(PROJECT)
+    assert flags.parse_args(["--config", "btcv"]).config == Path("configs/btcv.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert flags.parse_args(["--config", "btcv"]).config == PROJECT / "configs/btcv.yaml"
+    Path("btcv").write_text("a: 1")  # a file of that name goes first
+    assert flags.parse_args(["--config", "btcv"]).config == Path("btcv")
+    with pytest.raises(ConfigError, match="did you mean 'btcv'"):
+        read_yaml("btvc")
+    with pytest.raises(ConfigError, match=f"it lies in {PROJECT}, start the script there"):
+        read_yaml("configs/btcv.yaml")
+
+
+def test_a_mistyped_flag_is_answered_by_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        training_flags("", ["kd"], {}).parse_args(["--config", "btcv", "--metod=kd", "--sed", "1"])
+    told = capsys.readouterr().err
+    assert "--metod: did you mean '--method'?; --sed: did you mean '--seed'?" in told
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path):
+    assert run_checkpoint(str(tmp_path)) == tmp_path / "best.pt"
+    assert run_checkpoint(str(tmp_path / "last.pt")) == tmp_path / "last.pt"
 
 
 def test_bytes_that_are_no_text(tmp_path):
