@@ -217,7 +217,7 @@ def test_model_card(ckpt, tmp_path):
         "--format torch_export",
         "`model.ts`",
         "`model.pt2`",
-        "5 train, 1 val, 1 test",
+        "5 labelled, 1 val, 1 test",
     ):
         assert part in card, part
 
