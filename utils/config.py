@@ -111,7 +111,6 @@ def training_flags(
     add = parser.add_argument
     add(
         "--config",
-        required=True,
         type=config_path,
         help="YAML file of the data set, such as configs/btcv.yaml, or just btcv",
     )
@@ -141,7 +140,15 @@ def training_flags(
         "--select-on", choices=SELECTIONS, help="list that chooses best.pt; test is shown in tables"
     )
     add("--allow-outside", action="store_true", help="lists may name files outside of data_root")
-    add("--resume", action="store_true", help="go on from last.pt of the same run, if there is one")
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="RUNFOLDER",
+        help="go on from last.pt of the same run, if there is one; with a run folder in place of "
+        "--config, from the settings in it",
+    )
     add("--show-run", action="store_true", help="print the run folder and stop")
     add(
         "--opts",
@@ -236,6 +243,11 @@ def parse(
     from utils.plugins import plug_in  # which builds on this module
 
     args = flags.parse_args(argv)
+    in_folder = isinstance(args.resume, str)
+    if in_folder == (args.config is not None):
+        flags.error("needs either --config FILE or --resume RUNFOLDER")
+    if in_folder:
+        args.config = Path(args.resume, "config.yaml")
     keys = {field.name for field in dataclasses.fields(schema)}
     chosen = {key: value for key, value in vars(args).items() if key in keys}
 

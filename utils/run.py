@@ -302,6 +302,11 @@ class Run:
         self.folder = run_folder(
             cfg.runs_dir, cfg.dataset, cfg.method, networks, cfg.seed, cfg.preset, cfg.tag
         )
+        if isinstance(args.resume, str) and self.folder.resolve() != Path(args.resume).resolve():
+            raise ConfigError(
+                f"{args.resume}: its config.yaml names the run folder {self.folder}; start in the "
+                "folder where the training was started, and move the run back if it was moved"
+            )
         if args.show_run:
             print(self.folder)
             raise SystemExit(0)
@@ -311,7 +316,7 @@ class Run:
                     f"nothing to do: {self.folder} holds imported weights; remove it to train anew"
                 )
                 raise SystemExit(0)
-        self.resumes = args.resume and _has_run(self.folder)
+        self.resumes = bool(args.resume) and _has_run(self.folder)
         self.world, name = join_world(cfg.device)
         self.device = resolve_device(name)
         if self.device.type == "cpu":
@@ -516,7 +521,9 @@ class Run:
         self.log.close()
         if self._stops:
             self.world.leave()
-            words = [*self.world.launcher, *[a for a in sys.argv if a != "--resume"], "--resume"]
+            words = [*self.world.launcher, *sys.argv]
+            if not self.args.resume:
+                words.append("--resume")
             self.note(f"\nstopped after step {self.done}; go on with: {shlex.join(words)}")
             return self.signal.exit_code
         if self.world.main:

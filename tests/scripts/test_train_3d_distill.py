@@ -381,7 +381,17 @@ def test_run_folder_is_not_overwritten_and_not_resumed_with_other_settings(works
     assert "lr: 0.01 then, 0.5 now" in changed.stderr
     longer = train("--resume", *supervised, "max_steps=4", cwd=workspace)
     assert "nothing to do" not in longer.stdout
-    assert load_checkpoint(workspace / "runs/tiny/supervised/unet/seed0/last.pt")["step"] == 4
+    folder = "runs/tiny/supervised/unet/seed0"
+    assert load_checkpoint(workspace / folder / "last.pt")["step"] == 4
+    # the folder alone says everything
+    script = "train_3d_distill.py"
+    run(script, "--resume", folder, "--opts", "max_steps=5", cwd=workspace)
+    assert load_checkpoint(workspace / folder / "last.pt")["step"] == 5
+    (workspace / folder).rename(workspace / "moved")
+    moved = run(script, "--resume", "moved", cwd=workspace, ok=False).stderr
+    assert f"moved: its config.yaml names the run folder {folder}" in moved
+    both = run(script, "--config", "tiny.yaml", "--resume", "moved", cwd=workspace, ok=False)
+    assert "either --config FILE or --resume RUNFOLDER" in both.stderr
 
 
 def test_a_change_that_concerns_other_runs_does_not_keep_one_from_resuming(workspace):
