@@ -37,10 +37,16 @@ from dataloaders import DataError, build_dataset
 from inference import predict_logits
 from losses.distance import boundary_distance_squared
 from metrics import class_dice
-from tools.deployed import listed, load_network, read
+from tools.deployed import load_network, read
 from utils.checkpoint import CheckpointError, dataset_arguments, load_checkpoint
 from utils.config import ConfigError, add_plugin_flags
-from utils.run import resolve_device
+from utils.run import plain, resolve_device
+
+# of the data set's arguments, those that a case depends on as it is read
+PREPROCESSING = (
+    *("format", "class_names", "in_channels", "regions", "orientation", "spacing", "intensity"),
+    *("window", "crop_foreground"),
+)
 
 
 class Seen(NamedTuple):
@@ -95,7 +101,9 @@ def main() -> int:
         )
     )
     names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
-    cases = listed(first, dataset, [args.split])[1][: args.cases]
+    cases = dataset.find(names_of(first, args.split))[: args.cases]
+    if not cases:
+        raise CheckpointError(f"{args.students[0]}: its run had no {args.split} list")
     dataset.prepare({args.split: cases})
 
     found: list[list[list[Seen]]] = [[] for _ in students]  # of each student, case and class
@@ -135,19 +143,27 @@ def load(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[di
 
 def check_alike(path: Path, checkpoint: dict, first_path: Path, first: dict, split: str) -> None:
     """CheckpointError unless two students have the same cases, classes and preprocessing."""
-    own, places = checkpoint["dataset"], ("root", "cache_dir", "split_dir")
+    own, other = checkpoint["dataset"], first["dataset"]
     wrong = [
-        f"{key} {own.get(key)} instead of {value}"
-        for key, value in first["dataset"].items()
-        if key not in places and own.get(key) != value
+        f"{key} {own.get(key)} instead of {other.get(key)}"
+        for key in PREPROCESSING
+        if plain(own.get(key) or None) != plain(other.get(key) or None)
     ]
-    if checkpoint.get("cases", {}).get(split) != first.get("cases", {}).get(split):
+    if names_of(checkpoint, split) != names_of(first, split):
         wrong.append(f"another {split} list")
     if wrong:
         raise CheckpointError(
             f"{path}: not comparable with {first_path} ({'; '.join(wrong)}); give the two to a run "
             "of this tool each"
         )
+
+
+def names_of(checkpoint: dict, split: str) -> list[str]:
+    """The cases of a list of the run."""
+    cases = checkpoint.get("cases", {})
+    if split == "train" and "labelled" in cases:  # what it is called since labels may be missing
+        split = "labelled"
+    return cases.get(split, [])
 
 
 def check_teacher(path: Path, teacher: dict, of_student: Path, student: dict) -> None:

@@ -142,6 +142,13 @@ def test_the_table_of_finished_runs(tmp_path):
     )
     one = run("tools/soft_boundary.py", "--teacher", teacher, student, "--cases", "1", cwd=folder)
     assert one.stdout.splitlines()[-1].startswith("1 val cases")
+    # what changes patches alone, and where things are, changes no case
+    finished = load_checkpoint(folder / student)
+    elsewhere = {"flip_prob": 0.5, "crop": "uniform", "cache_dir": "elsewhere", "unlabelled": "x"}
+    atomic_save(finished | {"dataset": finished["dataset"] | elsewhere}, folder / "patches.pt")
+    both = run("tools/soft_boundary.py", "--teacher", teacher, student, "patches.pt", cwd=folder)
+    rows = [line.split(" | ")[1:] for line in both.stdout.splitlines()[2:6]]
+    assert rows[:2] == rows[2:]
 
     site = make_site(tmp_path / "few", "la")
     site.replace("max_steps: 4", "max_steps: 1")
