@@ -264,11 +264,13 @@ class Tiny(Settings):
     network: str = "net"
     class_names: tuple[str, ...] = ("background", "organ")
 
+    def dataset_arguments(self):
+        return {}
+
 
 @pytest.fixture
-def tiny_run(tmp_path, monkeypatch):
+def tiny_run(tmp_path):
     """Starts a Run of one layer on the CPU, whose signals are handled as before afterwards."""
-    monkeypatch.setattr(Tiny, "dataset_arguments", lambda self: {})
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING}
 
     def start(resume=False, **values):
