@@ -12,9 +12,11 @@ In neither do the distances of a structure that was not found make a mean worse.
 them a second time, marked *, with missed and spurious structures as the diagonal of the volume
 (`penalised` in the summary).
 
-The HDF5 files and photographs carry no voxel size: distances are in voxels or pixels in either
-protocol. `accuracy` is the share of all voxels that are labelled right, background included; `ci95`
-Student's 95 % confidence interval of the mean over cases, undefined values left out.
+Scans of NIfTI formats are scored on the grid of their files, with distances in mm. The HDF5 files
+and photographs carry no voxel size: there distances are in voxels or pixels, as in every published
+table. Both hold for either protocol. `accuracy` is the share of all voxels that are labelled right,
+background included; `ci95` Student's 95 % confidence interval of the mean over cases, undefined
+values left out.
 """
 
 import csv
@@ -71,33 +73,41 @@ def case_rows(
     protocol: str,
     hd95: str,
     empty: str,
+    spacing: Sequence[float] | None = None,
 ) -> list[dict]:
     """A row for each foreground class of ids `(H, W[, D])`, with the accuracy and diagonal of the
-    whole case in each; hd95 and empty are for the clean protocol.
+    whole case in each; hd95 and empty are for the clean protocol. spacing: in mm, None for
+    distances in voxels.
     """
-    unit = [1.0] * label.ndim
+    spacing = [1.0] * label.ndim if spacing is None else spacing
     if protocol == "published":
-        scores = published_scores(prediction, label, len(class_names))
+        scores = published_scores(prediction, label, len(class_names), spacing)
     else:
         scores = case_metrics(
-            prediction, label, len(class_names), spacing=unit, hd95=hd95, empty=empty
+            prediction, label, len(class_names), spacing=spacing, hd95=hd95, empty=empty
         )
     shared = {
         "accuracy": float(np.mean(prediction == label)),
-        "diagonal": diagonal(label.shape, unit),
+        "diagonal": diagonal(label.shape, spacing),
     }
     return [
         {"case": case, "class": name, **row, **shared} for name, row in zip(class_names[1:], scores)
     ]
 
 
-def published_scores(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> list[dict]:
+def published_scores(
+    prediction: np.ndarray,
+    label: np.ndarray,
+    num_classes: int,
+    spacing: Sequence[float] | None = None,
+) -> list[dict]:
     """The PUBLISHED metrics of each foreground class by the published protocol of volumes or of
-    images.
+    images; spacing as in `case_rows`.
     """
-    unit, image = [1.0] * label.ndim, label.ndim == 2
+    spacing = [1.0] * label.ndim if spacing is None else spacing
+    image = label.ndim == 2
     found = case_metrics(
-        prediction, label, num_classes, spacing=unit, hd95="directed" if image else "pooled"
+        prediction, label, num_classes, spacing=spacing, hd95="directed" if image else "pooled"
     )
     rows = []
     for k, scores in enumerate(found, 1):
@@ -108,7 +118,7 @@ def published_scores(prediction: np.ndarray, label: np.ndarray, num_classes: int
                 row |= {key: METRICS[key].best for key in PUBLISHED if key not in DISTANCES}
             if not empty:
                 both = (prediction == k, label == k), (label == k, prediction == k)
-                row["asd"] = statistics.fmean(asd(*pair, spacing=unit) for pair in both)
+                row["asd"] = statistics.fmean(asd(*pair, spacing=spacing) for pair in both)
         elif empty:
             row |= dict.fromkeys(PUBLISHED, 0.0)
         rows.append(row)
@@ -224,7 +234,7 @@ def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: 
     """
     definitions = {"hd95": hd95}
     if protocol:
-        one_sided = protocol == "clean" or unit == "voxels"
+        one_sided = protocol == "clean" or unit != "pixels"
         definitions["asd"] = "one_sided" if one_sided else "mean_of_both"
 
     def column(metric: str) -> str:
@@ -380,12 +390,12 @@ def report(summary: dict) -> None:
 
 def report_spaces(summary: dict, spaces: Sequence[str]) -> None:
     """`report` of a distillation run, which is scored on two grids side by side."""
-    scores = [summary[space] for space in spaces]
+    scores, unit = [summary[space] for space in spaces], summary["unit"]
     counts = scores[0]["counts"]
     failed = any(failures(entry["counts"]) for entry in scores)
     lines = _lines(scores, failed, "mean of cases")
     width = max(map(len, lines))
-    titles = score_titles(scores[0]["mean"], failed, "mm")
+    titles = score_titles(scores[0]["mean"], failed, unit)
     grids = "    ".join(f"{space + ' grid':{len(titles)}}" for space in spaces)
     print(f"{'':{width}}  {grids.rstrip()}")
     print(f"{'':{width}}  " + "    ".join([titles] * len(spaces)))
@@ -456,8 +466,8 @@ class Scoring:
         )
         if published and arguments["format"] == "images2d":
             arguments["eval_resize"] = "nearest"
-        self.unit = "pixels" if arguments["format"] == "images2d" else "voxels"
         self.dataset = build_dataset(**arguments)
+        self.unit = self.dataset.distance_unit
         self.split, default = self._splits()
         listed = [name for part in self.split.split("+") for name in checkpoint["cases"][part]]
         self.cases = self.dataset.find(listed)
@@ -566,7 +576,7 @@ def score_few_labels(
     """Score a few-label run, and last.pt beside it where best.pt was selected on the cases that are
     reported.
 
-    predict: a volume of the data set -> ids on its own grid, and the seconds that it took.
+    predict: a volume of the data set -> ids on the grid of `read`, and the seconds that it took.
     settings: how it predicts, for the summary.
     """
     for flag, value in (("--hd95", args.hd95), ("--empty", args.empty)):
@@ -594,10 +604,13 @@ def _score_few_labels(scoring: Scoring, predict: Callable, settings: dict) -> No
         ids, seconds = predict(scoring, volume)
         image, label = volume["image"], volume["label"][0]
         shown = [(image, None), (image, label), (image, ids)]
-        scoring.save(
-            case.name, ids, volume.get("affine"), lambda: figures.views(shown, dataset.num_classes)
-        )
-        how = {"protocol": args.protocol, "hd95": hd95, "empty": empty}
+        affine, spacing = volume.get("affine"), None
+        if scoring.unit == "mm":
+            ids = dataset.native(ids, volume)
+            label, affine = dataset.native_label(case)
+            spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        scoring.save(case.name, ids, affine, lambda: figures.views(shown, dataset.num_classes))
+        how = {"protocol": args.protocol, "hd95": hd95, "empty": empty, "spacing": spacing}
         return case_rows(case.name, ids, label, dataset.class_names, **how), seconds
 
     results = scoring.results(score_case)

@@ -3,7 +3,8 @@ overlays.
 
 Needs nothing but the checkpoint and the data. Scores of distillation runs are given on the
 preprocessed grid (the papers' protocol) and on the grid of the original files; those of runs of
-train_3d_crkd.py on the files' grid, with windows at the stride of the published protocol.
+train_3d_crkd.py on the files' grid, in mm where they carry a voxel size, with windows at the stride
+of the published protocol.
 Definitions and the policy for empty masks: metrics.py, reporting.py.
 
     python test_3d.py --ckpt runs/btcv/acf_bckd/resunet-unet/seed0/best.pt
@@ -147,6 +148,7 @@ def score_distilled(
     # grid by grid, as the file has them
     rows.sort(key=lambda row: SPACES.index(row["space"]))
     values = {
+        "unit": scoring.unit,
         "hd95_definition": hd95,
         "empty_policy": empty,
         "tta": args.tta,
@@ -160,7 +162,7 @@ def score_distilled(
         values["published_protocol"] = means
     seconds = [value for _, _, value in results]
     print_table = functools.partial(reporting.report_spaces, spaces=SPACES)
-    scoring.write(rows, seconds, ("", hd95, "mm"), values, print_table)
+    scoring.write(rows, seconds, ("", hd95, scoring.unit), values, print_table)
 
 
 def score_few_labels(

@@ -39,6 +39,8 @@ class Dataset(abc.ABC):
     in_channels = 1
     multilabel = False  # whether classes are regions that may overlap, without a background
     unit = "case"  # what a line of the lists names
+    # mm: scores are on the grid of `native`; voxels or pixels: on that of `read`, without a spacing
+    distance_unit = "voxels"
     title = "{split} cases"  # what messages count
     needs_val = True
     caches = False  # whether `prepare` makes files that other processes then find
@@ -220,8 +222,7 @@ class Dataset(abc.ABC):
     def folder_cases(self, folder: Path, report: Report) -> list[Case]:
         """Training cases of the files in a folder, none of which has a label."""
         cases, problems = find_scans(folder, self.in_channels, self.channel_of)
-        for problem in problems:
-            report.error("channels", folder, problem)
+        report.take(problems)
         return cases
 
     def named(self, case: Case) -> str:

@@ -52,6 +52,7 @@ class Images2DDataset(InMemory):
 
     dims = 2
     unit = "image"
+    distance_unit = "pixels"
     in_channels = 3
     repeats = WARNING  # collections of photographs have some
 

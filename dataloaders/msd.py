@@ -53,6 +53,7 @@ class MSDDataset(Dataset):
 
     caches = True
     pads = True
+    distance_unit = "mm"
     described_keys = ("class_names", "in_channels")
 
     @classmethod

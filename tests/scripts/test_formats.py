@@ -1,5 +1,6 @@
 """Each data format in each training script, against scans read and scored by hand."""
 
+import csv
 import shutil
 
 import h5py
@@ -7,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from medpy.metric import binary as medpy
 from scipy import ndimage
 
 from dataloaders import build_dataset
@@ -169,20 +171,42 @@ def test_hdf5_scans_train_in_every_script(workspace, script):
     assert checkpoint["val"]["dice"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("protocol", ["clean", "published"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_predictions_are_on_the_grid_of_the_file(workspace, dims):
-    few_labels(dims, cwd=workspace)
+def test_scans_are_predicted_and_scored_on_the_grid_of_the_file_in_mm(workspace, dims, protocol):
+    few_labels(dims, "spacing=[3.0,2.5,2.5]", "max_steps=6", "lr=0.05", cwd=workspace)
     name = {2: "unet2d", 3: "vnet"}[dims]
-    ckpt = f"runs/tiny/crkd/{name}-2/seed0/best.pt"
+    folder = workspace / f"runs/tiny/crkd/{name}-2/seed0"
+    ckpt = str(folder / "best.pt")
     arguments = ("--ckpt", ckpt, "--input", "data/imagesTr/case6.nii.gz", "--output", "out")
     run(f"predict_{dims}d.py", *arguments, cwd=workspace)
-    stored = nib.load(workspace / "data/imagesTr/case6.nii.gz")  # LPS
+    stored = nib.load(workspace / "data/imagesTr/case6.nii.gz")  # LPS, 2 mm
     found = nib.load(workspace / "out/case6.nii.gz")
     np.testing.assert_allclose(found.affine, stored.affine)
-    run(f"test_{dims}d.py", "--ckpt", ckpt, cwd=workspace)
-    scored = nib.load(workspace / f"runs/tiny/crkd/{name}-2/seed0/predictions/case6.nii.gz")
-    turned = scored.as_reoriented(nib.io_orientation(stored.affine))
-    assert np.array_equal(turned.get_fdata(), found.get_fdata())
+    printed = run(f"test_{dims}d.py", "--ckpt", ckpt, "--protocol", protocol, cwd=workspace).stdout
+    assert "(mm)" in printed and "voxels of" not in printed
+    suffix = "_published" if protocol == "published" else ""
+    scored = nib.load(folder / f"predictions{suffix}/case6.nii.gz")
+    np.testing.assert_allclose(scored.affine, stored.affine)
+    assert np.array_equal(scored.get_fdata(), found.get_fdata())
+
+    label = nib.load(workspace / "data/labelsTr/case6.nii.gz").get_fdata()
+    with (folder / f"metrics{suffix}.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["case"] == "case6"]
+    assert [row["class"] for row in rows] == ["ball", "box"]
+    measured = 0
+    for k, row in enumerate(rows, 1):
+        pair = scored.get_fdata() == k, label == k
+        both = 2 * (pair[0] & pair[1]).sum() / (pair[0].sum() + pair[1].sum())
+        assert float(row[f"dice_{protocol}"]) == pytest.approx(both, rel=1e-5)
+        if pair[0].any():
+            measured += 1
+            for key, function in (("hd95_pooled", medpy.hd95), ("asd_one_sided", medpy.asd)):
+                distance = function(*pair, voxelspacing=(2.0, 2.0, 2.0))
+                assert float(row[f"{key}_mm_{protocol}"]) == pytest.approx(distance, rel=1e-5)
+        longest = 2 * np.linalg.norm(label.shape)
+        assert float(row["diagonal_mm"]) == pytest.approx(longest, rel=1e-5)
+    assert measured
 
 
 @pytest.mark.parametrize("dims", [2, 3])
