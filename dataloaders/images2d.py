@@ -273,7 +273,18 @@ class Images2DDataset(InMemory):
         for name in stored:
             chosen = self._read_list(name, report)
             if chosen is not None:
-                foreign = sorted(set(chosen) - set(train))
+                known = set(train)
+                foreign = sorted(set(chosen) - known)
+                unmasked = [image for image in foreign if not self.has_label(image)]
+                for case in (self._known[image] for image in unmasked):
+                    report.error(
+                        "no label",
+                        case.images[0],
+                        f"{self.split_dir / name}.txt lists it as labelled, but it has no mask",
+                        "a mask of its name",
+                        "restore the mask or take the image out of the list",
+                    )
+                foreign = [image for image in foreign if image not in unmasked]
                 if foreign:
                     report.error(
                         "unknown case",
@@ -284,7 +295,7 @@ class Images2DDataset(InMemory):
                         "labelled images are training images",
                         "draw the list again",
                     )
-                return [name for name in chosen if name not in foreign]
+                return [image for image in chosen if image in known]
         return draw(train, count)
 
     def _add(self, case: Case, report: Report) -> bool:
@@ -294,9 +305,9 @@ class Images2DDataset(InMemory):
             report.error(
                 "listed twice",
                 case.images[0],
-                f"{other.images[0]} and this image have the same name",
-                "",
-                "every image needs a name of its own",
+                f"called '{case.name}' as {other.images[0]} is",
+                "a name of its own for every image, without its suffix",
+                "rename one of them",
             )
         return other.images == case.images
 

@@ -289,22 +289,23 @@ def labelled_count(labelled: int | float | None, total: int, source: str, unit: 
     """
     if labelled is None:
         return total
+    found = f"{source}: {total} {unit}{'s' * (total != 1)} with a label, but labelled is {labelled}"
     expected = f"expected 1..{total} or a fraction of 1, such as 0.1"
+    fix = f"ask for fewer or label more of its {unit}s"
     if isinstance(labelled, bool) or not isinstance(labelled, (int, float)) or not labelled > 0:
         raise DataError(f"labelled is {labelled!r}; {expected}")
     if isinstance(labelled, float) and labelled <= 1:
         count = int(labelled * total + 1e-9)  # 0.29 * 100 is 28.999...
         if count < 1:
             raise DataError(
-                f"labelled is {labelled}, which is less than one {unit} of the {total} in {source}"
+                f"{found}, which is less than one {unit}; {expected}; ask for a larger share or "
+                "name their number"
             )
         return count
     if labelled != int(labelled):
         raise DataError(f"labelled is {labelled}; {expected}")
     if labelled > total:
-        raise DataError(
-            f"labelled is {int(labelled)}, but {source} has only {total} {unit}s; {expected}"
-        )
+        raise DataError(f"{found}; {expected}; {fix}")
     return int(labelled)
 
 
@@ -318,8 +319,8 @@ def draw(names: Sequence[str], count: int, seed: int = SEED) -> list[str]:
 
 def find_scans(
     path: Path, in_channels: int, channel_of: Callable[[str], tuple[str, int] | None]
-) -> tuple[list[Case], list[str]]:
-    """Scans at `path`, sorted by name, and what is wrong with those that cannot be predicted.
+) -> tuple[list[Case], list[Finding]]:
+    """Scans at `path`, sorted by name, and a fault for each that cannot be used.
 
     A file is a scan; so is the set of channel files that `channel_of` names alike (one of them
     stands for all), and a folder with a DICOM series. In a folder the files count, or where there
@@ -349,7 +350,7 @@ def find_scans(
         else sorted(entry for entry in path.iterdir() if entry.is_dir())
     )
     cases: list[Case] = []
-    problems: list[str] = []
+    problems: list[Finding] = []
     for folder in folders:
         files = _scan_files(folder)
         if files:
@@ -390,11 +391,11 @@ def _scan_files(folder: Path) -> list[Path]:
 
 def _grouped(
     files: Sequence[Path], in_channels: int, channel_of: Callable
-) -> tuple[list[Case], list[str]]:
+) -> tuple[list[Case], list[Finding]]:
     """Cases of channel files that belong together, and of files that hold a whole scan each."""
     scans: dict[str, dict[int, Path]] = {}
     cases: list[Case] = []
-    problems: list[str] = []
+    problems: list[Finding] = []
     for file in files:
         named = channel_of(stem(file))
         if named is None:
@@ -403,8 +404,15 @@ def _grouped(
             channels = scans.setdefault(named[0], {})
             if named[1] in channels:
                 problems.append(
-                    f"{file}: channel {named[1]} of '{named[0]}' twice, also "
-                    f"{channels[named[1]].name}"
+                    Finding(
+                        "channels",
+                        str(file),
+                        f"channel {named[1]} of '{named[0]}' twice, also in "
+                        f"{channels[named[1]].name}",
+                        "one file for each channel",
+                        "remove one of them",
+                        case=named[0],
+                    )
                 )
             channels[named[1]] = file
     for name, channels in scans.items():
@@ -412,20 +420,30 @@ def _grouped(
             cases.append(Case(name, tuple(channels[k] for k in range(in_channels))))
         else:
             problems.append(
-                f"{next(iter(channels.values()))}: '{name}' has the channels {sorted(channels)} "
-                "(as its file names "
-                f"say), the network takes {in_channels}, counted from 0; add the missing files"
+                Finding(
+                    "channels",
+                    str(next(iter(channels.values()))),
+                    f"'{name}' has the channels {sorted(channels)}, as its file names say",
+                    f"{in_channels}, counted from 0: {list(range(in_channels))}",
+                    "add the missing files or remove the scan",
+                    case=name,
+                )
             )
     return _unique(cases), problems
 
 
 def _unique(cases: Sequence[Case]) -> list[Case]:
-    """The cases sorted by name; DataError if two would write the same result."""
+    """The cases sorted by name; DataError if two have one name."""
     ordered = sorted(cases, key=lambda case: case.name)
     for first, second in itertools.pairwise(ordered):
         if first.name == second.name:
             raise DataError(
-                f"{first.images[0]} and {second.images[0]} would write the same result "
-                f"'{first.name}'; rename one"
+                Finding(
+                    "listed twice",
+                    str(second.images[0]),
+                    f"called '{second.name}' as {first.images[0]} is",
+                    "a name of its own for every file, without its suffix",
+                    "rename one of them",
+                )
             )
     return ordered

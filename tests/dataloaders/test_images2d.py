@@ -198,9 +198,21 @@ def test_missing_parts(flat, tmp_path):
         dataset(flat).prepare(dataset(flat).splits(1))
 
 
+def test_a_listed_labelled_image_without_a_mask(tree):
+    (tree / "labelled_2.txt").write_text("t03\nt07\n")
+    (tree / "train/masks/t07.png").unlink()
+    with pytest.raises(DataError, match=r"t07.jpg: .*labelled_2.txt lists it as labelled, but it"):
+        dataset(tree).splits(2)
+    (tree / "labelled_2.txt").write_text("t03\nelsewhere\n")
+    with pytest.raises(DataError, match=r"there is no image 'elsewhere'"):
+        dataset(tree).splits(2)
+
+
 def test_one_name_for_two_images(tree):
     add(tree, "val", ["t00"])
-    with pytest.raises(DataError, match="have the same name"):
+    with pytest.raises(
+        DataError, match=r"t00.jpg: called 't00' as .*t00.jpg is; expected a name of its own"
+    ):
         dataset(tree).splits(1)
 
 
@@ -404,7 +416,7 @@ def test_folders_make_the_lists(tree, tmp_path):
         (["--val", "20"], "expected 1..19"),
         ([], "--val is None"),
         (["--val", "4", "--ratios", "100"], "percentages of 1 to 99"),
-        (["--val", "4", "--ratios", "5"], "less than one image of the 16"),
+        (["--val", "4", "--ratios", "5"], "16 images .* is less than one image"),
     ],
 )
 def test_lists_that_cannot_be_drawn(flat, tmp_path, arguments, message):

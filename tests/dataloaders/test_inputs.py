@@ -41,7 +41,10 @@ def test_channel_files_belong_together(tmp_path):
     found, problems = shown(find_scans(tmp_path, 2, channel_number), tmp_path)
     assert found == {"x": ["x_0000.nii.gz", "x_0001.nii.gz"], "z": ["z.nii.gz"]}
     assert len(problems) == 1
-    assert "'y' has the channels [0]" in problems[0]
+    assert str(problems[0]) == (
+        f"{tmp_path / 'y_0000.nii.gz'}: 'y' has the channels [0], as its file names say; expected "
+        "2, counted from 0: [0, 1]; add the missing files or remove the scan"
+    )
     one = shown(find_scans(tmp_path / "x_0001.nii.gz", 2, channel_number), tmp_path)
     assert one == ({"x": ["x_0000.nii.gz", "x_0001.nii.gz"]}, [])
 
@@ -85,12 +88,12 @@ def test_nothing_there_and_names_twice(tmp_path):
     with pytest.raises(DataError, match="no scan or image"):
         find_scans(tmp_path, 1, whole)
     touch(tmp_path, "a.nii", "a.nii.gz")
-    with pytest.raises(DataError, match="would write the same result 'a'"):
+    with pytest.raises(DataError, match=r"a.nii.gz: called 'a' as .*/a.nii is; expected a name"):
         find_scans(tmp_path, 1, whole)
     touch(tmp_path, "p/a.png", "p/b.JPG", "p/c.txt")
     assert [case.name for case in find_images(tmp_path / "p", (".jpg", ".png"))] == ["a", "b"]
     touch(tmp_path, "p/a.jpg")
-    with pytest.raises(DataError, match="would write the same result 'a'"):
+    with pytest.raises(DataError, match=r"a.png: called 'a' as .*/p/a.jpg is"):
         find_images(tmp_path / "p", (".jpg", ".png"))
     with pytest.raises(DataError, match="no scan or image"):
         find_images(tmp_path / "p", (".bmp",))

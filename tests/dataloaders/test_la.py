@@ -82,7 +82,9 @@ def test_a_val_list_is_taken_if_there_is_one(tmp_path):
 
 def test_lists_that_are_wrong(tmp_path):
     data = build(tmp_path)
-    with pytest.raises(DataError, match=r"labelled is 5, but .*train.txt has only 4 scans"):
+    with pytest.raises(
+        DataError, match=r"train.txt: 4 scans with a label, but labelled is 5; expected 1..4"
+    ):
         data.splits(5)
     (tmp_path / "splits" / "test.txt").write_text("T1\nA\n")
     with pytest.raises(DataError, match=r"'A' is in both the train and the test list"):

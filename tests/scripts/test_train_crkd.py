@@ -839,7 +839,7 @@ def refused(site: Site, *arguments: str) -> str:
         ("method_args={crkd: {pseudo_mode: evil}}", "pseudo_mode"),
         ("preset=released", "preset: unknown value 'released'"),
         ("amp=half", "amp: unknown value 'half'"),
-        ("labelled=9", "labelled is 9, but"),
+        ("labelled=9", "with a label, but labelled is 9; expected 1.."),
         ("labelled=0", "labelled: a whole number, or a share above 0"),
         ("labelled=0.01", "which is less than one"),
         ("labelled=1.0", "labelled: 1.0 leaves no unlabelled"),

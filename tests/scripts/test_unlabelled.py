@@ -64,7 +64,8 @@ def test_a_number_of_labels_counts_those_that_have_one(workspace):
     few_labels(3, cwd=workspace, flags=("--labelled", "1"))
     assert cases_of(workspace, labelled=1)[:2] == (["case1"], ["case0", "case2"])
     stderr = few_labels(3, cwd=workspace, flags=("--labelled", "3"), ok=False).stderr
-    assert "labelled is 3, but" in stderr and "has only 2 cases" in stderr
+    assert "dataset_0.json: 2 cases with a label, but labelled is 3; expected 1..2" in stderr
+    assert "ask for fewer or label more of its cases" in stderr
 
 
 def test_test_entries_as_strings_on_demand(workspace):
