@@ -6,12 +6,14 @@ that may overlap.
     imagesTr/CASE_0000.nii.gz  channel 0 of a scan; CASE_0001.nii.gz is channel 1, ...
     labelsTr/CASE.nii.gz
     imagesTs/, labelsTs/       the test list, if there are labels
+    imagesUn/                  scans without labels; those of imagesTr that have none count too
     splits_final.json          [{"train": [CASE, ...], "val": [CASE, ...]}, ...], one entry per
                                fold; nnU-Net writes it to its folder of preprocessed data: copy it
                                here to train on the same folds
 
-As nnU-Net allows, dataset.json may list the files under "dataset": {CASE: {"images": [...],
-"label": ...}}. Region-based labels, {"whole tumour": [1, 2, 3], "tumour core": [2, 3]} with
+As nnU-Net allows, dataset.json may list the files of training under "dataset": {CASE: {"images":
+[...], "label": ...}}, in place of imagesTr and labelsTr; an entry without "label" is unlabelled.
+Region-based labels, {"whole tumour": [1, 2, 3], "tumour core": [2, 3]} with
 regions_class_order, are trained as classes that overlap, one sigmoid each; predictions are written
 with the ids of regions_class_order, later ones over earlier.
 """
@@ -182,8 +184,8 @@ class NnUNetDataset(MSDDataset):
         return [case for case in self.sections(None)["test"] if case.label]
 
     def sections(self, report: Report | None) -> dict[str, list[Case]]:
-        """Cases of imagesTr as training, of imagesTs with labels as test, those without of imagesTr
-        and imagesUn as unlabelled, sorted by name.
+        """Cases of imagesTr as training, or those of the list `dataset`; of imagesTs with labels as
+        test; those without of imagesTr and imagesUn as unlabelled, sorted by name.
         """
         path = self.root / self.datalist
         content = read_json(path, expected=OBJECT)
@@ -191,47 +193,67 @@ class NnUNetDataset(MSDDataset):
         listed = content.get("dataset")
         result: dict[str, list[Case]] = {"training": [], "test": [], "unlabelled": []}
         with gathering(report) as report:
-            if listed is not None:
-                for name, entry in sorted(listed.items()):
-                    with report.catching():
-                        case = self._listed(name, entry)
-                        outside = self.allow_outside
-                        if all(
-                            [
-                                check_inside(file, self.root, path, report, outside)
-                                for file in case.files
-                            ]
-                        ):
-                            result["training"].append(case)
-                return result
-            for part, section in (("Tr", "training"), ("Ts", "test")):
-                for label in sorted((self.root / f"labels{part}").glob(f"*{ending}")):
-                    with report.catching():
-                        case = self._case(label, label.name[: -len(ending)], part, ending)
-                        result[section].append(case)
-            for part, section in (("Tr", "unlabelled"), ("Un", "unlabelled"), ("Ts", "test")):
-                wanted = part != "Ts" or self.unlabelled == "test"
-                if wanted and (self.root / f"images{part}").is_dir():
-                    labels = self.root / f"labels{part}"
-                    result[section] += self._without_label(part, labels, ending, report)
-            if not any((self.root / "labelsTr").glob(f"*{ending}")):
-                report.error(
-                    "empty list",
-                    self.root / "labelsTr",
-                    f"no *{ending} files",
-                    "one for each labelled scan",
-                    "complete the data",
-                )
+            if listed is None:
+                result["training"] = self._with_label("Tr", ending, report)
+                result["unlabelled"] = self._without_label("Tr", ending, report)
+                if not any((self.root / "labelsTr").glob(f"*{ending}")):
+                    report.error(
+                        "empty list",
+                        self.root / "labelsTr",
+                        f"no *{ending} files",
+                        "one for each labelled scan",
+                        "complete the data",
+                    )
+            else:
+                result["training"] = self._of_list(listed, path, report)
+            result["test"] = self._with_label("Ts", ending, report)
+            result["unlabelled"] += self._without_label("Un", ending, report)
+            if self.unlabelled == "test":
+                result["test"] += self._without_label("Ts", ending, report)
+        # a list may name scans of these folders too
+        used = {image.absolute() for case in result["training"] for image in case.images}
+        for section in ("test", "unlabelled"):
+            others = [c for c in result[section] if used.isdisjoint(p.absolute() for p in c.images)]
+            result[section] = others
         return result
 
-    def _without_label(self, part: str, labels: Path, ending: str, report: Report) -> list[Case]:
-        folder = self.root / f"images{part}"
+    def _of_list(self, listed: dict, source: Path, report: Report) -> list[Case]:
+        """The cases that dataset.json lists under `dataset`."""
+        if not isinstance(listed, dict):
+            found = f"'dataset' is {type(listed).__name__}"
+            expected = "an object of case names with 'images' and 'label'"
+            raise DataError(Finding("list", str(source), found, expected, "mend the data list"))
+        cases = []
+        for name, entry in sorted(listed.items()):
+            with report.catching():
+                case, outside = self._listed(name, entry), self.allow_outside
+                inside = [check_inside(f, self.root, source, report, outside) for f in case.files]
+                if all(inside):
+                    cases.append(case)
+        return cases
+
+    def _with_label(self, part: str, ending: str, report: Report) -> list[Case]:
+        """The scans of a folder, of those that have a label."""
+        cases = []
+        for label in sorted((self.root / f"labels{part}").glob(f"*{ending}")):
+            with report.catching():
+                cases.append(self._case(label, label.name[: -len(ending)], part, ending))
+        return cases
+
+    def _without_label(self, part: str, ending: str, report: Report) -> list[Case]:
+        """The scans of a folder, of those that have no label; a fault for each of them that lacks a
+        channel.
+        """
+        folder, labels = self.root / f"images{part}", self.root / f"labels{part}"
         if not any(folder.glob(f"*{ending}")):
             return []
+
+        def labelled(name: str) -> bool:  # `_with_label` says what such a scan lacks
+            return (labels / f"{name}{ending}").is_file()
+
         cases, problems = find_scans(folder, self.in_channels, self.channel_of)
-        for problem in problems if part == "Un" else ():
-            report.error("channels", folder, problem)
-        return [case for case in cases if not (labels / f"{case.name}{ending}").is_file()]
+        report.take(problem for problem in problems if not labelled(problem.case))
+        return [case for case in cases if not labelled(case.name)]
 
     def _case(self, label: Path, name: str, part: str, ending: str) -> Case:
         folder = self.root / f"images{part}"

@@ -125,10 +125,44 @@ def test_files_listed_in_the_json(root):
         "label": "labelsTr/p_1.nii.gz",
     }
     dataset = make(root, REGIONS | {"dataset": {"scan": entry}})
-    (case,) = dataset.cases()
+    case, tested = dataset.cases()
     assert (case.name, case.images[1].name) == ("scan", "p_1_0001.nii.gz")
+    assert tested.name == "q"
     with pytest.raises(DataError, match=r"case .scan. .* a list of 2"):
         make(root, REGIONS | {"dataset": {"scan": entry | {"images": ["a"]}}}).cases()
+    with pytest.raises(DataError, match=r"'dataset' is list; expected an object of case names"):
+        make(root, REGIONS | {"dataset": [entry]}).cases()
+
+
+def test_folders_beside_files_listed_in_the_json(root):
+    """imagesTs and imagesUn count where the list names the scans of training; none counts twice."""
+    listed = {}
+    for name, folder in (("p_1", "Tr"), ("p_2", "Tr"), ("p_3", "Tr"), ("u", "Un")):
+        images = [f"images{folder}/{name}_{k:04d}.nii.gz" for k in range(2)]
+        listed[name] = {"images": images, "label": f"labelsTr/{name}.nii.gz"}
+    del listed["p_2"]["label"], listed["u"]["label"]
+    (root / "imagesUn").mkdir()
+    for name, folder in (("u", "Un"), ("v", "Un"), ("w", "Ts")):
+        for k in range(2):
+            copy = root / f"images{folder}/{name}_{k:04d}.nii.gz"
+            copy.write_bytes((root / f"imagesTr/p_4_{k:04d}.nii.gz").read_bytes())
+    (root / "lists").mkdir()
+    for split, chosen in (("train", ["p_1", "p_2"]), ("val", ["p_3"]), ("test", ["q"])):
+        (root / "lists" / f"{split}.txt").write_text("\n".join(chosen))
+    for unlabelled, more in (("", []), ("test", ["w"])):
+        arguments = {"split_dir": str(root / "lists"), "unlabelled": unlabelled}
+        splits = make(root, REGIONS | {"dataset": listed}, **arguments).splits()
+        assert names(splits["labelled"]) == ["p_1"] and names(splits["test"]) == ["q"]
+        assert sorted(names(splits["unlabelled"])) == ["p_2", "u", "v", *more]
+
+
+@pytest.mark.parametrize("part", ["Tr", "Un", "Ts"])
+def test_channels_that_unlabelled_scans_lack(root, part):
+    (root / f"images{part}").mkdir(exist_ok=True)
+    source = root / "imagesTr/p_4_0001.nii.gz"
+    (root / f"images{part}/new_0001.nii.gz").write_bytes(source.read_bytes())
+    with pytest.raises(DataError, match=rf"images{part}/new_0001.nii.gz: 'new' has the channels"):
+        make(root, REGIONS, unlabelled="test").splits()
 
 
 @pytest.mark.parametrize(
