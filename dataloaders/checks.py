@@ -215,30 +215,35 @@ def check_orientations(facts: Mapping[tuple, Mapping], report: Report) -> None:
 
 
 def check_spacings(facts: Mapping[tuple, Mapping], report: Report) -> None:
-    """An error for each unlabelled case whose voxels are more than twice as large or as small as
-    those of all others: the network would see its organs at another size. facts: (split, case) ->
-    `spacing` in mm as it is trained on, where that is known.
+    """An error for each case without a label whose voxels are more than twice as large or as small
+    as those of all cases with one: the network would see its organs at another size. facts:
+    (split, case) -> `ids` of its label, None without one, and `spacing` in mm as it is trained on,
+    where that is known.
     """
-    others = [
-        found["spacing"]
-        for (split, _), found in facts.items()
-        if split != "unlabelled" and "spacing" in found
-    ]
-    if not others:
+    known = [found for found in facts.values() if "spacing" in found]
+    sizes = [found["spacing"] for found in known if found["ids"] is not None]
+    if not sizes:
         return
-    low, high = np.min(others, axis=0), np.max(others, axis=0)
+    low, high = np.min(sizes, axis=0), np.max(sizes, axis=0)
+    expected = " to ".join(dict.fromkeys((_millimetres(low), _millimetres(high))))
     for (split, case), found in facts.items():
-        sides = np.array(found.get("spacing", low))
-        if split == "unlabelled" and ((sides < low / 2) | (sides > 2 * high)).any():
+        if found["ids"] is not None or "spacing" not in found:
+            continue
+        sides = np.array(found["spacing"])
+        if ((sides < low / 2) | (sides > 2 * high)).any():
             report.error(
                 "spacing",
                 case.images[0],
-                f"voxels of {' x '.join(f'{side:.4g}' for side in sides)} mm",
-                f"about those of the labelled cases, {' x '.join(f'{s:.4g}' for s in high)}",
+                f"voxels of {_millimetres(sides)} mm",
+                f"about those of the labelled cases, {expected} mm",
                 "set spacing, to which all scans are resampled, or take it out",
                 split=split,
                 case=case.name,
             )
+
+
+def _millimetres(sides: Iterable[float]) -> str:
+    return " x ".join(f"{side:.4g}" for side in sides)
 
 
 def check_size(
@@ -297,7 +302,7 @@ def check_header(path: Path, affine: np.ndarray, notes: Report) -> None:
             "check that a conversion has not lost the header",
         )
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    shown = " x ".join(f"{side:.4g}" for side in spacing)
+    shown = _millimetres(spacing)
     if spacing.min() < SMALLEST or spacing.max() > LARGEST or spacing.max() > RATIO * spacing.min():
         notes.warning(
             "spacing",
@@ -445,7 +450,7 @@ def check_geometry(
         found = f"its axes are {codes[0]}; {place}"
         faults.error("orientation", case.label, found, f"{codes[1]}, the same affine", fix)
     elif not np.allclose(*sizes, rtol=1e-3):
-        shown = [" x ".join(f"{side:.4g}" for side in size) for size in sizes]
+        shown = [_millimetres(size) for size in sizes]
         faults.error(
             "spacing",
             case.label,

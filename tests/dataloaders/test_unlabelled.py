@@ -1,11 +1,13 @@
 """Cases without labels in decathlon-style data sets: DICOM series, names that occur twice."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dataloaders import Case, DataError
+from dataloaders import Case, DataError, Report
+from dataloaders.checks import check_spacings
 from tests.dataloaders.test_msd import AFFINES, SHAPE, Folder, noise
 from tests.dataloaders.test_volumes import write_dicom
 
@@ -47,3 +49,25 @@ def test_a_nameless_test_scan_does_not_replace_the_training_case_of_its_name(tmp
     assert case.label and case.images[0].parent.name == "imagesTr"
     with pytest.raises(DataError, match=r"imagesTs/a.nii.gz: an unlabelled scan with the name of"):
         folder.dataset(unlabelled="test").splits()
+
+
+def test_voxel_sizes_of_cases_without_labels():
+    """They are held against the cases with labels, wherever those are listed; these are let be."""
+
+    def errors(size, ids=None):
+        cases = {("labelled", "a"): (1.0, [0, 1]), ("val", "b"): (3.0, [0])}
+        cases |= {("unlabelled", "c"): (40.0, [1]), ("unlabelled", "u"): (size, ids)}
+        del cases["unlabelled", "c" if ids is None else "u"]
+        facts = {
+            (split, Case(name, (Path(f"{name}.nii"),))): {"ids": found, "spacing": [mm, 2.0, mm]}
+            for (split, name), (mm, found) in cases.items()
+        }
+        report = Report()
+        check_spacings(facts, report)
+        return [str(finding) for finding in report.errors]
+
+    assert errors(0.6) == errors(6.0) == errors(40.0, ids=[1]) == []
+    (error,) = errors(0.4)
+    assert error.startswith("u.nii: voxels of 0.4 x 2 x 0.4 mm; expected about those of the")
+    assert "labelled cases, 1 x 2 x 1 to 3 x 2 x 3 mm; set spacing" in error
+    assert len(errors(6.1)) == 1
