@@ -270,9 +270,8 @@ class Dataset(abc.ABC):
             self.check_labels(facts, report)
             checks.check_orientations(facts, report)
             checks.check_spacings(facts, report)
-            lists = {"labelled": "train", "unlabelled": "train"}
             seen = (
-                (lists.get(split, split), self.named(case), case.images[0], found["content"])
+                (split, self.named(case), case.images[0], found["content"])
                 for (split, case), found in facts.items()
             )
             checks.check_duplicates(seen, report, self.repeats)

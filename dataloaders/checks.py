@@ -135,7 +135,8 @@ def check_duplicates(
     several digests: any.
 
     Between two lists that is an error, also of one name unless the report has it already; within
-    one of level `same_list`, of two names. A pair of names is reported once.
+    one of level `same_list`, of two names. What is trained on is one list, whether labelled or not.
+    A pair of names is reported once.
     """
     reported = {finding.file for finding in report.errors}
     owners: dict[str, tuple[str, str, Path]] = {}
@@ -143,18 +144,22 @@ def check_duplicates(
     for split, name, path, digests in seen:
         for digest in digests:
             other_split, other, file = owners.setdefault(digest, (split, name, path))
-            known = other == name and (split == other_split or name in reported)
+            same = split == other_split or {split, other_split} <= TRAINED
+            known = other == name and (same or name in reported)
             if known or (other, name) in pairs:
                 continue
             pairs.add((other, name))
-            note = report.error if split != other_split or same_list == ERROR else report.warning
+            lists = split, other_split
+            if split == other_split or not same:
+                lists = ["train" if part in TRAINED else part for part in lists]
+            note = report.error if not same or same_list == ERROR else report.warning
             note(
                 "duplicate",
                 path,
-                f"the same image as {file} ({other_split} list), here in the {split} list",
+                f"the same image as {file} ({lists[1]} list), here in the {lists[0]} list",
                 "",
                 "every scan may be listed once, not under two names",
-                split=split,
+                split="train" if split in TRAINED else split,
             )
 
 

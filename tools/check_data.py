@@ -5,12 +5,14 @@ with it.
     python tools/check_data.py --config configs/hippocampus.yaml \
         --opts data_root=/data/hippocampus --json faults.json
     python tools/check_data.py --config configs/acdc.yaml --strict
+    python tools/check_data.py --config configs/mine.yaml --opts labelled=8 unlabelled=data/more
 
 Works for every configuration of the three training scripts, and through the code that they check
 data with: what is an error here keeps a run from starting, with the same words. All files of all
-lists are read, whatever the cache remembers of them. Of 3D distillation data the preprocessed cases
-stay in cache_dir, so that the run that follows starts at once; --no-cache keeps nothing. Exit
-status: 0 without errors (warnings are allowed, or counted by --strict), else 1.
+lists are read, whatever the cache remembers of them; cases without labels too, also where a run has
+no use for them, and where labelled and unlabelled ones overlap is said. Of NIfTI data the
+preprocessed cases stay in cache_dir, so that the run that follows starts at once; --no-cache keeps
+nothing. Exit status: 0 without errors (warnings are allowed, or counted by --strict), else 1.
 """
 
 import argparse
@@ -20,6 +22,8 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -83,10 +87,9 @@ def examine(args: argparse.Namespace, report: Report) -> dict[str, int]:
     """Look at the whole data set of a configuration; -> the number of cases or files of each
     list.
     """
-    script = script_for(args)
     # a data folder that is not there is a finding; wrong arguments end the program
     with report.catching():
-        _, cfg = script.parse_args(["--config", args.config, "--opts", *args.opts])
+        cfg = settings(args)
         arguments = cfg.dataset_arguments()
         if "memory_gb" in arguments:
             arguments["memory_gb"] = 0.0
@@ -102,20 +105,32 @@ def examine(args: argparse.Namespace, report: Report) -> dict[str, int]:
     return {}
 
 
-def script_for(args: argparse.Namespace):
-    """The training script that a configuration is for."""
-    values = read_yaml(args.config) | dict(
-        option.split("=", 1) for option in args.opts if option.startswith("format=")
-    )
-    name = values.get("format", "msd")
-    if name not in FEW_LABELS and (name in DATASETS or "datalist" in values):
-        return train_3d_distill
-    sides = values.get("patch_size")
-    if name in DATASETS:
-        dims = DATASETS[name].dims
-    else:  # a class of the user's own
-        dims = len(sides) if isinstance(sides, list) else 3
-    return train_2d_crkd if dims == 2 else train_3d_crkd
+def settings(args: argparse.Namespace):
+    """The configuration as the first of the scripts reads it that takes it."""
+    refusals = []
+    for script in scripts_for(args):
+        try:
+            return script.parse_args(["--config", args.config, "--opts", *args.opts])[1]
+        except ConfigError as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def scripts_for(args: argparse.Namespace) -> list:
+    """The training scripts that a configuration may be for, the likeliest first."""
+    given = [option.partition("=") for option in args.opts]
+    values = read_yaml(args.config) | {key: yaml.safe_load(value) for key, _, value in given}
+    name, sides = values.get("format", "msd"), values.get("patch_size")
+    if isinstance(sides, list):
+        dims = len(sides)
+    else:
+        dims = DATASETS[name].dims if name in DATASETS else 3
+    few_labels = train_2d_crkd if dims == 2 else train_3d_crkd
+    if name in FEW_LABELS or (name not in DATASETS and "datalist" not in values):
+        return [few_labels]
+    if values.get("labelled") or values.get("unlabelled"):
+        return [few_labels, train_3d_distill]
+    return [train_3d_distill]
 
 
 def shortened(report: Report) -> list[Finding]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.scripts.conftest import run
 from tests.scripts.test_formats import as_nnunet, few_labels
 from utils.checkpoint import load_checkpoint
 
@@ -239,3 +240,34 @@ def test_bad_folders_stop_before_the_first_step(workspace):
     )
     nib.save(fine, folder / "u.nii.gz")
     assert "voxels of 0.5 x 0.5 x 0.5 mm; expected about those" in message("spacing=[]")
+
+
+def test_the_checker_knows_cases_without_labels(workspace):
+    write_list(workspace, without=["case1"])
+    more = folder_of(workspace, ["case3"])
+
+    def check(*options):
+        arguments = ("--config", "tiny.yaml", "--json", "found.json", "--opts", *options)
+        result = run("tools/check_data.py", *arguments, cwd=workspace, ok=False)
+        assert "Traceback" not in result.stderr
+        findings = json.loads((workspace / "found.json").read_text())["findings"]
+        errors = [found["message"] for found in findings if found["level"] == "error"]
+        assert result.returncode == bool(errors)
+        return result.stdout, errors
+
+    printed, errors = check()
+    assert "(2 labelled, 1 unlabelled, 1 val, 1 test)" in printed and not errors
+    printed, errors = check("labelled=1", f"unlabelled={more}")
+    assert "(1 labelled, 3 unlabelled, 1 val, 1 test)" in printed and not errors
+    # the labelled scan under another name, and as what it is
+    shutil.copy(workspace / "data/imagesTr/case0.nii.gz", workspace / "more/again.nii.gz")
+    (error,) = check("labelled=1", f"unlabelled={more}")[1]
+    assert "case0.nii.gz (labelled list), here in the unlabelled list" in error
+    (workspace / "more/again.nii.gz").rename(workspace / "more/case0.nii.gz")
+    (error,) = check("labelled=1", f"unlabelled={more}")[1]
+    assert "'case0' is in both the" in error
+    (workspace / "more/case0.nii.gz").unlink()
+    two = nib.Nifti1Image(np.random.default_rng(0).random((18, 18, 18, 2)), np.diag([2, 2, 2, 1]))
+    nib.save(two, workspace / "more/case3.nii.gz")
+    (error,) = check(f"unlabelled={more}")[1]
+    assert "case3.nii.gz: 2 channel(s)" in error
