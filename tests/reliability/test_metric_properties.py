@@ -350,7 +350,7 @@ def test_every_table_prints_the_number_of_misses_and_the_penalised_means(drawn, 
     assert f"{native['counts']['missed']} missed" in table
 
     both = clean_summary(missing, labels, spacing, "nan")
-    full = {"resampled": both, "native": both, "empty_policy": "nan"} | SELECTED
+    full = {"resampled": both, "native": both, "empty_policy": "nan", "unit": "mm"} | SELECTED
     table = printed(reporting.report_spaces, full, ("resampled", "native"))
     (mean,) = [line.split()[3:] for line in table.splitlines() if line.startswith("mean of cases")]
     assert (
@@ -378,6 +378,6 @@ def test_a_table_without_failures_has_no_marks():
     label = np.zeros((6, 5, 4), np.uint8)
     label[1:3], label[3:5], label[5:] = 1, 2, 3
     summary = clean_summary([label], [label], [1.0, 1.0, 1.0], "nan")
-    run = {"resampled": summary, "native": summary, "empty_policy": "nan"} | SELECTED
+    run = {"resampled": summary, "native": summary, "empty_policy": "nan", "unit": "mm"} | SELECTED
     table = printed(reporting.report_spaces, run, ("resampled", "native"))
     assert "*" not in table and "0 missed" in table
