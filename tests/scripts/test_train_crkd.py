@@ -862,8 +862,7 @@ def test_bad_configurations(site, kind, option, expected):
     [
         ("acdc", "network=vnet", "network: unknown value 'vnet'; choose from unet2d"),
         ("la", "network=unet2d", "network: unknown value 'unet2d'; choose from"),
-        ("acdc", "format=la", "format: unknown value 'la'; choose from acdc, images2d"),
-        ("la", "format=acdc", "format: unknown value 'acdc'; choose from la"),
+        ("la", "format=acdc", "format: unknown value 'acdc'; choose from msd, brats, nnunet, la"),
         ("acdc", "patch_size=[32,40]", "patch_size: [32, 40] must be multiples of 16 for unet2d"),
         (
             "la",
@@ -932,7 +931,7 @@ def with_value(array: np.ndarray, value: float) -> np.ndarray:
 
 
 FAULTS = {
-    "other key": (lambda image, label: {"image": image, "mask": label}, "no array 'label'"),
+    "other key": (lambda image, label: {"scan": image, "label": label}, "no array 'image'"),
     "shapes": (lambda image, label: {"image": image, "label": label[:-1]}, "expected the same"),
     "axes": (
         lambda image, label: {"image": image[None], "label": label[None]},
@@ -940,7 +939,7 @@ FAULTS = {
     ),
     "ids": (
         lambda image, label: {"image": image, "label": with_value(label, 9)},
-        "label ids [9]; expected only 0..",
+        "label ids [9]; expected only 0",
     ),
     "nan": (
         lambda image, label: {"image": with_value(image, np.nan), "label": label},
