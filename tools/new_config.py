@@ -6,9 +6,14 @@ and say why.
         --format nnunet --device-memory 12
     python tools/new_config.py --data data/mine --out configs/mine.yaml --patch 96 96 64 \
         --networks resunet unet
+    python tools/new_config.py --data data/mine --out configs/mine.yaml --labelled 8
+    python tools/new_config.py --data data/polyps --out configs/polyps.yaml --labelled 5%
 
---data is a folder with a decathlon JSON (format msd) or an nnU-Net v2 raw data set (nnunet); class
-names and channels are read from it, now and when training. At most --max-scans labelled scans are
+--data is a folder with a decathlon JSON (format msd), an nnU-Net v2 raw data set (nnunet), or RGB
+images with masks (images2d). Class names and channels of the first two are read from it, now and
+when training. With --labelled, --unlabelled or images the file is for few labels: for
+train_3d_crkd.py, whose other half, train_2d_crkd.py, takes it too and trains on slices; of images
+for the latter alone. Without, it is for train_3d_distill.py. At most --max-scans labelled scans are
 read, drawn with --seed; faults in them are listed. What is chosen, in the order of the table that
 is printed:
 
@@ -22,14 +27,17 @@ intensity   CT (the data set says so or, if it names no modality, most scans go 
 patch_size  multiples of the largest stride of --networks, at first the median scan, which is then
             made smaller where it is longest in mm, until it has no more voxels than --max-voxels
             (the papers' 96x96x96) and a step of two patches of the most demanding network fits
-            --device-memory.
+            --device-memory; with few labels a step of two labelled and two unlabelled ones, of
+            which each is seen in two views. Images: a square of the median image's area, at most
+            the papers' 320.
 crop        uniform where the patch holds the whole median scan, else every second patch is centred
             on a label.
 lists       those of --splits (default splits/NAME) if they exist, else those of the data set, else
             drawn with --seed: 70 % train, 10 % val, 20 % test (or 80 % and 20 % if the data set has
-            a test list of its own).
+            a test list of its own). Scans and images without a label are never drawn: they are
+            trained on as unlabelled.
 
-The rest of the file are the defaults of the BTCV recipe. Read the table, correct what you know
+The rest of the file are the scripts' defaults. Read the table, correct what you know
 better, and train.
 """
 
@@ -38,6 +46,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -50,15 +59,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train_2d_crkd
+import train_3d_crkd
 import train_3d_distill
 from dataloaders import build_dataset, describe_dataset
 from dataloaders.cases import read_image, read_label
 from dataloaders.faults import DataError
-from dataloaders.lists import read_json, read_split
+from dataloaders.images2d import FOLDERS
+from dataloaders.lists import read_json
 from networks import NETWORKS, build_network
 from tools.make_splits import drawn, write_lists
 from utils.complexity import count_parameters, saved_bytes
-from utils.config import ConfigError
+from utils.config import ConfigError, labelled_name, parse_labelled
+from utils.run import run_folder
 
 # an axis is anisotropic if its voxels are more than this many times as long as the finest
 COARSE = 3
@@ -69,8 +82,14 @@ SAMPLES = 10_000  # labelled voxels of each scan
 LOSS_TENSORS = 8
 SHARE = 0.8  # of the memory that a step may take by the estimate; libraries take the rest
 NETWORKS_3D = ("resunet", "segresnet", "unet", "espnetv2", "mobile_unet", "lcovnet")
+NETWORK_OF_FEW_LABELS = {2: "unet2d", 3: "vnet"}
 ENTRY = 34  # columns of the file before the comments
-EPOCHS, FEWEST, MOST = 400, 4000, 24000  # of the training list; steps
+# passes over the labelled training list, with few labels over the unlabelled scans or images
+EPOCHS, EPOCHS_3D, EPOCHS_2D = 400, 240, 200
+FEWEST, MOST = 4000, 24000  # steps
+VIEWS = 3  # passes that CRKD keeps: labelled, strong, and weak with perturbed features
+LARGEST_IMAGE = 320  # pixels of a side
+SHARES = (0.1, 0.2)  # of val and test in lists that are drawn
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,12 +103,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="configuration to write, for example configs/mine.yaml",
     )
-    parser.add_argument("--format", choices=("auto", "msd", "nnunet"), default="auto")
+    parser.add_argument("--format", choices=("auto", "msd", "nnunet", "images2d"), default="auto")
     parser.add_argument(
         "--datalist", help="JSON in --data; default: dataset.json, or the only dataset*.json"
     )
     parser.add_argument(
         "--name", help="name of the data set, of its run folder; default: the name of --out"
+    )
+    parser.add_argument(
+        "--labelled",
+        type=parse_labelled,
+        metavar="N",
+        help="few labels: so many of the training list count as labelled (8), or their share (5%%)",
+    )
+    parser.add_argument(
+        "--unlabelled",
+        metavar="FOLDER",
+        help="few labels: folder of further scans or images without labels",
     )
     parser.add_argument(
         "--splits", type=Path, help="folder for train.txt, val.txt, test.txt; default: splits/NAME"
@@ -102,7 +132,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max-scans", type=int, default=100, help="scans to read; 0: all")
     parser.add_argument(
-        "--patch", type=int, nargs=3, metavar="N", help="patch size instead of a chosen one"
+        "--patch", type=int, nargs="+", metavar="N", help="patch size instead of a chosen one"
     )
     parser.add_argument("--max-voxels", type=int, default=96**3, help="largest patch to choose")
     parser.add_argument(
@@ -112,7 +142,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="default: that of the GPU, or half of the main memory",
     )
     parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS_3D, default=NETWORKS_3D, help="to be trained"
+        "--networks",
+        nargs="+",
+        choices=(*NETWORKS_3D, *NETWORK_OF_FEW_LABELS.values()),
+        help="to be trained; default: those of the papers, with few labels vnet, of images unet2d",
     )
     return parser.parse_args(argv)
 
@@ -121,80 +154,193 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.out.exists():
         raise ConfigError(f"{args.out}: exists already; remove it or choose another --out")
-    name = args.name or args.out.stem
-    format, datalist = find_format(args.data, args.format, args.datalist)
-    told = describe_dataset(format, str(args.data), datalist, {})
-    dataset = build_dataset(format, root=str(args.data), datalist=datalist, **told)
-    cases = dataset.cases()
-    if not cases:
-        raise DataError(f"{args.data / datalist}: no labelled scan; expected entries with a label")
-    picked = cases
-    if args.max_scans and len(cases) > args.max_scans:
-        order = np.random.default_rng(args.seed).permutation(len(cases))[: args.max_scans]
-        picked = [cases[k] for k in sorted(order)]
-    scans = inspect(picked, dataset, args.seed)
-
-    choices: dict[str, tuple[object, str]] = {}  # key -> value, why
-    choices["spacing"] = choose_spacing(scans)
-    choices |= choose_intensity(scans, modalities(args.data / datalist), told["in_channels"])
-    median = median_shape(scans, choices["spacing"][0])
-    memory, where = args.device_memory, "--device-memory"
-    if memory is None:
-        memory, where = device_memory()
-    estimate = step_memory(args.networks, told["in_channels"], len(told["class_names"]))
-    choices |= choose_patch(args, median, choices["spacing"][0], memory, where, estimate)
-    choices["flip_prob"] = choose_flips(told["class_names"])
-    split_dir, counts, why = choose_lists(args, name, dataset, cases)
-    choices["split_dir"] = (split_dir, why)
-    per_batch = choices["cases_per_batch"][0]
-    steps = min(max(EPOCHS * counts["train"] // per_batch, FEWEST), MOST) // 100 * 100
-    choices["max_steps"] = (
-        steps,
-        f"{EPOCHS} epochs of {counts['train']} scans within {FEWEST}..{MOST}; a guess",
-    )
-    choices["val_interval"] = (steps // 20, "twenty times")
-    choices["save_interval"] = (
-        min(250, steps // 20),
-        "what an interruption costs at most, in steps",
-    )
-
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(
-        yaml_text(args, name, format, datalist, told, choices, scans), encoding="utf-8"
-    )
-    try:  # the file must be one that the training script takes, with lists that fit the data
-        _, cfg = train_3d_distill.parse_args(["--config", str(args.out)])
-        build_dataset(**cfg.dataset_arguments()).splits()
+    args.name = args.name or args.out.stem
+    args.format, args.datalist = find_format(args.data, args.format, args.datalist)
+    dims = 2 if args.format == "images2d" else 3
+    few = dims == 2 or args.labelled is not None or bool(args.unlabelled)
+    network = NETWORK_OF_FEW_LABELS[dims]
+    args.networks = args.networks or ([network] if few else list(NETWORKS_3D))
+    wrong = [name for name in args.networks if NETWORKS[name].dims != dims]
+    if wrong or (args.patch and len(args.patch) != dims):
+        shown = f"--networks {wrong[0]}" if wrong else f"--patch {args.patch}"
+        raise ConfigError(f"{shown}: {args.format} is trained on in {dims}D")
+    choose = choose_for_images if dims == 2 else choose_for_scans
+    made: list[Path] = []  # what is taken back where it turns out not to fit
+    try:
+        heading, settings, table = choose(args, few, made)
+        made += [args.out, *absent_folders(args.out)]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(yaml_text(heading, settings), encoding="utf-8")
+        # the file must be one that the training script takes, with lists that fit the data
+        script = train_3d_distill if not few else train_2d_crkd if dims == 2 else train_3d_crkd
+        _, cfg = script.parse_args(["--config", str(args.out)])
+        build_dataset(**cfg.dataset_arguments()).splits(args.labelled)
     except (ConfigError, DataError):
-        args.out.unlink()
+        for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
         raise
-    show(args, told, choices, scans, len(cases))
+    for line in heading:
+        print(line.removeprefix("#").strip())
+    show(table)
+    print(f"wrote {args.out}, for {' '.join(args.networks)}. Next:")
+    for command in next_commands(args, cfg, few):
+        print(f"  {command}")
     return 0
 
 
+def choose_for_scans(
+    args: argparse.Namespace, few: bool, made: list[Path]
+) -> tuple[list[str], dict, dict]:
+    """Heading, settings and printed choices of a volumetric data set; files that are written on the
+    way go to `made`.
+    """
+    told = describe_dataset(args.format, str(args.data), args.datalist, {})
+    if few and told.get("regions"):
+        raise ConfigError(
+            f"{args.data / args.datalist}: its labels are regions that overlap, but methods for "
+            "few labels give each voxel one class; leave out --labelled and --unlabelled, and "
+            "train with train_3d_distill.py"
+        )
+    arguments = {"root": str(args.data), "datalist": args.datalist, **told}
+    arguments["unlabelled"] = args.unlabelled or ""
+    dataset = build_dataset(args.format, **arguments)
+    cases = dataset.cases()
+    if not cases:
+        raise DataError(
+            f"{args.data / args.datalist}: no labelled scan; expected entries with a label"
+        )
+    scans = inspect(picked(cases, args), "scan", args.seed, lambda *of: look_at_scan(dataset, *of))
+
+    choices: dict[str, tuple[object, str]] = {}  # key -> value, why
+    choices["spacing"] = choose_spacing(scans)
+    named = modalities(args.data / args.datalist)
+    choices |= choose_intensity(scans, named, told["in_channels"])
+    median = median_shape(scans, choices["spacing"][0])
+    estimate = step_memory(args.networks, told["in_channels"], len(told["class_names"]), 3)
+    choices |= choose_patch(args, median, choices["spacing"][0], estimate, few)
+    choices["flip_prob"] = choose_flips(told["class_names"])
+
+    try:
+        own = dataset.own_splits()
+    except DataError:  # of folds that are not there
+        own = {}
+    tested = {case.name for case in dataset.own_test()}
+    names = [case.name for case in cases if case.name not in tested]
+    lists = choose_lists(args, bool(own.get("train") and own.get("val")), names, tested, made)
+    choices |= choose_length(args, arguments, lists, choices, few)
+
+    spacings = np.array([scan["spacing"] for scan in scans])
+    shapes = np.array([scan["shape"] for scan in scans])
+    ranges = [
+        " x ".join(
+            f"{low:.3g}..{high:.3g}" if low < high else f"{low:.3g}"
+            for low, high in zip(v.min(0), v.max(0))
+        )
+        for v in (spacings, shapes)
+    ]
+    looked = f"{len(scans)} of {len(cases)}" if len(scans) < len(cases) else f"all {len(cases)}"
+    heading = [
+        f"# {args.name}: written by tools/new_config.py from {looked} labelled scans",
+        f"# of {ranges[1]} voxels (R, A, S) of {ranges[0]} mm.",
+        f"# Class names and channels ({told['in_channels']}) come from {args.datalist}:",
+        *(f"#   {line}" for line in textwrap.wrap(", ".join(told["class_names"]), 90)),
+    ]
+    settings = {
+        "datalist": (args.datalist, ""),
+        "split_dir": choices["split_dir"],
+        "orientation": ("RAS", ""),
+    }
+    return heading, first_settings(args) | settings | choices, choices
+
+
+def choose_for_images(
+    args: argparse.Namespace, few: bool, made: list[Path]
+) -> tuple[list[str], dict, dict]:
+    """The same of RGB images with masks."""
+    arguments = {"root": str(args.data), "unlabelled": args.unlabelled or ""}
+    dataset = build_dataset("images2d", **arguments)
+    folders = dataset.scan()
+    found = {case.name: case for cases in folders.values() for case in cases}
+    masked = [case for case in found.values() if case.label]
+    if not masked:
+        raise DataError(f"{args.data}: no image has a mask of its name; expected at least two")
+    looked = picked(masked, args)
+    images = inspect(looked, "image", args.seed, lambda *of: look_at_image(dataset, *of))
+
+    estimate = step_memory(args.networks, dataset.in_channels, 2, 2)
+    choices = choose_image_patch(args, images, estimate)
+    listed = (args.data / "train.txt").is_file() or any(args.data.glob("ratio_*%"))
+    own = listed or {"train", "val"} <= folders.keys()
+    tested = {case.name for case in folders.get("test", []) if case.label}
+    names = [case.name for case in masked if case.name not in tested]
+    unmasked = [name for name, case in found.items() if not case.label]
+    lists = choose_lists(args, own, names, tested, made, unmasked)
+    choices |= choose_length(args, arguments, lists, choices, few)
+
+    sides = np.array([image["shape"] for image in images])
+    ranges = [f"{v.min()}..{v.max()}" if v.min() < v.max() else str(v.min()) for v in sides.T]
+    heading = [
+        f"# {args.name}: written by tools/new_config.py from {len(images)} of {len(masked)} images "
+        f"with a mask,",
+        f"# {' x '.join(ranges)} pixels.",
+    ]
+    settings = {
+        "split_dir": choices["split_dir"],
+        "class_names": (["background", "foreground"], "say what the masks show"),
+    }
+    return heading, first_settings(args) | settings | choices, choices
+
+
+def absent_folders(file: Path) -> list[Path]:
+    """The folders above a file that do not exist yet."""
+    return [folder for folder in file.parents if not folder.exists()]
+
+
+def first_settings(args: argparse.Namespace) -> dict[str, tuple[object, str]]:
+    """What every file begins with."""
+    return {
+        "dataset": (args.name, "names the run folder"),
+        "format": (args.format, ""),
+        "data_root": (args.data.as_posix(), ""),
+    }
+
+
+def picked(cases: Sequence, args: argparse.Namespace) -> list:
+    """At most --max-scans of the cases, drawn with --seed."""
+    if not args.max_scans or len(cases) <= args.max_scans:
+        return list(cases)
+    order = np.random.default_rng(args.seed).permutation(len(cases))[: args.max_scans]
+    return [cases[k] for k in sorted(order)]
+
+
 def find_format(folder: Path, format: str, datalist: str | None) -> tuple[str, str]:
-    """Format and JSON of a data set's folder; DataError if there is none, or if it is not clear
-    which.
+    """Format and JSON of a data set's folder, '' for images; DataError if there is none, or if it
+    is not clear which.
     """
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder; expected that of a decathlon or nnU-Net data set"
+            f"{folder}: no such folder; expected that of a decathlon or nnU-Net data set, or of "
+            "images with masks"
         )
-    if datalist is None:
-        found = sorted(path.name for path in folder.glob("dataset*.json"))
-        if "dataset.json" in found:
-            found = ["dataset.json"]
-        if len(found) != 1:
-            raise DataError(
-                f"{folder}: {', '.join(found) or 'no dataset.json'}; expected one JSON with the "
-                "lists or labels, name "
-                f"it with --datalist"
-            )
-        datalist = found[0]
-    content = read_json(folder / datalist, expected="an object that describes the data set")
-    return (
-        "nnunet" if "channel_names" in content else "msd"
-    ) if format == "auto" else format, datalist
+    found = [datalist] if datalist else sorted(path.name for path in folder.glob("dataset*.json"))
+    if "dataset.json" in found:
+        found = ["dataset.json"]
+    pictures = any((folder / images).is_dir() for images, _ in FOLDERS.values())
+    if format == "images2d" or (format == "auto" and not found and pictures):
+        return "images2d", ""
+    if len(found) != 1:
+        raise DataError(
+            f"{folder}: {', '.join(found) or 'no dataset.json'}; expected one JSON with the lists "
+            "or labels, name it with --datalist, or folders images and masks (HDF5 files of ACDC "
+            "and LA: configs/acdc.yaml and configs/la.yaml)"
+        )
+    content = read_json(folder / found[0], expected="an object that describes the data set")
+    if format == "auto":
+        format = "nnunet" if "channel_names" in content else "msd"
+    return format, found[0]
 
 
 def modalities(path: Path) -> list[str]:
@@ -207,38 +353,43 @@ def modalities(path: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def inspect(cases: Sequence, dataset, seed: int) -> list[dict]:
-    """Of each scan in RAS order: `shape` (voxels), `spacing` (mm), `lowest` intensity and a sample
-    of the labelled voxels' intensities, `labelled`, first channel; DataError that lists the scans
-    that cannot be read.
-    """
-    scans, problems = [], []
-    for number, case in enumerate(tqdm(cases, desc="reading the scans", unit="scan")):
+def inspect(cases: Sequence, unit: str, seed: int, look: Callable) -> list[dict]:
+    """What `look(case, rng)` finds of each case; DataError that lists those that cannot be read."""
+    found, problems = [], []
+    for number, case in enumerate(tqdm(cases, desc=f"reading the {unit}s", unit=unit)):
         try:
-            image, affine = read_image(case, dataset.in_channels)
-            label = read_label(case, dataset.allowed_ids, image.shape[1:], affine)
+            found.append(look(case, np.random.default_rng([seed, number])))
         except DataError as error:
             problems.append(str(error))
-            continue
-        to_ras = nib.orientations.io_orientation(affine)[:, 0].astype(int)
-        order = np.argsort(to_ras)  # the stored axis that is R, A, S
-        values = image[0][label > 0]
-        rng = np.random.default_rng([seed, number])
-        scans.append(
-            {
-                "shape": np.array(image.shape[1:])[order],
-                "spacing": np.linalg.norm(affine[:3, :3], axis=0)[order],
-                "lowest": float(image[0].min()),
-                "labelled": rng.choice(values, SAMPLES, replace=False)
-                if len(values) > SAMPLES
-                else values,
-            }
-        )
     if problems:
         shown = "\n  ".join(problems[:10])
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError(f"{len(problems)} of {len(cases)} scans cannot be used:\n  {shown}{more}")
-    return scans
+        raise DataError(f"{len(problems)} of {len(cases)} {unit}s cannot be used:\n  {shown}{more}")
+    return found
+
+
+def look_at_scan(dataset, case, rng: np.random.Generator) -> dict:
+    """Of a scan in RAS order: `shape` (voxels), `spacing` (mm), `lowest` intensity and a sample of
+    the labelled voxels' intensities, `labelled`, first channel.
+    """
+    image, affine = read_image(case, dataset.in_channels)
+    label = read_label(case, dataset.allowed_ids, image.shape[1:], affine)
+    to_ras = nib.orientations.io_orientation(affine)[:, 0].astype(int)
+    order = np.argsort(to_ras)  # the stored axis that is R, A, S
+    values = image[0][label > 0]
+    if len(values) > SAMPLES:
+        values = rng.choice(values, SAMPLES, replace=False)
+    return {
+        "shape": np.array(image.shape[1:])[order],
+        "spacing": np.linalg.norm(affine[:3, :3], axis=0)[order],
+        "lowest": float(image[0].min()),
+        "labelled": values,
+    }
+
+
+def look_at_image(dataset, case, rng: np.random.Generator) -> dict:
+    """Of an image: `shape` (rows, columns)."""
+    return {"shape": np.array(dataset.read(case)["image"].shape[1:])}
 
 
 def choose_spacing(scans: Sequence[dict]) -> tuple[list[float], str]:
@@ -308,17 +459,18 @@ def median_shape(scans: Sequence[dict], spacing: Sequence[float]) -> list[int]:
     return [max(1, round(float(value))) for value in np.median(shapes, 0)]
 
 
-def device_memory() -> tuple[float, str]:
+def device_memory(given: float | None) -> tuple[float, str]:
     """GB that training may take, and where they are."""
+    if given is not None:
+        return given, "--device-memory"
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / 1e9, "of the GPU"
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-        "SC_PAGE_SIZE"
-    ) / 2e9, "half of the main memory, there is no GPU"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory / 2e9, "half of the main memory, there is no GPU"
 
 
 def step_memory(
-    networks: Sequence[str], channels: int, classes: int
+    networks: Sequence[str], channels: int, classes: int, dims: int
 ) -> Callable[[Sequence[int], int], float]:
     """(patch, batch) -> GB that a training step takes, of the network that takes most, by an
     estimate.
@@ -329,7 +481,7 @@ def step_memory(
     # What is kept is in proportion to the voxels; measured on one patch.
     side = 2 * max(NETWORKS[name].stride for name in networks)
     per_voxel = [
-        saved_bytes(network, (1, channels, side, side, side)) / side**3 for network in built
+        saved_bytes(network, (1, channels, *[side] * dims)) / side**dims for network in built
     ]
 
     def estimate(patch: Sequence[int], batch: int) -> float:
@@ -346,11 +498,14 @@ def choose_patch(
     args: argparse.Namespace,
     median: Sequence[int],
     spacing: Sequence[float],
-    memory: float,
-    where: str,
     estimate: Callable[[Sequence[int], int], float],
+    few: bool,
 ) -> dict[str, tuple[object, str]]:
-    """patch_size, crop, rot90_prob, cases_per_batch and crops_per_case."""
+    """patch_size, crop, rot90_prob, and cases_per_batch and crops_per_case or, with few labels,
+    labelled_batch and unlabelled_batch.
+    """
+    memory, where = device_memory(args.device_memory)
+    passes = VIEWS if few else 1  # of the network, for each patch of a batch
     multiple = math.lcm(*(NETWORKS[name].stride for name in args.networks))
     scan = f"median scan {'x'.join(map(str, median))} on this grid"
     square = abs(spacing[0] - spacing[1]) < 0.05 * spacing[0]  # pixels
@@ -373,7 +528,7 @@ def choose_patch(
         while True:
             if math.prod(patch) > args.max_voxels:
                 limits.append(f"{args.max_voxels} voxels")
-            elif estimate(patch, 2) > SHARE * memory:
+            elif estimate(patch, 2 * passes) > SHARE * memory:
                 limits.append(f"{memory:.3g} GB")
             else:
                 break
@@ -388,22 +543,64 @@ def choose_patch(
         limit = f", made smaller for {' and '.join(dict.fromkeys(limits))}" if limits else ""
         why = f"{scan}, multiples of {multiple}{limit}"
     whole = all(side >= n for side, n in zip(patch, median))
-    most = 2 if whole else 4
-    batch = next((b for b in (4, 2, 1) if b <= most and estimate(patch, b) <= SHARE * memory), 1)
-    takes = f"takes about {estimate(patch, batch):.2g} GB of {memory:.3g} ({where})"
-    if estimate(patch, batch) > SHARE * memory:
-        takes += ": too much, choose fewer --networks, a smaller --patch, or amp: bf16"
+    batches = (2, 1) if few or whole else (4, 2, 1)
+    batch, takes = choose_batch(batches, patch, passes, estimate, memory, where)
     turned = square and patch[0] == patch[1]
     held = math.prod(map(min, patch, median)) / math.prod(median)
     crop = ("uniform", "the patch holds the median scan")
-    return {
+    choices = {
         "patch_size": (patch, why),
         "crop": crop if whole else ("pos_neg", f"the patch holds {held:.0%} of the median scan"),
         "rot90_prob": (0.2, "square") if turned else (0.0, "not square, so it cannot be turned"),
-        "cases_per_batch": (batch, takes)
-        if whole
-        else (1, "several patches of one scan, which is read once"),
-        "crops_per_case": (1, "one patch is the whole scan") if whole else (batch, takes),
+    }
+    if few:
+        return choices | {"labelled_batch": (batch, takes), "unlabelled_batch": (batch, "as many")}
+    if whole:
+        batch_keys = (batch, takes), (1, "one patch is the whole scan")
+    else:
+        batch_keys = (1, "several patches of one scan, which is read once"), (batch, takes)
+    return choices | dict(zip(("cases_per_batch", "crops_per_case"), batch_keys))
+
+
+def choose_batch(
+    sizes: Sequence[int],
+    patch: Sequence[int],
+    passes: int,
+    estimate: Callable[[Sequence[int], int], float],
+    memory: float,
+    where: str,
+) -> tuple[int, str]:
+    """The first of the batch sizes whose step fits the memory, or 1, and what it takes."""
+    fitting = (b for b in sizes if estimate(patch, b * passes) <= SHARE * memory)
+    batch = next(fitting, 1)
+    needed = estimate(patch, batch * passes)
+    takes = f"takes about {needed:.2g} GB of {memory:.3g} ({where})"
+    if needed > SHARE * memory:
+        takes += ": too much, choose fewer --networks, a smaller --patch, or amp: bf16"
+    return batch, takes
+
+
+def choose_image_patch(
+    args: argparse.Namespace, images: Sequence[dict], estimate: Callable
+) -> dict[str, tuple[object, str]]:
+    """patch_size, which images are resized to, labelled_batch and unlabelled_batch."""
+    memory, where = device_memory(args.device_memory)
+    multiple = math.lcm(*(NETWORKS[name].stride for name in args.networks))
+    rows, columns = np.median([image["shape"] for image in images], axis=0)
+    why = f"median image {rows:.0f}x{columns:.0f}"
+    if args.patch:
+        patch, why = list(args.patch), f"--patch; {why}"
+    else:
+        side = math.ceil(math.sqrt(rows * columns) / multiple) * multiple
+        side = min(max(side, 2 * multiple), LARGEST_IMAGE // multiple * multiple)
+        while side > 2 * multiple and estimate([side, side], VIEWS) > SHARE * memory:
+            side -= multiple
+        patch, why = [side, side], f"{why}, multiples of {multiple}, at most {LARGEST_IMAGE}"
+    batch, takes = choose_batch((12, 8, 4, 2, 1), patch, VIEWS, estimate, memory, where)
+    return {
+        "patch_size": (patch, why),
+        "labelled_batch": (batch, takes),
+        "unlabelled_batch": (batch, "as many"),
     }
 
 
@@ -420,118 +617,127 @@ def choose_flips(names: Sequence[str]) -> tuple[float, str]:
 
 
 def choose_lists(
-    args: argparse.Namespace, name: str, dataset, cases: Sequence
-) -> tuple[str, dict[str, int], str]:
-    """split_dir, cases of each list, and why; lists are drawn and written if there are none."""
-    folder = args.splits or Path("splits") / name
+    args: argparse.Namespace,
+    own: bool,
+    names: Sequence[str],
+    tested: set[str],
+    made: list[Path],
+    unlabelled: Sequence[str] = (),
+) -> tuple[str, str]:
+    """split_dir and why; lists are drawn and written, and noted in `made`, if there are none.
+
+    own: the data set has lists. names: labelled cases that may be drawn; tested: those of its test
+    list. unlabelled: cases that are trained on only if the list of training names them.
+    """
+    folder = args.splits or Path("splits") / args.name
     if (folder / "train.txt").is_file():
-        counts = {split: len(read_split(folder, split) or []) for split in ("train", "val", "test")}
-        return str(folder), counts, f"lists that are there: {shown_counts(counts)}"
-    try:
-        own = dataset.own_splits()
-    except DataError:
-        own = {}
-    if own.get("train") and own.get("val"):
-        counts = {split: len(own[split]) for split in own}
-        return "", counts, f"the data set's own lists: {shown_counts(counts)}"
-    test = {case.name for case in dataset.own_test()}
-    names = sorted(case.name for case in cases if case.name not in test)
+        return str(folder), "lists that are there"
+    if own:
+        return "", "the data set's own lists"
     if len(names) < 2:
         raise DataError(
-            f"{args.data}: {len(names)} labelled scans to train and validate on, expected at least "
+            f"{args.data}: {len(names)} labelled cases to train and validate on, expected at least "
             "2"
         )
-    shares = (0.2,) if test or len(names) < 3 else (0.1, 0.2)
+    shares = (SHARES[1],) if tested or len(names) < 3 else SHARES
     held = [max(1, round(share * len(names))) for share in shares]
-    lists = drawn(names, [len(names) - sum(held), *held], args.seed)
-    if test:
-        lists["test"] = sorted(test)
+    lists = drawn(sorted(names), [len(names) - sum(held), *held], args.seed)
+    lists["train"] += sorted(unlabelled)
+    if tested:
+        lists["test"] = sorted(tested)
+    files = [folder / f"{split}.txt" for split in lists]
+    made += [file for file in files if not file.exists()] + absent_folders(files[0])
     write_lists(folder, lists, f"tools/new_config.py --seed {args.seed}")
-    counts = {split: len(lists.get(split, ())) for split in ("train", "val", "test")}
-    return str(folder), counts, f"drawn with seed {args.seed}: {shown_counts(counts)}"
+    return str(folder), f"drawn with seed {args.seed}"
 
 
-def shown_counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {split}" for split, count in counts.items())
-
-
-def yaml_text(
-    args: argparse.Namespace,
-    name: str,
-    format: str,
-    datalist: str,
-    told: dict,
-    choices: dict,
-    scans: Sequence[dict],
-) -> str:
-    """The configuration, with the reason of each choice beside it."""
-    classes = ", ".join(told["class_names"])
-    spacings = np.array([scan["spacing"] for scan in scans])
-    shapes = np.array([scan["shape"] for scan in scans])
-    ranges = [
-        " x ".join(
-            f"{low:.3g}..{high:.3g}" if low < high else f"{low:.3g}"
-            for low, high in zip(v.min(0), v.max(0))
-        )
-        for v in (spacings, shapes)
-    ]
-    lines = [
-        f"# {name}: written by tools/new_config.py from {len(scans)} labelled scans of {ranges[1]} "
-        "voxels (R, A, S) of",
-        f"# {ranges[0]} mm. Class names and channels ({told['in_channels']}) come from {datalist}:",
-        *(f"#   {line}" for line in textwrap.wrap(classes, 110)),
-    ]
-    settings = {
-        "dataset": (name, "names the run folder"),
-        "format": (format, ""),
-        "data_root": (args.data.as_posix(), ""),
-        "datalist": (datalist, ""),
-        "split_dir": choices["split_dir"],
-        "orientation": ("RAS", ""),
+def choose_length(
+    args: argparse.Namespace, arguments: dict, lists: tuple[str, str], choices: dict, few: bool
+) -> dict[str, tuple[object, str]]:
+    """split_dir, labelled, unlabelled, max_steps and the intervals. arguments: of the data set,
+    beside its lists.
+    """
+    split_dir, why = lists
+    dataset = build_dataset(args.format, split_dir=split_dir, **arguments)
+    splits = dataset.splits(args.labelled)
+    counts = {split: len(cases) for split, cases in splits.items()}
+    shown = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
+    settings = {"split_dir": (split_dir, f"{why}: {shown}")}
+    if few:
+        if not counts["unlabelled"]:
+            raise ConfigError(
+                f"{args.data}: all {counts['labelled']} {dataset.unit}s of the training list count "
+                "as labelled; expected some that do not; name how many do with --labelled N, or a "
+                "folder of further ones with --unlabelled FOLDER"
+            )
+        settings["labelled"] = (args.labelled, "--labelled; null: all that have a label")
+        if args.unlabelled:
+            settings["unlabelled"] = (args.unlabelled, "further ones without labels")
+        epochs = EPOCHS_2D if dataset.dims == 2 else EPOCHS_3D
+        each, total, kind = choices["unlabelled_batch"][0], counts["unlabelled"], "unlabelled"
+    else:
+        epochs, total, kind = EPOCHS, counts["labelled"], "labelled"
+        each = choices["cases_per_batch"][0]
+    steps = min(max(epochs * total // each, FEWEST), MOST) // 100 * 100
+    why = f"{epochs} epochs of {total} {kind} {dataset.unit}s within {FEWEST}..{MOST}; a guess"
+    return settings | {
+        "max_steps": (steps, why),
+        "val_interval": (steps // 20, "twenty times"),
+        "save_interval": (min(250, steps // 20), "what an interruption costs at most, in steps"),
     }
-    keys = (
-        "spacing",
-        "intensity",
-        "window",
-        "crop_foreground",
-        "patch_size",
-        "crop",
-        "flip_prob",
-        "rot90_prob",
-        "cases_per_batch",
-        "crops_per_case",
-        "max_steps",
-        "val_interval",
-        "save_interval",
-    )
-    settings |= {key: choices[key] for key in keys if key in choices}
+
+
+def yaml_text(heading: Sequence[str], settings: dict[str, tuple[object, str]]) -> str:
+    """The configuration, with the reason of each choice beside it."""
+    lines = list(heading)
     for key, (value, why) in settings.items():
         entry = f"{key}: {json.dumps(value, ensure_ascii=False)}"
         lines.append(f"{entry:{ENTRY}}  # {why}" if why else entry)
     return "\n".join(lines) + "\n"
 
 
-def show(
-    args: argparse.Namespace, told: dict, choices: dict, scans: Sequence[dict], labelled: int
-) -> None:
+def show(choices: dict[str, tuple[object, str]]) -> None:
     """Print what was chosen and why."""
-    looked = (
-        f"{len(scans)} of {labelled} labelled scans"
-        if len(scans) < labelled
-        else f"all {labelled} labelled scans"
-    )
-    print(f"looked at {looked}; {told['in_channels']} channel(s); {', '.join(told['class_names'])}")
     rows = [(key, json.dumps(value), why) for key, (value, why) in choices.items()]
     widths = [max(len(row[k]) for row in rows) for k in range(2)]
     for key, value, why in rows:
         print(f"{key:{widths[0]}}  {value:{widths[1]}}  {why}")
-    names = " ".join(args.networks)
-    teacher = next((n for n in args.networks if n in ("resunet", "segresnet")), args.networks[0])
-    print(f"wrote {args.out}, for {names}. Next:")
-    print(
-        f"  python train_3d_distill.py --config {args.out} --method supervised --student {teacher}"
-    )
-    print(f"  python train_3d_distill.py --config {args.out} --teacher {teacher}")
+
+
+def next_commands(args: argparse.Namespace, cfg, few: bool) -> list[str]:
+    """What to do with the configuration, to the scores."""
+    config = shlex.quote(str(args.out))
+    commands = [f"python tools/check_data.py --config {config}"]
+
+    def tested(method: str, networks: str, dims: int) -> str:
+        folder = run_folder(cfg.runs_dir, cfg.dataset, method, networks, cfg.seed, cfg.preset, "")
+        return f"python test_{dims}d.py --ckpt {shlex.quote(str(folder / 'best.pt'))}"
+
+    if not few:
+        teachers = [name for name in args.networks if name in ("resunet", "segresnet")]
+        teacher = (teachers or args.networks)[0]
+        student = "unet" if "unet" in args.networks else args.networks[-1]
+        train = f"python train_3d_distill.py --config {config}"
+        return [
+            *commands,
+            f"{train} --method supervised --student {teacher}",
+            f"{train} --teacher {teacher} --student {student}",
+            tested(cfg.method, f"{teacher}-{student}", 3),
+        ]
+    name, dims = labelled_name(cfg.labelled), len(cfg.patch_size)
+    train = f"python train_{dims}d_crkd.py --config {config}"
+    commands += [
+        f"{train} --method supervised  # the labels alone",
+        train,
+        tested(cfg.method, f"{cfg.network}-{name}", dims),
+    ]
+    if dims == 3 and not any(side % NETWORKS["unet2d"].stride for side in cfg.patch_size[:2]):
+        batches = "labelled_batch=12 unlabelled_batch=12"
+        commands += [
+            f"python train_2d_crkd.py --config {config} --opts {batches}  # on slices",
+            tested(cfg.method, f"unet2d-{name}", 2),
+        ]
+    return commands
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ refuses.
 
 import itertools
 import json
+import shlex
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +21,9 @@ SMALL = (
     "val_interval=2",
     "workers=0",
     "log_interval=1",
-    "network_args={resunet: {channels: [2, 2, 4, 4]}, unet: {channels: [2, 2, 4, 4]}}",
+    "bn_batches=1",
+    "network_args={resunet: {channels: [2, 2, 4, 4]}, unet: {channels: [2, 2, 4, 4]}, "
+    "vnet: {n_filters: 2}, unet2d: {channels: [2, 2, 4, 4, 4]}}",
 )
 
 
@@ -40,6 +44,19 @@ def make(folder, dataset, layout):
             "24",
         ]
     )
+
+
+def follow(printed, cwd):
+    """Run the commands that the tool prints, with small networks and two steps; -> the scripts."""
+    scripts = []
+    for line in printed.splitlines():
+        if line.startswith("  python "):
+            script, *arguments = shlex.split(line, comments=True)[1:]
+            if script.startswith("train"):
+                arguments += SMALL if "--opts" in arguments else ("--opts", *SMALL)
+            run(script, *arguments, cwd=cwd)
+            scripts.append(script)
+    return scripts
 
 
 @pytest.mark.slow
@@ -70,18 +87,9 @@ def test_what_is_written_trains_and_tests(tmp_path, dataset, layout):
         "mine",
     )
     assert "patch_size" in written.stdout
-    for flags in (("--method", "supervised", "--student", "resunet"), ("--teacher", "resunet")):
-        run(
-            "train_3d_distill.py",
-            "--config",
-            "configs/mine.yaml",
-            *flags,
-            "--opts",
-            *SMALL,
-            cwd=tmp_path,
-        )
+    scripts = follow(written.stdout, tmp_path)
+    assert scripts == ["tools/check_data.py", *["train_3d_distill.py"] * 2, "test_3d.py"]
     folder = tmp_path / "runs/mine/acf_bckd/resunet-unet/seed0"
-    run("test_3d.py", "--ckpt", str(folder / "best.pt"), cwd=tmp_path)
     # What the configuration leaves to the data set is stored, and prediction does without it.
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     regions = ["whole tumour", "tumour core", "enhancing tumour"]
@@ -106,6 +114,51 @@ def test_what_is_written_trains_and_tests(tmp_path, dataset, layout):
         (case,) = (tmp_path / "out").glob("*.nii.gz")
         expected = np.asarray(nib.load(folder / "predictions" / case.name).dataobj)
         assert np.array_equal(np.asarray(nib.load(case).dataobj), expected)
+
+
+@pytest.mark.slow
+def test_what_is_written_for_few_labels_trains_and_tests(tmp_path):
+    make(tmp_path, "btcv", "decathlon")
+    arguments = ("--data", "data", "--out", "configs/mine.yaml", "--max-voxels", "16384")
+    written = run("tools/new_config.py", *arguments, "--labelled", "2", cwd=tmp_path)
+    values = yaml.safe_load((tmp_path / "configs/mine.yaml").read_text())
+    assert (values["format"], values["labelled"]) == ("msd", 2)
+    assert all(side % 16 == 0 for side in values["patch_size"])
+    assert values["labelled_batch"] == values["unlabelled_batch"] == 2
+    assert "cases_per_batch" not in values
+    assert "2 labelled, 1 unlabelled, 1 val, 1 test" in written.stdout
+    scripts = follow(written.stdout, tmp_path)
+    assert scripts[1:4] == [*["train_3d_crkd.py"] * 2, "test_3d.py"]
+    assert scripts[4:] == ["train_2d_crkd.py", "test_2d.py"]
+    cases = load_checkpoint(tmp_path / "runs/mine/crkd/vnet-2/seed0/best.pt")["cases"]
+    assert (len(cases["labelled"]), len(cases["unlabelled"])) == (2, 1)
+
+
+@pytest.mark.slow
+def test_what_is_written_for_images_trains_and_tests(tmp_path):
+    layout = ("--dataset", "kvasir", "--cases", "20", "--shape", "40", "44")
+    make_demo_data.main([*layout, "--out", str(tmp_path / "demo")])
+    for part in ("images", "masks"):  # one folder of each, without lists
+        for split in ("train", "val"):
+            shutil.copytree(
+                tmp_path / f"demo/{split}/{part}", tmp_path / f"data/{part}", dirs_exist_ok=True
+            )
+    masks = sorted((tmp_path / "data/masks").iterdir())
+    masks[0].unlink()
+    arguments = ("--data", "data", "--out", "mine.yaml", "--labelled", "20%")
+    written = run("tools/new_config.py", *arguments, cwd=tmp_path)
+    values = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert (values["format"], values["labelled"]) == ("images2d", 0.2)
+    assert values["patch_size"] == [48, 48] and values["class_names"][0] == "background"
+    # of 19 with a mask 2 and 4 are held back; the one without is trained on
+    lists = [
+        (tmp_path / f"splits/mine/{split}.txt").read_text().splitlines()[1:]
+        for split in ("train", "val", "test")
+    ]
+    assert [len(names) for names in lists] == [14, 2, 4] and masks[0].stem in lists[0]
+    assert "2 labelled, 12 unlabelled, 2 val, 4 test" in written.stdout
+    scripts = follow(written.stdout, tmp_path)
+    assert scripts[1:] == [*["train_2d_crkd.py"] * 2, "test_2d.py"]
 
 
 def write(
@@ -164,7 +217,26 @@ def test_computed_tomography(tmp_path, monkeypatch, capsys):
     assert sorted(itertools.chain(*lists)) == [f"c{k}" for k in range(6)]
     text = capsys.readouterr().out
     assert "CT (6 of 6 scans go below -200)" in text
-    assert "drawn with seed 0: 4 train, 1 val, 1 test" in text
+    assert "drawn with seed 0: 4 labelled, 1 val, 1 test" in text
+
+
+def test_labelled_and_unlabelled_scans_are_counted_apart(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "data", count=7)
+    path = tmp_path / "data/dataset.json"
+    content = json.loads(path.read_text())
+    for k in (1, 4):
+        del content["training"][k]["label"]
+    path.write_text(json.dumps(content))
+    values = written(tmp_path, monkeypatch)
+    assert "drawn with seed 0: 3 labelled, 2 unlabelled, 1 val, 1 test" in capsys.readouterr().out
+    assert values["max_steps"] == new_config.FEWEST and "labelled" not in values
+    (tmp_path / "mine.yaml").unlink()
+    (tmp_path / "more").mkdir()
+    shutil.copy(tmp_path / "data/images/c4.nii.gz", tmp_path / "more/d.nii.gz")
+    few = ("--labelled", "2", "--unlabelled", "more", "--networks", "vnet")
+    values = written(tmp_path, monkeypatch, *few)
+    assert (values["labelled"], values["unlabelled"]) == (2, "more")
+    assert "lists that are there: 2 labelled, 4 unlabelled, 1 val" in capsys.readouterr().out
 
 
 def test_gas_in_soft_tissue_does_not_set_the_window(tmp_path, monkeypatch):
@@ -232,6 +304,12 @@ def test_rule_for_coarse_axes():
     [
         (("--data", "absent"), "absent: no such folder"),
         (("--data", "empty"), "no dataset.json; expected one JSON"),
+        (
+            ("--labelled", "9", "--networks", "vnet"),
+            "with a label, but labelled is 9; expected 1..1",
+        ),
+        (("--labelled", "all", "--networks", "vnet"), "expected some that do not; name how many"),
+        (("--labelled", "1", "--networks", "unet2d"), "unet2d: msd is trained on in 3D"),
         (("--out", "there.yaml"), "there.yaml: exists already"),
         (("--patch", "30", "32", "32"), "unet take multiples of 8"),
         (("--format", "nnunet"), "style of nnU-Net v1 and the decathlon|'channel_names' is None"),
