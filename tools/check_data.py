@@ -33,7 +33,7 @@ import train_3d_distill
 from dataloaders import DATASETS, FEW_LABELS, DataError, Report, build_dataset
 from dataloaders.faults import FAULTS, Finding, grouped
 from dataloaders.msd import MSDDataset
-from utils.config import ConfigError, read_yaml
+from utils.config import ConfigError, config_path, read_yaml
 from utils.run import no_selection
 
 COLUMNS = ("level", "fault", "list", "file", "found", "expected", "fix")
@@ -47,7 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         + "\n".join(f"  {fault:14} {meaning}" for fault, meaning in FAULTS.items()),
     )
     parser.add_argument(
-        "--config", required=True, help="YAML file of the data set, for example configs/btcv.yaml"
+        "--config",
+        required=True,
+        type=config_path,
+        help="YAML file of the data set, such as configs/btcv.yaml, or just btcv",
     )
     parser.add_argument(
         "--opts", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the YAML file"
@@ -110,7 +113,7 @@ def settings(args: argparse.Namespace):
     refusals = []
     for script in scripts_for(args):
         try:
-            return script.parse_args(["--config", args.config, "--opts", *args.opts])[1]
+            return script.parse_args(["--config", str(args.config), "--opts", *args.opts])[1]
         except ConfigError as refusal:
             refusals.append(refusal)
     raise refusals[0]
@@ -183,7 +186,7 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 def write_json(args: argparse.Namespace, report: Report, cases: dict[str, int]) -> None:
     content = {
-        "config": args.config,
+        "config": str(args.config),
         "opts": args.opts,
         "cases": cases,
         "errors": len(report.errors),
