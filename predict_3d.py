@@ -17,8 +17,8 @@ CASE_0001.nii.gz, ... in the order of training; BraTS scans may keep their own n
 
 Preprocessing is that of the training data, stored in the checkpoint. For runs of train_3d_crkd.py,
 whose HDF5 files say nothing about axes and voxels, scans are turned to the axes LPS, resampled to
-0.625 mm and z-scored over the whole scan; their training scans were cropped around the atrium, so
-crop new ones likewise (dataloaders/la.py).
+0.625 mm and z-scored over the whole scan, as their training scans were before they were cropped
+around the atrium: give whole scans, and look for false finds far from it (dataloaders/la.py).
 
 Of each scan --output gets CASE.nii.gz, label ids on the scan's own grid (shape and affine), and
 CASE.json, which names the ids and structures and says how they were made; volumes.csv has the

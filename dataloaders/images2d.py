@@ -4,6 +4,7 @@ same form.
     <root>/train/images, <root>/train/masks, <root>/val/images, ...  lists made from the folders, or
     <root>/images, <root>/masks                                      lists drawn by
                                                                      tools/make_splits.py
+    <root>/ISIC2018_Task1-2_Training_Input and so on                 the download of ISIC-2018
 
 Lists are train.txt, val.txt and, if there is one, test.txt. A line is an image's name without
 suffix or, as in the released lists, `train/images/X.jpg train/masks/X.png`; paths with blanks are
@@ -34,6 +35,8 @@ FOLDERS = {  # images, masks; where the names alone tell the list, its name
     "test": ("test/images", "test/masks"),
     "": ("images", "masks"),
     "isic": ("ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"),
+    "isic_val": ("ISIC2018_Task1-2_Validation_Input", "ISIC2018_Task1_Validation_GroundTruth"),
+    "isic_test": ("ISIC2018_Task1-2_Test_Input", "ISIC2018_Task1_Test_GroundTruth"),
 }
 MASK_ENDING = "_segmentation"  # of the ISIC archive
 AUGMENTATIONS = ("semi", "supervised")
@@ -100,6 +103,12 @@ class Images2DDataset(InMemory):
                 }
                 found[key] = [Case(path.stem, (path,), labels.get(path.stem)) for path in paths]
         return found
+
+    def skipped(self) -> list[Path]:
+        """Files of these folders that are no images, such as licence texts."""
+        folders = [self.root / folder for pair in FOLDERS.values() for folder in pair]
+        entries = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+        return sorted(path for path in entries if path.is_file() and not _is_image(path))
 
     def find(self, names: Sequence[str]) -> list[Case]:
         """The images called `names`, from any list or folder."""
@@ -356,7 +365,12 @@ class Images2DDataset(InMemory):
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.iterdir() if _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    """Whether the name is an image's; macOS leaves files `._NAME.jpg` in archives that are none."""
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "."
 
 
 def _open(path: Path) -> Image.Image:

@@ -75,8 +75,8 @@ class LADataset(InMemory):
         in the axis order LPS and on a grid of 0.625 mm, z-scored over the whole scan; affine,
         native_affine and native_shape.
 
-        The HDF5 files were cropped around the atrium before they were z-scored, so crop new scans
-        likewise: of a much larger field of view mean and deviation are other ones.
+        The HDF5 files were z-scored over the challenge's whole scans, too, and then cropped around
+        the atrium: a network trained on them has seen little of what lies further off.
         """
         image, native_affine = read_image(case, self.in_channels)
         native = {"native_affine": native_affine, "native_shape": list(image.shape[1:])}

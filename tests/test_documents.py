@@ -31,6 +31,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ from methods import SSL_METHODS
 from networks import NETWORKS, build_network
 from tests.scripts.conftest import Result, make_workspace
 from tests.scripts.conftest import run as run_script
+from tests.tools.releases import write_patient, write_scan
 from utils.run import RESUMABLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +113,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "demo_brats21": {"patch_size": [16, 16, 16], **NARROW},
     "acdc": SLICES | {"split_dir": "data/ACDC/splits"},
     "demo_acdc": SLICES,
-    "isic2018": SLICES,
+    "isic2018": SLICES | {"split_dir": "splits/isic2018_phantom"},
     "demo_isic2018": SLICES,
     "demo_kvasir": SLICES,
     "kvasir": SLICES | {"split_dir": "splits/kvasir_phantom"},
@@ -526,42 +528,16 @@ class Workspace:
                 (folder / f"{split}.txt").write_text(
                     "".join(pattern.format(k) + "\n" for k in numbers)
                 )
-        for name, root in (
-            ("brats21", "brats21"),
-            ("acdc", "ACDC"),
-            ("la", "LA"),
-            ("kvasir", "Kvasir-SEG"),
-            ("isic2018", "ISIC2018"),
-        ):
-            words = ["tools/make_demo_data.py", "--dataset", name, "--out", f"data/{root}"]
-            assert self.execute(["python", *words]).returncode == 0
-        # The demonstrations, made with the same arguments
-        assert (
-            self.execute(["python", "tools/make_demo_data.py", "--dataset", "btcv"]).returncode == 0
-        )
-        for name, root in (("acdc", "ACDC"), ("la", "LA"), ("kvasir", "Kvasir-SEG")):
-            shutil.copytree(data / root, data / f"{name}_phantom")
-        # As downloaded: no train and val folders, and no lists
-        kvasir = data / "Kvasir-SEG"
-        for part in ("images", "masks"):
-            (kvasir / part).mkdir()
-            for path in sorted(kvasir.glob(f"*/{part}/*")):
-                path.rename(kvasir / part / path.name)
-        for path in [*kvasir.glob("ratio_*"), kvasir / "train", kvasir / "val"]:
-            shutil.rmtree(path)
-        for path in kvasir.glob("*.txt"):
-            path.unlink()
-        words = [
-            "tools/make_splits.py",
-            "images",
-            "--data-root",
-            "data/Kvasir-SEG",
-            "--out",
-            "splits/kvasir_phantom",
-        ]
-        assert self.execute(["python", *words, "--val", "120"]).returncode == 0
+        for name in ("acdc", "la", "kvasir", "isic2018"):
+            words = ["--dataset", name, "--out", f"data/{name}_phantom"]
+            self._run("tools/make_demo_data.py", *words)
+        self._run("tools/make_demo_data.py", "--dataset", "brats21", "--out", "data/brats21")
+        # The demonstration, made with the same arguments
+        self._run("tools/make_demo_data.py", "--dataset", "btcv")
+        self._make_releases()
+        self._make_photographs()
         shutil.copytree(btcv / "imagesTr", self.folder / "scans")
-        shutil.copytree(kvasir / "images", self.folder / "photos")
+        shutil.copytree(data / "Kvasir-SEG/images", self.folder / "photos")
         nnunet = data / "Dataset101_Liver"
         for part in ("images", "labels"):
             (nnunet / f"{part}Tr").mkdir(parents=True)
@@ -586,6 +562,54 @@ class Workspace:
             f"segmentor.backbone.{key}": value for key, value in network.state_dict().items()
         }
         torch.save({"state_dict": weights}, self.folder / "best_Dice_81-69_epoch_800.pth")
+
+    def _run(self, script: str, *words: str) -> None:
+        result = self.execute(["python", script, *words])
+        assert result.returncode == 0, result.stderr
+
+    def _make_releases(self) -> None:
+        """ACDC and LA as their challenges hand them out in downloads/, imported into data/."""
+        data, downloads = self.folder / "data", self.folder / "downloads"
+        for path in sorted((data / "acdc_phantom/data").glob("*_frame01.h5")):
+            patient = path.name.split("_")[0]
+            frames = {}
+            for number, name in ((1, path.name), (9, f"{patient}_frame02.h5")):
+                with h5py.File(path.with_name(name)) as file:
+                    frames[number] = np.int16(900 * file["image"][()]), file["label"][()]
+            write_patient(downloads / "ACDC/training" / patient, 1, 9, frames)
+        for path in sorted((data / "la_phantom").glob("*/mri_norm2.h5")):
+            with h5py.File(path) as file:
+                image = file["image"][()]
+                image = np.uint8(255 * (image - image.min()) / (image.max() - image.min()))
+                folder = downloads / "LA/Training Set" / path.parent.name
+                write_scan(folder, image, file["label"][()])
+        for name in ("ACDC", "LA"):
+            words = [f"downloads/{name}", "--out", f"data/{name}"]
+            self._run("tools/import_release.py", name.lower(), *words)
+            shutil.copytree(data / f"{name.lower()}_phantom/splits", data / name / "splits")
+
+    def _make_photographs(self) -> None:
+        """ISIC-2018 and Kvasir-SEG as downloaded, with lists elsewhere."""
+        data = self.folder / "data"
+        isic = (
+            "ISIC2018_Task1-2_Training_Input/{}.jpg",
+            "ISIC2018_Task1_Training_GroundTruth/{}_segmentation.png",
+        )
+        for demo, root, (image, mask) in (
+            ("kvasir", "Kvasir-SEG", ("images/{}.jpg", "masks/{}.png")),
+            ("isic2018", "ISIC2018", isic),
+        ):
+            for part, name in (("images", image), ("masks", mask)):
+                for path in sorted((data / f"{demo}_phantom").glob(f"*/{part}/*")):
+                    target = data / root / name.format(path.stem)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, target)
+            words = ["--data-root", f"data/{root}", "--out", f"splits/{demo}_phantom", "--val", "3"]
+            self._run("tools/make_splits.py", "images", *words)
+        tests = data / "ISIC2018/ISIC2018_Task1-2_Test_Input"
+        tests.mkdir()
+        for path in sorted((data / "isic2018_phantom/val/images").iterdir())[:2]:
+            shutil.copy(path, tests / f"ISIC_9{path.name[6:]}")
 
     def shell(self, document: str, text: str) -> tuple[int, str]:
         """Exit status and output of a block run by `sh -e`, whose Python commands this process

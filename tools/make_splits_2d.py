@@ -6,7 +6,9 @@ drawn with a seed.
         --ratios 5 10 20
 
 Where the data have train/images and val/images the folders make those two lists and --val is not
-given; otherwise val is drawn from all images. Each labelled list is a draw of its own from train,
+given; otherwise val is drawn from all images. Of the download of ISIC-2018 the training folder is
+all that is drawn from, as in published tables; without --val the lists are those of its training,
+validation and test folders. Each labelled list is a draw of its own from train,
 as in the released ones, so they are not nested. Read with split_dir: <out>; unlabelled images are
 train less labelled and have no list.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataloaders.cases import Case
 from dataloaders.faults import DataError
 from dataloaders.images2d import Images2DDataset
 from dataloaders.lists import SEED, draw, labelled_count
@@ -70,25 +73,46 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_val(root: Path, val: int | None, seed: int) -> dict[str, list[str]]:
-    """Sorted image names of train and val: by folder, or `val` of them drawn."""
-    folders = Images2DDataset(str(root)).scan()
-    unmasked = [case for cases in folders.values() for case in cases if case.label is None]
-    if unmasked:
-        raise DataError(
-            f"{unmasked[0].images[0]}: has no mask of the same name; expected one beside the image "
-            "folder"
-        )
+    """Image names of train and val, and of test where ISIC-2018 has it: by folder, or `val` of
+    them drawn.
+    """
+    dataset = Images2DDataset(str(root))
+    skipped = dataset.skipped()
+    if skipped:
+        print("no images, skipped:", ", ".join(str(path.relative_to(root)) for path in skipped))
+    folders = dataset.scan()
+    released = {"train": folders.get("isic", [])}
+    for split, key in (("val", "isic_val"), ("test", "isic_test")):
+        cases = folders.pop(key, [])
+        # without ground truth a folder may serve as --unlabelled
+        if any(case.label is not None for case in cases):
+            released[split] = cases
+    if val is None and released["train"] and "val" in released:
+        return names_of(released)
+    names = names_of(folders)
     if folders.keys() >= {"train", "val"}:
         if val is not None:
             raise DataError(f"--val is {val}, but {root} has train and val folders; leave it out")
-        return {split: [case.name for case in folders[split]] for split in ("train", "val")}
-    names = sorted({case.name for cases in folders.values() for case in cases})
-    if val is None or not 1 <= val < len(names):
+        return {split: names[split] for split in ("train", "val")}
+    together = sorted(set().union(*names.values()))
+    if val is None or not 1 <= val < len(together):
         raise DataError(
-            f"--val is {val}; expected 1..{len(names) - 1}, {root} has {len(names)} images"
+            f"--val is {val}; expected 1..{len(together) - 1}, {root} has {len(together)} images"
         )
-    chosen = sorted(draw(names, val, seed))
-    return {"train": sorted(set(names) - set(chosen)), "val": chosen}
+    chosen = sorted(draw(together, val, seed))
+    return {"train": sorted(set(together) - set(chosen)), "val": chosen}
+
+
+def names_of(folders: dict[str, list[Case]]) -> dict[str, list[str]]:
+    """Names of the images; DataError for one without a mask."""
+    for cases in folders.values():
+        for case in cases:
+            if case.label is None:
+                raise DataError(
+                    f"{case.images[0]}: has no mask of the same name; expected one beside the "
+                    "image folder"
+                )
+    return {key: [case.name for case in cases] for key, cases in folders.items()}
 
 
 if __name__ == "__main__":

@@ -140,23 +140,46 @@ def test_lists_of_names_in_a_folder_of_their_own(flat, tmp_path):
         data.splits(2)
 
 
-def test_the_isic_archive_as_it_is(tmp_path):
-    for seed, name in enumerate(("ISIC_1", "ISIC_2", "ISIC_3")):
-        save(tmp_path / "ISIC2018_Task1-2_Training_Input" / f"{name}.jpg", pixels(seed))
-        save(
-            tmp_path / "ISIC2018_Task1_Training_GroundTruth" / f"{name}_segmentation.png",
-            mask_of(seed),
-        )
-    (tmp_path / "ISIC2018_Task1-2_Training_Input" / "LICENSE.txt").write_text("not an image")
-    assert (
-        make_splits(
-            ["--data-root", str(tmp_path), "--out", str(tmp_path), "--val", "1", "--ratios", "50"]
-        )
-        == 0
-    )
-    splits = dataset(tmp_path).splits(0.5)
+ISIC = {"Training": ("ISIC_1", "ISIC_2", "ISIC_3"), "Validation": ("ISIC_4",), "Test": ("ISIC_5",)}
+
+
+@pytest.fixture
+def isic(tmp_path):
+    """The folders of the download, with the texts that lie in them."""
+    for part, members in ISIC.items():
+        images = tmp_path / f"ISIC2018_Task1-2_{part}_Input"
+        masks = tmp_path / f"ISIC2018_Task1_{part}_GroundTruth"
+        for name in members:
+            save(images / f"{name}.jpg", pixels(int(name[-1])))
+            save(masks / f"{name}_segmentation.png", mask_of(int(name[-1])))
+        for folder in (images, masks):
+            (folder / "ATTRIBUTION.txt").write_text("not an image")
+        (images / f"._{members[0]}.jpg").write_bytes(b"left by macOS")
+    return tmp_path
+
+
+def test_the_isic_archive_as_it_is(isic, capsys):
+    lists = ["--data-root", str(isic), "--out", str(isic), "--ratios", "50"]
+    assert make_splits([*lists, "--val", "1"]) == 0
+    assert "skipped: ISIC2018_Task1-2_Test_Input/._ISIC_5.jpg, " in capsys.readouterr().out
+    splits = dataset(isic).splits(0.5)
     assert [len(splits[key]) for key in ("labelled", "unlabelled", "val")] == [1, 1, 1]
+    # as in published tables: of the training folder alone
+    drawn = [case.name for cases in splits.values() for case in cases]
+    assert sorted(drawn) == list(ISIC["Training"])
     assert splits["labelled"][0].label.name == f"{splits['labelled'][0].name}_segmentation.png"
+
+
+def test_the_lists_of_the_isic_release(isic):
+    lists = ["--data-root", str(isic), "--out", str(isic / "lists"), "--ratios", "50"]
+    make_splits(lists)
+    splits = dataset(isic, split_dir=str(isic / "lists")).splits()
+    assert names(splits["labelled"]) == list(ISIC["Training"])
+    assert names(splits["val"]) == list(ISIC["Validation"])
+    assert names(splits["test"]) == list(ISIC["Test"])
+    (isic / "ISIC2018_Task1_Training_GroundTruth/ISIC_2_segmentation.png").unlink()
+    with pytest.raises(DataError, match=r"ISIC_2.jpg: has no mask of the same name"):
+        make_splits([*lists, "--val", "1"])
 
 
 @pytest.mark.parametrize(
