@@ -52,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_3d_distill
 from dataloaders import build_dataset, describe_dataset
-from dataloaders.cases import read_image, read_label
+from dataloaders.cases import UNKNOWN, read_image, read_label
 from dataloaders.faults import DataError
 from dataloaders.lists import read_json, read_split
 from networks import NETWORKS, build_network
@@ -216,13 +216,14 @@ def inspect(cases: Sequence, dataset, seed: int) -> list[dict]:
     for number, case in enumerate(tqdm(cases, desc="reading the scans", unit="scan")):
         try:
             image, affine = read_image(case, dataset.in_channels)
-            label = read_label(case, dataset.allowed_ids, image.shape[1:], affine)
+            grid = image.shape[1:], affine
+            label = read_label(case, dataset.allowed_ids, *grid, ignore=dataset.ignore_label)
         except DataError as error:
             problems.append(str(error))
             continue
         to_ras = nib.orientations.io_orientation(affine)[:, 0].astype(int)
         order = np.argsort(to_ras)  # the stored axis that is R, A, S
-        values = image[0][label > 0]
+        values = image[0][(label > 0) & (label != UNKNOWN)]
         rng = np.random.default_rng([seed, number])
         scans.append(
             {

@@ -134,10 +134,6 @@ def test_files_listed_in_the_json(root):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            {"labels": {"background": 0, "a": 1, "ignore": 2}},
-            "'ignore' .2., voxels that nobody labelled",
-        ),
         ({"labels": {"background": 0, "a": 2}}, r"ids \[0, 2\], expected 0 .background. to 1"),
         ({"labels": {"0": "background", "1": "a"}}, "names and ids are swapped, as in nnU-Net v1"),
         ({"labels": {"background": 0}}, "'labels' is"),
