@@ -85,6 +85,7 @@ SHARES = tuple(key for key, metric in METRICS.items() if not metric.distance)
 DISTANCES = tuple(key for key, metric in METRICS.items() if metric.distance)
 HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
+UNKNOWN = 255  # in labels: a voxel that nobody labelled, which counts in no metric
 FLAGS = ("absent", "missed", "spurious")  # of each class: which of the masks are empty
 REACH = 3  # voxels within which the nearest surface is looked up place by place
 # blocks that the points of a surface are sorted into, to find the nearest of a point far away
@@ -106,9 +107,9 @@ def case_metrics(
 
     prediction, label: integer label maps of equal shape `(H, W, D)` or `(H, W)`; if `multilabel`,
     masks `(num_classes, H, W, D)`. spacing: mm per axis. Keys: METRICS, and `absent`, `missed`,
-    `spurious` (0 or 1).
+    `spurious` (0 or 1). Where the label is UNKNOWN both count as background.
     """
-    prediction, label = np.asarray(prediction), np.asarray(label)
+    prediction, label = without_unknown(np.asarray(prediction), np.asarray(label), num_classes)
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
     if len(spacing) != label.ndim - multilabel:
@@ -128,6 +129,18 @@ def case_metrics(
             rows += _score(*masks, 2, spacing, hd95, empty)
         return rows
     return _score(prediction, label, num_classes, spacing, hd95, empty)
+
+
+def without_unknown(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both with 0 where the label is UNKNOWN; the same arrays if it is so nowhere, or if that is
+    the id of a class.
+    """
+    unknown = label == UNKNOWN
+    if num_classes > UNKNOWN or prediction.shape != label.shape or not unknown.any():
+        return prediction, label
+    return tuple(np.where(unknown, array.dtype.type(0), array) for array in (prediction, label))
 
 
 def dice(prediction: np.ndarray, label: np.ndarray) -> float:
@@ -460,15 +473,30 @@ def _nan_mean(values: Sequence[float]) -> float | None:
 
 
 def class_dice(
-    prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool = False
+    prediction: np.ndarray,
+    label: np.ndarray,
+    num_classes: int,
+    multilabel: bool = False,
+    annotated: Sequence[bool] | None = None,
 ) -> list[float]:
-    """Dice of each foreground class (or region), shapes as in `case_metrics`; NaN where both masks
-    are empty.
+    """Dice of each foreground class (or region), shapes and UNKNOWN as in `case_metrics`; NaN where
+    both masks are empty. annotated: of the classes with the background, or the regions, those that
+    the label tells; the others are NaN.
     """
+    prediction, label = without_unknown(prediction, label, num_classes)
     if multilabel:
         _check_regions(prediction, num_classes)
         _check_regions(label, num_classes)
-        return [dice(p, g) for p, g in zip(prediction, label)]
+        scores = [dice(p, g) for p, g in zip(prediction, label)]
+    else:
+        scores = _class_dice(prediction, label, num_classes)
+    if annotated is None:
+        return scores
+    told = annotated if multilabel else annotated[1:]
+    return [score if known else float("nan") for score, known in zip(scores, told, strict=True)]
+
+
+def _class_dice(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> list[float]:
     size_p, size_g, both = (
         c[1:] for c in _counts(*_foreground(prediction, label, num_classes), num_classes)
     )

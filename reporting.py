@@ -42,12 +42,14 @@ from metrics import (
     METRICS,
     PUBLISHED,
     SHOWN,
+    UNKNOWN,
     asd,
     case_metrics,
     counts,
     diagonal,
     penalise,
     summarise,
+    without_unknown,
 )
 from networks import NETWORKS, build_network
 from utils import figures, plugins
@@ -74,24 +76,31 @@ def case_rows(
     hd95: str,
     empty: str,
     spacing: Sequence[float] | None = None,
+    annotated: np.ndarray | None = None,
 ) -> list[dict]:
     """A row for each foreground class of ids `(H, W[, D])`, with the accuracy and diagonal of the
-    whole case in each; hd95 and empty are for the clean protocol. spacing: in mm, None for
-    distances in voxels.
+    whole case in each; hd95 and empty are for the clean protocol.
+
+    spacing: in mm, None for distances in voxels. annotated: of all classes, those that the label
+    tells: the others have no row, and count as background in the accuracy, which is of the labelled
+    voxels.
     """
     spacing = [1.0] * label.ndim if spacing is None else spacing
+    known = label != UNKNOWN
+    prediction, label = without_unknown(prediction, label, len(class_names))
+    told = np.ones(len(class_names), bool) if annotated is None else annotated
+    right = np.where(told[prediction], prediction, 0) == label
     if protocol == "published":
         scores = published_scores(prediction, label, len(class_names), spacing)
     else:
         scores = case_metrics(
             prediction, label, len(class_names), spacing=spacing, hd95=hd95, empty=empty
         )
-    shared = {
-        "accuracy": float(np.mean(prediction == label)),
-        "diagonal": diagonal(label.shape, spacing),
-    }
+    shared = {"accuracy": float(np.mean(right[known])), "diagonal": diagonal(label.shape, spacing)}
     return [
-        {"case": case, "class": name, **row, **shared} for name, row in zip(class_names[1:], scores)
+        {"case": case, "class": name, **row, **shared}
+        for name, row, has in zip(class_names[1:], scores, told[1:])
+        if has
     ]
 
 
@@ -126,16 +135,23 @@ def published_scores(
 
 
 def published_case(
-    prediction: np.ndarray, label: np.ndarray, num_classes: int, multilabel: bool
+    prediction: np.ndarray,
+    label: np.ndarray,
+    num_classes: int,
+    multilabel: bool,
+    told: Sequence[bool] | None = None,
 ) -> dict[str, float]:
     """One case by the ACF-BCKD code's own protocol: percent, HD95 'directed' in voxels, classes
     absent from the label left out even where they were predicted, undefined distances dropped,
     rounded to two decimals. Beside its HD95 the one that counts a missed organ as the diagonal.
+    told: of the foreground classes, those that the label tells; None: all.
     """
     unit = [1.0] * (label.ndim - multilabel)
     scores = case_metrics(
         prediction, label, num_classes, spacing=unit, multilabel=multilabel, hd95="directed"
     )
+    if told is not None:
+        scores = [row for row, has in zip(scores, told) if has]
     kept = [row for row in scores if not row["absent"] and not row["spurious"]]
     longest = diagonal(label.shape[int(multilabel) :], unit)
     found = {
@@ -611,6 +627,7 @@ def _score_few_labels(scoring: Scoring, predict: Callable, settings: dict) -> No
             spacing = np.linalg.norm(affine[:3, :3], axis=0)
         scoring.save(case.name, ids, affine, lambda: figures.views(shown, dataset.num_classes))
         how = {"protocol": args.protocol, "hd95": hd95, "empty": empty, "spacing": spacing}
+        how["annotated"] = dataset.annotated(case)
         return case_rows(case.name, ids, label, dataset.class_names, **how), seconds
 
     results = scoring.results(score_case)

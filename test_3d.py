@@ -125,6 +125,8 @@ def score_distilled(
         native = dataset.native(prediction, sample)
         label = label if dataset.multilabel else label[0]
         native_spacing = np.linalg.norm(native_affine[:3, :3], axis=0)
+        told = dataset.annotated(case)
+        told = told if dataset.multilabel else told[1:]
         rows = []
         for space, ids, truth, spacing in (
             ("resampled", prediction, label, sample["spacing"]),
@@ -133,12 +135,14 @@ def score_distilled(
             scores = case_metrics(ids, truth, **kind, spacing=spacing, hd95=hd95, empty=empty)
             shared = {"case": case.name, "diagonal": diagonal(truth.shape[-3:], spacing)}
             rows += [
-                {"space": space, "class": name, **shared, **row} for name, row in zip(names, scores)
+                {"space": space, "class": name, **shared, **row}
+                for name, row, has in zip(names, scores, told)
+                if has
             ]
         ids = dataset.decode_prediction(native).astype(np.uint8)
         drawn = (image[0], label, prediction, len(names) + 1)
         scoring.save(case.name, ids, native_affine, lambda: figures.panel(*drawn))
-        also = reporting.published_case(prediction, label, **kind) if published else None
+        also = reporting.published_case(prediction, label, **kind, told=told) if published else None
         return rows, also, seconds
 
     results = scoring.results(score_case)

@@ -85,7 +85,8 @@ def evaluate(
         slices = torch.from_numpy(np.ascontiguousarray(dataset.slices(volume)))
         ids = predict_slices(network, slices, batch=run.cfg.eval_batch, amp=run.cfg.amp).numpy()
         prediction, label = dataset.unslice(ids, volume), volume["label"][0]
-        scores.append(class_dice(prediction, label, dataset.num_classes))
+        kind = {"num_classes": dataset.num_classes, "annotated": dataset.annotated(case)}
+        scores.append(class_dice(prediction, label, **kind))
         if picture is None:
             picture = figures.compared(volume["image"], label, prediction, dataset.num_classes)
     return mean_dice(run.world.merged(scores), dataset.class_names[1:]), picture

@@ -99,7 +99,8 @@ def evaluate(
             probabilities=True,
         )
         prediction, label = prediction.cpu().numpy(), volume["label"][0]
-        scores.append(class_dice(prediction, label, dataset.num_classes))
+        kind = {"num_classes": dataset.num_classes, "annotated": dataset.annotated(case)}
+        scores.append(class_dice(prediction, label, **kind))
         if picture is None:
             picture = figures.compared(volume["image"], label, prediction, dataset.num_classes)
     return mean_dice(run.world.merged(scores), dataset.class_names[1:]), picture

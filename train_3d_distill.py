@@ -41,6 +41,7 @@ import torch
 
 from dataloaders import DATASETS, DataError, Dataset, Report, build_dataset
 from inference import autocast, predict_labels
+from losses.incomplete import completed
 from losses.segmentation import SegmentationLoss
 from metrics import class_dice, mean_dice
 from networks import build_network, init_weights
@@ -96,7 +97,8 @@ def evaluate(
         )
         prediction = prediction.cpu().numpy()
         label = np.array(sample["label"] if dataset.multilabel else sample["label"][0])
-        scores.append(class_dice(prediction, label, dataset.num_classes, dataset.multilabel))
+        kind = dataset.num_classes, dataset.multilabel, dataset.annotated(case)
+        scores.append(class_dice(prediction, label, *kind))
         if picture is None:
             picture = figures.panel(np.array(sample["image"][0]), label, prediction, len(names) + 1)
     return mean_dice(run.world.merged(scores), names), picture
@@ -126,7 +128,7 @@ def main() -> int:
     # Student, teacher, method
     seed_everything(cfg.seed)
     memory = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
-    kd = None
+    kd, incomplete = None, dataset.incomplete  # voxels or classes that nobody labelled
     with constructing(f"{args.config}: network_args or method_args"):
         arguments = cfg.network_arguments(cfg.student)
         student = build_network(cfg.student, cfg.channels, dataset.num_classes, **arguments)
@@ -134,13 +136,14 @@ def main() -> int:
         if teacher is not None:
             teacher = teacher.to(device, memory_format=memory)
             taps = student.feature_channels, teacher.feature_channels
-            kd = cfg.make_method(*taps, dataset.num_classes, dataset.multilabel).to(device)
+            kind = dataset.num_classes, dataset.multilabel, incomplete
+            kd = cfg.make_method(*taps, *kind).to(device)
     if cfg.compile:
         student.compile()
     if cfg.compile and teacher is not None:
         teacher.compile()
     run.seed_apart()
-    seg_loss = SegmentationLoss(dataset.multilabel)
+    seg_loss = SegmentationLoss(dataset.multilabel, incomplete)
 
     # Optimiser
     of_student = [p for p in student.parameters() if p.requires_grad]
@@ -172,6 +175,9 @@ def main() -> int:
         # (B, C, H, W, D)
         image = batch["image"].to(device, non_blocking=True, memory_format=memory)
         label = batch["label"].to(device, non_blocking=True)  # (B, 1 or K, H, W, D)
+        annotated = None
+        if incomplete:  # which classes the labels tell, (B, K)
+            annotated = batch["annotated"].to(device, non_blocking=True)
         lr = cfg.lr_at(step, cfg.lr)
         set_lr(optimizer, lr)
         if len(groups) > 1:
@@ -179,10 +185,13 @@ def main() -> int:
         run.watch.before()
         with autocast(device, cfg.amp):
             student_out = student(image, return_features=True)
-            terms = {"seg": seg_loss(student_out.logits, label)}
+            terms = {"seg": seg_loss(student_out.logits, label, annotated)}
             if kd is not None:
                 with torch.no_grad():
                     teacher_out = teacher(image, return_features=True)
+                if incomplete:  # what was not annotated, as the teacher sees it
+                    how = dataset.multilabel, not getattr(kd, "incomplete", False)
+                    label = completed(label, teacher_out.logits, annotated, *how)
                 distilled = kd(student_out, teacher_out, label, progress=step / cfg.max_steps)
                 if step < cfg.warmup_steps:
                     share = step / cfg.warmup_steps

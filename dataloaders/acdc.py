@@ -66,9 +66,10 @@ class ACDCDataset(InMemory):
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
         unlabelled: str = "",
+        **labels,
     ) -> None:
         others = patient_pattern, absent_classes, unlabelled
-        super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others)
+        super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others, **labels)
         self._last: tuple[Path | None, np.ndarray] = None, np.empty(0)  # scan file that was read
 
     def find(self, names: Sequence[str]) -> list[Case]:
@@ -82,7 +83,8 @@ class ACDCDataset(InMemory):
         """A volume: image (1, H, W, D) float32, label (1, H, W, D) uint8, D slices; spacing 1 and
         affine identity.
         """
-        stacks = read_h5(case.images[0], self.num_classes, 3, notes=notes, limits=LIMITS)
+        how = {"notes": notes, "limits": LIMITS, "ignore": self.ignore_label}
+        stacks = read_h5(case.images[0], self.num_classes, 3, **how)
         # slice by slice, so that a volume is recognised in slices and the other way round
         if notes is not None:
             for index, plane in enumerate(stacks["image"]):
@@ -165,7 +167,8 @@ class ACDCDataset(InMemory):
             planes = {"image": self._last[1][..., index].copy()}
         else:
             ndim = 2 if index is None else 3
-            planes = read_h5(case.images[0], self.num_classes, ndim, index, notes, LIMITS)
+            how = notes, LIMITS, self.ignore_label
+            planes = read_h5(case.images[0], self.num_classes, ndim, index, *how)
         if notes is not None:
             notes.see(planes["image"], planes.get("label"))
         return {key: plane[None] for key, plane in planes.items()}

@@ -6,9 +6,10 @@ same for all: lists, labelled and unlabelled cases, checks of the whole. A sampl
 """
 
 import abc
+import fnmatch
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,13 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders import augment, checks
-from dataloaders.cases import Case
+from dataloaders.cases import UNKNOWN, Case
 from dataloaders.faults import ERROR, CaseNotes, DataError, Finding, Report, gathering, placed
 from dataloaders.lists import find_scans, labelled_count, patient_function, read_split
 from dataloaders.volumes import to_native
 
 SPLITS = ("labelled", "unlabelled", "val", "test")
-UNKNOWN = 255  # in the labels of `views`: no label is there
 
 
 class Dataset(abc.ABC):
@@ -32,7 +32,10 @@ class Dataset(abc.ABC):
     return. patient_pattern: regular expression whose group 1 is the patient in a name, '' for the
     usual conventions (lists.patient_function). absent_classes: those that no labelled case need
     have. unlabelled: a folder of further cases without labels, or 'test' for those of the data
-    set's own test list.
+    set's own test list. ignore_label: id of voxels that nobody labelled, None: there are none.
+    labelled_classes: pattern of case names, such as 'amos_*' -> names or ids of the classes, or
+    names of the regions, that the labels of these cases tell; the first that fits counts, a case
+    without one has all. The label that `read` and `patch` give holds UNKNOWN where nobody labelled.
     """
 
     dims = 3  # axes of what a network is trained on
@@ -76,6 +79,8 @@ class Dataset(abc.ABC):
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
         unlabelled: str = "",
+        ignore_label: int | None = None,
+        labelled_classes: Mapping[str, Sequence[str | int]] | None = None,
     ) -> None:
         if len(class_names) < (1 if self.multilabel else 2):
             raise DataError(
@@ -87,7 +92,13 @@ class Dataset(abc.ABC):
         self.root, self.split_dir = Path(root), Path(split_dir)
         self.class_names, self.patch_size = tuple(class_names), tuple(patch_size)
         self.patient, self.absent_classes = patient_function(patient_pattern), tuple(absent_classes)
-        self.unlabelled = unlabelled
+        self.unlabelled, self.ignore_label = unlabelled, ignore_label
+        if ignore_label is not None:
+            checks.check_ignore_label(ignore_label, self.stored_ids)
+        self.labelled_classes = {
+            str(pattern): self._numbers(classes, f"labelled_classes of '{pattern}'")
+            for pattern, classes in (labelled_classes or {}).items()
+        }
 
     # Classes
 
@@ -102,6 +113,53 @@ class Dataset(abc.ABC):
         if self.multilabel:
             return dict(enumerate(self.class_names))
         return dict(enumerate(self.class_names[1:], 1))
+
+    @property
+    def allowed_ids(self) -> tuple[int, ...]:
+        """Ids that a label file may hold."""
+        return tuple(range(len(self.class_names)))
+
+    @property
+    def stored_ids(self) -> dict[int, str]:
+        """What the ids of a label file stand for, in words."""
+        names = {} if self.multilabel else dict(enumerate(self.class_names))
+        return {k: f"the class '{names[k]}'" if k in names else "a class" for k in self.allowed_ids}
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether labels may have voxels that nobody labelled, or lack classes."""
+        return self.ignore_label is not None or bool(self.labelled_classes)
+
+    def annotated(self, case: Case) -> np.ndarray:
+        """Which classes, the background included, or regions the label of a case tells: (K,) bool.
+        DataError for names that the data set does not have.
+        """
+        numbers = None
+        if case.classes is not None:
+            numbers = self._numbers(case.classes, f"labelled_classes of case '{case.name}'")
+        else:
+            found = (p for p in self.labelled_classes if fnmatch.fnmatchcase(case.name, p))
+            numbers = self.labelled_classes.get(next(found, ""))
+        told = np.full(self.num_classes, numbers is None)
+        told[list(numbers or ())] = True
+        told[:1] |= not self.multilabel
+        return told
+
+    def _numbers(self, classes: Sequence[str | int], source: str) -> tuple[int, ...]:
+        """Numbers of classes or regions that are named, or given as ids; `source` begins errors."""
+        names = list(self.class_names)
+        # ids of regions are another matter: those of label files are in several of them
+        known = [*names, *(() if self.multilabel else range(len(names)))]
+        listed = isinstance(classes, (list, tuple))
+        wrong = [c for c in classes if c not in known or isinstance(c, bool)] if listed else []
+        if not listed or not classes or wrong:
+            found = f"{wrong[0]!r}, which is none" if wrong else repr(classes)
+            kind = "names of" if self.multilabel else "names or ids of"
+            shown = dict(enumerate(names)) if not self.multilabel else names
+            raise DataError(
+                Finding("list", source, found, f"a list of {kind} {shown}", "mend the list")
+            )
+        return tuple(names.index(c) if isinstance(c, str) else c for c in classes)
 
     def present(self, ids: Iterable[int]) -> set[int]:
         """Which of `classes` a label with these `ids` has."""
@@ -164,6 +222,7 @@ class Dataset(abc.ABC):
                 "val": self.evaluation_cases(lists["val"], report),
                 "test": self.evaluation_cases(lists["test"], report),
             }
+            self._check_annotations(result, report)
             # A name in two lists is reported already; here one file may be met under two names.
             counts = Counter(name for names in lists.values() for name in names)
             once = {
@@ -178,6 +237,23 @@ class Dataset(abc.ABC):
                     {"unlabelled": more, **tested}, report, self.patient, self.named
                 )
         return result
+
+    def _check_annotations(self, splits: Mapping[str, list[Case]], report: Report) -> None:
+        """A fault for each case with classes that there are not, and each pattern without cases."""
+        for split, cases in splits.items():
+            for case in cases:
+                with report.catching(split, case.name):
+                    self.annotated(case)
+        names = [case.name for cases in splits.values() for case in cases]
+        for pattern in self.labelled_classes:
+            if not fnmatch.filter(names, pattern):
+                report.error(
+                    "unknown case",
+                    "labelled_classes",
+                    f"no case fits the pattern '{pattern}'",
+                    "",
+                    f"names look like {', '.join(names[:3])}",
+                )
 
     def lists(self, report: Report) -> dict[str, list[str]]:
         """The names of `train`, `unlabelled`, `val` and `test`, as the lists or the data set have
@@ -257,14 +333,25 @@ class Dataset(abc.ABC):
             for split, cases in splits.items():
                 report.count(split, len(cases), self.title.format(split=split))
             facts: dict[tuple[str, Case], dict] = {}
+            incomplete = self.incomplete
             jobs = [(split, case) for split, cases in splits.items() for case in cases]
             for split, case in tqdm(jobs, desc="reading the data", unit=self.unit, delay=1):
                 with report.catching(split, case.name):
-                    facts[split, case] = self.facts(case, split, store)
-                    if facts[split, case]["ids"] is None and split != "unlabelled":
+                    facts[split, case] = found = self.facts(case, split, store)
+                    if found["ids"] is None and split != "unlabelled":
                         raise checks.without_label(case)
+                    if found["ids"] is not None and incomplete:
+                        found["ids"] = [k for k in found["ids"] if k != UNKNOWN]
+                        if found.get("unknown") == 1 and split in ("val", "test"):
+                            raise checks.nothing_labelled(case)
             for (split, case), found in facts.items():
                 report.take(placed(found["findings"], split, case.name))
+                if found["ids"] is not None and incomplete:
+                    names = self.class_names
+                    told = [names[k] for k in np.flatnonzero(self.annotated(case))]
+                    present = [names[k] for k in sorted(self.present(found["ids"]))]
+                    checks.check_annotated(case, split, present, told, report)
+                    report.see_unknown(split, found.get("unknown", 0.0))
                 if self.pads:
                     checks.check_size(case, split, found["shape"], self.patch_size, report)
             self.check_labels(facts, report)
@@ -289,7 +376,7 @@ class Dataset(abc.ABC):
     def facts(self, case: Case, split: str, store: bool) -> dict:
         """Read a case with checks -> `findings` about it, `content` (digests of its images), `ids`
         of its label (None: it has none), `shape` of its image and, where files have them,
-        `native_affine` and `spacing`.
+        `native_affine` and `spacing`, and of labels that may hold UNKNOWN its share as `unknown`.
         """
 
     def check_labels(self, facts: dict[tuple[str, Case], dict], report: Report) -> None:
@@ -303,7 +390,7 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def read(self, case: Case) -> dict:
         """A whole case on the grid that it is scored on: a sample with `spacing` (mm, or 1) and,
-        for volumes, `affine`.
+        for volumes, `affine`; the label, if it has one, with UNKNOWN.
         """
 
     def native_label(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -391,11 +478,12 @@ class InMemory(Dataset):
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
         unlabelled: str = "",
+        **labels,
     ) -> None:
         if memory_gb < 0:
             raise DataError(f"memory_gb must be 0 or more, got {memory_gb}")
         others = patient_pattern, absent_classes, unlabelled
-        super().__init__(root, split_dir, class_names, patch_size, *others)
+        super().__init__(root, split_dir, class_names, patch_size, *others, **labels)
         if self.patch_size and len(self.patch_size) != self.dims:
             raise DataError(f"patch_size must be {self.dims} numbers, got {list(patch_size)}")
         self._room = int(memory_gb * 1e9)  # bytes
@@ -409,6 +497,7 @@ class InMemory(Dataset):
             "findings": notes.findings,
             "content": notes.content,
             "ids": sorted(notes.ids) if "label" in sample else None,
+            "unknown": float(np.mean(sample.get("label", 0) == UNKNOWN)),
             "shape": sample["image"].shape[1:],
         }
 

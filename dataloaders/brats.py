@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from dataloaders import augment
-from dataloaders.cases import Case
+from dataloaders.cases import UNKNOWN, Case
 from dataloaders.faults import DataError, Finding
 from dataloaders.msd import MSDDataset
 
@@ -109,6 +109,11 @@ class BraTSDataset(MSDDataset):
         occupied = [np.flatnonzero(brain.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         mean, std = _statistics(image)
         short = np.abs(image).max() < 2**15 and bool((image == np.rint(image)).all())
+        ids = {}
+        if label is not None:
+            ids = {"label": label[None], "ids": self._ids(label)}
+        if label is not None and self.ignore_label is not None:
+            ids["unknown"] = float(np.mean(label == UNKNOWN))
         return {
             "image": image.astype(np.int16) if short else image,
             "mean": mean,
@@ -121,7 +126,7 @@ class BraTSDataset(MSDDataset):
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
             "native_affine": affine,
             "native_shape": list(image.shape[1:]),
-            **({} if label is None else {"label": label[None], "ids": self._ids(label)}),
+            **ids,
             **seen,
         }
 
@@ -134,7 +139,7 @@ class BraTSDataset(MSDDataset):
             np.asarray(sample["image"], np.float32), sample.pop("mean"), sample.pop("std")
         )
         del sample["box"]  # what is normalised already must not serve as a training sample
-        known = {"label": self.encode_label(sample["label"])} if "label" in sample else {}
+        known = {"label": self.encoded(sample["label"])} if "label" in sample else {}
         return sample | {"image": image} | known
 
     def preprocess_image(
@@ -205,10 +210,7 @@ class BraTSDataset(MSDDataset):
             image = _standardise(image, sample["mean"], sample["std"])
         else:
             image = augment.zscore_nonzero(image)
-        return {
-            "image": image,
-            "label": self.encode_label(crop_padded(sample["label"], start, size)),
-        }
+        return {"image": image, "label": self.encoded(crop_padded(sample["label"], start, size))}
 
 
 def enlarge(

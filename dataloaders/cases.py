@@ -4,7 +4,7 @@ checks.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
@@ -22,6 +22,8 @@ from dataloaders.faults import (
 )
 from dataloaders.volumes import DICOM_SUFFIXES, has_suffix, read_volume
 
+UNKNOWN = 255  # in labels that were read: nobody labelled the voxel, or there is no label
+
 
 @dataclass(frozen=True)
 class Case:
@@ -29,12 +31,14 @@ class Case:
     there is one.
 
     Files are named after cases, so a name with a path in it is refused: it could lead out of the
-    output folder.
+    output folder. classes: names or ids of those that the label tells; None: all, or what the key
+    `labelled_classes` says.
     """
 
     name: str
     images: tuple[Path, ...]
     label: Path | None = None
+    classes: tuple[str | int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or any(
@@ -93,9 +97,10 @@ def read_label(
     image_shape: Sequence[int],
     affine: np.ndarray | None,
     notes: CaseNotes | None = None,
+    ignore: int | None = None,
 ) -> np.ndarray:
     """Label ids (H, W, D) uint8 of a case; checks geometry against the image, and that ids are in
-    `allowed`.
+    `allowed` or `ignore`, which becomes UNKNOWN.
 
     affine: None where the image could not be read; the ids are then checked alone. DataError with
     all faults that were found; the ids go to `notes`.
@@ -108,11 +113,19 @@ def read_label(
         label = label[..., 0]
     if affine is not None:
         checks.check_geometry(case, label.shape, label_affine, tuple(image_shape), affine, faults)
-    ids = checks.check_ids(case.label, label, allowed, faults)
+    ids = checks.check_ids(case.label, label, allowed, faults, ignore)
     faults.stop()
     if notes is not None:
         notes.ids |= {int(value) for value in ids}
-    return label.astype(np.uint8)
+    return marked(label, ignore)
+
+
+def marked(label: np.ndarray, ignore: int | None) -> np.ndarray:
+    """Ids as uint8, with UNKNOWN in place of `ignore`."""
+    ids = label.astype(np.uint8)
+    if ignore is not None:
+        ids[label == ignore] = UNKNOWN
+    return ids
 
 
 def read_h5(
@@ -122,12 +135,13 @@ def read_h5(
     index: int | None = None,
     notes: CaseNotes | None = None,
     limits: tuple[float, float] | None = None,
+    ignore: int | None = None,
 ) -> dict[str, np.ndarray]:
     """`image` float32 and, where the file has one, `label` uint8 of an HDF5 file, or of its slice
     `index`; DataError with all that is wrong.
 
-    Other keys are ignored. `ndim` is that of the stored arrays. limits: of the intensities.
-    Warnings go to `notes`.
+    Other keys are ignored. `ndim` is that of the stored arrays. limits: of the intensities. ignore:
+    the id that becomes UNKNOWN. Warnings go to `notes`.
     """
     if not path.is_file():
         raise DataError(no_file(path))
@@ -142,12 +156,13 @@ def read_h5(
     if "image" in arrays:
         checks.check_intensities(path, arrays["image"].astype(np.float32), limits, faults)
     if "label" in arrays:
-        checks.check_ids(path, arrays["label"], range(num_classes), faults)
+        checks.check_ids(path, arrays["label"], range(num_classes), faults, ignore)
     faults.stop()
     if notes is not None:
         checks.check_h5_types(path, arrays, notes)
-    types = {"image": np.float32, "label": np.uint8}
-    return {key: np.asarray(array, types[key]) for key, array in arrays.items()}
+    if "label" in arrays:
+        arrays["label"] = marked(arrays["label"], ignore)
+    return arrays | {"image": np.asarray(arrays["image"], np.float32)}
 
 
 def h5_lacks_label(path: Path) -> bool:

@@ -195,6 +195,36 @@ def check_classes(
             )
 
 
+def check_ignore_label(ignore: int | None, ids: Mapping[int, str]) -> None:
+    """DataError for an id of voxels that nobody labelled which is also that of a class; ids: id of
+    label files -> its name.
+    """
+    if ignore in ids:
+        raise DataError(
+            f"ignore_label: {ignore} is also the id of {ids[ignore]}; expected an id that no class "
+            f"has (these have {_ranges(list(ids))}); store voxels that nobody labelled with another"
+        )
+
+
+def check_annotated(
+    case: "Case", split: str, found: Iterable[str], told: Sequence[str], report: Report
+) -> None:
+    """An error for a label that has classes (`found`) which its case is said to be without: it has
+    those that are `told`.
+    """
+    foreign = [name for name in found if name not in told]
+    if foreign:
+        report.error(
+            "label ids",
+            case.label or case.images[0],
+            f"it has '{foreign[0]}', which labelled_classes of this case does not name",
+            f"only {', '.join(told)}",
+            "name it there, or mend the label",
+            split=split,
+            case=case.name,
+        )
+
+
 def check_orientations(facts: Mapping[tuple, Mapping], report: Report) -> None:
     """A warning for each case that is stored in another axis order than most: a flipped header
     looks like that. facts: (split, case) -> `native_affine`, where its file has one.
@@ -401,20 +431,36 @@ def without_label(case: "Case") -> DataError:
     )
 
 
-def check_ids(path: Path, label: np.ndarray, allowed: Sequence[int], faults: Report) -> np.ndarray:
-    """-> the ids that occur, of which each must be one of `allowed`."""
+def nothing_labelled(case: "Case") -> DataError:
+    """The error of a scored case whose label has a class nowhere."""
+    return DataError(
+        Finding(
+            "no label",
+            str(case.label),
+            "every voxel is marked as not labelled",
+            "some that are: the case is scored",
+            "take the case out of the list",
+        )
+    )
+
+
+def check_ids(
+    path: Path, label: np.ndarray, allowed: Sequence[int], faults: Report, ignore: int | None = None
+) -> np.ndarray:
+    """-> the ids that occur, of which each must be one of `allowed`, or `ignore`."""
     if label.dtype.kind not in "fiub":
         found = f"voxels of type {label.dtype}"
         faults.error("type", path, found, "whole numbers", "convert the label")
         return np.empty(0, int)
     ids = np.unique(label)
-    wrong = [value for value in ids.tolist() if value not in allowed]
+    wrong = [value for value in ids.tolist() if value not in allowed and value != ignore]
     if wrong:
+        ignored = "" if ignore is None else f", or {ignore} for voxels that nobody labelled"
         faults.error(
             "label ids",
             path,
             f"label ids {wrong[:6]}",
-            f"only {_ranges(allowed)}",
+            f"only {_ranges(allowed)}{ignored}",
             "mend the label or class_names",
         )
     return ids
@@ -554,12 +600,25 @@ def check_intensities(
 # Masks
 
 
-def check_mask(path: Path, mask: Image.Image, lossy: bool, faults: Report) -> None:
+def check_mask(
+    path: Path, mask: Image.Image, lossy: bool, faults: Report, ignore: int | None = None
+) -> None:
     """What the grey values of a mask tell. lossy: JPEG, where values beside 0 and 255 are to be
-    expected.
+    expected. ignore: the value of pixels that nobody labelled.
     """
     counts = np.asarray(mask.histogram())
-    high = int(np.flatnonzero(counts)[-1])
+    if ignore is not None and lossy:
+        faults.error(
+            "mask values",
+            path,
+            f"a JPEG, whose values are not exact, with ignore_label {ignore}",
+            "masks without loss, such as PNG",
+            "store the masks again from their source, or leave ignore_label out",
+        )
+        return
+    if ignore is not None:
+        counts[ignore] = 0
+    high = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
     if 0 < high <= 127:
         faults.error(
             "mask values",

@@ -99,6 +99,9 @@ class Report:
         self._known: set[Finding] = set()
         self.totals: dict[str, int] = {}
         self.titles: dict[str, str] = {}  # split -> title
+        self.unknown: dict[
+            str, list[float]
+        ] = {}  # split -> of each label the share without a class
 
     def error(
         self, fault: str, file: object, found: str, expected: str = "", fix: str = "", **where: str
@@ -153,6 +156,10 @@ class Report:
         """`split` has `total` cases, which belong to `title` in messages, such as 'train cases'."""
         self.titles[split] = title
         self.totals[title] = self.totals.get(title, 0) + total
+
+    def see_unknown(self, split: str, share: float) -> None:
+        """Note which share of a label nobody labelled."""
+        self.unknown.setdefault(split, []).append(share)
 
     def stop(self) -> None:
         """DataError if there is an error; its message has all of them, under the list that they are

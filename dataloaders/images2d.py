@@ -11,8 +11,8 @@ suffix or, as in the released lists, `train/images/X.jpg train/masks/X.png`; pat
 parted by a tab. Labelled images are those of labelled_5%.txt, labelled_44.txt or
 ratio_5%/labeled.txt; where there is no such list they are drawn, always the same ones. Masks are
 cut at half: JPEG masks hold every value between 0 and 255. Other masks whose few intermediate
-values look like ids of further classes are refused, blurred ones are warned of. Sizes are in
-pixels, so spacing is 1.
+values look like ids of further classes are refused, blurred ones are warned of. `ignore_label` is
+the grey value of pixels that nobody labelled. Sizes are in pixels, so spacing is 1.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from PIL import Image
 
 from dataloaders import augment
 from dataloaders.base import InMemory
-from dataloaders.cases import Case
+from dataloaders.cases import UNKNOWN, Case
 from dataloaders.checks import check_inside, check_mask
 from dataloaders.faults import WARNING, CaseNotes, DataError, Finding, Report, no_file, unreadable
 from dataloaders.lists import draw, find_images, labelled_count, read_split
@@ -71,9 +71,17 @@ class Images2DDataset(InMemory):
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
         unlabelled: str = "",
+        **labels,
     ) -> None:
         others = patient_pattern, absent_classes, unlabelled
-        super().__init__(root, split_dir or root, class_names, patch_size, memory_gb, *others)
+        super().__init__(
+            root, split_dir or root, class_names, patch_size, memory_gb, *others, **labels
+        )
+        if self.ignore_label is not None and not 0 < self.ignore_label < 255:
+            raise DataError(
+                f"ignore_label: {self.ignore_label} is no grey value between those of background "
+                "(0) and foreground (255)"
+            )
         if patch_size[0] != patch_size[1]:
             raise DataError(
                 "patch_size must be two equal numbers, since images are turned, got "
@@ -89,6 +97,11 @@ class Images2DDataset(InMemory):
             raise DataError(f"eval_resize must be one of {', '.join(RESIZES)}, got '{eval_resize}'")
         self.augmentation, self.eval_resize = augmentation, eval_resize
         self._known: dict[str, Case] = {}
+
+    @property
+    def allowed_ids(self) -> tuple[int, ...]:
+        """Grey values of a mask."""
+        return (0, 255)
 
     def scan(self) -> dict[str, list[Case]]:
         """The images of each folder that exists, sorted by name; a mask has the name of its
@@ -121,7 +134,7 @@ class Images2DDataset(InMemory):
         """An image at its own size: image (3, H, W) float32, label (1, H, W) uint8; spacing 1
         pixel.
         """
-        image, mask = _open_pair(case, notes)
+        image, mask = _open_pair(case, notes, self.ignore_label)
         label = {} if mask is None else {"label": np.asarray(mask)[None]}
         return {"image": augment.from_pil(image), **label, "spacing": [1.0, 1.0], "name": case.name}
 
@@ -160,7 +173,7 @@ class Images2DDataset(InMemory):
         return augment.strong_rgb(sample, rng)
 
     def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
-        image, mask = _open_pair(case, notes)
+        image, mask = _open_pair(case, notes, self.ignore_label)
         # the first step of the pipeline, without a random choice: done once
         if self.augmentation == "semi":
             size = (self.patch_size[1], self.patch_size[0])
@@ -395,10 +408,10 @@ def _open(path: Path) -> Image.Image:
 
 
 def _open_pair(
-    case: Case, notes: CaseNotes | None = None
+    case: Case, notes: CaseNotes | None = None, ignore: int | None = None
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Image in mode RGB and mask, if there is one, in mode L with values 0 and 1; DataError with
-    all faults of the two.
+    """Image in mode RGB and mask, if there is one, in mode L with values 0 and 1, and UNKNOWN in
+    place of `ignore`; DataError with all faults of the two.
     """
     faults, image, mask = Report(), None, None
     with faults.catching():
@@ -416,7 +429,7 @@ def _open_pair(
             mask = _open(case.label)
             lossy = mask.format == "JPEG" or case.label.suffix.lower() in (".jpg", ".jpeg")
             mask = mask.convert("L")
-            check_mask(case.label, mask, lossy, faults)
+            check_mask(case.label, mask, lossy, faults, ignore)
     if image is not None and mask is not None and image.size != mask.size:
         faults.error(
             "shape",
@@ -427,7 +440,10 @@ def _open_pair(
             "image and mask must have one size",
         )
     faults.stop()
-    cut = mask and mask.point([int(value > 127) for value in range(256)])
+    values = [int(value > 127) for value in range(256)]
+    if ignore is not None:
+        values[ignore] = UNKNOWN
+    cut = mask and mask.point(values)
     if notes is not None:
         notes.take(faults.warnings)
         notes.see(np.asarray(image), None if cut is None else np.asarray(cut))

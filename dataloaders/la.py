@@ -55,9 +55,10 @@ class LADataset(InMemory):
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
         unlabelled: str = "",
+        **labels,
     ) -> None:
         others = patient_pattern, absent_classes, unlabelled
-        super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others)
+        super().__init__(root, split_dir, class_names, patch_size, memory_gb, *others, **labels)
         self.last_start = last_start
 
     def read(self, case: Case, notes: CaseNotes | None = None) -> dict:
@@ -97,7 +98,8 @@ class LADataset(InMemory):
         if case.images[0].suffix != ".h5":
             arrays = {"image": self.read_file(case)["image"][0]}
         else:
-            arrays = read_h5(case.images[0], self.num_classes, 3, notes=notes)
+            how = {"notes": notes, "ignore": self.ignore_label}
+            arrays = read_h5(case.images[0], self.num_classes, 3, **how)
         if notes is not None:
             notes.see(arrays["image"], arrays.get("label"))
         return {key: array[None] for key, array in arrays.items()}

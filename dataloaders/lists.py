@@ -38,10 +38,10 @@ def read_datalist(
     """The lists of a decathlon JSON (`training`, `validation`, `test`, ...), paths resolved against
     its folder.
 
-    Entries are {"image": file or [files], "label": file}; the public downloads also list unlabelled
-    test images as plain names. A case is called after its image file, or after the folder of its
-    channel files. report: takes the faults, and entries without one are returned; where it is None,
-    they are raised together.
+    Entries are {"image": file or [files], "label": file}, and "labelled_classes" where the label
+    lacks some; the public downloads also list unlabelled test images as plain names. A case is
+    called after its image file, or after the folder of its channel files. report: takes the faults,
+    and entries without one are returned; where it is None, they are raised together.
     """
     path = root / datalist
     sections: dict[str, list[Case]] = {}
@@ -188,7 +188,28 @@ def _entry(path: Path, section: str, index: int, entry: object) -> Case:
     # Several channel files are named CASE-t1c, CASE-t1n, ...: the folder carries the case's name.
     name = Path(images[0]).parent.name if len(images) > 1 else stem(images[0])
     return Case(
-        name, tuple(path.parent / image for image in images), path.parent / label if label else None
+        name,
+        tuple(path.parent / image for image in images),
+        path.parent / label if label else None,
+        classes=read_classes(entry, path, name),
+    )
+
+
+def read_classes(entry: dict, path: Path, name: str) -> tuple[str | int, ...] | None:
+    """The classes that the label of a list's entry tells; None where it does not say. Which there
+    are only the data set knows.
+    """
+    classes = entry.get("labelled_classes")
+    if classes is None or (isinstance(classes, list) and classes):
+        return None if classes is None else tuple(classes)
+    raise DataError(
+        Finding(
+            "list",
+            str(path),
+            f"'labelled_classes' of '{name}' is {classes!r}",
+            "a list of names or ids of the annotated classes, such as [1, 2]",
+            "mend the data list; a case without any is one without a label",
+        )
     )
 
 

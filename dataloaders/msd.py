@@ -23,7 +23,7 @@ from monai.transforms import (
 from dataloaders import augment
 from dataloaders.base import Dataset
 from dataloaders.cache import CaseCache
-from dataloaders.cases import Case, read_image, read_label
+from dataloaders.cases import UNKNOWN, Case, read_image, read_label
 from dataloaders.faults import WARNING, CaseNotes, DataError, Finding, Report
 from dataloaders.lists import read_class_names, read_datalist, read_num_channels, read_split, select
 from dataloaders.volumes import channel_number
@@ -83,6 +83,7 @@ class MSDDataset(Dataset):
         scale_prob: float = 0.1,
         shift_prob: float = 0.1,
         unlabelled: str = "",
+        **labels,
     ) -> None:
         if intensity not in INTENSITIES:
             raise DataError(f"intensity must be one of {', '.join(INTENSITIES)}, got '{intensity}'")
@@ -105,7 +106,7 @@ class MSDDataset(Dataset):
                 "when turned; set rot90_prob: 0 or make the first two sides equal"
             )
         others = patient_pattern, absent_classes, unlabelled
-        super().__init__(root, split_dir, class_names, patch_size, *others)
+        super().__init__(root, split_dir, class_names, patch_size, *others, **labels)
         self.datalist, self.in_channels, self.listed = datalist, in_channels, bool(split_dir)
         self.orientation, self.spacing = orientation, tuple(spacing)
         self.intensity, self.window = intensity, tuple(window)
@@ -117,9 +118,9 @@ class MSDDataset(Dataset):
         self.cache = CaseCache(Path(cache_dir), self.preprocess, self._parameters())
 
     @property
-    def allowed_ids(self) -> tuple[int, ...]:
-        """Ids that a label file may hold."""
-        return tuple(range(len(self.class_names)))
+    def incomplete(self) -> bool:
+        told = (case.classes for case in self._all(None).values())
+        return super().incomplete or any(classes is not None for classes in told)
 
     @property
     def source(self) -> str:
@@ -269,9 +270,13 @@ class MSDDataset(Dataset):
         }
         if label is None:
             return found
-        label = self.encode_label(sample["label"].numpy().astype(np.uint8))
+        label = self.encoded(sample["label"].numpy().astype(np.uint8))
         inside = (image > 0).any(0) if self.crop_foreground else np.ones(image.shape[1:], bool)
         positive = label.any(0)
+        if self.ignore_label is not None:
+            unknown = (label == UNKNOWN).any(0)
+            inside, positive = inside & ~unknown, positive & ~unknown
+            found["unknown"] = float(unknown.mean())
         return found | {
             "label": label,
             "foreground": np.flatnonzero(positive).astype(np.int32),
@@ -314,7 +319,7 @@ class MSDDataset(Dataset):
             image, affine = read_image(case, self.in_channels, notes)
         with notes.catching():
             if case.label is not None:
-                label = read_label(case, self.allowed_ids, *notes.grid, notes)
+                label = read_label(case, self.allowed_ids, *notes.grid, notes, self.ignore_label)
         notes.stop()
         # Entries of the cache are found by content, wherever the files are: their names are not
         # stored.
@@ -333,10 +338,20 @@ class MSDDataset(Dataset):
         """
         return label
 
+    def encoded(self, label: np.ndarray) -> np.ndarray:
+        """`encode_label` of ids that may be UNKNOWN, which such voxels then are in all channels."""
+        if self.ignore_label is None:
+            return self.encode_label(label)
+        unknown = np.asarray(label) == UNKNOWN
+        known = self.encode_label(np.where(unknown, np.uint8(0), label))
+        return np.where(unknown, np.uint8(UNKNOWN), known)
+
     def native_label(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
         """The label on its stored grid, ids (H, W, D) or regions (K, H, W, D), and its affine."""
         image, affine = read_image(case, self.in_channels)
-        label = self.encode_label(read_label(case, self.allowed_ids, image.shape[1:], affine)[None])
+        grid = image.shape[1:], affine
+        label = read_label(case, self.allowed_ids, *grid, ignore=self.ignore_label)
+        label = self.encoded(label[None])
         return (label if self.multilabel else label[0]), affine
 
     def decode_prediction(self, prediction: np.ndarray) -> np.ndarray:
@@ -401,7 +416,8 @@ class MSDDataset(Dataset):
         return sample
 
     def _parameters(self) -> dict:
-        return {
+        ignored = {} if self.ignore_label is None else {"ignore": self.ignore_label}
+        return ignored | {
             "kind": type(self).__name__,
             "in_channels": self.in_channels,
             "ids": list(self.allowed_ids),

@@ -15,7 +15,8 @@ As nnU-Net allows, dataset.json may list the files of training under "dataset": 
 [...], "label": ...}}, in place of imagesTr and labelsTr; an entry without "label" is unlabelled.
 Region-based labels, {"whole tumour": [1, 2, 3], "tumour core": [2, 3]} with
 regions_class_order, are trained as classes that overlap, one sigmoid each; predictions are written
-with the ids of regions_class_order, later ones over earlier.
+with the ids of regions_class_order, later ones over earlier. The label "ignore" is no class: its id
+marks voxels that nobody labelled.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ import numpy as np
 from dataloaders.cases import Case
 from dataloaders.checks import check_inside
 from dataloaders.faults import DataError, Finding, Report, gathering
-from dataloaders.lists import find_scans, read_json, select
+from dataloaders.lists import find_scans, read_classes, read_json, select
 from dataloaders.msd import MSDDataset
 from dataloaders.volumes import SUFFIXES, channel_number
 
@@ -43,11 +44,11 @@ class NnUNetDataset(MSDDataset):
     splits_final.json is used where split_dir is empty.
     """
 
-    described_keys = (*MSDDataset.described_keys, "regions", "regions_class_order")
+    described_keys = (*MSDDataset.described_keys, "regions", "regions_class_order", "ignore_label")
 
     @classmethod
     def described(cls, root: Path, datalist: str, keys: Sequence[str]) -> dict:
-        """Class names, channels and regions, as dataset.json says."""
+        """Class names, channels, regions and the id `ignore`, as dataset.json says."""
         known = read_description(root / datalist)
         return {key: known[key] for key in keys}
 
@@ -293,13 +294,14 @@ class NnUNetDataset(MSDDataset):
                 )
             )
         files = tuple(self.root / image for image in images)
-        return Case(name, files, self.root / label if label else None)
+        classes = read_classes(entry, self.root / self.datalist, name)
+        return Case(name, files, self.root / label if label else None, classes=classes)
 
     def _ids(self, label: np.ndarray) -> list[int]:
         """Of regions: the numbers, counted from 1, of those that occur."""
         if not self.regions:
             return super()._ids(label)
-        return [k + 1 for k, region in enumerate(label) if region.any()]
+        return [k + 1 for k, region in enumerate(label) if (region == 1).any()]
 
     def _parameters(self) -> dict:
         return super()._parameters() | {"regions": [list(ids) for ids in self.regions.values()]}
@@ -326,13 +328,6 @@ def read_description(path: Path) -> dict:
         raise DataError(
             f'{path}: \'labels\' is {labels!r}, expected {{"background": 0, "liver": 1}} or more'
         )
-    if "ignore" in labels:
-        raise DataError(
-            f"{path}: 'labels' has 'ignore' ({labels['ignore']}), voxels that nobody labelled; "
-            "losses and scores here "
-            "need complete labels. Complete them, or take 'ignore' out if no label file holds "
-            "this id"
-        )
     wrong = {
         name: ids
         for name, ids in labels.items()
@@ -348,10 +343,10 @@ def read_description(path: Path) -> dict:
             f"{path}: 'labels' has {wrong}, expected an id 0..255 or a list of ids for each "
             f"name{fix}"
         )
+    known = {"in_channels": len(channels)} | _ignored(path, labels)
+    labels = {name: ids for name, ids in labels.items() if name != "ignore"}
     if any(isinstance(ids, list) for ids in labels.values()):
-        return {"in_channels": len(channels)} | _regions(
-            path, labels, content.get("regions_class_order")
-        )
+        return known | _regions(path, labels, content.get("regions_class_order"))
     names = {k: name for name, k in labels.items()}
     if sorted(labels.values()) != list(range(len(labels))):
         raise DataError(
@@ -359,12 +354,29 @@ def read_description(path: Path) -> dict:
             f"{len(labels) - 1}, "
             f"each once; nnU-Net refuses others too"
         )
-    return {
+    return known | {
         "class_names": tuple(names[k] for k in range(len(names))),
-        "in_channels": len(channels),
         "regions": {},
         "regions_class_order": (),
     }
+
+
+def _ignored(path: Path, labels: dict) -> dict:
+    """The id of voxels that nobody labelled, as `ignore_label`; None where there is none."""
+    ignore = labels.get("ignore")
+    if ignore is None:
+        return {"ignore_label": None}
+    others = {name: ids for name, ids in labels.items() if name != "ignore"}
+    owners = [
+        name for name, ids in others.items() if ignore in (ids if isinstance(ids, list) else [ids])
+    ]
+    if isinstance(ignore, list) or owners:
+        also = f", which is also '{owners[0]}'" if owners else ""
+        raise DataError(
+            f"{path}: 'labels' has 'ignore': {ignore!r}{also}; expected one id of no class, for "
+            "voxels that nobody labelled"
+        )
+    return {"ignore_label": ignore}
 
 
 def _regions(path: Path, labels: dict, order: object) -> dict:

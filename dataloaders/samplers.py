@@ -65,7 +65,9 @@ class PatchDataset(Dataset):
     read: case -> preprocessed sample. augment: (sample, rng) -> dict of arrays, one patch; `keys`
     of them are stacked. An item is {"image": (crops, C, H, W, D), "label": (crops, 1 or K, H, W,
     D), "case": [name] * crops}, or has `keys` in place of image and label. stream: as in
-    DrawSampler. kept: which of the crops are given; all are drawn.
+    DrawSampler. kept: which of the crops are given; all are drawn. annotated: of labels
+    that are not complete, case -> (K,) bool, the classes that its label tells; an item has them as
+    `annotated` (crops, K).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class PatchDataset(Dataset):
         keys: Sequence[str] = ("image", "label"),
         stream: int = 0,
         kept: slice = slice(None),
+        annotated: Callable | None = None,
     ) -> None:
         self.cases, self.read, self.augment, self.seed, self.crops = (
             cases,
@@ -87,6 +90,7 @@ class PatchDataset(Dataset):
             crops,
         )
         self.keys, self.stream, self.kept = tuple(keys), stream, kept
+        self.annotated = annotated
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -101,6 +105,8 @@ class PatchDataset(Dataset):
             key: torch.from_numpy(np.stack([np.ascontiguousarray(patch[key]) for patch in patches]))
             for key in self.keys
         }
+        if self.annotated is not None:
+            stacked["annotated"] = torch.from_numpy(self.annotated(case)).repeat(len(patches), 1)
         return {**stacked, "case": [case.name] * len(patches)}
 
 

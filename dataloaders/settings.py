@@ -31,6 +31,11 @@ class DataSettings(Settings):
     fold: Annotated[int, OF_FORMAT] = 0
     # folder of further cases without labels; test: those of the data set's own test list
     unlabelled: Annotated[str, OF_FORMAT] = ""
+    # id of voxels that nobody labelled, of masks their grey value; null: there are none, or the id
+    # that nnU-Net's JSON says
+    ignore_label: Annotated[int | None, OF_FORMAT] = None
+    # {pattern of case names: [names or ids of the classes that their labels tell]}
+    labelled_classes: Annotated[dict, OF_FORMAT] = dataclasses.field(default_factory=dict)
     # Scans
     cache_dir: Annotated[str, OF_FORMAT] = "cache"  # preprocessed cases
     orientation: Annotated[str, OF_FORMAT] = "RAS"

@@ -41,6 +41,7 @@ def build_kd(
     *,
     multilabel: bool = False,
     preset: str = "clean",
+    incomplete: bool = False,
     **method_args,
 ) -> "nn.Module":
     """The distillation module `name`, called as `kd(student, teacher, label, progress) -> {term:
@@ -53,6 +54,9 @@ def build_kd(
     multilabel: regions may overlap; probabilities are sigmoids and labels are `(B, num_classes,
     *spatial)`.
     preset: 'clean', or 'as_released' for the arithmetic of the released reference code.
+    incomplete: labels may hold UNKNOWN (losses/incomplete.py). A class that has the attribute
+    `incomplete` leaves such voxels out where it is True, as it then is in the module; others must
+    be given labels without them.
     Raises ValueError for an unknown name, preset or argument, and for a tap that a network lacks.
     """
     if name not in KD_METHODS:
@@ -66,7 +70,7 @@ def build_kd(
             f"method '{name}' has no argument {', '.join(unknown)}; it takes "
             f"{', '.join(accepted[5:])}"
         )
-    return KD_METHODS[name](
+    module = KD_METHODS[name](
         student_channels=dict(student_channels),
         teacher_channels=dict(teacher_channels),
         num_classes=num_classes,
@@ -74,3 +78,6 @@ def build_kd(
         preset=preset,
         **method_args,
     )
+    if incomplete and hasattr(module, "incomplete"):
+        module.incomplete = True
+    return module

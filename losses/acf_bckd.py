@@ -20,6 +20,7 @@ is 0. An empty boundary is skipped by its size, not by the sum of its indices.
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from losses.distance import boundary_distance_squared
-from losses.kd import check_choice, check_not_negative, check_weights, takes_options
+from losses.incomplete import UNKNOWN
+from losses.kd import check_choice, check_not_negative, check_weights, region_masks, takes_options
 from losses.taps import attention_energy, class_map, energy_distance, require_taps, resize_nearest
 from losses.voxelwise import voxel_chunks, voxel_sums
 
@@ -65,34 +67,45 @@ def boundary_shells(foreground: Tensor, border: str = "count") -> Tensor:
 BITS = 30  # classes whose membership one int32 holds
 
 
-def shell_bits(bits: Tensor, border: str = "count") -> Tensor:
+def shell_bits(bits: Tensor, border: str = "count", unknown: Tensor | None = None) -> Tensor:
     """The shells of up to `BITS` classes at once: bit c of a voxel says whether it lies on the
     shell of class c.
 
     bits: (B, *spatial) int32, bit c set where class c is. A class has a shell where some neighbour
-    has its bit (or) but not all have it (and). border as in `boundary_shells`.
+    has its bit (or) but not all have it (and). border as in `boundary_shells`. unknown: like
+    `bits`, bit c set where nobody knows; such a voxel lies on no shell, and is no neighbour.
     """
+    framed = _framed(bits, border)
+    some = _neighbours(torch.bitwise_or, framed)
+    if unknown is None:
+        return some & ~_neighbours(torch.bitwise_and, framed)
+    every = _neighbours(torch.bitwise_and, framed | _framed(unknown, border))
+    return some & ~every & ~unknown
+
+
+def _framed(bits: Tensor, border: str) -> Tensor:
+    """With one voxel more on every side: no class, or the border voxels again."""
     if border == "ignore":
         for axis in range(1, bits.ndim):
             size = bits.shape[axis]
             bits = torch.cat(
                 [bits.narrow(axis, 0, 1), bits, bits.narrow(axis, size - 1, 1)], dim=axis
             )
-    else:
-        bits = F.pad(bits, [1, 1] * (bits.ndim - 1))
+        return bits
+    return F.pad(bits, [1, 1] * (bits.ndim - 1))
 
-    def neighbours(combine) -> Tensor:
-        # Axis by axis: `block` is the window with its centre, `around` the window without it.
-        around, block = None, bits
-        for axis in range(bits.ndim - 1, 0, -1):
-            size = block.shape[axis] - 2
-            before, middle, after = (block.narrow(axis, start, size) for start in range(3))
-            sides = combine(before, after)
-            around = sides if around is None else combine(sides, around.narrow(axis, 1, size))
-            block = combine(sides, middle) if axis > 1 else None
-        return around
 
-    return neighbours(torch.bitwise_or) & ~neighbours(torch.bitwise_and)
+def _neighbours(combine: Callable[[Tensor, Tensor], Tensor], bits: Tensor) -> Tensor:
+    """The bits of the neighbours of each voxel, combined; of framed `bits`, without the frame."""
+    # Axis by axis: `block` is the window with its centre, `around` the window without it.
+    around, block = None, bits
+    for axis in range(bits.ndim - 1, 0, -1):
+        size = block.shape[axis] - 2
+        before, middle, after = (block.narrow(axis, start, size) for start in range(3))
+        sides = combine(before, after)
+        around = sides if around is None else combine(sides, around.narrow(axis, 1, size))
+        block = combine(sides, middle) if axis > 1 else None
+    return around
 
 
 def _unpack(bits: Tensor, count: int, dim: int) -> Tensor:
@@ -109,6 +122,7 @@ def hard_boundary_loss(
     reduction: str = "mean",
     border: str = "count",
     label_classes: int | None = None,
+    incomplete: bool = False,
 ) -> Tensor:
     """HBD: sum over samples and classes of the mean divergence on that class's boundary shell
     (paper, hard boundary).
@@ -118,17 +132,21 @@ def hard_boundary_loss(
     difference of sigmoids.
     reduction: 'mean' also divides by K (the reference's scaling), 'voxel' does not. Empty shells
     contribute 0.
-    label_classes: number of class ids whose shells count, K by default. Gradient to the student
-    only.
+    label_classes: number of class ids whose shells count, K by default. incomplete: voxels of the
+    label may be UNKNOWN, see `shell_bits`. Gradient to the student only.
     """
     num_classes = student_logits.shape[1]
     counted = num_classes if label_classes is None or multilabel else label_classes
     groups = []  # of classes: (bits of the shells, number of classes)
     for first in range(0, counted, BITS):
         size = min(BITS, counted - first)
-        groups.append(
-            (shell_bits(_membership(label, first, size, multilabel), border).flatten(1), size)
-        )
+        bits = _membership(label, first, size, multilabel)
+        unknown = None
+        if incomplete:
+            unknown = -(label == UNKNOWN)[:, 0].to(torch.int32)  # all bits, or none
+            if multilabel:
+                unknown = _membership(label == UNKNOWN, first, size, multilabel)
+        groups.append((shell_bits(bits, border, unknown).flatten(1), size))
     samples, weights = [], []
     for sample in range(len(label)):
         bits = [(group[sample], size) for group, size in groups]
@@ -165,7 +183,7 @@ def _membership(label: Tensor, first: int, count: int, multilabel: bool) -> Tens
     """
     if multilabel:
         regions = label[:, first : first + count]
-        regions = (regions > 0.5 if regions.is_floating_point() else regions.bool()).to(torch.int32)
+        regions = region_masks(regions, regions.shape[1]).to(torch.int32)
         return sum(region << index for index, region in enumerate(regions.unbind(1)))
     ids = class_map(label) - first
     inside = (ids >= 0) & (ids < count)
@@ -424,6 +442,7 @@ class ACFBCKD(nn.Module):
     """
 
     student_taps = ("acf",)
+    incomplete = False
 
     def __init__(
         self,
@@ -491,6 +510,7 @@ class ACFBCKD(nn.Module):
                 self.options.boundary_reduction,
                 self.options.border,
                 self.options.label_classes,
+                self.incomplete,
             )
         if self.sbd * (1.0 - alpha) > 0:
             terms["sbd"] = (self.sbd * (1.0 - alpha)) * soft_boundary_loss(

@@ -358,6 +358,8 @@ class CIRKD(nn.Module):
     with at most `ALL_PAIRS_NODES` for L_pair of all pairs in 'clean'.
     """
 
+    incomplete = False  # an UNKNOWN voxel is in no class
+
     def __init__(
         self,
         student_channels: dict[str, int],

@@ -15,7 +15,9 @@ others. The papers differ in which classes they take, which is all that `backgro
 UniMatch and CrossMatch give the labelled images half the weight as well. `supervised_loss` chooses
 between a method's own form and CRKD's, so that a comparison can hold the supervised part equal.
 
-Label maps, masks and confidences may be (B, 1, *spatial) or (B, *spatial).
+Label maps, masks and confidences may be (B, 1, *spatial) or (B, *spatial). Labels that are not
+complete come with `annotated` (B, K), see losses/incomplete.py: then the losses are those of the
+merged probabilities at labelled voxels.
 """
 
 import math
@@ -24,6 +26,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.incomplete import labelled_part
 from losses.kd import class_masks
 
 SUP_LOSSES = ("own", "ce_dice")
@@ -62,10 +65,14 @@ def cross_entropy_map(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), without_channel(label, logits).long(), reduction="none")
 
 
-def cross_entropy_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
+def cross_entropy_loss(
+    logits: Tensor, label: Tensor, mask: Tensor | None = None, annotated: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over the voxels of `mask` (all without one); 0 with a zero gradient if
-    there are none.
+    there are none. annotated: of labels that are not complete, whose labelled voxels are the mask.
     """
+    if annotated is not None:
+        logits, label, mask = labelled_part(logits, label, annotated)
     loss = cross_entropy_map(logits, label)
     if mask is None:
         return loss.mean()
@@ -81,6 +88,7 @@ def dice_loss(
     eps: float = 1e-5,
     mask: Tensor | None = None,
     absent: bool = True,
+    annotated: Tensor | None = None,
 ) -> Tensor:
     """Soft Dice with squared denominators on softmax probabilities; scalar float32.
 
@@ -90,8 +98,12 @@ def dice_loss(
     absent: count classes without a voxel in the label too. Such a class has loss 0 if it is not
     predicted and tends to 1 if it is, so pseudo-labels that lack a class push it to nothing; False
     leaves it out.
+    annotated: of labels that are not complete, whose labelled voxels are the mask. A class that no
+    sample tells has loss 0 and is not in the average.
     """
     first = 0 if background else 1
+    if annotated is not None:
+        logits, label, mask = labelled_part(logits, label, annotated)
     probs = logits.float().softmax(1)[:, first:]
     target = class_masks(without_channel(label, logits)[:, None], logits.shape[1])[:, first:]
     if mask is not None:
@@ -101,6 +113,8 @@ def dice_loss(
     overlap = probs.where(target, 0.0).sum(axes)
     total = probs.square().sum(axes) + target.sum(axes)
     per_class = 1.0 - (2.0 * overlap + eps) / (total + eps)
+    if absent and average and annotated is not None:
+        return per_class.sum() / annotated.any(0)[first:].sum().clamp(min=1)
     if absent:
         return per_class.mean() if average else per_class.sum()
     present = target.sum(axes) > 0
@@ -116,18 +130,24 @@ def ce_dice_loss(
     eps: float = 1e-5,
     mask: Tensor | None = None,
     absent: bool = True,
+    annotated: Tensor | None = None,
 ) -> Tensor:
     """0.5 (cross-entropy + Dice); arguments as `dice_loss`. Scalar float32, gradient to the logits.
 
     Supervised on labelled images without a `mask`; on pseudo-labels with their validity (confidence
     >= threshold).
     """
-    dice = dice_loss(logits, label, background, average, eps, mask, absent)
-    return 0.5 * (cross_entropy_loss(logits, label, mask) + dice)
+    dice = dice_loss(logits, label, background, average, eps, mask, absent, annotated)
+    return 0.5 * (cross_entropy_loss(logits, label, mask, annotated) + dice)
 
 
 def supervised_loss(
-    logits: Tensor, label: Tensor, sup_loss: str = "own", weight: float = 1.0, **own: Any
+    logits: Tensor,
+    label: Tensor,
+    sup_loss: str = "own",
+    weight: float = 1.0,
+    annotated: Tensor | None = None,
+    **own: Any,
 ) -> Tensor:
     """The loss on labelled images, scalar float32, as `sup_loss` says (one of SUP_LOSSES).
 
@@ -135,5 +155,5 @@ def supervised_loss(
     and of the labels alone, `ce_dice_loss` with its defaults and weight 1, whatever the method's.
     """
     if sup_loss == "ce_dice":
-        return ce_dice_loss(logits, label)
-    return weight * ce_dice_loss(logits, label, **own)
+        return ce_dice_loss(logits, label, annotated=annotated)
+    return weight * ce_dice_loss(logits, label, annotated=annotated, **own)

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from losses.consistency import without_channel
+from losses.incomplete import UNKNOWN
 from losses.kd import PRESETS, check_choice, check_positive, unit_vectors
 from losses.taps import moved, readable, resize_nearest
 
@@ -201,8 +202,9 @@ def class_semantic_distillation(
     remainder), drawn with replacement; a class with fewer rows has each of them repeated. Each
     class also adds the mean of its rows.
     threshold: lowest confidence of an unlabelled row; None takes the mean confidence of the batch.
-    use_tp: anchors only where prediction and label agree. split_streams: the rows of a class are
-    divided at random between the two views, so that no voxel occurs in both. tau: temperature.
+    use_tp: anchors only where prediction and label agree; else wherever the label is not UNKNOWN.
+    split_streams: the rows of a class are divided at random between the two views, so that no voxel
+    occurs in both. tau: temperature.
     normalise_mean: unit length for the means; None follows the preset (True if clean).
     Mean over the anchors, scalar float32, gradient to all features and the head. 0 with a graph if
     a side is empty.
@@ -226,7 +228,8 @@ def class_semantic_distillation(
         )
         conf_u = _on_grid(conf_u, features_l.ndim, grid, linear=True)
         reliable = conf_u >= (conf_u.mean() if threshold is None else threshold)
-        correct = (pred_l == label_l) if use_tp else torch.ones_like(pred_l, dtype=torch.bool)
+        # UNKNOWN is no prediction's class
+        correct = (pred_l == label_l) if use_tp else label_l != UNKNOWN
 
         masks = [(pred_l == k) & correct for k in range(num_classes)]
         masks += [(pred_u == k) & reliable for k in range(num_classes)]

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from losses.incomplete import known_voxels, masked_mean
 from losses.kd import (
     PRESETS,
     bernoulli_kl_map,
@@ -51,53 +52,66 @@ def _split(logits: Tensor, label: Tensor, is_target: Tensor) -> tuple[Tensor, Te
 
 
 def decoupled_kl(
-    student_logits: Tensor, teacher_logits: Tensor, label: Tensor, tau: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    label: Tensor,
+    tau: float,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """tau^2 times the target and non-target divergences, mean over B and voxels; scalars float32.
 
-    logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. Gradient to the student
-    only.
+    logits: (B, K, *spatial), K >= 2. label: (B, 1, *spatial) class ids. known: of the label's
+    shape, bool, the voxels of the mean; None: all. Gradient to the student only.
     """
 
-    def totals(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+    def totals(student: Tensor, teacher: Tensor, label: Tensor, *known: Tensor) -> Tensor:
         is_target = class_masks(label, student.shape[1])
         log_p, log_not_p, log_p_rest = _split(student.float() / tau, label, is_target)
         log_q, log_not_q, log_q_rest = _split(teacher.float() / tau, label, is_target)
         target = log_q.exp() * (log_q - log_p) + log_not_q.exp() * (log_not_q - log_not_p)
         probs = log_q_rest.masked_fill(is_target, -float("inf")).exp()
+        for mask in known:
+            target, probs = target * mask, probs * mask
         return torch.stack([target.sum(), (probs * (log_q_rest - log_p_rest)).sum()])
 
-    target, rest = (
-        tau**2 * voxel_sums(totals, student_logits, teacher_logits, label) / label.numel()
-    )
+    constants = (teacher_logits, label) if known is None else (teacher_logits, label, known)
+    count = label.numel() if known is None else known.sum().clamp(min=1)
+    target, rest = tau**2 * voxel_sums(totals, student_logits, *constants) / count
     return target, rest
 
 
 def decoupled_bernoulli_kl(
-    student_logits: Tensor, teacher_logits: Tensor, label: Tensor, tau: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    label: Tensor,
+    tau: float,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """tau^2 times the two-class divergence inside and outside the regions, each over all elements;
-    scalars float32.
+    """tau^2 times the two-class divergence inside and outside the regions, each over all elements,
+    or all that are `known`; scalars float32.
 
-    logits and label: (B, K, *spatial). Gradient to the student only.
+    logits, label and known: (B, K, *spatial). Gradient to the student only.
     """
     inside = region_masks(label, student_logits.shape[1])
     divergence = tau**2 * bernoulli_kl_map(
         student_logits.float() / tau, teacher_logits.float() / tau
     )
-    return (divergence * inside).mean(), (divergence * ~inside).mean()
+    return masked_mean(divergence * inside, known), masked_mean(divergence * ~inside, known)
 
 
 def masked_sigmoid_mse(
-    student_logits: Tensor, teacher_logits: Tensor, label: Tensor
+    student_logits: Tensor, teacher_logits: Tensor, label: Tensor, known: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean squared difference of sigmoids, of all logits and of those set to 0 inside the region;
-    scalars float32.
+    the latter where the label is `known`, which the former does not need. Scalars float32.
     """
     outside = ~region_masks(label, student_logits.shape[1])
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     everything = F.mse_loss(student.sigmoid(), teacher.sigmoid())
-    return everything, F.mse_loss((student * outside).sigmoid(), (teacher * outside).sigmoid())
+    pair = (student * outside).sigmoid(), (teacher * outside).sigmoid()
+    if known is None:
+        return everything, F.mse_loss(*pair)
+    return everything, masked_mean(F.mse_loss(*pair, reduction="none"), known)
 
 
 class DKD(nn.Module):
@@ -108,6 +122,8 @@ class DKD(nn.Module):
     linearly from 0 to their weights; None means 1/12, and 0 (none) with preset 'as_released'.
     Raises ValueError for an argument outside its range.
     """
+
+    incomplete = False
 
     def __init__(
         self,
@@ -137,11 +153,13 @@ class DKD(nn.Module):
         self.warmup = warmup
 
     def forward(self, student, teacher, label: Tensor, progress: float) -> dict[str, Tensor]:
+        label, known = known_voxels(label) if self.incomplete else (label, None)
+        both = student.logits, teacher.logits
         if self.squared:
-            target, rest = masked_sigmoid_mse(student.logits, teacher.logits, label)
+            target, rest = masked_sigmoid_mse(*both, label, known)
         else:
             decoupled = decoupled_bernoulli_kl if self.multilabel else decoupled_kl
-            target, rest = decoupled(student.logits, teacher.logits, label, self.tau)
+            target, rest = decoupled(*both, label, self.tau, known)
         grown = min(progress / self.warmup, 1.0) if self.warmup else 1.0
         return {
             "dkd_target": grown * self.alpha * target,

@@ -93,6 +93,8 @@ class EMKD(nn.Module):
     `taps`.
     """
 
+    incomplete = False  # an UNKNOWN voxel is in no class
+
     def __init__(
         self,
         student_channels: dict[str, int],

@@ -29,6 +29,7 @@ multi-label form compares single feature channels, where a cosine is a sign: it 
 import torch
 from torch import Tensor, nn
 
+from losses.incomplete import UNKNOWN, known_voxels, masked_mean
 from losses.kd import (
     PRESETS,
     REDUCTIONS,
@@ -66,17 +67,21 @@ def centre_similarity(feature: Tensor, classes: Tensor, num_classes: int) -> Ten
 
 
 def feature_variation(
-    student_feature: Tensor, teacher_feature: Tensor, classes: Tensor, num_classes: int
+    student_feature: Tensor,
+    teacher_feature: Tensor,
+    classes: Tensor,
+    num_classes: int,
+    incomplete: bool = False,
 ) -> Tensor:
     """Mean over B and voxels of the squared difference of both centre similarities; scalar float32.
 
-    student_feature (B, C, *grid), teacher_feature (B, C', *grid), classes (B, *grid) ids. Gradient
-    to the student only.
+    student_feature (B, C, *grid), teacher_feature (B, C', *grid), classes (B, *grid) ids;
+    incomplete: those that are UNKNOWN are in no mean. Gradient to the student only.
     """
     classes = classes.flatten(1)
     student = centre_similarity(student_feature, classes, num_classes)
     teacher = centre_similarity(teacher_feature.detach(), classes, num_classes)
-    return (student - teacher).square().mean()
+    return masked_mean((student - teacher).square(), classes != UNKNOWN if incomplete else None)
 
 
 class IFVD(nn.Module):
@@ -85,6 +90,8 @@ class IFVD(nn.Module):
     num_label_classes: class ids that have a centre, from 0; None means all of num_classes.
     reduction: of the KD term, 'mean' or 'voxel' as in `losses/kd.py`.
     """
+
+    incomplete = False
 
     def __init__(
         self,
@@ -127,17 +134,18 @@ class IFVD(nn.Module):
         grid = student_feature.shape[2:]
         teacher_feature = resize_nearest(teacher.features["decoder"].detach(), grid)
         if self.multilabel:
-            regions = (
-                resize_nearest(region_masks(label, self.num_classes).float(), grid).long().unbind(1)
-            )
+            regions = region_masks(label, self.num_classes).float()
+            if self.incomplete:
+                regions = regions.where(known_voxels(label)[1], UNKNOWN)
             variations = [
-                feature_variation(student_feature, teacher_feature, region, 2) for region in regions
+                feature_variation(student_feature, teacher_feature, region, 2, self.incomplete)
+                for region in resize_nearest(regions, grid).long().unbind(1)
             ]
             variation = sum(variations) / len(variations)
         else:
             classes = class_map(resize_nearest(label.float(), grid))
             variation = feature_variation(
-                student_feature, teacher_feature, classes, self.num_label_classes
+                student_feature, teacher_feature, classes, self.num_label_classes, self.incomplete
             )
         kd = self.kd(student.logits, teacher.logits, reduction=self.reduction)
         return {"ifvd_kd": self.kd_weight * kd, "ifvd": self.weight * variation}

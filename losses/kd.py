@@ -92,8 +92,8 @@ def check_fractions(method: str, **values: float) -> None:
 
 
 def region_masks(label: Tensor, num_regions: int) -> Tensor:
-    """Label (B, num_regions, *spatial), bool or 0/1 of any dtype -> bool; ValueError for another
-    channel count.
+    """Label (B, num_regions, *spatial), bool or 0/1 of any dtype -> bool, False where it is UNKNOWN
+    (losses/incomplete.py); ValueError for another channel count.
     """
     if label.shape[1] != num_regions:
         raise ValueError(
@@ -101,7 +101,7 @@ def region_masks(label: Tensor, num_regions: int) -> Tensor:
             "*spatial), "
             f"got {tuple(label.shape)}; set multilabel=False for labels of class ids"
         )
-    return label > 0.5 if label.is_floating_point() else label.bool()
+    return (label > 0.5) & (label < 1.5) if label.is_floating_point() else label == 1
 
 
 def class_masks(label: Tensor, num_classes: int) -> Tensor:

@@ -74,6 +74,7 @@ class ACMT(Method):
     """
 
     strong_views = 0
+    incomplete = True
 
     def __init__(
         self,
@@ -138,7 +139,8 @@ class ACMT(Method):
         counted = 1 if self.released and self.strategy == "mc_dropout" else self.num_classes
         consistency = (squared * ambiguous[:, None]).sum() / (counted * ambiguous.sum() + 1e-16)
         weight = self.weight_at(step)
-        sup = supervised_loss(logits_l, label_l, self.sup_loss, background=True, average=True)
+        own = {"background": True, "average": True, "annotated": labelled.get("annotated")}
+        sup = supervised_loss(logits_l, label_l, self.sup_loss, **own)
         terms = {"sup": sup, "consistency": weight * consistency}
         if self.strategy == "prototype":
             sure = ~ambiguous

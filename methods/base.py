@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-UNKNOWN = 255  # dataloaders.base.UNKNOWN: no label is there
+from losses.incomplete import UNKNOWN
 
 
 class Method(nn.Module):
@@ -17,7 +17,8 @@ class Method(nn.Module):
 
     Class attributes say what a step needs: `uses_unlabelled`; `strong_views`, the number of strong
     views of each unlabelled image; `mixes`, a second, independent batch of unlabelled images to
-    paste from; `updates`, how many losses and optimiser updates are made of one batch. After each
+    paste from; `updates`, how many losses and optimiser updates are made of one batch;
+    `incomplete`, whether `loss` can take labels that are not complete. After each
     `loss`, `monitor` holds scalars to log (fractions of voxels, or NaN) and `pictures` what the
     first images of the batch look like: name -> (image or None, ids or None), without gradient.
     """
@@ -26,6 +27,7 @@ class Method(nn.Module):
     strong_views = 1
     mixes = False
     updates = 1
+    incomplete = False
     dimensions = (2, 3)  # of the networks that it is for
 
     def __init__(self, make_network: Callable[[], nn.Module], max_steps: int) -> None:
@@ -47,7 +49,8 @@ class Method(nn.Module):
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
         """Weighted scalar terms of one step; their sum is minimised.
 
-        labelled: `image` (B, C, *spatial) float32, `label` (B, 1, *spatial). unlabelled: `weak` and
+        labelled: `image` (B, C, *spatial) float32, `label` (B, 1, *spatial) and, if labels are not
+        complete, `annotated` (B, K), see losses/incomplete.py. unlabelled: `weak` and
         `strong0`, `strong1`, ... like image, all of one geometry, and `label`, for `monitor` alone,
         UNKNOWN where there is none; if `mixes`, the same of other images under `mix_weak`,
         `mix_strong0`, ...; None if `uses_unlabelled` is False. step: 0-based.
@@ -73,7 +76,8 @@ def pseudo_label_report(
     pred: Tensor, valid: Tensor, label: Tensor, num_classes: int
 ) -> dict[str, Tensor]:
     """How good pseudo-labels are: pred (B, *spatial) ids, valid bool, label (B, 1, *spatial) the
-    truth, for logging; voxels whose truth is UNKNOWN are compared with nothing.
+    truth, for logging; voxels whose truth is UNKNOWN are compared with nothing, and are not counted
+    but in images that have no label at all.
 
     `mask_ratio`: share of valid voxels; `pseudo_accuracy`: of those, share that is right;
     `pseudo_foreground` and `true_foreground`: shares of all voxels; `recall_k`: of the voxels of
@@ -81,10 +85,12 @@ def pseudo_label_report(
     """
     truth = label[:, 0].long()
     right, known = pred == truth, truth != UNKNOWN
+    without = ~known.flatten(1).any(1)
+    counted = known | without.view(-1, *[1] * (known.ndim - 1))
     report = {
-        "mask_ratio": valid.float().mean(),
+        "mask_ratio": (valid & counted).float().mean() / counted.float().mean(),
         "pseudo_accuracy": (right & valid).sum() / (valid & known).sum(),
-        "pseudo_foreground": (pred > 0).float().mean(),
+        "pseudo_foreground": ((pred > 0) & counted).float().mean() / counted.float().mean(),
         "true_foreground": ((truth > 0) & known).float().mean() / known.float().mean(),
     }
     for k in range(1, num_classes):

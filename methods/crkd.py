@@ -46,6 +46,7 @@ from losses.crkd import (
     pseudo_label,
     symmetric_cutmix,
 )
+from losses.incomplete import certain_label
 from losses.kd import check_choice, check_positive, check_weights, takes_options
 from methods.base import Method, pseudo_label_report, require_method
 from utils.modes import ema_decay, ema_update, evaluating, statistics_kept
@@ -120,6 +121,8 @@ class CRKD(Method):
     cutmix_prob: of a pair; perturb: probability of dropping an encoder channel.
     ema_decay: of a moving average of the weights, 0 for none. options: see `Options`.
     """
+
+    incomplete = True
 
     def __init__(
         self,
@@ -218,9 +221,10 @@ class CRKD(Method):
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
         progress = step / self.max_steps
         image_l, label_l = labelled["image"], labelled["label"][:, 0].long()
+        annotated = labelled.get("annotated")  # of labels that are not complete
         if progress < self.warmup:
             self.monitor, self.pictures = {}, {}
-            return {"sup": ce_dice_loss(self.network(image_l), label_l)}
+            return {"sup": ce_dice_loss(self.network(image_l), label_l, annotated=annotated)}
         weak, strong = unlabelled["weak"], unlabelled["strong0"]
 
         # 1, 3: labelled pass and pseudo-labels
@@ -256,7 +260,7 @@ class CRKD(Method):
         valid = conf_u >= self.threshold
 
         # 6 and the losses
-        terms = {"sup": ce_dice_loss(logits_l, label_l)}
+        terms = {"sup": ce_dice_loss(logits_l, label_l, annotated=annotated)}
         pseudo = self.pseudo_weight * sigmoid_rampup(progress - self.warmup, self.pseudo_ramp)
         if self.options.pseudo_loss != "none" and self.pseudo_weight:
             terms["pseudo_s"] = 0.5 * pseudo * self._pseudo(out_s.logits, pred_u, valid)
@@ -277,7 +281,7 @@ class CRKD(Method):
             terms["csd"] = weight["csd"] * class_semantic_distillation(
                 *features,
                 _ids(logits_l, 1),
-                label_l,
+                label_l if annotated is None else certain_label(label_l, annotated),
                 pred_u,
                 conf_u,
                 self.num_classes,

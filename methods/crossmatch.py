@@ -48,9 +48,10 @@ def crossmatch_terms(
     eta: float,
     kd_weight: float,
     sup_loss: str = "own",
+    annotated: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Weighted terms. logits: l, s1, s2, w_weak, w_strong, s2_weak, s2_strong; targets: w, s1, s2,
-    s2_weak, s2_strong. sup_loss: as in `supervised_loss`.
+    s2_weak, s2_strong. sup_loss, annotated: as in `supervised_loss`.
     """
 
     def delta(name: str, target: str) -> Tensor:
@@ -65,7 +66,7 @@ def crossmatch_terms(
     )
     decoders = delta("s2_weak", "s2_weak") + delta("s2_strong", "s2_strong")
     return {
-        "sup": supervised_loss(logits["l"], label_l, sup_loss, 0.5, **dice),
+        "sup": supervised_loss(logits["l"], label_l, sup_loss, 0.5, annotated, **dice),
         "strong1": 0.125 * delta("s1", "s1"),
         "strong2": 0.125 * delta("s2", "s2"),
         "kd_views": 0.5 * kd_weight * (1 - eta) / 4 * views,
@@ -86,6 +87,7 @@ class CrossMatch(Method):
 
     strong_views = 2
     mixes = True
+    incomplete = True
 
     def __init__(
         self,
@@ -168,7 +170,15 @@ class CrossMatch(Method):
             "strong 2, its prediction": (strong[1][0], logits["s2"][0].detach().argmax(0)),
         }
         return crossmatch_terms(
-            logits, label_l, targets, threshold, self.dice, self.eta, self.kd_weight, self.sup_loss
+            logits,
+            label_l,
+            targets,
+            threshold,
+            self.dice,
+            self.eta,
+            self.kd_weight,
+            self.sup_loss,
+            labelled.get("annotated"),
         )
 
     def threshold_at(self, step: int) -> float:

@@ -30,6 +30,7 @@ class LeFeD(Method):
     """The terms `sup`, `side`, `consistency`. feedback: lambda; rounds: updates of each batch."""
 
     strong_views = 0
+    incomplete = True
     dimensions = (3,)
 
     def __init__(
@@ -51,6 +52,7 @@ class LeFeD(Method):
 
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
         image_l, label_l = labelled["image"], labelled["label"]
+        known = {"annotated": labelled.get("annotated")}  # of labels that are not complete
         count = len(image_l)
         out = self.network.all(
             torch.cat([image_l, unlabelled["weak"]]), self._feedback if self._round else []
@@ -60,7 +62,7 @@ class LeFeD(Method):
         self._round = (self._round + 1) % self.updates
 
         sides = [
-            weight * dice_loss(side[:count], label_l)
+            weight * dice_loss(side[:count], label_l, **known)
             for weight, side in zip(SIDE_WEIGHTS, out["sides"])
         ]
         difference = first.float().softmax(1) - second.float().softmax(1)
@@ -73,8 +75,9 @@ class LeFeD(Method):
             "first decoder": (unlabelled["weak"][0], pred[0]),
             "second decoder": (unlabelled["weak"][0], other[0]),
         }
+        of_both = [dice_loss(logits[:count], label_l, **known) for logits in (first, second)]
         return {
-            "sup": dice_loss(first[:count], label_l) + dice_loss(second[:count], label_l),
+            "sup": sum(of_both),
             "side": sum(sides),
             "consistency": self.consistency * difference.square().mean(),
         }

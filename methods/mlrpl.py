@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.consistency import cross_entropy_map, sigmoid_rampup
+from losses.incomplete import labelled_part
 from losses.kd import check_not_negative, check_weights, class_masks, unit_vectors
 from methods.base import Method, pseudo_label_report, require_method
 
@@ -60,12 +61,18 @@ def mutual_loss(student_logits: Tensor, teacher_logits: Tensor, teacher_feature:
     return (loss * weight).sum() / (surer.sum() + 1e-6)
 
 
-def linear_dice(logits: Tensor, label: Tensor) -> Tensor:
+def linear_dice(logits: Tensor, label: Tensor, annotated: Tensor | None = None) -> Tensor:
     """Sum over the foreground classes of 1 - (2 sum p y + 1e-8) / (sum p + sum y + 1e-8); sums over
-    the batch too.
+    the batch too. annotated: of labels (B, 1, *spatial) that are not complete
+    (losses/incomplete.py).
     """
+    known = None
+    if annotated is not None:
+        logits, label, known = labelled_part(logits, label, annotated)
     probs = logits.float().softmax(1)[:, 1:]
     target = class_masks(label, logits.shape[1])[:, 1:].float()
+    if known is not None:
+        probs, target = probs.where(known, 0.0), target.where(known, 0.0)
     axes = [0, *range(2, logits.ndim)]
     overlap, total = (probs * target).sum(axes), probs.sum(axes) + target.sum(axes)
     return (1.0 - (2.0 * overlap + 1e-8) / (total + 1e-8)).sum()
@@ -77,6 +84,7 @@ class MLRPL(Method):
     """
 
     strong_views = 0
+    incomplete = True
     dimensions = (3,)
 
     def __init__(
@@ -99,7 +107,9 @@ class MLRPL(Method):
         (first, first_feature), (second, second_feature) = self.network.both(
             torch.cat([image_l, unlabelled["weak"]])
         )
-        sup = 0.5 * (linear_dice(first[:count], label_l) + linear_dice(second[:count], label_l))
+        annotated = labelled.get("annotated")
+        of_both = [linear_dice(logits[:count], label_l, annotated) for logits in (first, second)]
+        sup = 0.5 * sum(of_both)
         mutual = mutual_loss(first, second, second_feature) + mutual_loss(
             second, first, first_feature
         )

@@ -19,6 +19,7 @@ class Supervised(Method):
 
     uses_unlabelled = False
     strong_views = 0
+    incomplete = True
 
     def __init__(
         self, make_network: Callable[[], nn.Module], max_steps: int, preset: str = "clean"
@@ -32,4 +33,4 @@ class Supervised(Method):
             "labelled": (image[0], label[0, 0]),
             "prediction": (None, logits[0].detach().argmax(0)),
         }
-        return {"sup": ce_dice_loss(logits, label)}
+        return {"sup": ce_dice_loss(logits, label, annotated=labelled.get("annotated"))}

@@ -42,13 +42,14 @@ def unimatch_terms(
     target_w: tuple[Tensor, Tensor],
     threshold: float,
     sup_loss: str = "own",
+    annotated: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The four weighted terms. A target is (ids, confidence), both (B, *spatial); logits (B, C,
-    *spatial). sup_loss: as in `supervised_loss`.
+    *spatial). sup_loss, annotated: as in `supervised_loss`.
     """
     (pred1, conf1), (pred2, conf2), (pred_w, conf_w) = *targets_s, target_w
     return {
-        "sup": supervised_loss(logits_l, label_l, sup_loss, 0.5, **DICE),
+        "sup": supervised_loss(logits_l, label_l, sup_loss, 0.5, annotated, **DICE),
         "strong1": 0.125 * dice_loss(logits_s[0], pred1, mask=conf1 >= threshold, **DICE),
         "strong2": 0.125 * dice_loss(logits_s[1], pred2, mask=conf2 >= threshold, **DICE),
         "perturbed": 0.25 * dice_loss(logits_fp, pred_w, mask=conf_w >= threshold, **DICE),
@@ -65,6 +66,7 @@ class UniMatch(Method):
 
     strong_views = 2
     mixes = True
+    incomplete = True
 
     def __init__(
         self,
@@ -141,4 +143,5 @@ class UniMatch(Method):
             (pred_w, conf_w),
             self.threshold,
             self.sup_loss,
+            labelled.get("annotated"),
         )

@@ -551,3 +551,22 @@ def test_multilabel_region_count_must_fit(count):
     masks = np.zeros((3, 4, 4), np.uint8)
     with pytest.raises(ValueError, match="3"):
         case_metrics(masks, masks, count, spacing=(1, 1), multilabel=True)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_voxels_that_nobody_labelled_count_in_no_metric(multilabel):
+    rng = np.random.default_rng(4)
+    shape = (3, *CUBE) if multilabel else CUBE
+    prediction, label = (rng.integers(0, 2 if multilabel else 3, shape, np.uint8) for _ in "pg")
+    unknown = rng.random(CUBE) < 0.4
+    marked = np.where(unknown, metrics.UNKNOWN, label).astype(np.uint8)
+    cleared = [np.where(unknown, 0, ids).astype(np.uint8) for ids in (prediction, label)]
+    how = {"spacing": (1.0, 2.0, 3.0), "multilabel": multilabel}
+    assert case_metrics(prediction, marked, 3, **how) == case_metrics(*cleared, 3, **how)
+    scores = class_dice(*cleared, 3, multilabel)
+    assert class_dice(prediction, marked, 3, multilabel) == scores
+    told = class_dice(prediction, marked, 3, multilabel, [True, False, True])
+    middle = 1 if multilabel else 0
+    assert math.isnan(told[middle]) and np.delete(told, middle) == pytest.approx(
+        np.delete(scores, middle)
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from medpy.metric import binary as medpy
 
-from metrics import METRICS, case_metrics, summarise
+from metrics import METRICS, UNKNOWN, case_metrics, summarise
 from reporting import (
     PUBLISHED,
     case_rows,
@@ -163,6 +163,21 @@ def test_the_clean_protocol_is_that_of_metrics_with_unit_spacing(shape, hd95):
     shared = {"accuracy": accuracy, "diagonal": math.hypot(*shape)}
     expected = [{"case": "x", "class": name, **row, **shared} for name, row in zip("abc", scores)]
     assert rows == expected and 0 < accuracy < 1
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_labels_that_are_not_complete(protocol):
+    """The labelled voxels alone, and the annotated classes: a, but not b and c."""
+    prediction, label = random_ids(IMAGE, 1), np.minimum(random_ids(IMAGE, 2), 1)
+    unknown = np.random.default_rng(3).random(IMAGE) < 0.3
+    marked = np.where(unknown, UNKNOWN, label).astype(np.uint8)
+    how = {"protocol": protocol, "hd95": "pooled", "empty": "agree"}
+    told = np.array([True, True, False, False])
+    (row,) = case_rows("x", prediction, marked, ("bg", *"abc"), annotated=told, **how)
+    ids = [np.where(unknown, 0, v).astype(np.uint8) for v in (prediction == 1, label)]
+    (expected,) = case_rows("x", *ids, ("bg", "a"), **how)
+    right = (prediction == 1) == (label == 1)
+    assert row == expected | {"accuracy": np.mean(right[~unknown])} and row["class"] == "a"
 
 
 @pytest.mark.parametrize("shape", [VOLUME, IMAGE])

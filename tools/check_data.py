@@ -80,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{errors} error(s), {warnings} warning(s) in {sum(cases.values())} files or cases "
         f"({counts})"
     )
+    for split, shares in report.unknown.items():
+        if any(shares):
+            mean = 100 * sum(shares) / len(shares)
+            print(f"{mean:.1f} % of the {split} labels' voxels are marked as not labelled")
     if args.json:
         write_json(args, report, cases)
         print(f"findings in {args.json}")

@@ -228,7 +228,8 @@ def mean_dice_of(
         labels = predict(model, sample.image, described, dataset.multilabel)
         if described["kind"] == "2d-semi":
             labels = dataset.unslice(labels, sample.volume)
-        scores.append(class_dice(labels, sample.label, dataset.num_classes, dataset.multilabel))
+        kind = dataset.num_classes, dataset.multilabel, dataset.annotated(case)
+        scores.append(class_dice(labels, sample.label, *kind))
     return mean_dice(scores, names)["dice"]
 
 

@@ -91,10 +91,10 @@ def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None
     for folder in folders:
         stored, _ = read_volume(folder / f"{name}.nii.gz")
         volumes.append(dataset.encode_label(stored[None]) if dataset.multilabel else stored)
-    scores = [
-        class_dice(volume, label, dataset.num_classes, dataset.multilabel) for volume in volumes[1:]
-    ]
+    kind = dataset.num_classes, dataset.multilabel, dataset.annotated(case)
+    scores = [class_dice(volume, label, *kind) for volume in volumes[1:]]
     shown = [figures.regions_to_ids(v) if v.ndim == 4 else v for v in volumes]
+    shown = [np.where(ids <= len(names), ids, 0) for ids in shown]
     grey, *shown = (_to_ras(volume, affine) for volume in (image[0], *shown))
     z = figures.fullest_slice(shown[0]) if z is None else z
     if dataset.intensity == "window":
@@ -112,7 +112,8 @@ def _few_labels(checkpoint: dict, folders: Sequence[Path], name: str, z: int | N
     photographs.
     """
     dataset = build_dataset(**checkpoint["dataset"])
-    volume = dataset.read(dataset.find([name])[0])
+    case = dataset.find([name])[0]
+    volume, annotated = dataset.read(case), dataset.annotated(case)
     image, label, classes = volume["image"], volume["label"][0], dataset.num_classes
     ids = [label]
     for folder in folders:
@@ -120,7 +121,8 @@ def _few_labels(checkpoint: dict, folders: Sequence[Path], name: str, z: int | N
             ids.append(np.asarray(nib.load(folder / f"{name}.nii.gz").dataobj))
         else:
             ids.append(np.asarray(Image.open(folder / f"{name}.png")) // 255)
-    scores = [class_dice(prediction, label, classes) for prediction in ids[1:]]
+    scores = [class_dice(volume, label, classes, annotated=annotated) for volume in ids[1:]]
+    ids[0] = np.where(label < classes, label, 0)
     place = ""
     if label.ndim == 3:
         z = figures.fullest_slice(label) if z is None else z

@@ -63,7 +63,7 @@ import train_2d_crkd
 import train_3d_crkd
 import train_3d_distill
 from dataloaders import build_dataset, describe_dataset
-from dataloaders.cases import read_image, read_label
+from dataloaders.cases import UNKNOWN, read_image, read_label
 from dataloaders.faults import DataError
 from dataloaders.images2d import FOLDERS
 from dataloaders.lists import read_json
@@ -373,10 +373,11 @@ def look_at_scan(dataset, case, rng: np.random.Generator) -> dict:
     the labelled voxels' intensities, `labelled`, first channel.
     """
     image, affine = read_image(case, dataset.in_channels)
-    label = read_label(case, dataset.allowed_ids, image.shape[1:], affine)
+    grid = image.shape[1:], affine
+    label = read_label(case, dataset.allowed_ids, *grid, ignore=dataset.ignore_label)
     to_ras = nib.orientations.io_orientation(affine)[:, 0].astype(int)
     order = np.argsort(to_ras)  # the stored axis that is R, A, S
-    values = image[0][label > 0]
+    values = image[0][(label > 0) & (label != UNKNOWN)]
     if len(values) > SAMPLES:
         values = rng.choice(values, SAMPLES, replace=False)
     return {

@@ -113,7 +113,8 @@ def main() -> int:
         target = logits_of(teacher, image, of_teacher["config"])
         for of_student, (checkpoint, student) in zip(found, students):
             logits = logits_of(student, image, checkpoint["config"])
-            of_student.append(seen(logits, target, sample.label, dataset.multilabel))
+            kind = dataset.multilabel, dataset.annotated(case)
+            of_student.append(seen(logits, target, sample.label, *kind))
     for line in table(args.students, names, found):
         print(line)
     print(f"{len(cases)} {args.split} cases, teacher {args.teacher}")
@@ -191,11 +192,17 @@ def logits_of(network: nn.Module, image: Tensor, config: dict) -> Tensor:
     ).cpu()
 
 
-def seen(logits: Tensor, target: Tensor, label: np.ndarray, multilabel: bool) -> list[Seen]:
+def seen(
+    logits: Tensor,
+    target: Tensor,
+    label: np.ndarray,
+    multilabel: bool,
+    annotated: np.ndarray | None = None,
+) -> list[Seen]:
     """What SBD sees of every class (without background) or region of one case.
 
     logits, target: (K, H, W, D), of student and teacher. label: (H, W, D) ids, or (K, H, W, D) of
-    regions.
+    regions. annotated: as in `metrics.class_dice`.
     """
     if multilabel:
         chances, regions = logits.sigmoid(), target >= 0
@@ -203,7 +210,7 @@ def seen(logits: Tensor, target: Tensor, label: np.ndarray, multilabel: bool) ->
     else:
         chances, predicted = logits.softmax(0)[1:], logits.argmax(0).numpy()
         regions = torch.stack([target.argmax(0) == c for c in range(1, len(target))])
-    dice = class_dice(predicted, label, len(logits), multilabel)
+    dice = class_dice(predicted, label, len(logits), multilabel, annotated)
     weighted = (chances - regions.float()).square() * boundary_distance_squared(
         chances > 0.5, regions
     )

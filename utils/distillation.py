@@ -96,7 +96,12 @@ class Distillation(DataSettings):
         return self.method, of_teacher, f"{of_teacher}-{self.student}"
 
     def make_method(
-        self, student_channels: dict, teacher_channels: dict, num_classes: int, multilabel: bool
+        self,
+        student_channels: dict,
+        teacher_channels: dict,
+        num_classes: int,
+        multilabel: bool,
+        incomplete: bool = False,
     ) -> nn.Module:
         """The distillation loss; TypeError or ValueError for what it does not take."""
         return build_kd(
@@ -106,6 +111,7 @@ class Distillation(DataSettings):
             num_classes,
             multilabel=multilabel,
             preset=self.preset,
+            incomplete=incomplete,
             **self.method_arguments,
         )
 
@@ -137,10 +143,11 @@ class Distillation(DataSettings):
 
 class Batches:
     """Batches of a training, in this process's share: `image` (B, C, H, W, D), `label` (B, 1 or K,
-    H, W, D), and `case`, the names. What a step gets depends on the seed and the step alone.
+    H, W, D), `annotated` (B, K) if labels are not complete, and `case`, the names. What a step gets
+    depends on the seed and the step alone.
 
-    A process loads its part of the cases of each batch or, where
-    that does not come out even, of each case's crops.
+    A process loads its part of the cases of each batch or, where that does not come out even, of
+    each case's crops.
     """
 
     def __init__(self, cfg: Distillation, run: Run, dataset: Dataset, splits: Mapping) -> None:
@@ -169,6 +176,7 @@ class Batches:
             cfg.crops_per_case,
             stream=stream,
             kept=kept,
+            annotated=self.dataset.annotated if self.dataset.incomplete else None,
         )
         batch, workers = cfg.cases_per_batch, cfg.workers
         return draws(patches, first, last, batch, workers, self.run.device, rank, size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dataloaders import DATASETS, Dataset, Report, build_dataset
-from dataloaders.cases import Case
+from dataloaders.cases import UNKNOWN, Case
 from dataloaders.samplers import PatchDataset, draws
 from dataloaders.settings import DataSettings
 from losses import KD_METHODS, PRESETS
@@ -114,6 +114,12 @@ def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[Dataset, dict[str, l
             f"labelled: {cfg.labelled} leaves no unlabelled {dataset.unit} for {cfg.method}; label "
             "fewer, or add some with --unlabelled FOLDER"
         )
+    if dataset.incomplete and not SSL_METHODS[cfg.method].incomplete:
+        raise ConfigError(
+            f"method: {cfg.method} does not say that it can take labels that are not complete, and "
+            "the data have ignore_label or labelled_classes; see docs/extending.md, and set its "
+            "attribute incomplete = True"
+        )
     used = [split for split in splits if split != "unlabelled" or uses_unlabelled]
     with contextlib.ExitStack() as first:
         if dataset.caches:  # so that one process fills the cache
@@ -123,6 +129,15 @@ def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[Dataset, dict[str, l
     with run.world.main_first():
         run.open(report)
     return dataset, splits
+
+
+def _compared(batch: dict) -> dict:
+    """A batch of unlabelled images whose pseudo-labels are monitored: a truth that lacks classes
+    would say nothing of most voxels, and mislead of the others, so all of it counts as UNKNOWN.
+    """
+    partial = ~batch.pop("annotated").all(1)
+    batch["label"][partial] = UNKNOWN
+    return batch
 
 
 class Batches:
@@ -147,15 +162,24 @@ class Batches:
         cfg, world = self.cfg, self.run.world
         size = getattr(cfg, f"{split}_batch")
         world.share(size, f"{split}_batch")
+        dataset = self.dataset
         patches = PatchDataset(
-            self.splits[split], self.dataset.sample, augment, cfg.seed, keys=keys, stream=stream
+            self.splits[split],
+            dataset.sample,
+            augment,
+            cfg.seed,
+            keys=keys,
+            stream=stream,
+            annotated=dataset.annotated if dataset.incomplete else None,
         )
         return draws(
             patches, first, last, size, cfg.workers, self.run.device, world.rank, world.size
         )
 
     def labelled(self) -> Iterator[dict]:
-        """`image` and `label`, of each step that is left."""
+        """`image` and `label`, of each step that is left; with `annotated` (B, K) if labels are not
+        complete.
+        """
         augment = self.dataset.patch
         steps = self.run.start, self.cfg.max_steps
         return self._of("labelled", augment, ("image", "label"), LABELLED, *steps)
@@ -167,7 +191,8 @@ class Batches:
         count = self.method.strong_views
         keys = ("weak", *(f"strong{k}" for k in range(count)), "label")
         views = partial(self.dataset.views, strong_views=count)
-        return self._of("unlabelled", views, keys, stream, self.run.start, self.cfg.max_steps)
+        batches = self._of("unlabelled", views, keys, stream, self.run.start, self.cfg.max_steps)
+        return map(_compared, batches) if self.dataset.incomplete else batches
 
     def clean(self) -> Iterator[Tensor]:
         """`bn_batches` batches of labelled and weak unlabelled images, the same at each call, on

@@ -21,12 +21,13 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def regions_to_ids(regions: np.ndarray) -> np.ndarray:
-    """Overlapping regions (K, *spatial) -> one id per voxel for display; smaller regions are
-    painted over larger.
+    """Overlapping regions (K, *spatial), 0 or 1 (others count as 0), -> one id per voxel for
+    display; smaller regions are painted over larger.
     """
+    regions = np.asarray(regions) == 1
     ids = np.zeros(regions.shape[1:], np.uint8)
     for k in np.argsort([-np.count_nonzero(region) for region in regions]):
-        ids[regions[k] > 0] = k + 1
+        ids[regions[k]] = k + 1
     return ids
 
 
@@ -78,9 +79,10 @@ def panel(
     image: np.ndarray, label: np.ndarray, prediction: np.ndarray, num_classes: int
 ) -> np.ndarray:
     """Image (H, W, D), label and prediction (ids, or regions (K, H, W, D)) side by side at the
-    fullest slice, uint8.
+    fullest slice, uint8; ids of no class are shown as background.
     """
     label, prediction = (regions_to_ids(v) if v.ndim == 4 else v for v in (label, prediction))
+    label = np.where(label < num_classes, label, 0)
     z = fullest_slice(label)
     slices = (np.zeros_like(label[..., z]), label[..., z], prediction[..., z])
     return side_by_side([overlay(image[..., z], s, num_classes) for s in slices])

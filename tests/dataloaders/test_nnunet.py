@@ -168,10 +168,6 @@ def test_channels_that_unlabelled_scans_lack(root, part):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            {"labels": {"background": 0, "a": 1, "ignore": 2}},
-            "'ignore' .2., voxels that nobody labelled",
-        ),
         ({"labels": {"background": 0, "a": 2}}, r"ids \[0, 2\], expected 0 .background. to 1"),
         ({"labels": {"0": "background", "1": "a"}}, "names and ids are swapped, as in nnU-Net v1"),
         ({"labels": {"background": 0}}, "'labels' is"),

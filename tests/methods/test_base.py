@@ -1,5 +1,6 @@
 """Methods by name, what they refuse, and the report about pseudo-labels."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from losses.incomplete import UNKNOWN
 from methods import PRESETS, SSL_METHODS, Method, build_method
 from methods.base import pseudo_label_report
 from networks.unet2d import UNet2D
@@ -122,3 +124,50 @@ def test_report_is_nan_where_nothing_is_counted():
     assert math.isnan(report["pseudo_accuracy"]) and math.isnan(report["recall_2"])
     assert (report["mask_ratio"], report["recall_1"], report["pseudo_foreground"]) == (0, 0, 0)
     assert report["true_foreground"] == 0.25
+
+
+@pytest.mark.parametrize("name", SSL_METHODS)
+def test_labels_that_tell_nothing_teach_nothing(name):
+    """Where nobody labelled a voxel, and where only the background was annotated, so that every
+    class may be behind it, the terms of the labels are 0; where all is told, they are the usual.
+    """
+    torch.manual_seed(0)
+    own = OWN_NETWORKS.get(name)
+    network = own(1, 3, n_filters=2) if own else make_network()
+    shape = (2, 1, *([16] * 3 if own else [16, 16]))
+    image, truth = torch.randn(shape), torch.randint(0, 3, shape).to(torch.uint8)
+    views = ("weak", "strong0", "strong1", "mix_weak", "mix_strong0", "mix_strong1")
+    unlabelled = {view: torch.randn(shape) for view in views} | {"label": truth}
+
+    def of_labels(label, annotated):
+        torch.manual_seed(1)
+        method = build_method(name, lambda: copy.deepcopy(network), max_steps=7)
+        batch = {"image": image, "label": label}
+        batch |= {} if annotated is None else {"annotated": annotated}
+        terms = method.loss(batch, unlabelled, 3)
+        sum(terms.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+        return torch.stack([terms[key].detach() for key in ("sup", "side", "csd") if key in terms])
+
+    told = torch.ones(2, 3, dtype=torch.bool)
+    ordinary = of_labels(truth, None)
+    assert (ordinary > 0).all()
+    torch.testing.assert_close(of_labels(truth, told), ordinary)
+    unknown = torch.full_like(truth, UNKNOWN)
+    background = told.clone()
+    background[:, 1:] = False
+    for nothing in ((unknown, told), (torch.zeros_like(truth), background)):
+        assert of_labels(*nothing).abs().max() < 1e-6
+    assert SSL_METHODS[name].incomplete and not Method.incomplete
+
+
+def test_the_report_leaves_out_voxels_that_nobody_labelled():
+    rng = torch.Generator().manual_seed(0)
+    pred, label = (torch.randint(0, 3, (2, 1, 8, 8), generator=rng) for _ in range(2))
+    valid = torch.rand(2, 8, 8, generator=rng) < 0.6
+    marked = label.clone()
+    marked[:, :, :5] = UNKNOWN
+    found = pseudo_label_report(pred[:, 0], valid, marked, 3)
+    expected = pseudo_label_report(pred[:, 0, 5:], valid[:, 5:], label[:, :, 5:], 3)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, msg=key)
