@@ -68,6 +68,7 @@ PATCH = {
 # Flags whose values are replaced, by script (and, for generated data, by data set).
 VALUES: dict[str, dict[str, list[str]]] = {
     "tools/make_splits.py": {"--counts": ["3", "1", "1"], "--val": ["3"]},
+    "tools/new_config.py": {"--labelled": ["2"]},
     "tools/make_demo_data.py btcv": {"--cases": ["4"], "--shape": ["24", "20", "16"]},
     "tools/make_demo_data.py word": {"--cases": ["4"], "--shape": ["24", "20", "16"]},
     "tools/make_demo_data.py brats21": {"--cases": ["6"], "--shape": ["24", "24", "24"]},
@@ -538,6 +539,7 @@ class Workspace:
         self._make_photographs()
         shutil.copytree(btcv / "imagesTr", self.folder / "scans")
         shutil.copytree(data / "Kvasir-SEG/images", self.folder / "photos")
+        shutil.copytree(data / "Kvasir-SEG", data / "polyps")
         nnunet = data / "Dataset101_Liver"
         for part in ("images", "labels"):
             (nnunet / f"{part}Tr").mkdir(parents=True)
