@@ -411,10 +411,11 @@ def report_spaces(summary: dict, spaces: Sequence[str]) -> None:
     failed = any(failures(entry["counts"]) for entry in scores)
     lines = _lines(scores, failed, "mean of cases")
     width = max(map(len, lines))
-    titles = score_titles(scores[0]["mean"], failed, unit)
+    titles = score_titles(scores[0]["mean"], failed, "mm" if unit == "mm" else "")
     grids = "    ".join(f"{space + ' grid':{len(titles)}}" for space in spaces)
     print(f"{'':{width}}  {grids.rstrip()}")
-    print(f"{'':{width}}  " + "    ".join([titles] * len(spaces)))
+    other_unit = "" if unit == "mm" else f"   ({unit})"
+    print(f"{'':{width}}  " + "    ".join([titles] * len(spaces)) + other_unit)
     for name, cells in lines.items():
         print(f"{name:{width}}  {cells}")
     as_diagonal = ""
