@@ -840,6 +840,8 @@ def check_mask(
         )
         return
     inside = np.asarray(mask) > 127
+    if ignore is not None:
+        inside &= np.asarray(mask) != ignore
     border = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
     if border.all():
         faults.warning(

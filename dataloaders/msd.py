@@ -20,7 +20,7 @@ from monai.transforms import (
     Spacingd,
 )
 
-from dataloaders import augment
+from dataloaders import augment, checks
 from dataloaders.base import Dataset
 from dataloaders.cache import CaseCache
 from dataloaders.cases import UNKNOWN, Case, read_image, read_label
@@ -30,6 +30,8 @@ from dataloaders.volumes import channel_number
 
 INTENSITIES = ("window", "zscore", "none")
 CROPS = ("pos_neg", "uniform")
+# share of an id's volume that resampling has to leave; nearest neighbours change small ones anyway
+HALF_LOST = 0.5
 SECTIONS = {"train": "training", "val": "validation", "test": "test"}
 SECTION_ORDER = (*SECTIONS.values(), "unlabelled")
 _AXES = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -253,20 +255,23 @@ class MSDDataset(Dataset):
         grid's native_affine and native_shape; `foreground` and `background`, flat indices of
         possible patch centres; `ids`, the label ids that occur.
         """
-        image, label, affine, seen = self._read_checked(case)
+        image, label, affine, notes = self._read_checked(case)
+        self.check_unit(case, image, notes)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
+        shares = self._shares(image)
         sample = {"image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine))}
         if label is not None:
             ids = torch.from_numpy(label[None].astype(np.float32))
             sample["label"] = MetaTensor(ids, affine=torch.from_numpy(affine))
-        sample = self._transform(case, sample)
+        sample = self._transform(case, sample, notes)
         image, affine = sample["image"].numpy(), sample["image"].affine.numpy()
         found = {
             "image": np.ascontiguousarray(image, dtype=np.float32),
             "affine": affine,
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
             **native,
-            **seen,
+            **shares,
+            **self._seen(case, notes),
         }
         if label is None:
             return found
@@ -286,10 +291,31 @@ class MSDDataset(Dataset):
 
     def read_file(self, case: Case) -> dict:
         """A scan without a label as `read` gives it; nothing is cached."""
-        image, affine = read_image(case, self.in_channels)
+        notes = CaseNotes()
+        image, affine = read_image(case, self.in_channels, notes)
+        self.check_unit(case, image, notes)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
         image, affine = self.preprocess_image(case, image, affine)
-        return {"image": image, "affine": affine, **native}
+        if self.patch_size:
+            checks.check_size(case, "", image.shape[1:], self.patch_size, notes)
+        return {"image": image, "affine": affine, "findings": notes.warnings, **native}
+
+    def check_unit(self, case: Case, image: np.ndarray, notes: Report) -> None:
+        """A warning about a scan that is not in the unit of the window."""
+        if self.intensity == "window":
+            checks.check_hounsfield(case.images[0], image, self.window, notes)
+
+    def _shares(self, image: np.ndarray) -> dict:
+        """Shares of the scan's values below, in and above the window, where there is one."""
+        if self.intensity != "window":
+            return {}
+        values = image.ravel()[:: max(1, image.size // 10**6)]
+        below, above = (values < self.window[0]).mean(), (values > self.window[1]).mean()
+        return {"shares": [float(below), float(1 - below - above), float(above)]}
+
+    def id_titles(self) -> dict[int, str]:
+        """Names of the foreground ids that label files hold."""
+        return dict(enumerate(self.class_names[1:], 1))
 
     def preprocess_image(
         self, case: Case, image: np.ndarray, affine: np.ndarray
@@ -308,9 +334,11 @@ class MSDDataset(Dataset):
         """
         return channel_number(name) if self.in_channels > 1 else None
 
-    def _read_checked(self, case: Case) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, dict]:
-        """Image, label (None: it has none) and affine of a case, and what the cache keeps of the
-        checks; DataError with all its faults.
+    def _read_checked(
+        self, case: Case
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, CaseNotes]:
+        """Image, label (None: it has none) and affine of a case, and what was noted of them;
+        DataError with all its faults.
         """
         notes, image, label, affine = CaseNotes(), None, None, None
         with notes.catching():
@@ -321,13 +349,17 @@ class MSDDataset(Dataset):
             if case.label is not None:
                 label = read_label(case, self.allowed_ids, *notes.grid, notes, self.ignore_label)
         notes.stop()
+        return image, label, affine, notes
+
+    def _seen(self, case: Case, notes: CaseNotes) -> dict:
+        """What the cache keeps of the checks."""
         # Entries of the cache are found by content, wherever the files are: their names are not
         # stored.
         files = [str(path) for path in case.files]
         stored = [
             [files.index(w.file), w.fault, w.found, w.expected, w.fix] for w in notes.warnings
         ]
-        return image, label, affine, {"content": notes.content, "warnings": stored}
+        return {"content": notes.content, "warnings": stored}
 
     def _check_case(self, case: Case) -> None:
         """DataError for what the names of a case's files tell."""
@@ -384,8 +416,10 @@ class MSDDataset(Dataset):
     def _ids(self, label: np.ndarray) -> list[int]:
         return np.unique(label).tolist()
 
-    def _transform(self, case: Case, sample: dict) -> dict:
-        """The deterministic transforms of an image, and of a label if there is one."""
+    def _transform(self, case: Case, sample: dict, notes: Report | None = None) -> dict:
+        """The deterministic transforms of an image, and of a label if there is one. notes: takes
+        warnings about labelled voxels that they take away.
+        """
         keys = tuple(sample)
         steps = []
         if self.orientation:
@@ -398,11 +432,12 @@ class MSDDataset(Dataset):
             steps.append(ScaleIntensityRanged("image", *self.window, 0.0, 1.0, clip=True))
         elif self.intensity == "zscore":
             steps.append(NormalizeIntensityd("image", channel_wise=True))
-        if self.crop_foreground:
-            steps.append(
-                CropForegroundd(keys, source_key="image", select_fn=_positive, allow_smaller=True)
-            )
-        sample = Compose(steps)(sample)
+        whole = Compose(steps)(sample)
+        crop = CropForegroundd(keys, source_key="image", select_fn=_positive, allow_smaller=True)
+        crops = [crop] if self.crop_foreground else []
+        stored, sample = sample, Compose(crops)(whole)
+        if notes is not None and "label" in sample:
+            self._check_losses(case, stored["label"], whole["label"], sample["label"], notes)
         if min(sample["image"].shape[1:]) == 0:
             raise DataError(
                 Finding(
@@ -414,6 +449,26 @@ class MSDDataset(Dataset):
                 )
             )
         return sample
+
+    def _check_losses(
+        self, case: Case, stored: MetaTensor, whole: MetaTensor, cropped: MetaTensor, notes: Report
+    ) -> None:
+        """Warnings about labelled voxels that are lost from the stored label to the resampled one
+        and to what is left of that after cropping.
+        """
+        before, resampled, left = (
+            np.bincount(label.numpy().astype(np.uint8).ravel(), minlength=256)
+            * abs(float(torch.linalg.det(label.affine[:3, :3])))
+            for label in (stored, whole, cropped)
+        )
+        shown = " x ".join(f"{side:g}" for side in self.spacing)
+        names = self.id_titles()
+        cause = f"resampling to {shown} mm loses"
+        fix = "choose a finer spacing"
+        checks.check_kept(case.label, before, resampled, names, cause, fix, notes, HALF_LOST)
+        cause = "cropping to the box of values above the lower end of the intensities cuts off"
+        fix = "set crop_foreground: false, or a window with a lower beginning"
+        checks.check_kept(case.label, resampled, left, names, cause, fix, notes)
 
     def _parameters(self) -> dict:
         ignored = {} if self.ignore_label is None else {"ignore": self.ignore_label}
