@@ -261,13 +261,15 @@ def segment(
     description: dict,
     case: Case,
     args: argparse.Namespace,
-    notes: Report,
+    notes: Report | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Label ids (H, W, D) uint8 of a scan on its own grid, and its affine; warnings about the scan,
     those that training gives too, go to `notes`.
     """
     sample = dataset.read_file(case)
-    notes.take(sample.pop("findings", ()))
+    findings = sample.pop("findings", ())
+    if notes is not None:
+        notes.take(findings)
     image = torch.from_numpy(sample.pop("image"))
     with tqdm(desc=case.name, unit="window", leave=False) as bar:
 

@@ -97,7 +97,8 @@ def read_series(path: Path, notes: Report | None = None) -> tuple[np.ndarray, np
             if path.name in {file.name for file, _ in files}
         }
         if not found:
-            raise DataError(unreadable(path, "no DICOM image"))
+            what = "no DICOM image, but another object (dose, plan, report, ...), or damaged"
+            raise DataError(_refused(path, what, "a slice of a scan", "name another file"))
     if len(found) != 1:
         names = "; ".join(
             f"{len(files)} files such as {files[0][0].name}" for files in found.values()
@@ -469,6 +470,9 @@ class _Header:
             else:
                 start = self._elements(start, len(self.data), found, meta=True)
                 self._take_syntax(found.get(_SYNTAX, ""))
+                # some files are written without kinds, whatever their syntax says
+                kind = self.data[start + 4 : start + 6]
+                self.explicit = self.explicit and kind.isalpha() and kind.isupper()
             self._elements(start, len(self.data), found)
         except (struct.error, IndexError, ValueError, RecursionError):
             found["damaged"] = True
