@@ -96,7 +96,7 @@ def main() -> int:
     dataset, described = build_dataset(**checkpoint["dataset"]), checkpoint["network"]
     photographs, problems = checkpoint["dataset"]["format"] == "images2d", []
     if photographs:
-        cases = find_images(args.input, SUFFIXES)
+        cases = find_images(args.input, SUFFIXES, problems)
     else:
         cases, problems = find_scans(args.input, described["in_channels"], dataset.channel_of)
     if args.output.resolve() in {path.parent.resolve() for case in cases for path in case.images}:

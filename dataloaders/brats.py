@@ -164,7 +164,10 @@ class BraTSDataset(MSDDataset):
     ) -> None:
         """A warning about labelled voxels outside of the brain's box, which patches come from."""
         box = np.ix_(*(_extent(brain.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)))
-        before, left = (np.bincount(ids.ravel(), minlength=256) for ids in (label, label[box]))
+        before, left = (
+            dict(enumerate(np.bincount(ids.ravel(), minlength=256).tolist()))
+            for ids in (label, label[box])
+        )
         cause, fix = "outside of the brain's box lie", "check that image and label belong together"
         checks.check_kept(case.label, before, left, self.id_titles(), cause, fix, notes)
 

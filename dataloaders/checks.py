@@ -443,8 +443,8 @@ def check_brightness(facts: Mapping[tuple, Mapping], report: Report) -> None:
 
 def check_kept(
     path: Path,
-    before: np.ndarray,
-    after: np.ndarray,
+    before: Mapping[int, float],
+    after: Mapping[int, float],
     names: Mapping[int, str],
     cause: str,
     fix: str,
@@ -453,13 +453,13 @@ def check_kept(
 ) -> None:
     """A warning for labelled voxels that preprocessing takes away.
 
-    before, after: of each id, how many voxels (or mm3) there were, and are. least: share that has
-    to be left of each, for a warning.
+    before, after: of each id, how many of its voxels there were, and are left. least: share of them
+    that has to be left.
     """
     lost = {
         k: 1 - after[k] / before[k]
         for k in names
-        if k < len(before) and before[k] > 0 and after[k] < least * before[k] - 1e-6
+        if before.get(k) and after[k] < least * before[k] - 1e-6
     }
     if lost:
         shown = ", ".join(f"{100 * share:.3g} % of '{names[k]}'" for k, share in lost.items())
@@ -754,7 +754,8 @@ def check_depth(path: Path, image: Image.Image) -> None:
     """DataError for pixels of more than 8 bits, asked before they are decoded: some readers cut
     them to their upper half.
     """
-    raw = " ".join(str(part[3]) for part in image.tile)
+    # of a BMP file ;16 counts the bits of all channels
+    raw = " ".join(str(part[3]) for part in image.tile if image.format != "BMP")
     if image.mode[0] in "IF" or ";16" in raw or ";12" in raw or ";32" in raw:
         deep = image.mode if image.mode[0] in "IF" else f"{image.mode}, more than 8 bits"
         raise DataError(
@@ -795,10 +796,9 @@ def grey_mask(path: Path, mask: Image.Image) -> Image.Image:
         return grey
     shades = np.asarray(grey)
     shown = shades[np.asarray(alpha) > 127]
-    one_colour = shown.size and shown.min() == shown.max()
-    # what is hidden under transparent pixels may have another colour, and is then that of the mask
-    same = np.array_equal(shades > 127, np.asarray(alpha) > 127)
-    if low < high and (same or (one_colour and shades.min() == shades.max())):
+    one_colour = shown.size > 0 and shown.min() == shown.max()
+    # dark on transparent is the mask too, unless what is hidden is bright: either could be meant
+    if low < high and one_colour and (shown[0] > 127 or shades.max() <= 127):
         return alpha
     raise DataError(
         Finding(

@@ -276,7 +276,7 @@ _KINDS = (
     (0, b"<html", "a web page", (), _AGAIN),
     (0, b"<head", "a web page", (), _AGAIN),
     (0, b"<?xml", "an XML text, perhaps the answer of a server", (), _AGAIN),
-    (0, b"PK\3\4", "a zip archive", (".zip",), "unpack it"),
+    (0, b"pk\3\4", "a zip archive", (".zip",), "unpack it"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", (".7z",), "unpack it"),
     (0, b"rar!\x1a\7", "a rar archive", (".rar",), "unpack it"),
     (257, b"ustar", "a tar archive", (".tar",), "unpack it"),

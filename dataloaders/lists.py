@@ -499,9 +499,11 @@ def _called(found: Sequence[tuple[Path, Case]]) -> list[Case]:
     return cases
 
 
-def find_images(path: Path, suffixes: Sequence[str]) -> list[Case]:
+def find_images(
+    path: Path, suffixes: Sequence[str], problems: list[str] | None = None
+) -> list[Case]:
     """The image file at `path`, or those right in the folder, sorted by name; names without suffix
-    must differ.
+    must differ. problems: takes what is wrong with single files; where it is None, that is raised.
     """
     path = path.absolute()
     if not path.exists():
@@ -515,7 +517,15 @@ def find_images(path: Path, suffixes: Sequence[str]) -> list[Case]:
     )
     if not files:
         raise DataError(f"{path}: no scan or image; expected {', '.join(suffixes)} files")
-    return _unique([Case(stem(file), (file,)) for file in files])
+    cases = []
+    for file in files:
+        try:
+            cases.append(Case(stem(file), (file,)))
+        except DataError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return _unique(cases)
 
 
 def _scan_files(folder: Path) -> list[Path]:
@@ -536,7 +546,10 @@ def _grouped(
     for file in files:
         named = channel_of(stem(file))
         if named is None:
-            cases.append(Case(stem(file), (file,)))
+            try:
+                cases.append(Case(stem(file), (file,)))
+            except DataError as error:  # a name that is no plain one
+                problems.append(str(error))
         elif named[1] >= 0:
             channels = scans.setdefault(named[0], {})
             if named[1] in channels:

@@ -124,14 +124,20 @@ def test_a_bad_scan_does_not_lose_the_others(trained, site):
     nib.save(
         nib.Nifti1Image(np.full((8, 8, 8), np.nan, np.float32), np.eye(4)), site / "in/c_nan.nii.gz"
     )
+    voxels = array(trained / "data/imagesTr/case0.nii.gz")
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), site / "in/d_nowhere.nii.gz")
+    (site / "in/._case6.nii.gz").write_bytes(b"\0\5\x16\7")
     result = predict(cwd=site, ok=False)
     assert result.returncode == 1
-    assert "segmented 2, there already 0, failed 2" in result.stdout
+    assert "segmented 3, there already 0, failed 2" in result.stdout
+    # as training says it
+    assert "d_nowhere.nii.gz: the affine is the identity" in result.stderr
     assert "b_short.nii.gz: unreadable or truncated" in result.stderr
     assert "c_nan.nii.gz: 512 voxels are NaN" in result.stderr
     assert sorted(p.name for p in (site / "out").glob("*.nii.gz")) == [
         "a_whole.nii.gz",
         "case6.nii.gz",
+        "d_nowhere.nii.gz",
     ]
     table = (site / "out/volumes.csv").read_text()
     assert table.count("a_whole") == table.count("case6") == 2
