@@ -499,11 +499,9 @@ def _called(found: Sequence[tuple[Path, Case]]) -> list[Case]:
     return cases
 
 
-def find_images(
-    path: Path, suffixes: Sequence[str], problems: list[str] | None = None
-) -> list[Case]:
+def find_images(path: Path, suffixes: Sequence[str], problems: list | None = None) -> list[Case]:
     """The image file at `path`, or those right in the folder, sorted by name; names without suffix
-    must differ. problems: takes what is wrong with single files; where it is None, that is raised.
+    must differ. problems: takes findings about single files; where it is None, that is raised.
     """
     path = path.absolute()
     if not path.exists():
@@ -524,7 +522,7 @@ def find_images(
         except DataError as error:
             if problems is None:
                 raise
-            problems.append(str(error))
+            problems += findings_of(file, error)
     return _unique(cases)
 
 
@@ -549,7 +547,7 @@ def _grouped(
             try:
                 cases.append(Case(stem(file), (file,)))
             except DataError as error:  # a name that is no plain one
-                problems.append(str(error))
+                problems += findings_of(file, error)
         elif named[1] >= 0:
             channels = scans.setdefault(named[0], {})
             if named[1] in channels:

@@ -122,15 +122,17 @@ def test_a_folder_that_cannot_be_read_does_not_hide_the_others(tmp_path):
     touch(tmp_path, "dora/x_0001.nii.gz")
     found, problems = shown(find_scans(tmp_path, 1, channel_number), tmp_path)
     assert list(found) == ["anna", "bert"]
-    assert len(problems) == 1 and "'x' has the channels [1]" in problems[0]
+    assert len(problems) == 1 and "'x' has the channels [1]" in str(problems[0])
     touch(tmp_path, "e/a.nii.gz", "e/b\n.nii.gz", "p/a.png", "p/b\t.png")
     found, problems = shown(find_scans(tmp_path / "e", 1, whole), tmp_path)
     assert (
-        list(found) == ["a"] and len(problems) == 1 and "expected a plain file name" in problems[0]
+        list(found) == ["a"]
+        and len(problems) == 1
+        and "expected a plain file name" in str(problems[0])
     )
     problems = []
     assert [case.name for case in find_images(tmp_path / "p", (".png",), problems)] == ["a"]
-    assert len(problems) == 1 and "expected a plain file name" in problems[0]
+    assert len(problems) == 1 and "expected a plain file name" in str(problems[0])
 
 
 def test_names_are_the_same_however_their_letters_are_composed(tmp_path):
