@@ -11,13 +11,13 @@ from pathlib import Path
 
 from dataloaders.cases import Case
 from dataloaders.checks import check_inside
+from dataloaders.dicom import dicom_series
 from dataloaders.faults import DataError, Finding, Report, gathering
 from dataloaders.volumes import (
     DICOM_SUFFIXES,
     SUFFIXES,
     as_stored,
     composed,
-    dicom_series,
     has_suffix,
     is_data,
     stem,

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import affine_transform
 
-from dataloaders.dicom import contained, dicom_series, read_series
+from dataloaders.dicom import contained, read_series
 from dataloaders.faults import DataError, Finding, Report, check_room, no_file, unreadable
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -23,8 +23,6 @@ ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm", ".ima")
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES  # of files that hold a whole scan
 LONGEST_HEADER = 1 << 26  # bytes before the voxels of a NIfTI file, or after them
-
-__all__ = ["dicom_series"]
 
 
 def has_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:

@@ -11,8 +11,9 @@ import pytest
 import SimpleITK as sitk
 
 from dataloaders.cases import Case, read_image, read_label
+from dataloaders.dicom import dicom_series
 from dataloaders.faults import CaseNotes, Report
-from dataloaders.volumes import DataError, channel_number, dicom_series, read_volume, stem
+from dataloaders.volumes import DataError, channel_number, read_volume, stem
 from tests.dataloaders.test_msd import AFFINES
 
 SHAPE = (7, 6, 5)
