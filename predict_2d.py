@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataloaders import DATASETS, DataError, Dataset, build_dataset
+from dataloaders import DATASETS, DataError, Dataset, Report, build_dataset
 from dataloaders.images2d import SUFFIXES
 from dataloaders.lists import find_images, find_scans
 from dataloaders.volumes import read_volume
@@ -96,7 +96,7 @@ def main() -> int:
     dataset, described = build_dataset(**checkpoint["dataset"]), checkpoint["network"]
     photographs, problems = checkpoint["dataset"]["format"] == "images2d", []
     if photographs:
-        cases = find_images(args.input, SUFFIXES)
+        cases = find_images(args.input, SUFFIXES, problems)
     else:
         cases, problems = find_scans(args.input, described["in_channels"], dataset.channel_of)
     if args.output.resolve() in {path.parent.resolve() for case in cases for path in case.images}:
@@ -114,7 +114,7 @@ def main() -> int:
     settings = {"model": (args.model or args.ckpt).name, "weights": weights, "amp": args.amp}
     batch, structures = args.batch or checkpoint["config"]["eval_batch"], dataset.structures()
     value = 255 // (dataset.num_classes - 1) if photographs else 1  # of class 1 in the file
-    done, kept, differing = 0, 0, []
+    done, kept, differing, notes = 0, 0, [], Report()
     try:
         for case in tqdm(
             cases,
@@ -131,6 +131,7 @@ def main() -> int:
                         sizes[case.name] = measured(*stored(target, photographs, value), structures)
                     continue
                 volume = dataset.read_file(case)
+                notes.take(volume.pop("findings", ()))
                 slices = torch.from_numpy(np.ascontiguousarray(dataset.slices(volume)))
                 ids = predict_slices(network, slices, batch=batch, amp=args.amp).numpy()
                 ids = dataset.unslice(ids, volume)
@@ -175,6 +176,8 @@ def main() -> int:
             f"{differing[0]}; --overwrite replaces them",
             file=sys.stderr,
         )
+    for warning in notes.spoken_warnings():
+        print(warning, file=sys.stderr)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return int(bool(problems))
@@ -221,7 +224,7 @@ def stored(path: Path, photographs: bool, value: int) -> tuple[np.ndarray, np.nd
     """Ids and affine (None: of an image) of a result."""
     if not photographs:
         return read_volume(path)
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:
         return np.asarray(image) // value, None
 
 

@@ -25,7 +25,8 @@ CASE.json, which names the ids and structures and says how they were made; volum
 volume of each structure of every scan in ml. A structure of overlapping regions (BraTS, nnU-Net's
 region-based labels) is a set of ids. Scans whose result is there already are skipped, unless
 --overwrite is given. A scan that cannot be segmented does not stop the others: faults are listed at
-the end, and the exit status is 1.
+the end, and the exit status is 1. What training would warn of (an odd header, a scan that is not in
+Hounsfield units) is printed too.
 
 Large scans need memory for the image as float32 on its own grid and on that of the network, a copy
 of either for resampling, and the logits of one slab as thick as a window. --window-batch 1 takes
@@ -43,7 +44,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataloaders import DATASETS, Case, DataError, Dataset, build_dataset
+from dataloaders import DATASETS, Case, DataError, Dataset, Report, build_dataset
 from dataloaders.lists import find_scans
 from dataloaders.volumes import read_volume
 from inference import AMP_MODES, fast_copy, fast_dtype, predict_labels
@@ -134,7 +135,7 @@ def main() -> int:
         "amp": args.amp,
         "fast": args.fast,
     }
-    done, kept, differing = 0, 0, []
+    done, kept, differing, notes = 0, 0, [], Report()
     try:
         for case in tqdm(
             cases, desc=f"segmenting with {description['network']['name']}", unit="scan"
@@ -149,7 +150,7 @@ def main() -> int:
                         ids, affine = read_volume(target)
                         volumes[case.name] = structure_sizes(ids, structures, millilitres(affine))
                     continue
-                ids, affine = segment(predictor, dataset, description, case, args)
+                ids, affine = segment(predictor, dataset, description, case, args, notes)
                 volumes[case.name] = structure_sizes(ids, structures, millilitres(affine))
                 save_about(
                     target,
@@ -180,6 +181,8 @@ def main() -> int:
             f"{differing[0]}; --overwrite replaces them",
             file=sys.stderr,
         )
+    for warning in notes.spoken_warnings():
+        print(warning, file=sys.stderr)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return int(bool(problems))
@@ -253,10 +256,20 @@ def describe(checkpoint: dict, path: Path) -> dict:
 
 
 def segment(
-    predictor: Predictor, dataset, description: dict, case: Case, args: argparse.Namespace
+    predictor: Predictor,
+    dataset,
+    description: dict,
+    case: Case,
+    args: argparse.Namespace,
+    notes: Report | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Label ids (H, W, D) uint8 of a scan on its own grid, and its affine."""
+    """Label ids (H, W, D) uint8 of a scan on its own grid, and its affine; warnings about the scan,
+    those that training gives too, go to `notes`.
+    """
     sample = dataset.read_file(case)
+    findings = sample.pop("findings", ())
+    if notes is not None:
+        notes.take(findings)
     image = torch.from_numpy(sample.pop("image"))
     with tqdm(desc=case.name, unit="window", leave=False) as bar:
 

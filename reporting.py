@@ -57,6 +57,7 @@ from utils.checkpoint import dataset_arguments, load_checkpoint, load_network_we
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
 from utils.distributed import World
+from utils.predictions import volume_image
 
 PENALISED = (
     "* with missed and wrongly predicted {} as the diagonal of the volume: compare runs by these"
@@ -545,7 +546,7 @@ class Scoring:
     ) -> None:
         """Write the label map of a case and what `picture` draws of it, as the flags say."""
         if self.predictions and ids.ndim == 3:
-            nib.save(nib.Nifti1Image(ids, affine), self.predictions / f"{name}.nii.gz")
+            nib.save(volume_image(ids, affine), self.predictions / f"{name}.nii.gz")
         elif self.predictions:
             Image.fromarray(255 * ids).save(self.predictions / f"{name}.png")
         if self.overlays:

@@ -25,6 +25,7 @@ from dataloaders.base import InMemory
 from dataloaders.cases import Case, h5_lacks_label, read_h5, read_image
 from dataloaders.faults import CaseNotes, DataError, Report
 from dataloaders.lists import select
+from dataloaders.volumes import composed, is_data
 
 # range of intensities: eight-bit views are cut from them, and anything else would wrap around
 LIMITS = (0.0, 1.0)
@@ -101,7 +102,8 @@ class ACDCDataset(InMemory):
         and columns as the HDF5 files have them, D slices along the file's third axis; the file's
         own affine and native_shape.
         """
-        image, affine = read_image(case, self.in_channels)
+        notes = CaseNotes()
+        image, affine = read_image(case, self.in_channels, notes)
         native_shape = list(image.shape[1:])
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         if spacing[2] < 0.99 * spacing.max():
@@ -118,6 +120,7 @@ class ACDCDataset(InMemory):
             "image": image.swapaxes(1, 2),
             "native_affine": affine,
             "native_shape": native_shape,
+            "findings": notes.warnings,
         }
 
     def native(self, prediction: np.ndarray, sample: dict) -> np.ndarray:
@@ -162,7 +165,10 @@ class ACDCDataset(InMemory):
         index = case.index if isinstance(case, SliceCase) else None
         if case.images[0].suffix != ".h5":  # of the folder `unlabelled`
             if self._last[0] != case.images[0]:  # once for all of its slices
-                self._last = case.images[0], self.read_file(case)["image"][0]
+                scan = self.read_file(case)
+                self._last = case.images[0], scan["image"][0]
+                if notes is not None:
+                    notes.take(scan["findings"])
             # a view would keep the whole scan in memory
             planes = {"image": self._last[1][..., index].copy()}
         else:
@@ -180,7 +186,7 @@ class ACDCDataset(InMemory):
 
     def folder_cases(self, folder: Path, report: Report) -> list[Case]:
         """Slices of HDF5 volumes with the array `image`, else of scan files."""
-        files = sorted(folder.glob("*.h5"))
+        files = sorted(filter(is_data, folder.glob("*.h5")))
         volumes = [Case(path.stem, (path,)) for path in files]
         cases = []
         for case in volumes or super().folder_cases(folder, report):
@@ -209,8 +215,8 @@ class ACDCDataset(InMemory):
     def _volumes(self) -> dict[str, list[Case]]:
         """Patient -> its volumes, by frame."""
         volumes: dict[str, list[Case]] = {}
-        for path in sorted((self.root / "data").glob("*.h5")):
-            if match := _VOLUME.fullmatch(path.name):
+        for path in sorted(filter(is_data, (self.root / "data").glob("*.h5"))):
+            if match := _VOLUME.fullmatch(composed(path.name)):
                 volumes.setdefault(match[2], []).append(Case(match[1], (path,), path))
         return volumes
 
@@ -233,8 +239,8 @@ class ACDCDataset(InMemory):
                         )
             return cases
         slices: dict[str, list[tuple]] = {}
-        for path in folder.glob("*.h5"):
-            if match := _SLICE.fullmatch(path.name):
+        for path in filter(is_data, folder.glob("*.h5")):
+            if match := _SLICE.fullmatch(composed(path.name)):
                 slices.setdefault(match[2], []).append((match[1], int(match[3]), path))
         found = self._found(names, slices, folder, "patientXXX_frameYY_slice_Z.h5", report)
         for name in found:
@@ -281,6 +287,10 @@ class ACDCDataset(InMemory):
 def _num_slices(path: Path, num_classes: int) -> int:
     try:
         with h5py.File(path) as file:
-            return len(file["image"])
-    except (OSError, KeyError, TypeError, RuntimeError):
-        return len(read_h5(path, num_classes, 3)["image"])  # says what is wrong with the file
+            if checks.is_array(path, file, "image"):
+                return len(file["image"])
+    except DataError:
+        raise
+    except Exception:
+        pass
+    return len(read_h5(path, num_classes, 3)["image"])  # says what is wrong with the file

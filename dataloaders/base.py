@@ -357,6 +357,7 @@ class Dataset(abc.ABC):
             self.check_labels(facts, report)
             checks.check_orientations(facts, report)
             checks.check_spacings(facts, report)
+            checks.check_brightness(facts, report)
             seen = (
                 (split, self.named(case), case.images[0], found["content"])
                 for (split, case), found in facts.items()
@@ -376,7 +377,8 @@ class Dataset(abc.ABC):
     def facts(self, case: Case, split: str, store: bool) -> dict:
         """Read a case with checks -> `findings` about it, `content` (digests of its images), `ids`
         of its label (None: it has none), `shape` of its image and, where files have them,
-        `native_affine` and `spacing`, and of labels that may hold UNKNOWN its share as `unknown`.
+        `native_affine`, `spacing` and `shares` of its values below, in and above the window, and of
+        labels that may hold UNKNOWN its share as `unknown`.
         """
 
     def check_labels(self, facts: dict[tuple[str, Case], dict], report: Report) -> None:
@@ -406,7 +408,8 @@ class Dataset(abc.ABC):
 
     def read_file(self, case: Case) -> dict:
         """A file that is to be predicted, of a kind that people have, as `read` gives cases, and
-        what `native` takes. DataError for a format that cannot.
+        what `native` takes; `findings`: warnings about it, if there are any. DataError for a format
+        that cannot.
         """
         raise DataError(
             f"{case.images[0]}: {type(self).__name__} has no `read_file`, new files cannot be read"

@@ -10,20 +10,36 @@ statistics of their volume instead. The cache holds the scans as they are (16-bi
 nothing, 72 MB each), and a training step reads only its patch.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from dataloaders import augment
+from dataloaders import augment, checks
 from dataloaders.cases import UNKNOWN, Case
-from dataloaders.faults import DataError, Finding
+from dataloaders.faults import CaseNotes, DataError, Finding, Report
+from dataloaders.lists import read_decathlon
 from dataloaders.msd import MSDDataset
 
 CHANNELS = ("t1c", "t1n", "t2f", "t2w")
 REGIONS = ("tumour core", "whole tumour", "enhancing tumour")
 NORMALIZATIONS = ("crop", "volume")
+# What else the channels are called in data lists, without marks and in small letters
+_SYNONYMS = {
+    **dict.fromkeys(("t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1contrast", "t1wce"), "t1c"),
+    **dict.fromkeys(("t1n", "t1", "t1w", "t1native", "t1pre"), "t1n"),
+    **dict.fromkeys(("t2f", "flair", "t2flair", "fla"), "t2f"),
+    **dict.fromkeys(("t2w", "t2"), "t2w"),
+}
+_MEANINGS = {
+    "cavity": r"cavit|resect|\brc\b",
+    "core": r"necro|non.?enh|\bncr\b|\bnetc?\b|cyst|\bcc\b",
+    "oedema": r"edema|\bed\b|snfh|flair",
+    "enhancing": r"enhanc|\bet\b|active",
+}
+_IDS = {"1": "core", "2": "oedema", "3": "enhancing", "4": "enhancing"}
 _SUFFIXES_2021 = {"t1ce": "t1c", "t1": "t1n", "flair": "t2f", "t2": "t2w"}
 
 
@@ -94,7 +110,18 @@ class BraTSDataset(MSDDataset):
         channel the `mean` and `std` of the non-zero voxels, the brain's `box` (first and one past
         the last voxel), and the grid's keys.
         """
-        image, label, affine, seen = self._read_checked(case)
+        image, label, affine, notes = self._read_checked(case)
+        if label is not None and {3, 4} <= set(np.unique(label).tolist()):
+            raise DataError(
+                Finding(
+                    "label ids",
+                    str(case.label),
+                    "both ids 3 and 4: those of another release (after treatment 4 is the "
+                    "resection cavity, of children it is oedema)",
+                    "1 necrotic core, 2 oedema, 3 or 4 enhancing tumour",
+                    "map the ids, or set format: nnunet with regions of your own",
+                )
+            )
         brain = (image > 0).any(0)
         if not brain.any():
             raise DataError(
@@ -106,6 +133,8 @@ class BraTSDataset(MSDDataset):
                     "give the scan as it was released, skull-stripped, with air at 0",
                 )
             )
+        if label is not None:
+            self._check_box(case, label, brain, notes)
         occupied = [np.flatnonzero(brain.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         mean, std = _statistics(image)
         short = np.abs(image).max() < 2**15 and bool((image == np.rint(image)).all())
@@ -127,8 +156,20 @@ class BraTSDataset(MSDDataset):
             "native_affine": affine,
             "native_shape": list(image.shape[1:]),
             **ids,
-            **seen,
+            **self._seen(case, notes),
         }
+
+    def _check_box(
+        self, case: Case, label: np.ndarray, brain: np.ndarray, notes: CaseNotes
+    ) -> None:
+        """A warning about labelled voxels outside of the brain's box, which patches come from."""
+        box = np.ix_(*(_extent(brain.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)))
+        before, left = (
+            dict(enumerate(np.bincount(ids.ravel(), minlength=256).tolist()))
+            for ids in (label, label[box])
+        )
+        cause, fix = "outside of the brain's box lie", "check that image and label belong together"
+        checks.check_kept(case.label, before, left, self.id_titles(), cause, fix, notes)
 
     def read(self, case: Case) -> dict:
         """The case as it is evaluated: the whole volume, z-scored; label regions (3, H, W, D)
@@ -161,6 +202,57 @@ class BraTSDataset(MSDDataset):
 
     def structures(self) -> dict[str, tuple[int, ...]]:
         return dict(zip(self.class_names, ((1, 3), (1, 2, 3), (3,))))
+
+    def id_titles(self) -> dict[int, str]:
+        return {k: name for k, name in self.id_names().items() if k} | {4: "enhancing tumour"}
+
+    def sections(self, report: Report | None) -> dict[str, list[Case]]:
+        """As MSDDataset's; what the JSON says of channels and ids is compared with the format."""
+        if report is not None:
+            with report.catching():
+                path = self.root / self.datalist
+                check_description(path, read_decathlon(path), report)
+        return super().sections(report)
+
+    def check_labels(self, facts: dict[tuple[str, Case], dict], report: Report) -> None:
+        """Also: all cases are of one release. It is told by the ids and by the names of files."""
+        super().check_labels(facts, report)
+        having = {
+            k: [key for key, found in facts.items() if k in (found["ids"] or ())] for k in (3, 4)
+        }
+        for split, case in having[4] if having[3] else ():
+            report.error(
+                "label ids",
+                case.label,
+                f"id 4, and {len(having[3])} other cases have id 3",
+                "enhancing tumour as 3 in all cases, or as 4 in all",
+                "map the ids of one release to those of the other (4 is another structure in "
+                "releases of 2024 and later)",
+                split=split,
+                case=case.name,
+            )
+        for split, case in having[4] if not having[3] else ():
+            if case.images[0].name.split(".")[0].endswith("-t1c"):
+                report.warning(
+                    "label ids",
+                    case.label,
+                    "id 4 beside file names of 2023 and later, where enhancing tumour is 3",
+                    "enhancing tumour, as which 4 is read",
+                    "make sure that it is no resection cavity and no oedema",
+                    split=split,
+                    case=case.name,
+                )
+        for split, case in facts:
+            if "-ped-" in case.name.lower():
+                report.warning(
+                    "label ids",
+                    case.label or case.images[0],
+                    "a case of the paediatric data, whose ids differ between releases",
+                    "1 necrotic core, 2 oedema, 3 or 4 enhancing tumour",
+                    "compare them with the description of the release",
+                    split=split,
+                    case=case.name,
+                )
 
     def id_names(self) -> dict[int, str]:
         return {0: "background", 1: "necrotic core", 2: "oedema", 3: "enhancing tumour"}
@@ -211,6 +303,55 @@ class BraTSDataset(MSDDataset):
         else:
             image = augment.zscore_nonzero(image)
         return {"image": image, "label": self.encoded(crop_padded(sample["label"], start, size))}
+
+
+def _extent(found: np.ndarray) -> np.ndarray:
+    """Numbers from the first True to the last."""
+    places = np.flatnonzero(found)
+    return np.arange(places[0], places[-1] + 1)
+
+
+def _meaning(name: str) -> str:
+    """Which part of a tumour a name speaks of; '' for others."""
+    name = name.lower()
+    for meaning, pattern in _MEANINGS.items():
+        if re.search(pattern, name):
+            return meaning
+    return ""
+
+
+def check_description(path: Path, content: dict, report: Report) -> None:
+    """Errors where a data set's JSON says that its channels or ids are others than the format's."""
+    modality = content.get("modality", {})
+    if isinstance(modality, dict):
+        modality = [modality[key] for key in sorted(modality, key=_number)]
+    names = [re.sub(r"[^a-z0-9]", "", str(name).lower()) for name in modality]
+    found = [_SYNONYMS.get(name, name) for name in names]
+    if sorted(found) == sorted(CHANNELS) and tuple(found) != CHANNELS:
+        report.error(
+            "channels",
+            path,
+            f"'modality' lists the channels as {', '.join(map(str, modality))}",
+            f"the order {', '.join(CHANNELS)}",
+            "write the channels in this order, or set format: msd or nnunet",
+        )
+    labels = content.get("labels", {})
+    labels = labels if isinstance(labels, dict) else {}
+    for key, value in labels.items():
+        number, name = (key, value) if str(key).isdecimal() else (value, key)
+        said, meant = _meaning(str(name)), _IDS.get(str(number), "")
+        if said and said != meant:
+            report.error(
+                "label ids",
+                path,
+                f"'labels' says that {number} is '{name}'",
+                "1 necrotic core, 2 oedema, 3 or 4 enhancing tumour",
+                "map the ids, or set format: nnunet with regions of your own",
+            )
+
+
+def _number(key: object) -> int:
+    return int(key) if str(key).isdecimal() else -1
 
 
 def enlarge(

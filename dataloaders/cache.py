@@ -17,7 +17,7 @@ import numpy as np
 
 from dataloaders.cases import Case, file_digest
 
-FORMAT = 2  # raise when the stored layout or the meaning of a transform changes
+FORMAT = 3  # raise when the stored layout or the meaning of a transform changes
 
 
 class CaseCache:

@@ -20,7 +20,7 @@ from dataloaders.faults import (
     no_file,
     unreadable,
 )
-from dataloaders.volumes import DICOM_SUFFIXES, has_suffix, read_volume
+from dataloaders.volumes import DICOM_SUFFIXES, composed, has_suffix, is_data, read_volume
 
 UNKNOWN = 255  # in labels that were read: nobody labelled the voxel, or there is no label
 
@@ -41,6 +41,8 @@ class Case:
     classes: tuple[str | int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        # names of a list and of the file system are the same, however their letters are composed
+        object.__setattr__(self, "name", composed(self.name))
         if self.name in ("", ".", "..") or any(
             c in "/\\" or ord(c) < 32 or ord(c) == 127 for c in self.name
         ):
@@ -71,7 +73,7 @@ def read_image(
     faults, read = Report(), []
     for path in case.images:
         with faults.catching():
-            read.append((path, *read_volume(path)))
+            read.append((path, *read_volume(path, notes)))
     if read and notes is not None:
         _, voxels, affine = read[0]
         shape = voxels.shape[:3] if len(case.images) == 1 else voxels.shape
@@ -108,7 +110,9 @@ def read_label(
     if case.label is None:
         raise checks.without_label(case)
     faults = Report()
-    label, label_affine = read_volume(case.label)
+    label, label_affine = read_volume(case.label, notes)
+    if notes is not None:
+        checks.check_forms(case.label, label_affine, notes)
     if label.ndim == 4 and label.shape[-1] == 1:
         label = label[..., 0]
     if affine is not None:
@@ -151,7 +155,9 @@ def read_h5(
             numeric = checks.check_h5(path, file, ndim, index, faults)
             part = () if index is None or faults.errors else index
             arrays = {key: np.asarray(file[key][part]) for key in numeric}
-    except (OSError, RuntimeError) as error:  # h5py reports damage inside a file as either
+    except DataError:
+        raise
+    except Exception as error:  # h5py reports damage inside a file in many ways
         raise DataError(unreadable(path, error)) from error
     if "image" in arrays:
         checks.check_intensities(path, arrays["image"].astype(np.float32), limits, faults)
@@ -171,8 +177,9 @@ def h5_lacks_label(path: Path) -> bool:
     """
     try:
         with h5py.File(path) as file:
-            return "image" in file and "label" not in file
-    except (OSError, RuntimeError):
+            there = [file.get(key, getlink=True) is not None for key in ("image", "label")]
+            return there == [True, False]
+    except Exception:
         return False
 
 
@@ -186,7 +193,7 @@ def file_digest(path: Path, known: dict[str, list]) -> str:
         raise DataError(no_file(path))
     folder = path if path.is_dir() else path.parent
     if path.is_dir() or has_suffix(path, DICOM_SUFFIXES):
-        files = sorted(file for file in folder.iterdir() if file.is_file())
+        files = sorted(file for file in folder.iterdir() if file.is_file() and is_data(file))
         lines = [f"{file.name} {_content_digest(file, known)}" for file in files]
         lines += [] if path.is_dir() else [path.name]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -14,8 +14,8 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from dataloaders.faults import ERROR, DataError, Finding, Report, gathering
-from dataloaders.volumes import NIFTI_SUFFIXES, has_suffix, inside
+from dataloaders.faults import ERROR, DataError, Finding, Report, check_room, gathering
+from dataloaders.volumes import inside
 
 if TYPE_CHECKING:
     from dataloaders.cases import Case
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 SMALLEST, LARGEST, RATIO = 0.1, 12.0, 15.0
 # degrees between an axis of the scan and of the body beyond which its name is a guess
 OBLIQUE = 35.0
+HOUNSFIELD = (-200.0, 300.0)  # below lies the air of every CT scan, above its bone or contrast
+MOST_HU = 3100.0  # what most voxels of a CT scan stay below; air has -1000, padding up to -3024
+# difference of the share of voxels in, below or above the window from the usual one
+UNLIKE = 0.5
 
 
 # Lists that are trained on
@@ -318,8 +322,10 @@ def check_header(path: Path, affine: np.ndarray, notes: Report) -> None:
     """Warnings about a grid that can hardly be right: it would mislead every distance in mm and
     every reorientation.
     """
-    header = nib.load(path).header if has_suffix(path, NIFTI_SUFFIXES) else {}
-    if "sform_code" in header and not header["sform_code"] and not header["qform_code"]:
+    header = getattr(affine, "placed", None)
+    check_forms(path, affine, notes)
+    affine = np.asarray(affine)
+    if header is not None and not header["sform_code"] and not header["qform_code"]:
         notes.warning(
             "header",
             path,
@@ -358,6 +364,110 @@ def check_header(path: Path, affine: np.ndarray, notes: Report) -> None:
         )
 
 
+def check_forms(path: Path, affine: np.ndarray, notes: Report) -> None:
+    """A warning where the two forms of a NIfTI header put the scan at different places."""
+    header = getattr(affine, "placed", None)
+    if header is None or not header["sform_code"] or not header["qform_code"]:
+        return
+    try:
+        other = header.get_qform()
+    except Exception:  # a quaternion of no rotation, which programs that read it refuse
+        found = "the quaternion of its header (qform) is no rotation"
+        notes.warning("header", path, found, "one", "set it anew, or its code to 0")
+        return
+    corners = np.array(np.meshgrid(*[(0.0, 1.0)] * 3)).reshape(3, -1) * 100
+    difference = header.get_sform() - other
+    apart = float(np.abs(difference[:3, :3] @ corners + difference[:3, 3:]).max())
+    if not apart <= 0.1 * float(np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).min()):
+        notes.warning(
+            "header",
+            path,
+            f"its two forms, sform (code {int(header['sform_code'])}) and qform (code "
+            f"{int(header['qform_code'])}), differ by up to {apart:.3g} mm",
+            "one place in space",
+            "the sform is used here, other programs use the qform; results keep both",
+        )
+
+
+def check_hounsfield(path: Path, image: np.ndarray, window: Sequence[float], notes: Report) -> None:
+    """A warning about a scan that can hardly be in Hounsfield units, where a window of those is
+    set (it begins below 0).
+
+    image: any shape. An offset, a scale of 0..1 or 0..255, and masked scans have nothing as dark
+    as air; twice the offset leaves nothing bright.
+    """
+    if window[0] >= 0:
+        return
+    low, high = float(image.min()), float(image.max())
+    found = ""
+    if low > HOUNSFIELD[0]:
+        found = f"nothing is below {HOUNSFIELD[0]:g} (values {low:.4g}..{high:.4g})"
+    elif high < HOUNSFIELD[1]:
+        found = f"nothing is above {HOUNSFIELD[1]:g} (values {low:.4g}..{high:.4g})"
+    elif np.median(np.abs(image.ravel()[:: max(1, image.size // 10**5)])) > MOST_HU:
+        found = f"most values are beyond those of a CT scan (values {low:.4g}..{high:.4g})"
+    if found:
+        notes.warning(
+            "range",
+            path,
+            found,
+            f"Hounsfield units, as the window {window[0]:g}..{window[1]:g} is",
+            "is the scan stored with an offset, scaled, masked, or no CT? convert it to HU, or set "
+            "intensity and window",
+        )
+
+
+def check_brightness(facts: Mapping[tuple, Mapping], report: Report) -> None:
+    """A warning for each scan of which the window shows quite another part than of most others.
+    facts: (split, case) -> `shares` below, within and above the window, where there is one.
+    """
+    shares = {key: found["shares"] for key, found in facts.items() if found.get("shares")}
+    if len(shares) < 3:
+        return
+    usual = np.median(list(shares.values()), axis=0)
+    for (split, case), own in shares.items():
+        if np.abs(np.array(own) - usual).max() > UNLIKE:
+            shown, others = (
+                ", ".join(f"{100 * share:.0f} %" for share in each) for each in (own, usual)
+            )
+            report.warning(
+                "range",
+                case.images[0],
+                f"{shown} of its values lie below, in and above the window",
+                f"about {others}, as of most scans",
+                "check that it is in the unit of the others",
+                split=split,
+                case=case.name,
+            )
+
+
+def check_kept(
+    path: Path,
+    before: Mapping[int, float],
+    after: Mapping[int, float],
+    names: Mapping[int, str],
+    cause: str,
+    fix: str,
+    notes: Report,
+    least: float = 1.0,
+) -> None:
+    """A warning for labelled voxels that preprocessing takes away.
+
+    before, after: of each id, how many of its voxels there were, and are left. least: share of them
+    that has to be left.
+    """
+    lost = {
+        k: 1 - after[k] / before[k]
+        for k in names
+        if before.get(k) and after[k] < least * before[k] - 1e-6
+    }
+    if lost:
+        shown = ", ".join(f"{100 * share:.3g} % of '{names[k]}'" for k, share in lost.items())
+        notes.warning(
+            "lost labels", path, f"{cause}, of its labelled voxels: {shown}", "all are kept", fix
+        )
+
+
 def check_image(
     case: "Case",
     read: Sequence[tuple[Path, np.ndarray, np.ndarray]],
@@ -390,7 +500,9 @@ def check_image(
         faults.error(
             "channels",
             case.images[0],
-            f"{channels} channel(s) and shape {shape}",
+            f"{channels} channel(s) and shape {shape}"
+            if len(shape) in (3, 4)
+            else f"{len(shape)} axes, shape {shape}",
             f"{in_channels} channel(s) of a 3D scan",
             "set in_channels or mend the data list",
         )
@@ -527,7 +639,7 @@ def check_h5(path: Path, file, ndim: int, index: int | None, faults: Report) -> 
     """Keys, shapes and types of an open HDF5 file -> those of `image` and `label` that hold
     numbers.
     """
-    keys = [key for key in ("image", "label") if isinstance(file.get(key), h5py.Dataset)]
+    keys = [key for key in ("image", "label") if is_array(path, file, key)]
     if "image" not in keys:
         raise DataError(
             Finding(
@@ -551,6 +663,35 @@ def check_h5(path: Path, file, ndim: int, index: int | None, faults: Report) -> 
         found = f"'{key}' is of type {file[key].dtype}"
         faults.error("type", path, found, "numbers", "convert the case again")
     return numeric
+
+
+def is_array(path: Path, file: h5py.File, key: str) -> bool:
+    """Whether `key` of an open HDF5 file is an array that the file itself holds; DataError where it
+    would be read from elsewhere, whatever is there, or needs more memory than there is.
+    """
+    link = file.get(key, getlink=True)
+    if link is None:
+        return False
+    elsewhere = "" if isinstance(link, h5py.HardLink) else "a link"
+    array = None if elsewhere else file[key]
+    if isinstance(array, h5py.Dataset):
+        if array.external:
+            elsewhere = f"stored in '{array.external[0][0]}'"
+        elif array.is_virtual:
+            elsewhere = "made of other arrays"
+        else:
+            check_room(path, array.shape or (), array.dtype.itemsize)
+    if elsewhere:
+        raise DataError(
+            Finding(
+                "outside",
+                str(path),
+                f"'{key}' is {elsewhere}",
+                "an array in the file itself",
+                "copy the array into the file",
+            )
+        )
+    return isinstance(array, h5py.Dataset)
 
 
 def check_h5_types(path: Path, arrays: Mapping[str, np.ndarray], notes: Report) -> None:
@@ -597,7 +738,77 @@ def check_intensities(
         )
 
 
-# Masks
+# Photographs and masks
+
+
+def check_pages(path: Path, image: Image.Image) -> None:
+    """DataError for a file of several pages, of which one alone would be seen."""
+    # a JPEG of a phone may hold previews or a second view after the picture itself
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if pages > 1:
+        found, fix = f"{pages} pages or frames", "store each in a file of its own"
+        raise DataError(Finding("shape", str(path), found, "one image", fix))
+
+
+def check_depth(path: Path, image: Image.Image) -> None:
+    """DataError for pixels of more than 8 bits, asked before they are decoded: some readers cut
+    them to their upper half.
+    """
+    # of a BMP file ;16 counts the bits of all channels
+    raw = " ".join(str(part[3]) for part in image.tile if image.format != "BMP")
+    if image.mode[0] in "IF" or ";16" in raw or ";12" in raw or ";32" in raw:
+        deep = image.mode if image.mode[0] in "IF" else f"{image.mode}, more than 8 bits"
+        raise DataError(
+            Finding(
+                "type",
+                str(path),
+                f"pixels of mode {deep}",
+                "8 bits per channel",
+                "convert the image",
+            )
+        )
+
+
+def check_transparency(path: Path, image: Image.Image, notes: Report) -> None:
+    """A warning about an image of which viewers do not show all that a network sees."""
+    if image.has_transparency_data:
+        share = np.mean(np.asarray(image.convert("RGBA"))[..., 3] < 255)
+        if share:
+            notes.warning(
+                "type",
+                path,
+                f"{100 * share:.3g} % of the pixels are transparent, their hidden colours are used",
+                "opaque pixels",
+                "store the image without transparency",
+            )
+
+
+def grey_mask(path: Path, mask: Image.Image) -> Image.Image:
+    """The mask in mode L. Where it is drawn as transparency, in one colour, alpha is the mask;
+    DataError where colours and alpha say different things.
+    """
+    if not mask.has_transparency_data:
+        return mask.convert("L")
+    coloured = mask.convert("RGBA")
+    alpha, grey = coloured.getchannel("A"), coloured.convert("RGB").convert("L")
+    low, high = alpha.getextrema()
+    if low == high == 255:
+        return grey
+    shades = np.asarray(grey)
+    shown = shades[np.asarray(alpha) > 127]
+    one_colour = shown.size > 0 and shown.min() == shown.max()
+    # dark on transparent is the mask too, unless what is hidden is bright: either could be meant
+    if low < high and one_colour and (shown[0] > 127 or shades.max() <= 127):
+        return alpha
+    raise DataError(
+        Finding(
+            "mask values",
+            str(path),
+            "its transparency and its colours show different masks",
+            "0 and 255 without transparency, or one colour on transparent",
+            "export the mask as a grey image",
+        )
+    )
 
 
 def check_mask(
@@ -628,6 +839,20 @@ def check_mask(
             "multiply ids by 255",
         )
         return
+    inside = np.asarray(mask) > 127
+    if ignore is not None:
+        inside &= np.asarray(mask) != ignore
+    border = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
+    if border.all():
+        faults.warning(
+            "mask values",
+            path,
+            "the whole image is foreground"
+            if inside.all()
+            else f"the whole border and {100 * inside.mean():.3g} % of the pixels are foreground",
+            "a background",
+            "check that the mask is whole, and not inverted",
+        )
     # compression moves a value by less than 32
     between = counts[32:224] if lossy else counts[1:255]
     share = between.sum() / counts.sum()

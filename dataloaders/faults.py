@@ -7,7 +7,10 @@ finding of level 'error' keeps a run from starting; a 'warning' is printed and t
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +40,14 @@ FAULTS = {
     "affine": "the grid in space is impossible, or differs between image and label",
     "spacing": "voxel sizes are implausible, or differ between image and label",
     "orientation": "axes of image and label point elsewhere, or a case is stored unlike the others",
-    "header": "the header places the scan nowhere: an identity affine, or none at all",
+    "header": "the header places the scan nowhere, or in two places, or its file has an odd end",
+    "too large": "its header asks for more memory than there is, or it unpacks without an end",
     "not finite": "NaN or infinite intensities",
     "constant": "every voxel has one value",
-    "range": "intensities lie outside of what the format has",
+    "range": "intensities lie outside of what the format has, or are not in Hounsfield units",
     "no foreground": "nothing is left of the scan after cropping to the body or brain",
-    "label ids": "a label holds ids of no class",
+    "label ids": "a label holds ids of no class, or of another release of the data",
+    "lost labels": "cropping or resampling takes labelled voxels away",
     "mask values": "a mask holds values between background and foreground",
     "empty label": "a label without foreground",
     "absent class": "no case of the training list has a class",
@@ -249,11 +254,112 @@ def no_file(path: Path) -> Finding:
     )
 
 
-def unreadable(path: Path, error: Exception) -> Finding:
-    reason = (
-        f"unreadable or truncated ({type(error).__name__}: {' '.join(str(error).split())[-200:]})"
-    )
+def unreadable(path: Path, error: Exception | str) -> Finding:
+    """A file that no reader takes: what it is, where its first bytes tell, else what was raised."""
+    kind = what_it_is(path)
+    if kind:
+        return Finding("unreadable", str(path), kind[0], "", kind[1])
+    cause = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    reason = f"unreadable or truncated ({' '.join(cause.split())[-200:]})"
     return Finding("unreadable", str(path), reason, "", "copy the file again")
+
+
+# First bytes of files that are often met in the place of a scan or an image: offset, bytes, what
+# they are, endings of names that may have them, what to do.
+_AGAIN = "download the file again, as the provider says (log in, accept the terms)"
+_KINDS = (
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself", (), "git lfs pull"),
+    (0, b"/annex/objects/", "a git-annex pointer, not the file itself", (), "git annex get"),
+    (0, b"../.git/annex/", "a git-annex pointer, not the file itself", (), "git annex get"),
+    (0, b"\0\5\x16\7", "macOS metadata (AppleDouble), no data", (), "take it out of the lists"),
+    (0, b"<!doctype html", "a web page", (), _AGAIN),
+    (0, b"<html", "a web page", (), _AGAIN),
+    (0, b"<head", "a web page", (), _AGAIN),
+    (0, b"<?xml", "an XML text, perhaps the answer of a server", (), _AGAIN),
+    (0, b"pk\3\4", "a zip archive", (".zip",), "unpack it"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", (".7z",), "unpack it"),
+    (0, b"rar!\x1a\7", "a rar archive", (".rar",), "unpack it"),
+    (257, b"ustar", "a tar archive", (".tar",), "unpack it"),
+    (0, b"bzh", "compressed by bzip2", (".bz2",), "unpack it"),
+    (0, b"\xfd7zxz", "compressed by xz", (".xz",), "unpack it"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", (".zst",), "unpack it"),
+    (0, b"%pdf", "a PDF document", (".pdf",), "export the image"),
+    (0, b"%!ps", "a PostScript text", (".eps", ".ps"), "export the image"),
+    (0, b"\xc5\xd0\xd3\xc6", "a PostScript text", (".eps", ".ps"), "export the image"),
+    (0, b"\x89hdf", "an HDF5 file", (".h5", ".hdf5"), "name it .h5, or convert it"),
+    (0, b"nrrd000", "an NRRD file", (".nrrd", ".nhdr"), "name it .nrrd"),
+    (0, b"\x89png", "a PNG image", (".png",), "name it .png"),
+    (0, b"\xff\xd8\xff", "a JPEG image", (".jpg", ".jpeg"), "name it .jpg"),
+    (
+        128,
+        b"dicm",
+        "a DICOM file",
+        (".dcm", ".ima"),
+        "name it .dcm, or name the folder of its series",
+    ),
+)
+
+
+def what_it_is(path: Path) -> tuple[str, str] | None:
+    """What a file is if not what its name says, and what to do; None where its bytes do not tell.
+
+    Files are opened by their content where that is safe, so this is asked of those alone that
+    could not be read.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(512)
+    except OSError:
+        return None
+    name, packed = path.name.lower(), begin.startswith(b"\x1f\x8b")
+    if packed and not name.endswith(".gz"):
+        return (
+            "compressed by gzip, although its name does not end in .gz",
+            "add .gz to the name, or unpack it (gunzip)",
+        )
+    if name.endswith(".gz") and begin[344:347] in (b"n+1", b"ni1"):
+        return "not compressed, although its name ends in .gz", "take .gz from the name"
+    text = begin.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for offset, mark, what, endings, fix in _KINDS:
+        found = begin[offset:].lower() if offset else text
+        if found.startswith(mark) and not name.endswith(endings):
+            return what, fix
+    return None
+
+
+# Memory
+
+MOST = 0.5  # of the memory that one file's voxels may take, as stored and as float32
+
+
+def check_room(path: Path, shape: Sequence[int], itemsize: int) -> None:
+    """DataError where an array of `shape`, which a header tells, does not fit the memory.
+
+    Asked before anything of that size is made. itemsize: bytes of a value as the reader gives it.
+    """
+    count = math.prod(int(side) for side in shape)
+    needed, there = count * (itemsize + 4), memory()
+    if needed > MOST * there:
+        raise DataError(
+            Finding(
+                "too large",
+                str(path),
+                f"its header speaks of {' x '.join(map(str, shape))} values, "
+                f"{needed / 1e9:.3g} GB in memory",
+                f"at most {MOST * there / 1e9:.3g} GB, half of this machine's memory",
+                "repair the header, or resample or crop the scan",
+            )
+        )
+
+
+@functools.cache
+def memory() -> int:
+    """Bytes of memory that this process may take: the machine's, or the limit of its container."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path("/sys/fs/cgroup", name).read_text()))
+    return total
 
 
 def content_digest(image: np.ndarray) -> str:

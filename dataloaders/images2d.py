@@ -19,16 +19,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dataloaders import augment
 from dataloaders.base import InMemory
 from dataloaders.cases import UNKNOWN, Case
-from dataloaders.checks import check_inside, check_mask
-from dataloaders.faults import WARNING, CaseNotes, DataError, Finding, Report, no_file, unreadable
-from dataloaders.lists import draw, find_images, labelled_count, read_split
+from dataloaders.checks import (
+    check_depth,
+    check_inside,
+    check_mask,
+    check_pages,
+    check_transparency,
+    grey_mask,
+)
+from dataloaders.faults import (
+    WARNING,
+    CaseNotes,
+    DataError,
+    Finding,
+    Report,
+    check_room,
+    no_file,
+    unreadable,
+)
+from dataloaders.lists import draw, find_images, labelled_count, listed_file, read_split
+from dataloaders.volumes import is_data, stem
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+# Readers of PIL that are asked, whatever the name's ending says; all of them are plain decoders
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP")
 FOLDERS = {  # images, masks; where the names alone tell the list, its name
     "train": ("train/images", "train/masks"),
     "val": ("val/images", "val/masks"),
@@ -112,9 +131,9 @@ class Images2DDataset(InMemory):
             paths = _files(self.root / images)
             if paths:
                 labels = {
-                    path.stem.removesuffix(MASK_ENDING): path for path in _files(self.root / masks)
+                    stem(path).removesuffix(MASK_ENDING): path for path in _files(self.root / masks)
                 }
-                found[key] = [Case(path.stem, (path,), labels.get(path.stem)) for path in paths]
+                found[key] = [Case(stem(path), (path,), labels.get(stem(path))) for path in paths]
         return found
 
     def skipped(self) -> list[Path]:
@@ -140,7 +159,9 @@ class Images2DDataset(InMemory):
 
     def read_file(self, case: Case) -> dict:
         """An image file: image (3, H, W) float32 in 0..1 at its own size."""
-        return {"image": augment.from_pil(_open(case.images[0]).convert("RGB")), "name": case.name}
+        notes = Report()
+        image = augment.from_pil(_open_image(case.images[0], notes))
+        return {"image": image, "name": case.name, "findings": notes.warnings}
 
     def slices(self, volume: dict) -> np.ndarray:
         """The image as the network takes it: (1, 3, *patch_size) float32."""
@@ -224,7 +245,9 @@ class Images2DDataset(InMemory):
         for line in lines:
             paths = line.split("\t") if "\t" in line else line.split()
             if len(paths) == 2 and all(Path(path).suffix.lower() in SUFFIXES for path in paths):
-                image, mask = (self.root / path.strip() for path in paths)
+                image, mask = (
+                    listed_file(source, self.root, path.strip(), report) for path in paths
+                )
                 if all(
                     [
                         check_inside(p, self.root, source, report, self.allow_outside)
@@ -232,8 +255,8 @@ class Images2DDataset(InMemory):
                     ]
                 ):
                     with report.catching():
-                        if self._add(Case(image.stem, (image,), mask), report):
-                            names.append(image.stem)
+                        if self._add(Case(stem(image), (image,), mask), report):
+                            names.append(stem(image))
                 continue
             by_name = by_name or self._by_name(report)
             if line in by_name:
@@ -343,9 +366,9 @@ class Images2DDataset(InMemory):
     def _check_strays(self, report: Report) -> None:
         """A warning for each mask of the folders without an image: its image may have been lost."""
         for images, masks in FOLDERS.values():
-            named = {path.stem for path in _files(self.root / images)}
+            named = {stem(path) for path in _files(self.root / images)}
             for path in _files(self.root / masks) if named else []:
-                if path.stem.removesuffix(MASK_ENDING) not in named:
+                if stem(path).removesuffix(MASK_ENDING) not in named:
                     report.warning(
                         "stray file",
                         path,
@@ -382,29 +405,39 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether the name is an image's; macOS leaves files `._NAME.jpg` in archives that are none."""
-    return path.suffix.lower() in SUFFIXES and path.name[0] != "."
+    """Whether the name is an image's, and no hidden file's."""
+    return path.suffix.lower() in SUFFIXES and is_data(path)
 
 
 def _open(path: Path) -> Image.Image:
+    """The image of a file, turned as its EXIF tag says, which is how viewers and annotation tools
+    show it. Readers of other formats are not asked, since some of them start programs.
+    """
     if not path.is_file():
         raise DataError(no_file(path))
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            check_room(path, (*image.size, len(image.getbands())), 1)
+            check_pages(path, image)
+            check_depth(path, image)
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            format, image = image.format, ImageOps.exif_transpose(image)
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        found = Finding("too large", str(path), str(error), "", "crop or shrink the image")
+        raise DataError(found) from error
+    except Exception as error:  # readers raise errors of any kind where a header makes no sense
         raise DataError(unreadable(path, error)) from error
-    if image.mode[0] in "IF":
-        raise DataError(
-            Finding(
-                "type",
-                str(path),
-                f"pixels of mode {image.mode}",
-                "8 bits per channel",
-                "convert the image",
-            )
-        )
+    image.format = format  # a turned image has forgotten it
     return image
+
+
+def _open_image(path: Path, notes: Report) -> Image.Image:
+    """An image in mode RGB; warnings go to `notes`."""
+    image = _open(path)
+    check_transparency(path, image, notes)
+    return image.convert("RGB")
 
 
 def _open_pair(
@@ -415,7 +448,7 @@ def _open_pair(
     """
     faults, image, mask = Report(), None, None
     with faults.catching():
-        image = _open(case.images[0]).convert("RGB")
+        image = _open_image(case.images[0], faults)
         if all(low == high for low, high in image.getextrema()):
             faults.error(
                 "constant",
@@ -427,8 +460,9 @@ def _open_pair(
     with faults.catching():
         if case.label is not None:
             mask = _open(case.label)
-            lossy = mask.format == "JPEG" or case.label.suffix.lower() in (".jpg", ".jpeg")
-            mask = mask.convert("L")
+            lossy = mask.format in ("JPEG", "MPO")
+            lossy = lossy or case.label.suffix.lower() in (".jpg", ".jpeg")
+            mask = grey_mask(case.label, mask)
             check_mask(case.label, mask, lossy, faults, ignore)
     if image is not None and mask is not None and image.size != mask.size:
         faults.error(

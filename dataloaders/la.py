@@ -26,6 +26,7 @@ from dataloaders import augment
 from dataloaders.base import InMemory
 from dataloaders.cases import Case, h5_lacks_label, read_h5, read_image
 from dataloaders.faults import CaseNotes, DataError, Finding, Report
+from dataloaders.volumes import as_stored, is_data
 
 ORIENTATION = "LPS"  # of the arrays in the files, as the challenge's own scans store them
 SPACING = 0.625  # mm, along each axis
@@ -79,7 +80,8 @@ class LADataset(InMemory):
         The HDF5 files were z-scored over the challenge's whole scans, too, and then cropped around
         the atrium: a network trained on them has seen little of what lies further off.
         """
-        image, native_affine = read_image(case, self.in_channels)
+        notes = CaseNotes()
+        image, native_affine = read_image(case, self.in_channels, notes)
         native = {"native_affine": native_affine, "native_shape": list(image.shape[1:])}
         scan = MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(native_affine))
         axes = Orientation(axcodes=ORIENTATION, labels=(("L", "R"), ("P", "A"), ("I", "S")))
@@ -87,7 +89,8 @@ class LADataset(InMemory):
         image = np.array(scan.numpy(), dtype=np.float32)
         image -= np.float32(image.mean(dtype=np.float64))
         image /= np.float32(image.std(dtype=np.float64))
-        return {"image": image, "affine": scan.affine.numpy(), **native}
+        read = {"image": image, "affine": scan.affine.numpy(), **native}
+        return read | {"findings": notes.warnings}
 
     def weak(self, sample: dict, rng: np.random.Generator) -> dict:
         """Quarter turns and a mirror in the axial plane, then a random crop."""
@@ -96,7 +99,10 @@ class LADataset(InMemory):
     def load(self, case: Case, notes: CaseNotes | None) -> dict[str, np.ndarray]:
         """An HDF5 file, or a scan of the folder `unlabelled`."""
         if case.images[0].suffix != ".h5":
-            arrays = {"image": self.read_file(case)["image"][0]}
+            scan = self.read_file(case)
+            arrays = {"image": scan["image"][0]}
+            if notes is not None:
+                notes.take(scan["findings"])
         else:
             how = {"notes": notes, "ignore": self.ignore_label}
             arrays = read_h5(case.images[0], self.num_classes, 3, **how)
@@ -105,12 +111,12 @@ class LADataset(InMemory):
         return {key: array[None] for key, array in arrays.items()}
 
     def has_label(self, name: str) -> bool:
-        paths = [self.root / layout.format(name) for layout in LAYOUTS]
+        paths = [as_stored(self.root / layout.format(name)) for layout in LAYOUTS]
         return not any(path.is_file() and h5_lacks_label(path) for path in paths)
 
     def folder_cases(self, folder: Path, report: Report) -> list[Case]:
         """HDF5 files (ID.h5 or ID/mri_norm2.h5) with the array `image`, else scan files."""
-        files = {path.stem: path for path in sorted(folder.glob("*.h5"))}
+        files = {path.stem: path for path in sorted(folder.glob("*.h5")) if is_data(path)}
         files |= {path.parent.name: path for path in sorted(folder.glob("*/mri_norm2.h5"))}
         if not files:
             return super().folder_cases(folder, report)
@@ -121,7 +127,7 @@ class LADataset(InMemory):
         for name in names:
             with report.catching():
                 Case(name, ())  # a plain name, before it becomes part of a path
-                paths = [self.root / layout.format(name) for layout in LAYOUTS]
+                paths = [as_stored(self.root / layout.format(name)) for layout in LAYOUTS]
                 path = next((path for path in paths if path.is_file()), None)
                 if path is None:
                     raise DataError(

@@ -1,16 +1,27 @@
 """Which cases there are: lists in text files and JSON, patients, and files in folders."""
 
+import dataclasses
 import itertools
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from dataloaders.cases import Case
 from dataloaders.checks import check_inside
+from dataloaders.dicom import dicom_series
 from dataloaders.faults import DataError, Finding, Report, gathering
-from dataloaders.volumes import DICOM_SUFFIXES, SUFFIXES, dicom_series, has_suffix, stem
+from dataloaders.volumes import (
+    DICOM_SUFFIXES,
+    SUFFIXES,
+    as_stored,
+    composed,
+    has_suffix,
+    is_data,
+    stem,
+)
 
 HELP = (
     "expected .nii.gz, .nii, .nrrd, .nhdr, .mha or .mhd files, a DICOM series, or folders of these"
@@ -40,28 +51,38 @@ def read_datalist(
 
     Entries are {"image": file or [files], "label": file}, and "labelled_classes" where the label
     lacks some; the public downloads also list unlabelled test images as plain names. A case is
-    called after its image file, or after the folder of its channel files. report: takes the faults,
-    and entries without one are returned; where it is None, they are raised together.
+    called after its image file, or after the folder of its channel files; where image files of
+    several cases have one name, after the folder that each has for itself. report: takes the
+    faults, and entries without one are returned; where it is None, they are raised together.
     """
     path = root / datalist
     sections: dict[str, list[Case]] = {}
     with gathering(report) as report:
         content = None
+        found: dict[str, list[Case]] = {}
         if check_inside(path, root, f"datalist {path.name}", report, allow_outside):
             with report.catching():
                 content = read_decathlon(path)
         for section, entries in (content or {}).items():
             if section not in SECTIONS or not isinstance(entries, list):
                 continue
-            cases = []
+            cases = found[section] = []
             for index, entry in enumerate(entries):
                 with report.catching():
-                    case = _entry(path, section, index, entry)
-                    files = [*case.images, case.label] if case.label else case.images
+                    case = _entry(path, section, index, entry, report)
                     if all(
-                        [check_inside(file, root, path, report, allow_outside) for file in files]
+                        [
+                            check_inside(file, root, path, report, allow_outside)
+                            for file in case.files
+                        ]
                     ):
                         cases.append(case)
+        by_folder = _folder_names(case for cases in found.values() for case in cases)
+        for section, cases in found.items():
+            cases = [
+                dataclasses.replace(case, name=by_folder.get(case.images[0], case.name))
+                for case in cases
+            ]
             names = [case.name for case in cases]
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
@@ -105,8 +126,9 @@ def read_json(path: Path, kind: type = dict, expected: str = "an object with a l
             )
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise DataError(
             Finding("list", str(path), f"not valid JSON ({error})", "", "mend the data list")
         ) from error
@@ -117,6 +139,14 @@ def read_json(path: Path, kind: type = dict, expected: str = "an object with a l
             )
         )
     return content
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """The object of these keys and values; ValueError for a key that is there twice."""
+    for key, number in Counter(key for key, _ in pairs).items():
+        if number > 1:
+            raise ValueError(f"the key '{key}' is there {number} times")
+    return dict(pairs)
 
 
 def read_decathlon(path: Path) -> dict:
@@ -165,7 +195,7 @@ def read_num_channels(path: Path) -> int:
     return len(modality)
 
 
-def _entry(path: Path, section: str, index: int, entry: object) -> Case:
+def _entry(path: Path, section: str, index: int, entry: object, report: Report) -> Case:
     if isinstance(entry, str):
         entry = {"image": entry}
     images = entry.get("image") if isinstance(entry, dict) else None
@@ -185,14 +215,11 @@ def _entry(path: Path, section: str, index: int, entry: object) -> Case:
                 "mend the data list",
             )
         )
+    files = tuple(listed_file(path, path.parent, image, report) for image in images)
     # Several channel files are named CASE-t1c, CASE-t1n, ...: the folder carries the case's name.
-    name = Path(images[0]).parent.name if len(images) > 1 else stem(images[0])
-    return Case(
-        name,
-        tuple(path.parent / image for image in images),
-        path.parent / label if label else None,
-        classes=read_classes(entry, path, name),
-    )
+    name = files[0].parent.name if len(images) > 1 else stem(files[0])
+    own = listed_file(path, path.parent, label, report) if label else None
+    return Case(name, files, own, classes=read_classes(entry, path, name))
 
 
 def read_classes(entry: dict, path: Path, name: str) -> tuple[str | int, ...] | None:
@@ -211,6 +238,52 @@ def read_classes(entry: dict, path: Path, name: str) -> tuple[str | int, ...] | 
             "mend the data list; a case without any is one without a label",
         )
     )
+
+
+def listed_file(source: Path, root: Path, file: str, report: Report) -> Path:
+    """A file below `root` that the list `source` names, as the file system has it. One that is
+    parted by backslashes, as on Windows, is read as if it had slashes, with a warning.
+    """
+    if "\\" in file and not (root / file).exists():
+        report.warning(
+            "list",
+            source,
+            "paths with the separators of Windows, backslashes",
+            "slashes",
+            "they are read as slashes; replace them",
+        )
+        file = file.replace("\\", "/")
+    return as_stored(root / file)
+
+
+def _folder_names(cases: Iterable[Case]) -> dict[Path, str]:
+    """First image of a case -> its folder's name, for cases whose image files have one name (as of
+    KiTS, TotalSegmentator, LA: ID/imaging.nii.gz) and that have a folder each.
+    """
+    same: dict[str, set[Path]] = {}
+    folders: Counter = Counter()
+    for file, name in {case.images[0]: case.name for case in cases}.items():
+        same.setdefault(name, set()).add(file)
+        folders[file.parent] += 1
+    names = {}
+    for files in same.values():
+        if len(files) > 1 and all(folders[file.parent] == 1 for file in files):
+            names |= _distinct(files)
+    return names
+
+
+def _distinct(files: Iterable[Path]) -> dict[Path, str]:
+    """Each file -> the name of the nearest folder above it that differs from those of the others;
+    empty where there is none.
+    """
+    files = list(files)
+    for level in range(min(len(file.parents) for file in files) - 1):
+        names = [composed(file.parents[level].name) for file in files]
+        if len(set(names)) == len(names):
+            return dict(zip(files, names))
+        if len(set(names)) > 1:
+            break
+    return {}
 
 
 def read_split(folder: Path, name: str, report: Report | None = None) -> list[str] | None:
@@ -235,7 +308,8 @@ def read_split(folder: Path, name: str, report: Report | None = None) -> list[st
             )
             content = None
         lines = (
-            re.split(r"(?:^|(?<=\s))#", line)[0].strip() for line in (content or "").splitlines()
+            re.split(r"(?:^|(?<=\s))#", line)[0].strip()
+            for line in composed(content or "").splitlines()
         )
         names = [line for line in lines if line]
         if content is not None and not names:
@@ -263,6 +337,7 @@ def select(
 ) -> list[Case]:
     """The cases called `names`, in that order; a fault names those that do not exist."""
     by_name = {case.name: case for case in cases}
+    names = [composed(name) for name in names]
     unknown = [name for name in names if name not in by_name]
     with gathering(report) as report:
         if unknown:
@@ -368,26 +443,65 @@ def find_scans(
     folders = (
         [path]
         if dicom_series(path)
-        else sorted(entry for entry in path.iterdir() if entry.is_dir())
+        else sorted(entry for entry in path.iterdir() if entry.is_dir() and is_data(entry))
     )
-    cases: list[Case] = []
+    found: list[tuple[Path, Case]] = []
     problems: list[Finding] = []
     for folder in folders:
-        files = _scan_files(folder)
-        if files:
-            found, wrong = _grouped(files, in_channels, channel_of)
-            cases += found
-            problems += wrong
-        elif dicom_series(folder):
-            cases.append(Case(folder.name, (folder,)))
-    if not cases and not problems:
+        try:
+            cases, wrong = _folder_scans(folder, in_channels, channel_of)
+        except (DataError, OSError) as error:  # one folder must not hide the others
+            cases, wrong = [], findings_of(folder, error)
+        found += [(folder, case) for case in cases]
+        problems += wrong
+    if not found and not problems:
         raise DataError(f"{path}: no scan or image; {HELP}")
-    return _unique(cases), problems
+    return _unique(_called(found)), problems
 
 
-def find_images(path: Path, suffixes: Sequence[str]) -> list[Case]:
+def findings_of(path: Path, error: Exception) -> list[Finding]:
+    """What an error that was met while files were looked for says of `path`."""
+    told = list(error.findings) if isinstance(error, DataError) else []
+    return told or [Finding("unreadable", str(path), " ".join(str(error).split()))]
+
+
+def _folder_scans(
+    folder: Path, in_channels: int, channel_of: Callable
+) -> tuple[list[Case], list[Finding]]:
+    """Scans of one of several folders; label files beside a scan are none."""
+    files = _scan_files(folder)
+    if not files:
+        return ([Case(folder.name, (folder,))] if dicom_series(folder) else []), []
+    scans = [file for file in files if not _LABELS.search(stem(file))]
+    return _grouped(scans or files, in_channels, channel_of)
+
+
+# Names that label files have beside a scan: KiTS, TotalSegmentator, LA, and what people write
+_LABELS = re.compile(
+    r"(?i)(?:^|[-_. ])(?:seg|segmentations?|labels?|labelmap|masks?|gt|ground_?truth|laendo|lawall|"
+    r"annotations?)$|^aggregated_"
+)
+
+
+def _called(found: Sequence[tuple[Path, Case]]) -> list[Case]:
+    """The cases of folders; those of one name are called after their folder, and after their file
+    too where they share that as well.
+    """
+    counts = Counter(case.name for _, case in found)
+    repeated = {name for name, number in counts.items() if number > 1}
+    per_folder = Counter(folder for folder, case in found if case.name in repeated)
+    cases = []
+    for folder, case in found:
+        name = case.name
+        if name in repeated:
+            name = folder.name if per_folder[folder] == 1 else f"{folder.name}_{name}"
+        cases.append(dataclasses.replace(case, name=name))
+    return cases
+
+
+def find_images(path: Path, suffixes: Sequence[str], problems: list | None = None) -> list[Case]:
     """The image file at `path`, or those right in the folder, sorted by name; names without suffix
-    must differ.
+    must differ. problems: takes findings about single files; where it is None, that is raised.
     """
     path = path.absolute()
     if not path.exists():
@@ -395,18 +509,28 @@ def find_images(path: Path, suffixes: Sequence[str]) -> list[Case]:
     files = (
         [path]
         if path.is_file()
-        else sorted(file for file in path.iterdir() if has_suffix(file, tuple(suffixes)))
+        else sorted(
+            file for file in path.iterdir() if has_suffix(file, tuple(suffixes)) and is_data(file)
+        )
     )
     if not files:
         raise DataError(f"{path}: no scan or image; expected {', '.join(suffixes)} files")
-    return _unique([Case(file.stem, (file,)) for file in files])
+    cases = []
+    for file in files:
+        try:
+            cases.append(Case(stem(file), (file,)))
+        except DataError as error:
+            if problems is None:
+                raise
+            problems += findings_of(file, error)
+    return _unique(cases)
 
 
 def _scan_files(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and has_suffix(file, SUFFIXES) and file.name[0] != "."
+        if file.is_file() and has_suffix(file, SUFFIXES) and is_data(file)
     )
 
 
@@ -420,7 +544,10 @@ def _grouped(
     for file in files:
         named = channel_of(stem(file))
         if named is None:
-            cases.append(Case(stem(file), (file,)))
+            try:
+                cases.append(Case(stem(file), (file,)))
+            except DataError as error:  # a name that is no plain one
+                problems += findings_of(file, error)
         elif named[1] >= 0:
             channels = scans.setdefault(named[0], {})
             if named[1] in channels:

@@ -5,7 +5,7 @@ the foreground (MONAI transforms; steps 1-5 of the CT recipe of ACF-BCKD). Rando
 dataloaders/augment.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from monai.transforms import (
     Spacingd,
 )
 
-from dataloaders import augment
+from dataloaders import augment, checks
 from dataloaders.base import Dataset
 from dataloaders.cache import CaseCache
 from dataloaders.cases import UNKNOWN, Case, read_image, read_label
@@ -30,6 +30,9 @@ from dataloaders.volumes import channel_number
 
 INTENSITIES = ("window", "zscore", "none")
 CROPS = ("pos_neg", "uniform")
+# share of an id's voxels that resampling has to leave; nearest neighbours move borders anyway
+HALF_LOST = 0.5
+LOOKED_AT = 100_000  # voxels of an id
 SECTIONS = {"train": "training", "val": "validation", "test": "test"}
 SECTION_ORDER = (*SECTIONS.values(), "unlabelled")
 _AXES = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -253,20 +256,23 @@ class MSDDataset(Dataset):
         grid's native_affine and native_shape; `foreground` and `background`, flat indices of
         possible patch centres; `ids`, the label ids that occur.
         """
-        image, label, affine, seen = self._read_checked(case)
+        image, label, affine, notes = self._read_checked(case)
+        self.check_unit(case, image, notes)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
+        shares = self._shares(image)
         sample = {"image": MetaTensor(torch.from_numpy(image), affine=torch.from_numpy(affine))}
         if label is not None:
             ids = torch.from_numpy(label[None].astype(np.float32))
             sample["label"] = MetaTensor(ids, affine=torch.from_numpy(affine))
-        sample = self._transform(case, sample)
+        sample = self._transform(case, sample, notes)
         image, affine = sample["image"].numpy(), sample["image"].affine.numpy()
         found = {
             "image": np.ascontiguousarray(image, dtype=np.float32),
             "affine": affine,
             "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
             **native,
-            **seen,
+            **shares,
+            **self._seen(case, notes),
         }
         if label is None:
             return found
@@ -286,10 +292,31 @@ class MSDDataset(Dataset):
 
     def read_file(self, case: Case) -> dict:
         """A scan without a label as `read` gives it; nothing is cached."""
-        image, affine = read_image(case, self.in_channels)
+        notes = CaseNotes()
+        image, affine = read_image(case, self.in_channels, notes)
+        self.check_unit(case, image, notes)
         native = {"native_affine": affine, "native_shape": list(image.shape[1:])}
         image, affine = self.preprocess_image(case, image, affine)
-        return {"image": image, "affine": affine, **native}
+        if self.patch_size:
+            checks.check_size(case, "", image.shape[1:], self.patch_size, notes)
+        return {"image": image, "affine": affine, "findings": notes.warnings, **native}
+
+    def check_unit(self, case: Case, image: np.ndarray, notes: Report) -> None:
+        """A warning about a scan that is not in the unit of the window."""
+        if self.intensity == "window":
+            checks.check_hounsfield(case.images[0], image, self.window, notes)
+
+    def _shares(self, image: np.ndarray) -> dict:
+        """Shares of the scan's values below, in and above the window, where there is one."""
+        if self.intensity != "window":
+            return {}
+        values = image.ravel()[:: max(1, image.size // 10**6)]
+        below, above = (values < self.window[0]).mean(), (values > self.window[1]).mean()
+        return {"shares": [float(below), float(1 - below - above), float(above)]}
+
+    def id_titles(self) -> dict[int, str]:
+        """Names of the foreground ids that label files hold."""
+        return dict(enumerate(self.class_names[1:], 1))
 
     def preprocess_image(
         self, case: Case, image: np.ndarray, affine: np.ndarray
@@ -308,9 +335,11 @@ class MSDDataset(Dataset):
         """
         return channel_number(name) if self.in_channels > 1 else None
 
-    def _read_checked(self, case: Case) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, dict]:
-        """Image, label (None: it has none) and affine of a case, and what the cache keeps of the
-        checks; DataError with all its faults.
+    def _read_checked(
+        self, case: Case
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, CaseNotes]:
+        """Image, label (None: it has none) and affine of a case, and what was noted of them;
+        DataError with all its faults.
         """
         notes, image, label, affine = CaseNotes(), None, None, None
         with notes.catching():
@@ -321,13 +350,17 @@ class MSDDataset(Dataset):
             if case.label is not None:
                 label = read_label(case, self.allowed_ids, *notes.grid, notes, self.ignore_label)
         notes.stop()
+        return image, label, affine, notes
+
+    def _seen(self, case: Case, notes: CaseNotes) -> dict:
+        """What the cache keeps of the checks."""
         # Entries of the cache are found by content, wherever the files are: their names are not
         # stored.
         files = [str(path) for path in case.files]
         stored = [
             [files.index(w.file), w.fault, w.found, w.expected, w.fix] for w in notes.warnings
         ]
-        return image, label, affine, {"content": notes.content, "warnings": stored}
+        return {"content": notes.content, "warnings": stored}
 
     def _check_case(self, case: Case) -> None:
         """DataError for what the names of a case's files tell."""
@@ -384,8 +417,10 @@ class MSDDataset(Dataset):
     def _ids(self, label: np.ndarray) -> list[int]:
         return np.unique(label).tolist()
 
-    def _transform(self, case: Case, sample: dict) -> dict:
-        """The deterministic transforms of an image, and of a label if there is one."""
+    def _transform(self, case: Case, sample: dict, notes: Report | None = None) -> dict:
+        """The deterministic transforms of an image, and of a label if there is one. notes: takes
+        warnings about labelled voxels that they take away.
+        """
         keys = tuple(sample)
         steps = []
         if self.orientation:
@@ -398,11 +433,12 @@ class MSDDataset(Dataset):
             steps.append(ScaleIntensityRanged("image", *self.window, 0.0, 1.0, clip=True))
         elif self.intensity == "zscore":
             steps.append(NormalizeIntensityd("image", channel_wise=True))
-        if self.crop_foreground:
-            steps.append(
-                CropForegroundd(keys, source_key="image", select_fn=_positive, allow_smaller=True)
-            )
-        sample = Compose(steps)(sample)
+        whole = Compose(steps)(sample)
+        crop = CropForegroundd(keys, source_key="image", select_fn=_positive, allow_smaller=True)
+        crops = [crop] if self.crop_foreground else []
+        stored, sample = sample, Compose(crops)(whole)
+        if notes is not None and "label" in sample:
+            self._check_losses(case, stored["label"], whole["label"], sample["label"], notes)
         if min(sample["image"].shape[1:]) == 0:
             raise DataError(
                 Finding(
@@ -414,6 +450,31 @@ class MSDDataset(Dataset):
                 )
             )
         return sample
+
+    def _check_losses(
+        self, case: Case, stored: MetaTensor, whole: MetaTensor, cropped: MetaTensor, notes: Report
+    ) -> None:
+        """Warnings about labelled voxels that are lost from the stored label to the resampled one
+        and to what is left of that after cropping.
+        """
+        names = self.id_titles()
+        grids = [
+            (label[0].numpy().astype(np.uint8), label.affine.numpy()) for label in (stored, whole)
+        ]
+        found = surviving(*grids[0], *grids[1], names)
+        shown = " x ".join(f"{side:g}" for side in self.spacing)
+        cause = f"resampling to {shown} mm loses"
+        fix = "choose a finer spacing"
+        checks.check_kept(
+            case.label, dict.fromkeys(found, 1.0), found, names, cause, fix, notes, HALF_LOST
+        )
+        before, left = (
+            dict(enumerate(np.bincount(ids.ravel(), minlength=256).tolist()))
+            for ids in (grids[1][0], cropped.numpy().astype(np.uint8))
+        )
+        cause = "cropping to the box of values above the lower end of the intensities cuts off"
+        fix = "set crop_foreground: false, or a window with a lower beginning"
+        checks.check_kept(case.label, before, left, names, cause, fix, notes)
 
     def _parameters(self) -> dict:
         ignored = {} if self.ignore_label is None else {"ignore": self.ignore_label}
@@ -427,6 +488,32 @@ class MSDDataset(Dataset):
             "window": list(self.window),
             "crop_foreground": self.crop_foreground,
         }
+
+
+def surviving(
+    label: np.ndarray,
+    affine: np.ndarray,
+    resampled: np.ndarray,
+    resampled_affine: np.ndarray,
+    ids: Iterable[int],
+) -> dict[int, float]:
+    """Of each of the `ids` that occur in a label, the share of its voxels whose place has the same
+    id on another grid, so that it could be found again. Label maps (H, W, D); of an id with many
+    voxels, some are looked at.
+    """
+    to_other = np.linalg.inv(resampled_affine) @ affine
+    edge = np.array(resampled.shape) - 1
+    shares = {}
+    for k in ids:
+        places = np.flatnonzero(label == k)
+        if not len(places):
+            continue
+        places = places[:: 1 + len(places) // LOOKED_AT]
+        voxels = np.stack(np.unravel_index(places, label.shape))
+        other = np.rint(to_other[:3, :3] @ voxels + to_other[:3, 3:]).astype(int)
+        other = np.clip(other, 0, edge[:, None])
+        shares[k] = float(np.mean(resampled[tuple(other)] == k))
+    return shares
 
 
 def _positive(image):

@@ -27,9 +27,9 @@ import numpy as np
 from dataloaders.cases import Case
 from dataloaders.checks import check_inside
 from dataloaders.faults import DataError, Finding, Report, gathering
-from dataloaders.lists import find_scans, read_classes, read_json, select
+from dataloaders.lists import find_scans, listed_file, read_classes, read_json, select
 from dataloaders.msd import MSDDataset
-from dataloaders.volumes import SUFFIXES, channel_number
+from dataloaders.volumes import SUFFIXES, as_stored, channel_number, is_data
 
 SPLITS = "splits_final.json"
 OBJECT = "an object with 'channel_names' and 'labels'"
@@ -76,6 +76,9 @@ class NnUNetDataset(MSDDataset):
                 f"regions_class_order: {list(regions_class_order)}, expected one id for each of "
                 f"{list(self.regions)}"
             )
+        wrong = _wrong_order(self.regions, self.regions_class_order)
+        if wrong:
+            raise DataError(f"regions_class_order: {wrong}")
         super().__init__(root, datalist, class_names, in_channels, **preprocessing)
 
     @property
@@ -178,6 +181,11 @@ class NnUNetDataset(MSDDataset):
             for k, (name, value) in enumerate(zip(self.regions, self.regions_class_order))
         }
 
+    def id_titles(self) -> dict[int, str]:
+        if not self.regions:
+            return super().id_titles()
+        return {k: f"id {k}" for k in self.allowed_ids if k}
+
     def present(self, ids: Sequence[int]) -> set[int]:
         return {k - 1 for k in ids} if self.regions else super().present(ids)
 
@@ -197,7 +205,7 @@ class NnUNetDataset(MSDDataset):
             if listed is None:
                 result["training"] = self._with_label("Tr", ending, report)
                 result["unlabelled"] = self._without_label("Tr", ending, report)
-                if not any((self.root / "labelsTr").glob(f"*{ending}")):
+                if not self._files("labelsTr", ending):
                     report.error(
                         "empty list",
                         self.root / "labelsTr",
@@ -227,16 +235,18 @@ class NnUNetDataset(MSDDataset):
         cases = []
         for name, entry in sorted(listed.items()):
             with report.catching():
-                case, outside = self._listed(name, entry), self.allow_outside
+                case, outside = self._listed(source, name, entry, report), self.allow_outside
                 inside = [check_inside(f, self.root, source, report, outside) for f in case.files]
                 if all(inside):
                     cases.append(case)
+        if not listed:
+            report.error("empty list", source, "'dataset' names no case", "at least one", "fill it")
         return cases
 
     def _with_label(self, part: str, ending: str, report: Report) -> list[Case]:
         """The scans of a folder, of those that have a label."""
         cases = []
-        for label in sorted((self.root / f"labels{part}").glob(f"*{ending}")):
+        for label in self._files(f"labels{part}", ending):
             with report.catching():
                 cases.append(self._case(label, label.name[: -len(ending)], part, ending))
         return cases
@@ -246,19 +256,24 @@ class NnUNetDataset(MSDDataset):
         channel.
         """
         folder, labels = self.root / f"images{part}", self.root / f"labels{part}"
-        if not any(folder.glob(f"*{ending}")):
+        if not self._files(folder.name, ending):
             return []
 
         def labelled(name: str) -> bool:  # `_with_label` says what such a scan lacks
-            return (labels / f"{name}{ending}").is_file()
+            return as_stored(labels / f"{name}{ending}").is_file()
 
         cases, problems = find_scans(folder, self.in_channels, self.channel_of)
         report.take(problem for problem in problems if not labelled(problem.case))
         return [case for case in cases if not labelled(case.name)]
 
+    def _files(self, folder: str, ending: str) -> list[Path]:
+        return sorted(filter(is_data, (self.root / folder).glob(f"*{ending}")))
+
     def _case(self, label: Path, name: str, part: str, ending: str) -> Case:
         folder = self.root / f"images{part}"
-        images = tuple(folder / f"{name}_{k:04d}{ending}" for k in range(self.in_channels))
+        images = tuple(
+            as_stored(folder / f"{name}_{k:04d}{ending}") for k in range(self.in_channels)
+        )
         missing = [path for path in images if not path.is_file()]
         if missing:
             whole = (folder / f"{name}{ending}").is_file()
@@ -275,27 +290,28 @@ class NnUNetDataset(MSDDataset):
             )
         return Case(name, images, label)
 
-    def _listed(self, name: str, entry: object) -> Case:
+    def _listed(self, path: Path, name: str, entry: object, report: Report) -> Case:
         images, label = (
             (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
         )
         if (
             not isinstance(images, list)
             or len(images) != self.in_channels
+            or not all(isinstance(image, str) for image in images)
             or not isinstance(label, (str, type(None)))
         ):
             raise DataError(
                 Finding(
                     "list",
-                    str(self.root / self.datalist),
+                    str(path),
                     f"case '{name}' is {entry!r}",
                     f"'images', a list of {self.in_channels}, and 'label'",
                     "mend the data list",
                 )
             )
-        files = tuple(self.root / image for image in images)
-        classes = read_classes(entry, self.root / self.datalist, name)
-        return Case(name, files, self.root / label if label else None, classes=classes)
+        files = tuple(listed_file(path, self.root, image, report) for image in images)
+        own = listed_file(path, self.root, label, report) if label else None
+        return Case(name, files, own, classes=read_classes(entry, path, name))
 
     def _ids(self, label: np.ndarray) -> list[int]:
         """Of regions: the numbers, counted from 1, of those that occur."""
@@ -327,6 +343,10 @@ def read_description(path: Path) -> dict:
     if not isinstance(labels, dict) or len(labels) < 2:
         raise DataError(
             f'{path}: \'labels\' is {labels!r}, expected {{"background": 0, "liver": 1}} or more'
+        )
+    if labels.get("background", 0) not in (0, [0]):
+        raise DataError(
+            f"{path}: 'labels' has the background as {labels['background']!r}, expected 0"
         )
     wrong = {
         name: ids
@@ -397,7 +417,28 @@ def _regions(path: Path, labels: dict, order: object) -> dict:
             f"{', '.join(regions)}, in "
             f"the order in which they are painted over each other"
         )
+    wrong = _wrong_order(regions, order)
+    if wrong:
+        raise DataError(f"{path}: 'regions_class_order': {wrong}")
     return {"class_names": tuple(regions), "regions": regions, "regions_class_order": tuple(order)}
+
+
+def _wrong_order(regions: dict[str, Sequence[int]], order: Sequence[int]) -> str:
+    """What is wrong with the ids by which regions are painted; '' if nothing is.
+
+    An id is one of its region's, or one that no label has (predictions then have ids of their
+    own); that of another region would mean something else in predictions than in labels.
+    """
+    if any(not 0 < k < 256 for k in order) or len(set(order)) < len(order):
+        return f"is {list(order)}, expected an id of its own for each region, of 1 to 255"
+    known = {k for ids in regions.values() for k in ids}
+    for (name, ids), k in zip(regions.items(), order):
+        if k in known and k not in ids:
+            return (
+                f"paints '{name}' with {k}, which labels have elsewhere; expected one of its own "
+                f"ids, {sorted(ids)}, or one that no label has"
+            )
+    return ""
 
 
 def _ending(path: Path, content: dict) -> str:

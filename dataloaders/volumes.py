@@ -1,28 +1,28 @@
-"""Scans read from files: NIfTI by nibabel, NRRD, MetaImage and DICOM series by SimpleITK; and
-predictions back on their grid.
+"""Scans read from files: NIfTI by nibabel, NRRD, MetaImage and DICOM series (dataloaders/dicom.py)
+by SimpleITK; and predictions back on their grid.
 """
 
 import gzip
-import locale
+import math
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from scipy.ndimage import affine_transform
 
-from dataloaders.faults import DataError, Finding, no_file, unreadable
+from dataloaders.dicom import contained, read_series
+from dataloaders.faults import DataError, Finding, Report, check_room, no_file, unreadable
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm", ".ima")
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES  # of files that hold a whole scan
-# largest deviation of the distance between two DICOM slices from the usual one, as a share of it
-IRREGULAR = 0.01
+LONGEST_HEADER = 1 << 26  # bytes before the voxels of a NIfTI file, or after them
 
 
 def has_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
@@ -30,41 +30,77 @@ def has_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
+def composed(name: str) -> str:
+    """The name with letters and their marks in one (NFC): macOS stores them apart, and both look
+    the same.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def is_data(path: Path) -> bool:
+    """Whether a file or folder that was found may be data: hidden ones, such as the `._x` that
+    macOS leaves beside x, and its folder __MACOSX are not.
+    """
+    return path.name[:1] != "." and path.name != "__MACOSX"
+
+
+def as_stored(path: Path) -> Path:
+    """The path as the file system has it, where its letters are composed in another way."""
+    if path.exists() or path.parent == path:
+        return path
+    folder = as_stored(path.parent)
+    if folder.is_dir() and not path.name.isascii():
+        wanted = composed(path.name)
+        return next((each for each in folder.iterdir() if composed(each.name) == wanted), path)
+    return folder / path.name
+
+
 def stem(file: str | Path) -> str:
-    """File name without folder and suffix; `.nii.gz` counts as one."""
-    name = Path(file).name
+    """File name without folder and suffix, composed; `.nii.gz` counts as one."""
+    name = composed(Path(file).name)
     suffix = next(
         (suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), Path(name).suffix
     )
     return name[: len(name) - len(suffix)]
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+class NiftiAffine(np.ndarray):
+    """An affine (4, 4) in mm that remembers how its NIfTI file says it: `placed` is a header with
+    both forms (sform and qform), their codes and the voxel sizes, in mm.
+
+    Programs differ in which form they follow, so what is written for the scan has both. Whatever is
+    computed from the affine remembers nothing.
+    """
+
+    placed: nib.Nifti1Header | None = None
+
+
+# Fields of a NIfTI header that place its voxels; _LENGTHS are in the file's unit
+_PLACING = ("sform_code", "qform_code", "quatern_b", "quatern_c", "quatern_d", "pixdim")
+_LENGTHS = ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
+_MM = {1: 1000.0, 3: 0.001}  # codes of metre and micron; 2 is mm, 0 is not told
+
+
+def read_volume(path: Path, notes: Report | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (H, W, D), or (H, W, D, C), and 4x4 affine (voxel to RAS+ in mm); DataError for
     whatever is unreadable.
 
     A folder is that of a DICOM series; where it holds several, one of the wanted series' files
-    names it.
+    names it. The affine of a NIfTI file is a NiftiAffine. Warnings go to `notes`.
     """
     if not path.exists():
         raise DataError(no_file(path))
     try:
         if path.is_dir() or has_suffix(path, DICOM_SUFFIXES):
-            voxels, affine = _read_series(path)
+            voxels, affine = read_series(path, notes)
         elif has_suffix(path, ITK_SUFFIXES):
             voxels, affine = _read_itk(path)
         else:
-            if path.suffix == ".gz":
-                _check_sum(path)
-            image = nib.load(path)
-            voxels, affine = (
-                np.asanyarray(image.dataobj),
-                np.asarray(image.affine, dtype=np.float64),
-            )
+            voxels, affine = _read_nifti(path, notes)
     except DataError:
         raise
-    # SimpleITK reports everything as RuntimeError.
-    except (ImageFileError, OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+    # Readers raise errors of any kind where a header makes no sense.
+    except Exception as error:
         raise DataError(unreadable(path, error)) from error
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise DataError(
@@ -79,99 +115,146 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return voxels, affine
 
 
-def _check_sum(path: Path) -> None:
-    """Read a gzip file to its end, where the sum of its content is checked: nibabel stops at the
-    last voxel.
+# NIfTI
+
+
+def _read_nifti(path: Path, notes: Report | None) -> tuple[np.ndarray, np.ndarray]:
+    begin = _first_voxel(path)
+    image = nib.load(path)
+    shape = image.shape
+    if not isinstance(image, nib.Nifti1Pair) or 0 in shape:
+        found = f"{type(image).__name__} of {' x '.join(map(str, shape))} values"
+        raise DataError(Finding("unreadable", str(path), found, "a scan", "export it again"))
+    check_room(path, shape, max(image.header.get_data_dtype().itemsize, 8))
+    needed = begin + math.prod(shape) * image.header.get_data_dtype().itemsize
+    size = _unpacked(path, needed, notes) if path.suffix.lower() == ".gz" else path.stat().st_size
+    if size < needed:
+        raise EOFError(f"its header needs {needed} bytes, the file holds {size}")
+    voxels = np.asanyarray(image.dataobj)
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.ndim == 5 and voxels.shape[3] == 1:  # vectors are kept along the fifth axis
+        voxels = voxels[..., 0, :]
+    placed = nib.Nifti1Header()
+    unit = _MM.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    for key in (*_PLACING, *_LENGTHS):
+        placed[key] = image.header[key]
+    placed["pixdim"][4:] = 1
+    placed.set_xyzt_units("mm")
+    if unit != 1:  # mm stay exactly as they are
+        placed["pixdim"][1:4] *= unit
+        for key in _LENGTHS:
+            placed[key] = placed[key] * unit
+    affine = np.array(image.affine, dtype=np.float64)
+    affine[:3] *= unit
+    affine = affine.view(NiftiAffine)
+    affine.placed = placed
+    return voxels, affine
+
+
+def _first_voxel(path: Path) -> int:
+    """Byte at which a NIfTI file says that its voxels begin; an error where that is impossible."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rb") as file:
+        block = file.read(540)
+    sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
+    kinds = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+    kind = next((kinds[size] for size in sizes if size in kinds), None)
+    if kind is None:
+        raise ValueError("no NIfTI header")
+    header = kind(block[: kind.sizeof_hdr], check=False)
+    begin = float(header["vox_offset"])
+    if not header.single_vox_offset <= begin <= LONGEST_HEADER:  # also of what is no number
+        raise ValueError(
+            f"vox_offset is {begin:g}, where the voxels of one file cannot begin; expected "
+            f"{header.single_vox_offset} or more, repair the header"
+        )
+    return int(begin)
+
+
+def _unpacked(path: Path, needed: int, notes: Report | None) -> int:
+    """Bytes that a gzip file unpacks to. It is read to its end, where the sum of its content is
+    checked (nibabel stops at the last voxel); a file that unpacks to far more than the `needed`
+    bytes is refused.
     """
-    with gzip.open(path) as file:
-        while file.read(1 << 22):
-            pass
+    total, unpack, left = 0, zlib.decompressobj(wbits=31), b""
+    with path.open("rb") as file:
+        while chunk := left or file.read(1 << 20):
+            if unpack.eof:  # the next part of the file, or padding
+                chunk = chunk.lstrip(b"\0") or file.read(1 << 20)
+                if not chunk:
+                    break
+                if len(chunk) == 1:
+                    chunk += file.read(1)
+                if not chunk.startswith(b"\x1f\x8b"):
+                    if chunk.strip(b"\0") and notes is not None:
+                        found = "bytes after the end of the compressed data, which are ignored"
+                        notes.warning("header", path, found, "", "compress the file again")
+                    break
+                unpack = zlib.decompressobj(wbits=31)
+            total += len(unpack.decompress(chunk, 1 << 22))
+            left = unpack.unused_data if unpack.eof else unpack.unconsumed_tail
+            if total > 2 * needed + LONGEST_HEADER:
+                raise DataError(
+                    Finding(
+                        "too large",
+                        str(path),
+                        f"it unpacks to more than {total / 1e6:.0f} MB",
+                        f"the {needed / 1e6:.3g} MB of its header",
+                        "compress the scan again",
+                    )
+                )
+    if not unpack.eof:
+        raise EOFError("the compressed data end early")
+    return total
 
 
-def dicom_series(folder: Path) -> dict[str, list[Path]]:
-    """Series identifier -> its files from the first slice to the last, of the DICOM files right in
-    `folder`.
-    """
-    import SimpleITK as sitk
-
-    with _contained(sitk):
-        return {
-            identifier: [
-                Path(file)
-                for file in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifier)
-            ]
-            for identifier in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-        }
+# NRRD and MetaImage
 
 
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
-    with _contained(sitk):
-        return _from_itk(sitk.ReadImage(str(path)), path)
+    _check_data_files(path)
+    with contained(sitk):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        shape = (*reader.GetSize(), reader.GetNumberOfComponents())
+        check_room(path, shape, 8)
+        return _from_itk(reader.Execute(), path)
 
 
-def _read_series(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A DICOM series in Hounsfield units where it has any (rescaled as its files say)."""
-    import SimpleITK as sitk
-
-    series = dicom_series(path if path.is_dir() else path.parent)
-    if not path.is_dir():
-        series = {
-            key: files
-            for key, files in series.items()
-            if path.name in {file.name for file in files}
-        }
-    if len(series) != 1:
-        found = "; ".join(
-            f"{len(files)} files such as {files[0].name}" for files in series.values()
-        )
-        raise DataError(
-            Finding(
-                "unreadable",
-                str(path),
-                f"{len(series)} DICOM series in this folder{f' ({found})' if found else ''}",
-                "one",
-                "name one file of the wanted series instead of the folder"
-                if found
-                else "check the folder",
+def _check_data_files(path: Path) -> None:
+    """DataError where a header of text names a file of voxels outside of its own folder."""
+    with path.open("rb") as file:
+        lines = file.read(1 << 20).split(b"\n")
+    names = []
+    for number, line in enumerate(lines):
+        if not line.strip() and lines[0].startswith(b"NRRD"):
+            break  # voxels follow
+        key, separator, value = line.decode("latin-1").partition("=")
+        if not separator or lines[0].startswith(b"NRRD"):
+            key, separator, value = line.decode("latin-1").partition(":")
+        key, value = key.strip().lower().replace(" ", ""), value.strip().lstrip("=").strip()
+        if not separator or key not in ("elementdatafile", "datafile"):
+            continue
+        if value.upper().startswith("LIST"):
+            names += [other.decode("latin-1").strip() for other in lines[number + 1 :]]
+        elif value.upper() != "LOCAL":
+            names.append(value)
+        break
+    for name in names:
+        if name and not inside(path.parent / name, path.parent):
+            raise DataError(
+                Finding(
+                    "outside",
+                    str(path),
+                    f"its voxels are in '{name}'",
+                    "a file in the folder of the header",
+                    "move the file there and name it without a path",
+                )
             )
-        )
-    ((_, files),) = series.items()
-    with _contained(sitk):
-        if len(files) == 1:  # several frames in one file
-            return _from_itk(sitk.ReadImage(str(files[0])), path)
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames([str(file) for file in files])
-        reader.MetaDataDictionaryArrayUpdateOn()
-        image = reader.Execute()
-    normal = np.array(image.GetDirection()).reshape(3, 3)[:, 2]
-    places = [
-        float(np.array(reader.GetMetaData(k, "0020|0032").split("\\"), float) @ normal)
-        for k in range(len(files))
-        if reader.HasMetaDataKey(k, "0020|0032")
-    ]
-    gaps = np.diff(places)
-    if (
-        len(places) != len(files)
-        or np.abs(gaps - np.median(gaps)).max() > IRREGULAR * abs(np.median(gaps)) + 1e-3
-    ):
-        shown = (
-            f"{np.abs(gaps).min():.3f} to {np.abs(gaps).max():.3f} mm apart"
-            if len(gaps)
-            else "without positions"
-        )
-        raise DataError(
-            Finding(
-                "unreadable",
-                str(path),
-                f"the {len(files)} slices of this DICOM series are {shown}",
-                "one distance",
-                "a slice is missing or doubled, copy the series again or convert it with a tool "
-                "that resamples",
-            )
-        )
-    return _from_itk(image, path)
 
 
 def _from_itk(image, path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -193,25 +276,6 @@ def _from_itk(image, path: Path) -> tuple[np.ndarray, np.ndarray]:
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     return voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
-class _contained:
-    """SimpleITK writes to standard error by itself; what matters is checked here and raised. Some
-    of its readers and writers reset the locale of the process, after which open() takes text for
-    ASCII.
-    """
-
-    def __init__(self, sitk) -> None:
-        self.object = sitk.ProcessObject
-
-    def __enter__(self) -> None:
-        self.locale = locale.setlocale(locale.LC_ALL)
-        self.before = self.object.GetGlobalWarningDisplay()
-        self.object.SetGlobalWarningDisplay(False)
-
-    def __exit__(self, *error: object) -> None:
-        self.object.SetGlobalWarningDisplay(self.before)
-        locale.setlocale(locale.LC_ALL, self.locale)
 
 
 def channel_number(name: str) -> tuple[str, int] | None:

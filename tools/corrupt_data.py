@@ -9,6 +9,7 @@ and which training script it is for:
     python tools/check_data.py --config data/corrupt_btcv/truncated_image/config.yaml
 """
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -195,6 +196,48 @@ def with_lists(**names: list[str]) -> Callable:
     return spoil
 
 
+def set_header(**fields) -> Callable:
+    """Set fields of the header of a case's image, whatever the voxels are."""
+
+    def spoil(site: Decathlon) -> None:
+        path = site.root / IMAGE
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        for name, value in fields.items():
+            dtype, offset = nib.Nifti1Header.template_dtype.fields[name][:2]
+            content[offset : offset + dtype.itemsize] = np.asarray(value, dtype.base).tobytes()
+        path.write_bytes(gzip.compress(bytes(content)))
+
+    return spoil
+
+
+def beyond_the_crop(site: Decathlon) -> None:
+    """A labelled voxel where the scan is below the window."""
+
+    def dark(voxels: np.ndarray) -> np.ndarray:
+        voxels[:2] = -50
+        return voxels
+
+    def labelled(voxels: np.ndarray) -> np.ndarray:
+        voxels[0, 4, 5] = 1
+        return voxels
+
+    site.change(IMAGE, dark)
+    site.change(LABEL, labelled)
+
+
+def two_forms(site: Decathlon) -> None:
+    """sform and qform at different places."""
+    image = nib.load(site.root / IMAGE)
+    image.set_sform(image.affine, 2)
+    image.set_qform(moved(image.affine), 1)
+    nib.save(nib.Nifti1Image(np.array(image.dataobj), None, image.header), site.root / IMAGE)
+
+
+def windows_paths(site: Decathlon) -> None:
+    entry = site.lists["training"][1]
+    entry |= {key: file.replace("/", "\\") for key, file in entry.items()}
+
+
 def bad_json(site: Decathlon) -> None:
     (site.root / "dataset.json").write_text('{"training": [')
     site.lists = {}
@@ -272,6 +315,22 @@ DECATHLON = {
         "error",
         lambda site: (site.root / LABEL).write_text("not a scan"),
     ),
+    "web_page_for_image": (
+        "unreadable",
+        "error",
+        lambda site: (site.root / IMAGE).write_text("<!DOCTYPE html><html>log in</html>"),
+    ),
+    "unknown_data_type": ("unreadable", "error", set_header(datatype=999)),
+    "huge_header": ("too large", "error", set_header(dim=[3, *[30000] * 3, 1, 1, 1, 1])),
+    "bytes_after_the_end": (
+        "header",
+        "warning",
+        lambda site: (site.root / IMAGE).write_bytes((site.root / IMAGE).read_bytes() + b"tail"),
+    ),
+    "two_forms": ("header", "warning", two_forms),
+    "windows_paths": ("list", "warning", windows_paths),
+    "label_beyond_the_crop": ("lost labels", "warning", beyond_the_crop),
+    "not_hounsfield": ("range", "warning", lambda site: site.config.update(window=[-175.0, 250.0])),
     "case_without_label": ("no label", "warning", no_label),
     "complex_voxels": (
         "type",
@@ -382,6 +441,18 @@ def no_brain(site: Brats) -> None:
         site.change(file, lambda voxels: (voxels - 2000).astype(np.int16))
 
 
+def resection_cavity(site: Brats) -> None:
+    def cavity(voxels: np.ndarray) -> np.ndarray:
+        voxels[voxels == 2] = 4
+        return voxels
+
+    site.change(SEGMENTATION, cavity)
+
+
+def older_release(site: Brats) -> None:
+    site.change(SEGMENTATION, lambda voxels: np.where(voxels == 3, 4, voxels).astype(np.uint8))
+
+
 def never_enhancing(site: Brats) -> None:
     for entry in site.lists["training"]:
         site.change(
@@ -402,6 +473,15 @@ BRATS = {
     "channel_shape": ("shape", "error", lambda site: site.change(CHANNEL, lambda v: v[1:])),
     "channel_order": ("channels", "error", swapped),
     "three_channels": ("channels", "error", three_channels),
+    "channels_of_the_decathlon": (
+        "channels",
+        "error",
+        lambda site: site.lists.update(
+            modality={"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+        ),
+    ),
+    "ids_of_another_release": ("label ids", "error", resection_cavity),
+    "cases_of_two_releases": ("label ids", "error", older_release),
     "label_moved": ("affine", "error", lambda site: site.change(SEGMENTATION, lambda v: v, moved)),
     "nan": (
         "not finite",
@@ -440,6 +520,14 @@ class H5Site(Site):
     """
 
     target: str  # a file that is read for training
+
+    def link_elsewhere(self) -> None:
+        """The image is a link into a file beside the data root."""
+        path = self.outside() / "elsewhere.h5"
+        shutil.copy(self.root / self.target, path)
+        with h5py.File(self.root / self.target, "a") as file:
+            del file["image"]
+            file["image"] = h5py.ExternalLink(str(path), "image")
 
     def change(self, file: str, **changes: Callable) -> None:
         """Store `changes[key](array)` for the arrays of a file."""
@@ -615,6 +703,7 @@ def h5_faults(train: list[str], val: str, test: str) -> dict:
             "error",
             lambda site: (site.root / site.target).write_text("not a scan"),
         ),
+        "link_elsewhere": ("outside", "error", lambda site: site.link_elsewhere()),
         "other_keys": (
             "keys",
             "error",
@@ -791,6 +880,31 @@ PHOTOGRAPHS = {
         "type",
         "error",
         lambda site: site.change(PHOTO, lambda v: v[..., 0].astype(np.uint16) * 200),
+    ),
+    "several_pages": (
+        "shape",
+        "error",
+        lambda site: Image.new("L", (36, 40)).save(
+            site.root / PHOTO,
+            format="TIFF",
+            save_all=True,
+            append_images=[Image.new("L", (36, 40))],
+        ),
+    ),
+    "transparent_photo": (
+        "type",
+        "warning",
+        lambda site: site.change(PHOTO, lambda v: np.dstack([v, v[..., 0]])),
+    ),
+    "whole_image_mask": (
+        "mask values",
+        "warning",
+        lambda site: site.change(MASK, lambda v: 0 * v + 255),
+    ),
+    "postscript": (
+        "unreadable",
+        "error",
+        lambda site: (site.root / PHOTO).write_text("%!PS-Adobe-3.0 EPSF-3.0\n"),
     ),
     "mask_size": ("shape", "error", lambda site: site.change(MASK, lambda v: v[:-3])),
     "constant": ("constant", "error", lambda site: site.change(PHOTO, lambda v: 0 * v)),

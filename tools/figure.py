@@ -120,7 +120,8 @@ def _few_labels(checkpoint: dict, folders: Sequence[Path], name: str, z: int | N
         if label.ndim == 3:
             ids.append(np.asarray(nib.load(folder / f"{name}.nii.gz").dataobj))
         else:
-            ids.append(np.asarray(Image.open(folder / f"{name}.png")) // 255)
+            mask = Image.open(folder / f"{name}.png", formats=("PNG",))
+            ids.append(np.asarray(mask) // 255)
     scores = [class_dice(volume, label, classes, annotated=annotated) for volume in ids[1:]]
     ids[0] = np.where(label < classes, label, 0)
     place = ""

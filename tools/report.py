@@ -369,7 +369,7 @@ def pictures_of(run: Run, data_root: str | None) -> dict | None:
             problem = problem or " ".join(str(error).split())
             stored = run.folder / f"overlays{run.suffix}" / f"{case}.png"
             if stored.is_file():
-                image = Image.open(stored).convert("RGB")
+                image = Image.open(stored, formats=("PNG",)).convert("RGB")
                 image.thumbnail((3 * SIDE, SIDE))
                 found.append({"caption": caption, "whole": inline(image)})
         else:

@@ -17,14 +17,28 @@ from utils.config import ConfigError
 
 def save_volume(path: Path, ids: np.ndarray, affine: np.ndarray) -> None:
     """Write ids (H, W, D) as NIfTI of 8 bits; affine: voxel to RAS+ in mm."""
-    image = nib.Nifti1Image(ids.astype(np.uint8), affine)
+    image = volume_image(ids.astype(np.uint8), affine)
+    _complete(path, lambda temporary: nib.save(image, temporary))
+
+
+def volume_image(ids: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """Ids (H, W, D) on the grid of a scan, as NIfTI. Where the scan's own NIfTI header is known
+    (dataloaders.volumes.NiftiAffine), both of its forms are written with their codes, so that the
+    ids lie on the scan in every program, whichever form it reads.
+    """
+    placed = getattr(affine, "placed", None)
+    if placed is not None:
+        image = nib.Nifti1Image(ids, None, placed)
+        image.set_data_dtype(ids.dtype)
+        return image
+    image = nib.Nifti1Image(ids, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     # the quaternion form holds an affine of orthogonal axes only
     if np.allclose(axes.T @ axes, np.eye(3), atol=1e-5):
         image.set_qform(affine, code=1)
-    _complete(path, lambda temporary: nib.save(image, temporary))
+    return image
 
 
 def save_mask(path: Path, pixels: np.ndarray) -> None:

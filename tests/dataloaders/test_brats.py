@@ -11,7 +11,7 @@ import pytest
 import torch
 from monai.transforms import CropForeground, NormalizeIntensity
 
-from dataloaders import DataError, build_dataset
+from dataloaders import DataError, Report, build_dataset
 from dataloaders.brats import CHANNELS, REGIONS, BraTSDataset, crop_padded, enlarge
 from dataloaders.lists import read_split
 from tools.make_splits import drawn, every_fifth
@@ -208,6 +208,73 @@ def test_wrong_channel_order_is_refused(tmp_path):
     with pytest.raises(DataError, match="order must be t1c, t1n, t2f, t2w"):
         dataset.read(a)
     assert dataset.read(b)["image"].shape == (4, *SHAPE)
+
+
+def test_ids_of_other_releases(tmp_path):
+    rng = np.random.default_rng(1)
+    old = ("t1ce", "t1", "flair", "t2")
+    cases = {
+        "cavity": {"ids": (0, 1, 2, 3, 4)},
+        "new": {"ids": (0, 1, 2, 3)},
+        "old": {"ids": (0, 1, 2, 4), "channels": old},
+        "odd": {"ids": (0, 1, 2, 4)},
+        "BraTS-PED-1": {"ids": (0, 1, 2, 3)},
+    }
+    entries = {name: write_case(tmp_path, name, rng, **how) for name, how in cases.items()}
+
+    def findings(*names):
+        content = {"training": [entries[name] for name in names], "validation": []}
+        (tmp_path / "dataset_0.json").write_text(json.dumps(content), encoding="utf-8")
+        dataset, report = make(tmp_path), Report()
+        dataset.prepare({"labelled": dataset.find(names)}, report)
+        return [(f.level, f.case, f.found) for f in report.findings]
+
+    assert findings("old") == findings("new") == []
+    ((level, case, found),) = findings("cavity")
+    assert (level, case) == ("error", "cavity") and "both ids 3 and 4" in found
+    assert findings("new", "old") == [("error", "old", "id 4, and 1 other cases have id 3")]
+    ((level, case, found),) = findings("old", "odd")
+    assert (level, case) == ("warning", "odd") and "file names of 2023 and later" in found
+    ((level, _, found),) = findings("BraTS-PED-1")
+    assert level == "warning" and "paediatric" in found
+
+
+@pytest.mark.parametrize(
+    "told, faults",
+    [
+        ({}, []),
+        ({"modality": {"0": "T1Gd", "1": "T1w", "2": "FLAIR", "3": "T2w"}}, []),
+        ({"modality": ["t1ce", "t1", "flair", "t2"]}, []),
+        ({"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}}, ["channels"]),
+        ({"modality": {"0": "a", "1": "b"}}, []),
+        (
+            {"labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor"}},
+            2 * ["label ids"],
+        ),
+        ({"labels": {"0": "background", "1": "NCR", "2": "ED", "3": "ET"}}, []),
+        ({"labels": {"background": 0, "necrotic": 1, "oedema": 2, "enhancing": 4}}, []),
+        ({"labels": {"NETC": 1, "SNFH": 2, "ET": 3, "RC": 4}}, ["label ids"]),
+        ({"labels": {"ET": 1, "NET": 2, "CC": 3, "ED": 4}}, 4 * ["label ids"]),
+    ],
+)
+def test_what_the_list_says_of_channels_and_ids_is_compared(root, told, faults):
+    path = root / "dataset_0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    report = Report()
+    make(root).splits(report=report)
+    assert [finding.fault for finding in report.findings] == faults
+
+
+def test_labels_outside_of_the_brain_are_warned_of(tmp_path):
+    entry = write_case(tmp_path, "a", np.random.default_rng(1))
+    label = nib.load(tmp_path / entry["label"])
+    ids = np.array(label.dataobj)
+    ids[0, 0, 0] = 2
+    nib.save(nib.Nifti1Image(ids, label.affine), tmp_path / entry["label"])
+    (tmp_path / "dataset_0.json").write_text(json.dumps({"training": [entry]}))
+    dataset = make(tmp_path)
+    (warning,) = dataset.preprocess(dataset.find(["a"])[0])["warnings"]
+    assert warning[1] == "lost labels" and "of 'oedema'" in warning[2]
 
 
 def test_arguments_are_checked():

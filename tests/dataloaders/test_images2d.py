@@ -3,6 +3,10 @@ input, drawn lists.
 """
 
 import random
+import struct
+import subprocess
+import unicodedata
+import zlib
 from functools import partial
 
 import numpy as np
@@ -10,8 +14,9 @@ import pytest
 from PIL import Image
 
 from dataloaders.augment import resize_rgb
-from dataloaders.faults import DataError, Report
-from dataloaders.images2d import Images2DDataset
+from dataloaders.cases import Case
+from dataloaders.faults import CaseNotes, DataError, Report
+from dataloaders.images2d import Images2DDataset, _open_pair
 from dataloaders.lists import draw
 from tools.make_splits_2d import main as make_splits
 
@@ -387,6 +392,177 @@ def test_sixteen_bit_images(tree):
     data = dataset(tree)
     with pytest.raises(DataError, match="expected 8 bits"):
         data.sample(data.find(["v0"])[0])
+
+
+def read_pair(folder, image, mask, notes=None):
+    """The pair of files of a folder as the data set opens it; image and mask: given to `save`."""
+    for name, (array, options) in {"image": image, "mask": mask}.items():
+        picture = array if isinstance(array, Image.Image) else Image.fromarray(array)
+        picture.save(folder / f"{name}.png", **options)
+    return _open_pair(Case("a", (folder / "image.png",), folder / "mask.png"), notes)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_photographs_are_turned_as_viewers_turn_them(tmp_path, tag, format):
+    seen = np.full((24, 32, 3), 90, np.uint8)
+    seen[2:10, 4:12] = 220
+    # the tag says which turn of the stored pixels shows what was seen
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = Image.fromarray(seen)
+    stored = stored.transpose(undo[tag]) if tag in undo else stored
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    mask = (seen[..., 0] > 150).astype(np.uint8) * 255
+    image, cut = read_pair(
+        tmp_path, (stored, {"exif": exif, "format": format}), (mask, {"format": "PNG"})
+    )
+    assert np.asarray(image)[np.asarray(cut) > 0].mean() > 200
+    read = dataset(tmp_path).read_file(Case("a", (tmp_path / "image.png",)))["image"]
+    assert read.shape == (3, 24, 32) and abs(255 * read - seen.transpose(2, 0, 1)).mean() < 10
+
+
+def transparent(colour, alpha, mode):
+    """A mask drawn as transparency, of one colour."""
+    bands = [Image.new("L", (30, 24), colour)] * (3 if mode == "RGBA" else 1)
+    return Image.merge(mode, [*bands, Image.fromarray(alpha)])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("colour", [0, 60, 255])
+def test_masks_of_transparency(tmp_path, mode, colour):
+    alpha, options = mask_of(0), {}
+    if mode == "P":
+        mask = Image.fromarray((alpha > 0).astype(np.uint8)).convert("P")
+        mask.putpalette([colour] * 6)
+        options = {"transparency": 0}
+    else:
+        mask = transparent(colour, alpha, mode)
+    cut = read_pair(tmp_path, (pixels(0), {}), (mask, options))[1]
+    assert np.array_equal(np.asarray(cut), alpha > 0)
+    # opaque throughout: the colours are the mask
+    opaque = Image.fromarray(alpha).convert("RGBA")
+    cut = read_pair(tmp_path, (pixels(0), {}), (opaque, {}))[1]
+    assert np.array_equal(np.asarray(cut), alpha > 0)
+
+
+def test_masks_of_which_colour_and_transparency_differ(tmp_path):
+    alpha = mask_of(0)
+    for colour, clear in (
+        (255 - alpha, alpha),
+        (alpha, np.full_like(alpha, 255 - 90)),
+        (alpha, alpha.T),
+    ):
+        clear = np.resize(clear, alpha.shape)
+        grey = Image.fromarray(colour)
+        mask = Image.merge("RGBA", [grey, grey, grey, Image.fromarray(clear)])
+        with pytest.raises(DataError, match="transparency and its colours show different masks"):
+            read_pair(tmp_path, (pixels(0), {}), (mask, {}))
+
+
+def test_what_pictures_hide_is_said(tmp_path):
+    notes = CaseNotes()
+    clear = Image.fromarray(np.dstack([pixels(0), mask_of(0)]))
+    read_pair(tmp_path, (clear, {}), (np.full(SHAPE, 255, np.uint8), {}), notes)
+    found = [warning.found for warning in notes.warnings]
+    assert found == [
+        "88.3 % of the pixels are transparent, their hidden colours are used",
+        "the whole image is foreground",
+    ]
+    (warning,) = dataset(tmp_path).read_file(Case("a", (tmp_path / "image.png",)))["findings"]
+    assert "transparent" in warning.found
+    notes = CaseNotes()
+    read_pair(tmp_path, (pixels(0), {}), (255 - mask_of(0), {}), notes)
+    assert "the whole border and 88.3 % of the pixels are foreground" in notes.warnings[0].found
+    notes = CaseNotes()
+    read_pair(tmp_path, (Image.fromarray(pixels(0)).convert("RGBA"), {}), (mask_of(0), {}), notes)
+    assert not notes.warnings
+
+
+def deep_png(path, kind):
+    """A PNG of 16 bits a channel, which PIL does not write: kind 2 is RGB, 6 RGBA, 4 grey with
+    alpha.
+    """
+    rows = b"".join(b"\0" + bytes(8 * 2 * {2: 3, 6: 4, 4: 2}[kind]) for _ in range(8))
+
+    def chunk(name, content):
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    head = struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+
+
+@pytest.mark.parametrize("which", ["image", "mask"])
+def test_pages_depth_and_other_kinds_are_refused(tmp_path, which, monkeypatch):
+    pages = [Image.fromarray(pixels(k)) for k in range(3)]
+    path = tmp_path / f"{which}.png"
+
+    def attempt(message):
+        with pytest.raises(DataError, match=rf"{which}\.png: {message}"):
+            _open_pair(Case("a", (tmp_path / "image.png",), tmp_path / "mask.png"))
+
+    read_pair(tmp_path, (pixels(0), {}), (mask_of(0), {}))
+    for format in ("TIFF", "GIF", "PNG", "WEBP"):
+        pages[0].save(path, format=format, save_all=True, append_images=pages[1:])
+        attempt("3 pages or frames; expected one image")
+    for kind in (2, 4, 6):
+        deep_png(path, kind)
+        attempt("pixels of mode .*; expected 8 bits")
+    Image.fromarray(np.zeros(SHAPE, np.float32)).save(path, format="TIFF")
+    attempt("pixels of mode F; expected 8 bits")
+    for content, message in (
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n", "a PostScript text"),
+        (b"<html>log in</html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "unreadable"),
+        (b"P6 100 100 255 x", "unreadable"),
+    ):
+        path.write_bytes(content)
+        monkeypatch.setattr(subprocess, "check_call", None)  # no program may be started
+        attempt(message)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.fromarray(pixels(0)).save(path)
+    with pytest.raises(DataError, match=r"\.png: Image size .* exceeds") as caught:
+        _open_pair(Case("a", (path,)))
+    assert caught.value.findings[0].fault == "too large"
+
+
+def test_a_jpeg_of_a_phone_with_a_preview_is_one_image(tmp_path):
+    view, other = Image.fromarray(mask_of(0)), Image.new("L", (30, 24))
+    view.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[other])
+    image, _ = _open_pair(Case("a", (tmp_path / "a.jpg",)))
+    assert abs(np.asarray(image)[..., 0].astype(float) - mask_of(0)).mean() < 10
+
+
+def test_hidden_files_and_composed_names(tmp_path):
+    whole, apart = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+    add(tmp_path, "train", [apart, "b"])
+    add(tmp_path, "val", ["c"], first=50)
+    for path in list(tmp_path.glob("*/*/*.*")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "train.txt").write_text(f"{whole}\n", encoding="utf-8")
+    splits = dataset(tmp_path).splits()
+    assert names(splits["labelled"]) == [whole] and names(splits["val"]) == ["c"]
+    assert splits["labelled"][0].label is not None
+    (tmp_path / "train.txt").write_text(line(whole).replace("/", "\\") + "\n", encoding="utf-8")
+    report = Report()
+    (case,) = dataset(tmp_path).splits(report=report)["labelled"]
+    assert case.images[0].is_file() and case.label.is_file()
+    assert {warning.fault for warning in report.findings} == {"list"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """LA on tiny HDF5 files: the three layouts, lists and labelled prefixes, views, bad input."""
 
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dataloaders.faults import DataError
+from dataloaders.faults import DataError, Report
 from dataloaders.la import LAYOUTS, LADataset
 from dataloaders.lists import read_split
 
@@ -243,3 +244,63 @@ def test_weak_view_and_label_are_aligned_in_views(tmp_path):
     for seed in range(20):
         views = partial(data.views, strong_views=1)(sample, np.random.default_rng(seed))
         assert np.array_equal(views["weak"] > 0, views["label"] > 0)
+
+
+def rebuilt(root, change):
+    """A data set of which the file of scan A is made anew by `change(file)`; the path of it."""
+    data, path = build(root), root / LAYOUTS[0].format("A")
+    path.unlink()
+    with h5py.File(path, "w") as file:
+        file["label"] = scan(1)[1]
+        change(file)
+    return data, path
+
+
+def test_arrays_are_in_the_file_itself(tmp_path):
+    """Links, raw data beside and virtual arrays would be read from wherever the file says."""
+    save(tmp_path / "other.h5", *scan(0))
+    layout = h5py.VirtualLayout(SHAPE, np.float32)
+    layout[...] = h5py.VirtualSource(str(tmp_path / "other.h5"), "image", SHAPE)
+
+    def linked(file):
+        file["image"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "image")
+
+    def soft(file):
+        file["image"] = h5py.SoftLink("/label")
+
+    def beside(file):
+        where = [(str(tmp_path / "other.h5"), 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("image", SHAPE, np.float32, external=where)
+
+    def virtual(file):
+        file.create_virtual_dataset("image", layout)
+
+    for change, message in (
+        (linked, "'image' is a link"),
+        (soft, "'image' is a link"),
+        (beside, "'image' is stored in '.*other.h5'"),
+        (virtual, "'image' is made of other arrays"),
+    ):
+        data, path = rebuilt(tmp_path, change)
+        with pytest.raises(DataError, match=message) as caught:
+            data.sample(data.find(["A"])[0])
+        (finding,) = caught.value.findings
+        assert (finding.fault, finding.file) == ("outside", str(path))
+
+
+def test_arrays_that_fit_no_memory_are_refused_before_they_are_read(tmp_path):
+    huge = (100_000,) * 3
+    data, _ = rebuilt(tmp_path, lambda file: file.create_dataset("image", huge, "f4", chunks=SHAPE))
+    with pytest.raises(DataError, match="100000 x 100000 x 100000 values") as caught:
+        data.sample(data.find(["A"])[0])
+    assert caught.value.findings[0].fault == "too large"
+
+
+def test_hidden_files_and_composed_names(tmp_path):
+    whole, apart = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+    data = build(tmp_path)
+    save(tmp_path / LAYOUTS[0].format(apart), *scan(9))
+    assert data.find([whole])[0].images[0].is_file()
+    save(tmp_path / "more" / "a.h5", *scan(8))
+    (tmp_path / "more" / "._a.h5").write_bytes(b"\0\5\x16\7")
+    assert names(data.folder_cases(tmp_path / "more", Report())) == ["a"]

@@ -16,8 +16,9 @@ import torch
 from dataloaders import DATASETS, Case, DataError, build_dataset, describe_dataset
 from dataloaders.cases import read_image, read_label
 from dataloaders.checks import check_disjoint
+from dataloaders.faults import Report
 from dataloaders.lists import read_datalist
-from dataloaders.msd import MSDDataset
+from dataloaders.msd import MSDDataset, surviving
 from dataloaders.volumes import read_volume, to_native
 
 CLASSES = ("background", "liver", "spleen")
@@ -733,6 +734,102 @@ def test_a_nan_in_one_channel_names_its_file(tmp_path):
     ]
     with pytest.raises(DataError, match=r"/1\.nii\.gz: 1 voxels are NaN"):
         read_image(Case("a", tuple(files)), 3)
+
+
+def found_of(dataset, case="a"):
+    """Faults and words of the warnings about a case, as training and as prediction give them."""
+    (case,) = dataset.find([case])
+    trained = [(fault, found) for _, fault, found, *_ in dataset.preprocess(case)["warnings"]]
+    predicted = [(f.fault, f.found) for f in dataset.read_file(case)["findings"]]
+    return trained, predicted
+
+
+def body(shape=SHAPE):
+    """A scan in Hounsfield units: air, tissue, bone."""
+    scan = np.where(blocks(shape) > 0, 60.0, -1000.0) + noise(3, shape)
+    scan[4, 4, 4] = 700
+    return scan
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda hu: hu, None),
+        (lambda hu: hu + 1024, "nothing is below -200"),
+        (lambda hu: 255 * (hu + 1024) / 1800, "nothing is below -200"),
+        (lambda hu: (hu + 1024) / 1800, "nothing is below -200"),
+        (lambda hu: np.clip(hu, -175, 250), "nothing is below -200"),
+        (lambda hu: hu - 1024, "nothing is above 300"),
+        (lambda hu: 10 * hu, "most values are beyond those of a CT scan"),
+        (lambda hu: np.where(hu < -900, -3024, hu), None),  # padding of some scanners
+    ],
+)
+def test_scans_that_are_not_in_hounsfield_units(folder, change, message):
+    folder.add("training", "a", change(body()))
+    how = {"intensity": "window", "window": (-175.0, 250.0)}
+    for found in found_of(folder.dataset(**how)):
+        assert [fault for fault, _ in found] == ([] if message is None else ["range"])
+        assert message is None or message in found[0][1]
+    # a window of another unit, or none, says nothing of Hounsfield units
+    for how in ({"intensity": "window", "window": (0.0, 100.0)}, {"intensity": "zscore"}):
+        assert found_of(folder.dataset(**how)) == ([], [])
+
+
+def test_a_scan_unlike_the_others_is_warned_of(folder):
+    for name in "abcd":
+        folder.add("training", name, body() if name != "c" else np.abs(body()))
+    dataset = folder.dataset(intensity="window", window=(-175.0, 250.0))
+    report = Report()
+    dataset.prepare({"labelled": dataset.find("abcd")}, report, store=False)
+    told = [(f.case, f.found) for f in report.findings if "lie below, in and above" in f.found]
+    assert [case for case, _ in told] == ["c"]
+
+
+def test_labels_that_cropping_cuts_off_are_warned_of(folder):
+    scan, label = body(), blocks()
+    scan[2:4] = -1000  # a part of the liver is air, as a lung is
+    scan[:, 2:4][label[:, 2:4] == 1] = -1000
+    folder.add("training", "a", scan, label)
+    how = {"intensity": "window", "window": (-175.0, 250.0)}
+    sample = folder.dataset(crop_foreground=True, **how)
+    (case,) = sample.find(["a"])
+    kept = sample.preprocess(case)["label"]
+    lost = [100 * (1 - (kept == k).sum() / (label == k).sum()) for k in (1, 2)]
+    assert lost[0] > 10 and lost[1] == 0
+    ((fault, found),) = found_of(folder.dataset(crop_foreground=True, **how))[0]
+    assert fault == "lost labels" and found.endswith(f": {lost[0]:.3g} % of 'liver'")
+    assert found_of(folder.dataset(**how))[0] == []
+
+
+def test_labels_that_resampling_loses_are_warned_of(folder):
+    label = blocks()
+    label[label == 2] = 0
+    label[10, 8, 7] = 2  # one voxel of 9 mm3, on a grid of 8 mm
+    folder.add("training", "a", label=label)
+    assert found_of(folder.dataset(spacing=(2.0, 1.5, 3.0)))[0] == []
+    ((fault, found),) = found_of(folder.dataset(spacing=(8.0, 8.0, 8.0)))[0]
+    assert fault == "lost labels" and found.startswith("resampling to 8 x 8 x 8 mm loses")
+    assert "100 % of 'spleen'" in found
+    # one of several small structures that is met by a coarse voxel does not stand for the others
+    label[::3, ::3, ::3][label[::3, ::3, ::3] == 0] = 2
+    folder.add("training", "b", label=label)
+    ((fault, found),) = found_of(folder.dataset(spacing=(8.0, 8.0, 8.0)), "b")[0]
+    assert fault == "lost labels" and "'spleen'" in found
+
+
+def test_what_survives_on_another_grid(folder):
+    """Against the resampled label brought back to the stored grid, voxel by voxel."""
+    folder.add("training", "a", affine=AFFINES["oblique"]).add("validation", "b")
+    for spacing in ((2.0, 1.5, 3.0), (3.0, 3.0, 3.0), (1.0, 5.0, 2.0)):
+        sample = folder.only(orientation="RAS", spacing=spacing)
+        label = blocks()
+        back = to_native(sample["label"][0], sample["affine"], AFFINES["oblique"], SHAPE)
+        found = surviving(
+            label, AFFINES["oblique"], sample["label"][0], sample["affine"], (1, 2, 9)
+        )
+        assert found.keys() == {1, 2}
+        for k, share in found.items():
+            assert share == pytest.approx((back[label == k] == k).mean(), abs=0.02)
 
 
 def test_an_affine_that_places_nothing(folder):

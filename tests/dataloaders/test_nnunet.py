@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dataloaders import DataError, build_dataset, describe_dataset
+from dataloaders.lists import read_json
 
 SHAPE = (8, 9, 10)
 PLAIN = {
@@ -130,8 +131,16 @@ def test_files_listed_in_the_json(root):
     assert tested.name == "q"
     with pytest.raises(DataError, match=r"case .scan. .* a list of 2"):
         make(root, REGIONS | {"dataset": {"scan": entry | {"images": ["a"]}}}).cases()
-    with pytest.raises(DataError, match=r"'dataset' is list; expected an object of case names"):
-        make(root, REGIONS | {"dataset": [entry]}).cases()
+    for wrong, message in (
+        ([entry], "'dataset' is list; expected an object"),
+        ("x", "'dataset' is str; expected an object"),
+        ({}, "'dataset' names no case"),
+        ({"scan": entry | {"images": [1, 2]}}, "a list of 2"),
+        ({"scan": entry | {"label": ["a"]}}, "a list of 2"),
+        ({"scan": ["a"]}, "a list of 2"),
+    ):
+        with pytest.raises(DataError, match=message):
+            make(root, REGIONS | {"dataset": wrong}).cases()
 
 
 def test_folders_beside_files_listed_in_the_json(root):
@@ -165,6 +174,27 @@ def test_channels_that_unlabelled_scans_lack(root, part):
         make(root, REGIONS, unlabelled="test").splits()
 
 
+def test_json_is_read_as_strictly_as_yaml(root):
+    path = root / "dataset.json"
+    deep = "[" * 10**5 + "]" * 10**5
+    for text, message in (
+        ('{"labels": {"a": 1, "a": 2}}', "the key 'a' is there 2 times"),
+        ('{"training": [1, 2], "training": [1]}', "the key 'training' is there 2 times"),
+        (deep, "not valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
+        ("\udcff", "not valid JSON"),
+    ):
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        with pytest.raises(DataError, match=message):
+            read_json(path)
+
+
+def test_hidden_files_are_no_cases(root):
+    for path in [*root.glob("*/p_*.nii.gz")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert names(make(root, PLAIN).cases()) == ["p_1", "p_2", "p_3", "p_4", "q"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -180,6 +210,19 @@ def test_channels_that_unlabelled_scans_lack(root, part):
             {"labels": {"background": 0, "a": [0, 1]}, "regions_class_order": [1]},
             "region 'a' holds the id 0",
         ),
+        (
+            {"labels": {"a": [1, 2], "b": [2]}, "regions_class_order": [1, 300]},
+            r"is \[1, 300\], expected an id of its own for each region, of 1 to 255",
+        ),
+        (
+            {"labels": {"a": [1, 2], "b": [2]}, "regions_class_order": [2, 2]},
+            r"is \[2, 2\], expected an id of its own",
+        ),
+        (
+            {"labels": {"a": [1, 2, 3], "b": [1, 2], "c": 1}, "regions_class_order": [1, 2, 3]},
+            r"paints 'c' with 3, which labels have elsewhere; expected one of its own ids, \[1\]",
+        ),
+        ({"labels": {"background": 1, "a": 0}}, "the background as 1, expected 0"),
         ({"channel_names": {"1": "CT"}}, "counted from 0"),
         ({"file_ending": ".png"}, "'file_ending' is '.png', expected one of .nii.gz"),
     ],

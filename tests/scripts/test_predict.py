@@ -74,7 +74,8 @@ def test_as_the_tester_predicts(trained, site):
     assert np.array_equal(ids, np.asarray(expected.dataobj))
     given = nib.load(site / "in/case6.nii.gz")
     assert np.allclose(found.affine, given.affine)
-    assert np.allclose(found.get_qform(coded=True)[0], given.affine)
+    for form in ("sform_code", "qform_code", "srow_x", "quatern_b", "qoffset_x"):
+        assert np.array_equal(found.header[form], given.header[form])
     assert found.get_data_dtype() == np.uint8
     about = json.loads((site / "out/case6.json").read_text())
     assert about["labels"] == {"0": "background", "1": "ball", "2": "box"}
@@ -123,14 +124,20 @@ def test_a_bad_scan_does_not_lose_the_others(trained, site):
     nib.save(
         nib.Nifti1Image(np.full((8, 8, 8), np.nan, np.float32), np.eye(4)), site / "in/c_nan.nii.gz"
     )
+    voxels = array(trained / "data/imagesTr/case0.nii.gz")
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), site / "in/d_nowhere.nii.gz")
+    (site / "in/._case6.nii.gz").write_bytes(b"\0\5\x16\7")
     result = predict(cwd=site, ok=False)
     assert result.returncode == 1
-    assert "segmented 2, there already 0, failed 2" in result.stdout
+    assert "segmented 3, there already 0, failed 2" in result.stdout
+    # as training says it
+    assert "d_nowhere.nii.gz: the affine is the identity" in result.stderr
     assert "b_short.nii.gz: unreadable or truncated" in result.stderr
     assert "c_nan.nii.gz: 512 voxels are NaN" in result.stderr
     assert sorted(p.name for p in (site / "out").glob("*.nii.gz")) == [
         "a_whole.nii.gz",
         "case6.nii.gz",
+        "d_nowhere.nii.gz",
     ]
     table = (site / "out/volumes.csv").read_text()
     assert table.count("a_whole") == table.count("case6") == 2

@@ -1,9 +1,13 @@
 """Files of predictions: geometry, completeness, and the table that grows."""
 
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
+from dataloaders.volumes import read_volume
 from tests.dataloaders.test_msd import AFFINES
 from utils.config import ConfigError
 from utils.predictions import (
@@ -27,6 +31,33 @@ def test_volumes_keep_their_affine(tmp_path, name):
         assert code == 1
         assert np.allclose(affine, AFFINES[name], atol=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+@pytest.mark.parametrize("sform, qform", itertools.product((0, 1, 2, 4), repeat=2))
+@pytest.mark.parametrize("unit", ["mm", "micron"])
+def test_label_maps_lie_on_the_scan_by_both_of_its_forms(tmp_path, sform, qform, unit):
+    size = 1000 if unit == "micron" else 1
+    scanner = np.diag([1.5 * size, 1.5 * size, 3 * size, 1])
+    atlas = scanner.copy()
+    atlas[2, 3] = 40 * size
+    scan = nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), None)
+    scan.header.set_zooms(scanner.diagonal()[:3])
+    scan.set_sform(atlas, sform)
+    scan.set_qform(scanner, qform)
+    scan.header.set_xyzt_units(unit)
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    voxels, affine = read_volume(tmp_path / "scan.nii.gz")
+    save_volume(tmp_path / "ids.nii.gz", voxels + 7, affine)
+    ids = nib.load(tmp_path / "ids.nii.gz")
+    assert (int(ids.header["sform_code"]), int(ids.header["qform_code"])) == (sform, qform)
+    assert np.array_equal(np.asarray(ids.dataobj), np.full((3, 4, 5), 7, np.uint8))
+    assert ids.get_data_dtype() == np.uint8
+    expected = nib.load(tmp_path / "scan.nii.gz").affine
+    assert np.allclose(ids.affine[:3] * size, expected[:3])
+    origins = [
+        sitk.ReadImage(str(tmp_path / f"{name}.nii.gz")).GetOrigin() for name in ("scan", "ids")
+    ]
+    assert np.allclose(*origins)  # in mm, of either unit
 
 
 def test_a_sheared_affine_has_no_quaternion(tmp_path):
