@@ -234,7 +234,7 @@ class MSDDataset(Dataset):
             return super().prepare(splits, report, store)
         finally:
             if store:
-                self.cache.write_digests()
+                self.cache.sweep()
 
     def facts(self, case: Case, split: str, store: bool) -> dict:
         found = self.cache.facts(case, store)

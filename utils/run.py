@@ -39,6 +39,7 @@ from utils.checkpoint import (
     PREVIOUS,
     CheckpointError,
     DiskError,
+    Lock,
     atomic_save,
     code_version,
     load_checkpoint,
@@ -47,6 +48,7 @@ from utils.checkpoint import (
     remove_temporary,
     save_last,
     write_text,
+    writing,
 )
 from utils.config import (
     AMP,
@@ -71,6 +73,7 @@ from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import LOGGERS, Averages, RunLog, SilentLog, read_log, require_logger, start_wandb
 from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer
 
+LOCK = "run.lock"  # in the run folder while a process trains there
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic of a
@@ -318,6 +321,10 @@ class Run:
                 raise SystemExit(0)
         self.resumes = bool(args.resume) and _has_run(self.folder)
         self.world, name = join_world(cfg.device)
+        self.lock = Lock(self.folder / LOCK)
+        if self.lock.path.exists():  # rather than after the data were read
+            self._own_folder()
+            self.lock.release()
         self.device = resolve_device(name)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -351,7 +358,23 @@ class Run:
         if self.world.main:
             for warning in report.spoken_warnings():
                 print(warning, file=sys.stderr)
+            self._own_folder()
             open_run(self.folder, self.cfg, self.resumes)
+
+    def _own_folder(self) -> None:
+        """Take the lock on the folder, again if it was removed under way; ConfigError while another
+        process trains in it.
+        """
+        if not self.world.main or self.lock.holds():
+            return
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            owner = self.lock.take()
+        if owner is not None:
+            raise ConfigError(
+                f"{self.folder}: in use by {owner}; wait for that run, stop it, or name another "
+                "with --opts tag=NAME"
+            )
 
     def describe(
         self, kind: str, network: str, in_channels: int, num_classes: int, splits: Mapping
@@ -483,6 +506,7 @@ class Run:
         if scores["dice"] > self.best["dice"]:
             self.best = {"dice": scores["dice"], "step": self.done}
             if self.world.main:
+                self._own_folder()
                 chosen = {"weights": weights, "step": self.done, "val": scores}
                 atomic_save({**self.described, **chosen}, self.folder / "best.pt")
 
@@ -499,6 +523,7 @@ class Run:
         random_states = self.world.gathered(rng_state())  # all processes, or the others would wait
         if not self.world.main:
             return
+        self._own_folder()
         parts = {
             name: {} if part is None else part.state_dict() for name, part in self.parts.items()
         }
@@ -520,6 +545,7 @@ class Run:
         """Close the log, say what came out or how to go on -> the exit code."""
         self.log.close()
         if self._stops:
+            self.lock.release()
             self.world.leave()
             words = [*self.world.launcher, *sys.argv]
             if not self.args.resume:
@@ -533,6 +559,7 @@ class Run:
                 print(f"warning: {finding}", file=sys.stderr)
             dice, step = self.best["dice"], self.best["step"]
             print(f"best validation Dice {dice:.4f} at step {step}; results in {self.folder}")
+        self.lock.release()
         self.world.leave()
         return 0
 

@@ -142,10 +142,8 @@ def test_strict_counts_warnings_and_many_alike_share_a_row(tmp_path, monkeypatch
     assert code == 1 and printed.count("| warning") == 6
 
 
-def test_the_checker_reads_what_the_cache_remembers(tmp_path):
-    """A file that was damaged without a change of size or time is found, though training trusts
-    both.
-    """
+def test_what_the_cache_remembers_is_read_again(tmp_path):
+    """A file that was damaged without a change of size or time is found."""
     site = write_site("btcv", "sound", tmp_path / "data")
     path = site.root / "imagesTr/case_b.nii.gz"
     assert check(site.root)[0] == 0
