@@ -228,10 +228,14 @@ class MSDDataset(Dataset):
     # Reading
 
     def prepare(
-        self, splits: dict[str, Sequence[Case]], report: Report | None = None, store: bool = True
+        self,
+        splits: dict[str, Sequence[Case]],
+        report: Report | None = None,
+        store: bool = True,
+        chosen: str = "",
     ) -> list[Finding]:
         try:
-            return super().prepare(splits, report, store)
+            return super().prepare(splits, report, store, chosen)
         finally:
             if store:
                 self.cache.sweep()
@@ -327,7 +331,8 @@ class MSDDataset(Dataset):
         stored = [
             [files.index(w.file), w.fault, w.found, w.expected, w.fix] for w in notes.warnings
         ]
-        return image, label, affine, {"content": notes.content, "warnings": stored}
+        seen = {"content": notes.content, "labels": notes.labels, "warnings": stored}
+        return image, label, affine, seen
 
     def _check_case(self, case: Case) -> None:
         """DataError for what the names of a case's files tell."""

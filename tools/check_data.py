@@ -102,7 +102,7 @@ def examine(args: argparse.Namespace, report: Report) -> dict[str, int]:
             arguments["memory_gb"] = 0.0
         dataset = build_dataset(**arguments, allow_outside=args.allow_outside)
         splits = dataset.splits(getattr(cfg, "labelled", None), report)
-        dataset.prepare(splits, report, store=not args.no_cache)
+        dataset.prepare(splits, report, not args.no_cache, cfg.select_on)
         if not splits[cfg.select_on] and not report.errors:
             found = no_selection(cfg.select_on, cfg.split_dir or args.config)
             report.error("empty list", args.config, found)
