@@ -523,12 +523,15 @@ def parse_labelled(text: str) -> int | float:
 
 
 def parse_ratio(text: str) -> float:
-    """As `parse_labelled`, for a share alone: '1' -> 1.0, all of them. ValueError for a number
-    above 1.
+    """As `parse_labelled`, for a share alone: '1' -> 1.0, all of them. ArgumentTypeError for
+    a number above 1.
     """
     share = float(parse_labelled(text))
     if share > 1:
-        raise ValueError(f"a ratio of labels lies above 0 and at most at 1, got {text}")
+        raise argparse.ArgumentTypeError(
+            f"a ratio of labels lies above 0 and at most at 1, got {text}; a number of them is "
+            "--labelled"
+        )
     return share
 
 
