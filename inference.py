@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from utils.modes import evaluating
 
@@ -18,12 +19,53 @@ AMP_MODES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHUNK = 2**20  # logits that are converted and added at a time, 4 MiB of float32
 
 
+# oneDNN's bfloat16 convolutions of PyTorch 2.13 read, and write, memory that is not theirs where
+# an axis of the grid is this short: gradients of the weights are then anything.
+THIN = 2
+_CONVOLUTIONS = frozenset(
+    {
+        *(torch.conv1d, torch.conv2d, torch.conv3d),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    }
+)
+
+
+class _ThinGridsInFloat32(TorchFunctionMode):
+    """Convolutions under autocast on a CPU over grids of up to `THIN` voxels along an axis, so over
+    few voxels, compute in float32, forward and backward. What they return is bfloat16 as before.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        image = args[0] if args else kwargs.get("input")
+        if func not in _CONVOLUTIONS or min(image.shape[2:]) > THIN or image.is_cuda:
+            return func(*args, **kwargs)
+        if not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            exact = [a.float() if isinstance(a, Tensor) else a for a in args]
+            named = {key: a.float() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
+            return func(*exact, **named).to(torch.bfloat16)
+
+
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    """Autocast context for `amp` in 'off', 'bf16', 'fp16'."""
+    """Autocast context for `amp` in 'off', 'bf16', 'fp16'. On a CPU the convolutions of 'bf16' that
+    are wrong there run in float32.
+    """
     if amp not in AMP_MODES:
         raise ValueError(f"amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
     dtype = AMP_MODES[amp]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    if dtype is None:
+        return contextlib.nullcontext()
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return _bf16_on_cpu()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _bf16_on_cpu() -> Iterator[None]:
+    with torch.autocast("cpu", dtype=torch.bfloat16), _ThinGridsInFloat32():
+        yield
 
 
 def _device_of(network: nn.Module | Callable) -> torch.device:

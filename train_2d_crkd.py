@@ -41,6 +41,7 @@ from utils.few_labels import MIX, Batches, FewLabels, open_data
 from utils.modes import copied, on_device, seed_everything, statistics_estimated
 from utils.registry import OfDims
 from utils.run import Run, run_script
+from utils.runlog import check_terms
 from utils.schedules import set_lr
 
 
@@ -104,7 +105,7 @@ def main() -> int:
         method = cfg.make_method(cfg.channels, dataset.num_classes)
     method = run.placed(method, torch.channels_last)
     if cfg.compile:
-        method.network.compile()
+        method.compile()
     run.seed_apart()
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = cfg.make_optimizer(trained)
@@ -146,6 +147,7 @@ def main() -> int:
                 # the whole method: methods/<name>.py
                 terms = method.loss(labelled, unlabelled or None, step)
                 loss = sum(terms.values())
+            check_terms(terms, method.monitor)
             diagnosis.measure(step, terms, scaler)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()

@@ -52,6 +52,7 @@ from utils.distillation import Batches, Distillation, load_teacher, note_idle
 from utils.modes import copied, seed_everything, statistics_estimated
 from utils.registry import OfDims
 from utils.run import Run, no_selection, run_script
+from utils.runlog import check_terms
 from utils.schedules import set_lr
 
 
@@ -118,10 +119,10 @@ def main() -> int:
     if not splits[cfg.select_on]:
         raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.data_root))
     chosen = splits[cfg.select_on]
-    teacher, teacher_scores = load_teacher(cfg, args, dataset.num_classes, chosen)
+    teacher, teacher_scores = load_teacher(cfg, args, dataset, splits)
     with world.main_first():  # so that one process fills the cache
         used = {split: cases for split, cases in splits.items() if split != "unlabelled"}
-        dataset.prepare(used, report)
+        dataset.prepare(used, report, chosen=cfg.select_on)
         report.stop()
         run.open(report)
 
@@ -154,7 +155,7 @@ def main() -> int:
     groups = [{"params": group} for group in ([of_student, of_method] if split else [trained])]
     optimizer = cfg.make_optimizer(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    run.describe("3d", cfg.student, cfg.channels, dataset.num_classes, splits)
+    run.describe("3d", cfg.student, cfg.channels, dataset.num_classes, splits, teacher)
     run.keep(student=student, method=kd, optimizer=optimizer, scaler=scaler)
     diagnosis = Diagnosis(cfg.diagnose_interval, student.parameters(), world, run.log, cfg.compile)
 
@@ -193,6 +194,7 @@ def main() -> int:
                     how = dataset.multilabel, not getattr(kd, "incomplete", False)
                     label = completed(label, teacher_out.logits, annotated, *how)
                 distilled = kd(student_out, teacher_out, label, progress=step / cfg.max_steps)
+                check_terms(distilled, getattr(kd, "monitor", {}), others=terms)
                 if step < cfg.warmup_steps:
                     share = step / cfg.warmup_steps
                     distilled = {name: share * value for name, value in distilled.items()}

@@ -7,6 +7,7 @@ same for all: lists, labelled and unlabelled cases, checks of the whole. A sampl
 
 import abc
 import fnmatch
+import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -321,13 +322,18 @@ class Dataset(abc.ABC):
     # Checks of the whole
 
     def prepare(
-        self, splits: dict[str, Sequence[Case]], report: Report | None = None, store: bool = True
+        self,
+        splits: dict[str, Sequence[Case]],
+        report: Report | None = None,
+        store: bool = True,
+        chosen: str = "",
     ) -> list[Finding]:
         """Read every case of the lists once, with a progress bar, and check them together -> the
         warnings.
 
-        What is read stays in memory or in the cache, unless `store` is False. DataError that lists
-        every fault, or with `report` the faults are noted there.
+        What is read stays in memory or in the cache, unless `store` is False. chosen: the list that
+        chooses the best checkpoint, if one is to be chosen. DataError that lists every fault, or
+        with `report` the faults are noted there; it also gets the digests of what was read.
         """
         with gathering(report) as report:
             for split, cases in splits.items():
@@ -345,6 +351,9 @@ class Dataset(abc.ABC):
                         if found.get("unknown") == 1 and split in ("val", "test"):
                             raise checks.nothing_labelled(case)
             for (split, case), found in facts.items():
+                digests = "\n".join([*found["content"], *found.get("labels", ())])
+                digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
+                report.contents.setdefault(split, {})[case.name] = digest
                 report.take(placed(found["findings"], split, case.name))
                 if found["ids"] is not None and incomplete:
                     names = self.class_names
@@ -371,14 +380,18 @@ class Dataset(abc.ABC):
                 checks.check_classes(
                     present, self.classes, self.absent_classes, self.source, report
                 )
+            ids = [found["ids"] for (split, _), found in facts.items() if split == chosen]
+            if ids and len(ids) == len(splits[chosen]):
+                present = {number for found in ids for number in self.present(found or ())}
+                checks.check_choice(present, self.classes, self.absent_classes, chosen, report)
         return report.warnings
 
     @abc.abstractmethod
     def facts(self, case: Case, split: str, store: bool) -> dict:
         """Read a case with checks -> `findings` about it, `content` (digests of its images), `ids`
         of its label (None: it has none), `shape` of its image and, where files have them,
-        `native_affine`, `spacing` and `shares` of its values below, in and above the window, and of
-        labels that may hold UNKNOWN its share as `unknown`.
+        `labels` (digests of them), `native_affine`, `spacing` and `shares` of its values below, in
+        and above the window, and of labels that may hold UNKNOWN its share as `unknown`.
         """
 
     def check_labels(self, facts: dict[tuple[str, Case], dict], report: Report) -> None:
@@ -499,6 +512,7 @@ class InMemory(Dataset):
         return {
             "findings": notes.findings,
             "content": notes.content,
+            "labels": notes.labels,
             "ids": sorted(notes.ids) if "label" in sample else None,
             "unknown": float(np.mean(sample.get("label", 0) == UNKNOWN)),
             "shape": sample["image"].shape[1:],

@@ -121,6 +121,7 @@ def read_label(
     faults.stop()
     if notes is not None:
         notes.ids |= {int(value) for value in ids}
+        notes.labels.append(content_digest(marked(label, ignore)))
     return marked(label, ignore)
 
 

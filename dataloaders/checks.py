@@ -199,6 +199,41 @@ def check_classes(
             )
 
 
+def check_choice(
+    ids: Iterable[int],
+    classes: Mapping[int, str],
+    absent: Sequence[str],
+    split: str,
+    report: Report,
+) -> None:
+    """Note classes (id -> name) that no case has of the list which chooses the best checkpoint.
+
+    An error if it has none: every score is then undefined, and the first checkpoint would stay the
+    best. A warning for one that is not named in `absent`: it has no say.
+    """
+    ids = set(ids)
+    missing = [name for number, name in classes.items() if number not in ids]
+    if len(missing) == len(classes):
+        report.error(
+            "absent class",
+            f"{split} list",
+            f"no case has a voxel of {', '.join(missing)}, so nothing tells which checkpoint is "
+            "the best",
+            "a labelled voxel",
+            "put other cases into this list",
+        )
+        return
+    for name in missing:
+        if name not in absent:
+            report.warning(
+                "absent class",
+                f"{split} list",
+                f"no case has class '{name}'",
+                "each class at least once",
+                "it has no say in the choice of the best checkpoint",
+            )
+
+
 def check_ignore_label(ignore: int | None, ids: Mapping[int, str]) -> None:
     """DataError for an id of voxels that nobody labelled which is also that of a class; ids: id of
     label files -> its name.

@@ -96,13 +96,14 @@ class DataError(ValueError):
 
 class Report:
     """Findings in the order in which they were met. totals: how many cases or files there are of
-    each title.
+    each title. contents: list -> case -> digest of its image and label.
     """
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self._known: set[Finding] = set()
         self.totals: dict[str, int] = {}
+        self.contents: dict[str, dict[str, str]] = {}
         self.titles: dict[str, str] = {}  # split -> title
         self.unknown: dict[
             str, list[float]
@@ -208,8 +209,8 @@ def gathering(report: Report | None) -> Iterator[Report]:
 
 
 class CaseNotes(Report):
-    """What is noted while one case is read: warnings, digests of its images, the label ids that
-    occur.
+    """What is noted while one case is read: warnings, digests of its images and labels, the label
+    ids that occur.
 
     grid: shape and affine of the image, known even if its voxels are faulty.
     """
@@ -217,6 +218,7 @@ class CaseNotes(Report):
     def __init__(self) -> None:
         super().__init__()
         self.content: list[str] = []
+        self.labels: list[str] = []
         self.ids: set[int] = set()
         self.grid: tuple[Sequence[int], np.ndarray | None] = (), None
 
@@ -224,6 +226,7 @@ class CaseNotes(Report):
         """Note content and ids. image: any array; label: non-negative ids, if there are any."""
         self.content.append(content_digest(image))
         if label is not None:
+            self.labels.append(content_digest(label))
             self.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
 
 

@@ -353,11 +353,22 @@ def select(
     return [by_name[name] for name in names if name in by_name]
 
 
-def patient_function(pattern: str) -> Callable[[str], str]:
+class PatientFunction:
+    """Case name -> patient, group 1 of the first of `patterns` that matches. A name that does not
+    match is a patient of its own. An object, since loader processes cannot be sent a closure.
+    """
+
+    def __init__(self, patterns: Sequence[re.Pattern]) -> None:
+        self.patterns = patterns
+
+    def __call__(self, name: str) -> str:
+        matches = (pattern.fullmatch(name) for pattern in self.patterns)
+        return next((match[1] for match in matches if match and match[1]), name)
+
+
+def patient_function(pattern: str) -> PatientFunction:
     """Case name -> patient. pattern: a regular expression whose group 1 is the patient; '': the
     usual conventions.
-
-    A name that does not match is a patient of its own.
     """
     try:
         patterns = (re.compile(pattern),) if pattern else _PATIENTS
@@ -370,13 +381,7 @@ def patient_function(pattern: str) -> Callable[[str], str]:
             f"patient_pattern: '{pattern}' must have one group, the patient, such as '(.+)_scan'"
         )
 
-    def patient(name: str) -> str:
-        return next(
-            (match[1] for match in (p.fullmatch(name) for p in patterns) if match and match[1]),
-            name,
-        )
-
-    return patient
+    return PatientFunction(patterns)
 
 
 def labelled_count(labelled: int | float | None, total: int, source: str, unit: str) -> int:

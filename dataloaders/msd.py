@@ -231,13 +231,17 @@ class MSDDataset(Dataset):
     # Reading
 
     def prepare(
-        self, splits: dict[str, Sequence[Case]], report: Report | None = None, store: bool = True
+        self,
+        splits: dict[str, Sequence[Case]],
+        report: Report | None = None,
+        store: bool = True,
+        chosen: str = "",
     ) -> list[Finding]:
         try:
-            return super().prepare(splits, report, store)
+            return super().prepare(splits, report, store, chosen)
         finally:
             if store:
-                self.cache.write_digests()
+                self.cache.sweep()
 
     def facts(self, case: Case, split: str, store: bool) -> dict:
         found = self.cache.facts(case, store)
@@ -360,7 +364,7 @@ class MSDDataset(Dataset):
         stored = [
             [files.index(w.file), w.fault, w.found, w.expected, w.fix] for w in notes.warnings
         ]
-        return {"content": notes.content, "warnings": stored}
+        return {"content": notes.content, "labels": notes.labels, "warnings": stored}
 
     def _check_case(self, case: Case) -> None:
         """DataError for what the names of a case's files tell."""

@@ -1,11 +1,13 @@
 """Data order as a pure function of (seed, draw)."""
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils import plugins
 from utils.run import leave_signals_to_parent
 
 
@@ -108,6 +110,19 @@ class PatchDataset(Dataset):
         if self.annotated is not None:
             stacked["annotated"] = torch.from_numpy(self.annotated(case)).repeat(len(patches), 1)
         return {**stacked, "case": [case.name] * len(patches)}
+
+    def __reduce__(self) -> tuple:
+        """For loader processes that start anew (spawn, forkserver): with the user's own files,
+        whose classes no module of such a process has.
+        """
+        return _with_plugins, (plugins.loaded_files(), pickle.dumps(self.__dict__))
+
+
+def _with_plugins(files: Sequence[tuple[str, str]], state: bytes) -> PatchDataset:
+    plugins.load_files(files)
+    patches = PatchDataset.__new__(PatchDataset)
+    patches.__dict__ = pickle.loads(state)
+    return patches
 
 
 def collate(items: Sequence[dict]) -> dict:

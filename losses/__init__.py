@@ -38,6 +38,7 @@ def build_kd(
     student_channels: Mapping[str, int],
     teacher_channels: Mapping[str, int],
     num_classes: int,
+    /,
     *,
     multilabel: bool = False,
     preset: str = "clean",

@@ -33,6 +33,7 @@ __getattr__ = lazily(__name__, {"Method": "methods.base"})
 def build_method(
     name: str,
     make_network: "Callable[[], nn.Module]",
+    /,
     *,
     max_steps: int,
     preset: str = "clean",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.incomplete import UNKNOWN
+from utils.modes import compile_parts
 
 
 class Method(nn.Module):
@@ -45,6 +46,14 @@ class Method(nn.Module):
     def evaluated(self) -> nn.Module:
         """The network that is validated, saved and deployed."""
         return self.network
+
+    def compile(self, *args, **kwargs) -> None:
+        """`torch.compile` of the networks that a step runs, in place, with its arguments: of each
+        the whole and the parts that methods call.
+        """
+        for child in self.children():
+            if isinstance(child, type(self.network)):
+                compile_parts(child, *args, **kwargs)
 
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
         """Weighted scalar terms of one step; their sum is minimised.

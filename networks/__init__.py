@@ -31,9 +31,9 @@ __all__ = ["NETWORKS", "SegOutput", "build_network", "check_network", "init_weig
 __getattr__ = lazily(__name__, {"SegOutput": "networks.output", "init_weights": "networks.blocks"})
 
 
-def build_network(name: str, in_channels: int, num_classes: int, **arguments) -> "nn.Module":
+def build_network(name: str, in_channels: int, num_classes: int, /, **arguments) -> "nn.Module":
     """The network `name` with PyTorch's default weights. Unknown names and arguments raise
-    ValueError.
+    ValueError. `arguments` may be of any name, `name` too.
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown network '{name}'; choose from {', '.join(sorted(NETWORKS))}")
@@ -53,6 +53,7 @@ def check_network(
     num_classes: int,
     size: Sequence[int] = (),
     batch: int = 1,
+    /,
     **arguments,
 ) -> dict[str, int]:
     """Build the network as a trial; -> its `feature_channels`. Takes no memory, unless a `size` is

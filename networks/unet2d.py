@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from networks.blocks import check_input, check_widths, drop_channels
 from networks.output import SegOutput
+from utils.modes import compile_parts
 
 
 class ConvBlock(nn.Module):
@@ -119,6 +120,7 @@ class UNet2D(nn.Module):
     stride = 16
     unused_keys = (r"^decoder\.feats_conv_16\.(weight|bias)$",)
     alias_keys: tuple[tuple[str, str], ...] = ()
+    compile = compile_parts
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from networks.blocks import check_input, check_widths, drop_channels
 from networks.output import SegOutput
+from utils.modes import compile_parts
 
 UPSAMPLINGS = ("transposed", "trilinear", "nearest")
 
@@ -159,6 +160,7 @@ class VNet(nn.Module):
         (r"^(block_(?:(?:one|two|three|four)(?:_dw)?|five)\.)", r"encoder.\1"),
         (r"^(block_(?:five_up|(?:six|seven|eight)(?:_up)?|nine)\.|out_conv\.)", r"decoder.\1"),
     )
+    compile = compile_parts
 
     def __init__(
         self,

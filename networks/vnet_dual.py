@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from networks.blocks import check_input, check_widths
 from networks.output import SegOutput
 from networks.vnet import UPSAMPLINGS, Decoder, Encoder
+from utils.modes import compile_parts
 
 
 class DualVNet(nn.Module):
@@ -29,6 +30,7 @@ class DualVNet(nn.Module):
     stride = 16
     unused_keys: tuple[str, ...] = ()
     alias_keys: tuple[tuple[str, str], ...] = ()
+    compile = compile_parts
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class LeFeDNet(nn.Module):
     stride = 16
     unused_keys: tuple[str, ...] = ()
     alias_keys: tuple[tuple[str, str], ...] = ()
+    compile = compile_parts
 
     def __init__(
         self,

@@ -628,3 +628,42 @@ def test_fast_copies_are_in_what_the_processor_computes_in(bfloat16, tiles, monk
         torch.bfloat16 if bfloat16 or tiles else torch.float32
     )
     assert fast_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("grid", itertools.product((1, 2, 3), repeat=3))
+def test_bf16_on_a_cpu_has_the_gradients_of_float32(grid, memory, transposed):
+    """Where an axis is short, the processor's bfloat16 kernels read memory that nobody wrote."""
+    torch.manual_seed(0)
+    shape = (16, 8, 3, 3, 3) if transposed else (8, 16, 3, 3, 3)
+    convolve = torch.conv_transpose3d if transposed else torch.conv3d
+    values = [torch.randn(2, 16, *grid), torch.randn(shape)]
+    values = [v.to(torch.bfloat16).float().contiguous(memory_format=memory) for v in values]
+    for stride in (1, 2):
+        kept = [value.clone().requires_grad_() for value in values]
+        exact = convolve(*kept, None, stride, 1)
+        arrives = torch.randn_like(exact).to(torch.bfloat16)
+        expected = torch.autograd.grad(exact, kept, arrives.float())
+        large = [torch.full((1 << e,), 1e30) for e in range(8, 18)]
+        del large  # now in memory that the next allocations get
+        with autocast(torch.device("cpu"), "bf16"):
+            found = convolve(*kept, None, stride, 1)
+        assert found.dtype == torch.bfloat16
+        gradients = torch.autograd.grad(found, kept, arrives)
+        for got, true in zip((found, *gradients), (exact, *expected)):
+            error = (got.float() - true).abs().max()
+            assert error <= 0.02 * true.abs().max()
+
+
+def test_bf16_takes_float32_for_thin_grids_alone():
+    thin, thick, weight = (
+        torch.rand(1, 2, 2, 8, 8),
+        torch.rand(1, 2, 8, 8, 8),
+        torch.rand(3, 2, 1, 1, 1),
+    )
+    with autocast(torch.device("cpu"), "bf16"):
+        found = [torch.conv3d(image, weight) for image in (thin, thick)]
+    assert torch.equal(found[0], torch.conv3d(thin, weight).to(torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(found[1], torch.conv3d(thick, weight))

@@ -32,7 +32,7 @@ import train_3d_crkd
 import train_3d_distill
 from dataloaders import DATASETS, FEW_LABELS, DataError, Report, build_dataset
 from dataloaders.faults import FAULTS, Finding, grouped
-from dataloaders.msd import MSDDataset
+from utils.checkpoint import DiskError
 from utils.config import ConfigError, config_path, read_yaml
 from utils.run import no_selection
 
@@ -101,10 +101,8 @@ def examine(args: argparse.Namespace, report: Report) -> dict[str, int]:
         if "memory_gb" in arguments:
             arguments["memory_gb"] = 0.0
         dataset = build_dataset(**arguments, allow_outside=args.allow_outside)
-        if isinstance(dataset, MSDDataset):
-            dataset.cache.forget_digests()
         splits = dataset.splits(getattr(cfg, "labelled", None), report)
-        dataset.prepare(splits, report, store=not args.no_cache)
+        dataset.prepare(splits, report, not args.no_cache, cfg.select_on)
         if not splits[cfg.select_on] and not report.errors:
             found = no_selection(cfg.select_on, cfg.split_dir or args.config)
             report.error("empty list", args.config, found)
@@ -206,5 +204,5 @@ def write_json(args: argparse.Namespace, report: Report, cases: dict[str, int]) 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ConfigError, DataError) as problem:
+    except (ConfigError, DataError, DiskError) as problem:
         sys.exit(f"error: {problem}")

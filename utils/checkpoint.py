@@ -1,5 +1,5 @@
-"""Files that are written whole or not at all, and checkpoints, which hold tensors and plain Python
-values only.
+"""Files that are written whole or not at all, locks, and checkpoints, which hold tensors and plain
+Python values only.
 
 A checkpoint is written to a temporary file, flushed to disk and moved into place, so a reader sees
 the old one or the new one, never half of one. `save_last` also keeps the one before. A checkpoint
@@ -12,14 +12,23 @@ import errno
 import hashlib
 import os
 import pickle
+import secrets
 import shutil
+import socket
 import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FULL = {
     errno.ENOSPC: "the disk is full",
@@ -88,9 +97,9 @@ def write_whole(
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = unused_name(path.parent, f"{path.name}.", ".tmp")
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -101,6 +110,11 @@ def write_whole(
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def unused_name(folder: Path, before: str = "", after: str = "") -> Path:
+    """A name in `folder` that no other process takes. Two containers can share a process number."""
+    return folder / f"{before}{secrets.token_hex(4)}{after}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,6 +128,93 @@ def remove_temporary(folder: Path) -> None:
     """
     for path in folder.glob("*.tmp"):
         path.unlink(missing_ok=True)
+
+
+class Lock:
+    """A lock on a file, which the system drops when its process ends, in whatever way.
+
+    Others read in the file which process holds it, on which host and since when. Forked processes
+    do not inherit it. It holds between machines and containers as far as their shared file system
+    has locks. Where there are none, a warning says so, it counts as taken, and `works` is False.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.works = path, True
+        self._descriptor: int | None = None
+        self._shared = False
+
+    def take(self, shared: bool = False, wait: bool = False) -> str | None:
+        """Take it -> None or, where another process holds it, that process in words. OSError if its
+        file cannot be made.
+
+        shared: with others that share it. wait: until it is free.
+        """
+        self._shared = shared
+        while True:
+            self._descriptor = self._opened()
+            try:
+                self._lock(wait)
+            except (BlockingIOError, PermissionError):
+                time.sleep(0.1)  # who has just taken it may not have written its name yet
+                owner = os.pread(self._descriptor, 500, 0).decode("utf-8", "replace").strip()
+                self._close()
+                return owner or "another process"
+            except OSError as error:
+                self.works = False
+                print(
+                    f"warning: {self.path}: cannot be locked ({error.strerror}), so nothing keeps "
+                    "another process from writing here at the same time",
+                    file=sys.stderr,
+                )
+            if self.holds():
+                break
+            self._close()  # its last owner removed it meanwhile
+        if not shared:
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            text = f"process {os.getpid()} on host {socket.gethostname()} since {since}\n"
+            os.truncate(self._descriptor, 0)
+            os.write(self._descriptor, text.encode())
+        return None
+
+    def _opened(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except PermissionError:
+            if not self._shared:
+                raise
+            return os.open(self.path, os.O_RDONLY)  # of another user, which is enough to share it
+
+    def _lock(self, wait: bool) -> None:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has no such locks")
+        how = fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX
+        fcntl.lockf(self._descriptor, how if wait else how | fcntl.LOCK_NB)
+
+    def holds(self) -> bool:
+        """Whether it is taken, and its file still stands where others look for it."""
+        if self._descriptor is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Drop it and remove its file, which stays where others may share it; nothing to do where
+        it is not taken.
+        """
+        if self._descriptor is None:
+            return
+        if self.holds() and not self._shared:
+            self.path.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    __del__ = _close
 
 
 def _sync_folder(folder: Path) -> None:

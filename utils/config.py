@@ -46,6 +46,8 @@ LARGEST_INT = 2**31
 # scalars of a file, aliases expanded: a few lines of aliases can stand for billions
 LARGEST_VALUE = 100_000
 DEEPEST_VALUE = 40
+# of classes: the means in tables, and what each line of the log begins with
+TAKEN = ("dice", "mean", "step", "kind")
 LONGEST_NAME = 255  # bytes of a file's or folder's name
 
 
@@ -119,9 +121,16 @@ def training_flags(
         add(f"--{name}", help=text)
     if labelled:
         add(
-            *("--labelled", "--label_num", "--labeled_num", "--labeled-num", "--label_rat"),
+            *("--labelled", "--label_num", "--labeled_num", "--labeled-num"),
             type=parse_labelled,
             help=f"{labelled} that count as labelled (3), or their share (0.05, 5%%)",
+        )
+        add(
+            "--label_rat",
+            dest="labelled",
+            type=parse_ratio,
+            metavar="SHARE",
+            help="their share, as --labelled 0.05; 1 is all of them",
         )
         add(
             "--unlabelled",
@@ -384,10 +393,10 @@ def check_run_names(cfg: Any) -> None:
             f"class_names: 2 to 256 different names, background first; got {_short(list(names))}"
         )
     for name in names:
-        if not name or name != name.strip() or name in ("dice", "mean"):
+        if not name or name != name.strip() or name in TAKEN:
             raise ConfigError(
                 f"class_names: {_short(name)} cannot name a class: empty, with spaces around it, "
-                "or the name of a mean"
+                f"or a name that logs and tables have for something else ({', '.join(TAKEN)})"
             )
 
 
@@ -511,6 +520,19 @@ def parse_labelled(text: str) -> int | float:
     if not 0 < value < math.inf or (value > 1 and not value.is_integer()):
         raise ValueError(f"labels are a number of units or a share above 0 and up to 1, got {text}")
     return int(value) if value > 1 or text.isdecimal() else value
+
+
+def parse_ratio(text: str) -> float:
+    """As `parse_labelled`, for a share alone: '1' -> 1.0, all of them. ArgumentTypeError for
+    a number above 1.
+    """
+    share = float(parse_labelled(text))
+    if share > 1:
+        raise argparse.ArgumentTypeError(
+            f"a ratio of labels lies above 0 and at most at 1, got {text}; a number of them is "
+            "--labelled"
+        )
+    return share
 
 
 def labelled_name(labelled: int | float | None) -> str:

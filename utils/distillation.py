@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
-from dataloaders import DATASETS, Dataset
+from dataloaders import DATASETS, Case, Dataset
 from dataloaders.samplers import PatchDataset, draws
 from dataloaders.settings import DataSettings
 from losses import KD_METHODS, PRESETS, build_kd
@@ -19,7 +19,7 @@ from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weig
 from utils.config import OF_FORMAT, ConfigError, Natural, NotNegative, marks, trying
 from utils.modes import weightless
 from utils.registry import AnyOf, OfDims
-from utils.run import Run, defaults, plain, run_folder
+from utils.run import Run, defaults, named, plain, run_folder
 from utils.schedules import SCHEDULES
 
 TRAINING, CLEAN = 0, 1  # streams of random numbers
@@ -27,6 +27,10 @@ TRAINING, CLEAN = 0, 1  # streams of random numbers
 NOT_SCORED = {
     *("cache_dir", "memory_gb", "unlabelled", "crop", "last_start", "augmentation"),
     *("flip_prob", "rot90_prob", "scale_prob", "shift_prob"),
+}
+# Keys that say what a network gets of a scan
+PREPROCESSING = {
+    *("orientation", "spacing", "intensity", "window", "crop_foreground", "normalize", "regions")
 }
 
 
@@ -133,7 +137,7 @@ class Distillation(DataSettings):
             with trying(f"network_args: {name}"):
                 how = plugins.trial(NETWORKS[name], self.patch_size, batch)
                 arguments = self.network_arguments(name)
-                channels[role] = check_network(name, self.channels, classes, **how, **arguments)
+                channels[role] = check_network(name, self.channels, classes, *how, **arguments)
         if not self.supervised:
             multilabel = self.pluggable["format"].registry[self.format].multilabel
             with trying(f"method_args: {self.method}"), weightless():
@@ -182,29 +186,44 @@ class Batches:
         return draws(patches, first, last, batch, workers, self.run.device, rank, size)
 
 
-def load_teacher(
-    cfg: Distillation, args: Any, num_classes: int, chosen: Sequence
-) -> tuple[nn.Module | None, dict[str, float] | None]:
-    """The frozen teacher, in evaluation mode, and its scores on the cases `chosen`, those of
-    `select_on`, if it was validated on just those, in the same way, else None. Of a supervised run:
-    None, None.
+def teacher_path(cfg: Distillation) -> Path:
+    """Where the teacher's weights are: as named, or best.pt of the supervised run of the same tag
+    or, where there is none, of the one without a tag. So a student of a fold that goes by a tag has
+    the teacher of that fold.
+    """
+    if cfg.teacher_checkpoint:
+        return Path(cfg.teacher_checkpoint)
+    paths = [
+        run_folder(
+            cfg.runs_dir, cfg.dataset, "supervised", cfg.teacher, cfg.teacher_seed, "clean", tag
+        )
+        / "best.pt"
+        for tag in (cfg.tag, "")
+    ]
+    return next((path for path in paths if path.is_file()), paths[-1])
 
-    CheckpointError if it is missing, or was trained for other classes.
+
+def load_teacher(
+    cfg: Distillation, args: Any, dataset: Dataset, splits: Mapping[str, Sequence[Case]]
+) -> tuple[nn.Module | None, dict[str, float] | None]:
+    """The frozen teacher, in evaluation mode, and its scores on the cases of `select_on`, if it was
+    validated on just those, in the same way, else None. Of a supervised run: None, None.
+
+    CheckpointError if it is missing, was trained for other classes or on scans that were
+    preprocessed in another way, or has seen validation or test cases in training.
     """
     if cfg.supervised:
         return None, None
-    folder = run_folder(
-        cfg.runs_dir, cfg.dataset, "supervised", cfg.teacher, cfg.teacher_seed, "clean", ""
+    path, num_classes = teacher_path(cfg), dataset.num_classes
+    own = args.plugins.get(cfg.teacher)
+    name = f"{own['file']}:{cfg.teacher}" if own else cfg.teacher
+    training = (
+        f"  python train_3d_distill.py --config {args.config} --method supervised --student "
+        f"{name} --seed {cfg.teacher_seed}"
     )
-    path = Path(cfg.teacher_checkpoint or folder / "best.pt")
     if not path.is_file():
-        own = args.plugins.get(cfg.teacher)
-        name = f"{own['file']}:{cfg.teacher}" if own else cfg.teacher
         raise CheckpointError(
-            f"{path}: no teacher weights; train the teacher first:\n"
-            f"  python train_3d_distill.py --config {args.config} --method supervised --student "
-            f"{name} "
-            f"--seed {cfg.teacher_seed}\n"
+            f"{path}: no teacher weights; train the teacher first:\n{training}\n"
             f"or name a checkpoint with --opts teacher_checkpoint=FILE"
         )
     checkpoint = load_checkpoint(path)
@@ -219,13 +238,70 @@ def load_teacher(
         raise CheckpointError(
             f"{path}: this teacher does not fit ({'; '.join(wrong)}); train one on this data set"
         )
+    differ = _other_preprocessing(checkpoint, cfg)
+    if differ:
+        raise CheckpointError(
+            f"{path}: this teacher learnt from scans that were preprocessed in another way "
+            f"({'; '.join(differ)}), and both networks get the same patches; train a teacher with "
+            "these settings or distil with its own"
+        )
+    seen = _seen_in_training(checkpoint, dataset, splits)
+    if seen:
+        raise CheckpointError(
+            f"{path}: this teacher was trained on cases that this student is validated or tested "
+            f"on: {'; '.join(seen)}. Name one that was trained on these lists with --opts "
+            "teacher_checkpoint=FILE, or train it, under a tag that the student has too:\n"
+            f"{training} --opts tag=NAME split_dir=FOLDER"
+        )
     plugins.check_same(checkpoint.get("plugins", {}), args.plugins, str(path), [cfg.teacher])
     teacher = build_network(
         network["name"], network["in_channels"], network["num_classes"], **network["arguments"]
     )
     load_network_weights(teacher, checkpoint["weights"], str(path))
-    scores = checkpoint.get("val") if _validated_alike(checkpoint, cfg, chosen) else None
+    alike = _validated_alike(checkpoint, cfg, splits[cfg.select_on])
+    scores = checkpoint.get("val") if alike else None
     return teacher.eval().requires_grad_(False), scores
+
+
+def _other_preprocessing(checkpoint: Mapping[str, Any], cfg: Distillation) -> list[str]:
+    """Keys of what makes a network's input of a scan that a teacher's run had otherwise, with both
+    values.
+    """
+    if not checkpoint.get("config"):
+        return []
+    # keys that did not exist when it was trained had what is their default now
+    before = defaults(type(cfg)) | checkpoint["config"]
+    formats = cfg.pluggable["format"].registry
+    keys = PREPROCESSING & formats[cfg.format].accepted()
+    other = before["format"]
+    if other != cfg.format:
+        others = PREPROCESSING & formats[other].accepted() if other in formats else None
+        if others != keys:
+            return [f"format: {other} in the teacher's run, {cfg.format} here"]
+    return [
+        f"{key}: {plain(before[key])} in the teacher's run, {plain(getattr(cfg, key))} here"
+        for key in sorted(keys)
+        if plain(before[key]) != plain(getattr(cfg, key))
+    ]
+
+
+def _seen_in_training(
+    checkpoint: Mapping[str, Any], dataset: Dataset, splits: Mapping[str, Sequence[Case]]
+) -> list[str]:
+    """The cases of `val` and `test` that a teacher was trained on, in words, or that are scans of a
+    patient whom it was trained on.
+    """
+    lists = checkpoint.get("cases", {})
+    alone = checkpoint.get("config", {}).get("method") == "supervised"
+    trained = [*lists.get("train", ()), *lists.get("labelled", ())]
+    trained += () if alone else lists.get("unlabelled", ())
+    patients = {dataset.patient(name) for name in trained}
+    found = []
+    for split in ("val", "test"):
+        seen = [c.name for c in splits[split] if dataset.patient(dataset.named(c)) in patients]
+        if seen:
+            found.append(f"{named(seen)} ({split})")
+    return found
 
 
 def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, chosen: Sequence) -> bool:

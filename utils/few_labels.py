@@ -90,7 +90,7 @@ class FewLabels(DataSettings):
         with trying(f"network_args: {self.network}"):
             how = plugins.trial(NETWORKS[self.network], self.patch_size, self.labelled_batch)
             arguments = self.network_arguments(self.network)
-            check_network(self.network, channels, classes, **how, **arguments)
+            check_network(self.network, channels, classes, *how, **arguments)
         with trying(f"method_args: {self.method}"), weightless():
             self.make_method(channels, classes)
 
@@ -124,7 +124,7 @@ def open_data(cfg: FewLabels, args: Any, run: Run) -> tuple[Dataset, dict[str, l
     with contextlib.ExitStack() as first:
         if dataset.caches:  # so that one process fills the cache
             first.enter_context(run.world.main_first())
-        dataset.prepare({split: splits[split] for split in used}, report)
+        dataset.prepare({split: splits[split] for split in used}, report, chosen=cfg.select_on)
         report.stop()
     with run.world.main_first():
         run.open(report)

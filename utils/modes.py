@@ -120,6 +120,20 @@ def running_norms(network: nn.Module) -> list[nn.Module]:
     ]
 
 
+# Parts of networks that methods call rather than the whole
+PARTS = ("encode", "decode", "both", "all")
+
+
+def compile_parts(network: nn.Module, *args, **kwargs) -> None:
+    """`torch.compile` of a network's forward pass and of each of `PARTS` that it has, in place, so
+    that whatever of it a step runs is compiled. Further arguments: torch.compile's.
+    """
+    nn.Module.compile(network, *args, **kwargs)
+    for name in PARTS:
+        if hasattr(network, name):
+            setattr(network, name, torch.compile(getattr(network, name), *args, **kwargs))
+
+
 class _Uninitialised(TorchFunctionMode):
     """Leaves normal_ out: on the meta device it would load half of torch's compiler, for
     nothing.

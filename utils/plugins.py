@@ -42,6 +42,7 @@ class Contract:
     takes: tuple[str, ...]
     attributes: Mapping[str, type] = dataclasses.field(default_factory=dict)
     example: str = ""
+    taken: tuple[str, ...] = ()  # names beside those of the registry that no class may have
 
 
 def network(registry: MutableMapping[str, type]) -> Contract:
@@ -52,7 +53,7 @@ def network(registry: MutableMapping[str, type]) -> Contract:
 
 def distillation(registry: MutableMapping[str, type]) -> Contract:
     takes = ("student_channels", "teacher_channels", "num_classes", "multilabel", "preset")
-    return Contract(registry, nn.Module, takes, example="losses/kd.py")
+    return Contract(registry, nn.Module, takes, example="losses/kd.py", taken=("supervised",))
 
 
 def semi_supervised(registry: MutableMapping[str, type], base: type) -> Contract:
@@ -76,14 +77,15 @@ def is_plugged_in(cls: type) -> bool:
     return cls.__module__.startswith(PREFIX)
 
 
-def trial(cls: type, patch_size: Sequence[int], batch: int) -> dict:
-    """On what `networks.check_network` tries a network: the user's own on a small image; ours only
-    where a patch is so small that one voxel may be left of it, which norms refuse.
+def trial(cls: type, patch_size: Sequence[int], batch: int) -> tuple[Sequence[int], int]:
+    """Size and batch of the images on which `networks.check_network` tries a network: the user's
+    own on small ones; ours only where a patch is so small that one voxel may be left of it, which
+    norms refuse. No size: on none.
     """
     if is_plugged_in(cls):
         small = 2 * cls.stride * max(1, 4 // cls.stride)
-        return {"size": tuple(min(side, small) for side in patch_size), "batch": min(batch, 2)}
-    return {"size": tuple(patch_size), "batch": batch} if max(patch_size) == cls.stride else {}
+        return tuple(min(side, small) for side in patch_size), min(batch, 2)
+    return (tuple(patch_size), batch) if max(patch_size) == cls.stride else ((), 1)
 
 
 def plug_in(given: Given, contracts: Mapping[str, Contract]) -> dict[str, dict]:
@@ -155,12 +157,32 @@ def load_class(reference: str, contract: Contract, source: str) -> tuple[type, d
     return cls, {"file": file, "sha256": digest}
 
 
+def loaded_files() -> list[tuple[str, str]]:
+    """(file, SHA-256 of its source) of all that were loaded: what another process of the same run
+    needs for `load_files`.
+    """
+    names = [name for name in sys.modules if name.startswith(PREFIX)]
+    return [(sys.modules[name].__file__, sys.modules[name].source_digest) for name in names]
+
+
+def load_files(files: Iterable[tuple[str, str]]) -> None:
+    """Run files of the user's own that the parent process has run; ConfigError for one that has
+    changed since.
+    """
+    for file, before in files:
+        content = Path(file).read_bytes()
+        now = hashlib.sha256(content).hexdigest()
+        if now != before:
+            raise ConfigError(f"{file}: has changed since the run began; restore it or start anew")
+        _run(file, content, now, file)
+
+
 def _run(file: str, content: bytes, digest: str, source: str) -> types.ModuleType:
     name = f"{PREFIX}{Path(file).stem}_{digest[:16]}"
     if name in sys.modules and sys.modules[name].__file__ == file:
         return sys.modules[name]
     module = types.ModuleType(name)
-    module.__file__ = file
+    module.__file__, module.source_digest = file, digest
     sys.modules[name] = module  # dataclasses and pickle look there
     try:
         exec(compile(content, file, "exec"), module.__dict__)
@@ -190,7 +212,10 @@ def _check_contract(cls: type, contract: Contract, source: str) -> None:
         raise ConfigError(
             f"{source}: lacks the methods {', '.join(sorted(cls.__abstractmethods__))}{look}"
         )
-    if cls.__name__ in contract.registry and not is_plugged_in(contract.registry[cls.__name__]):
+    built_in = cls.__name__ in contract.registry and not is_plugged_in(
+        contract.registry[cls.__name__]
+    )
+    if built_in or cls.__name__ in contract.taken:
         raise ConfigError(
             f"{source}: '{cls.__name__}' is the name of a built-in one; rename the class"
         )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils.checkpoint import unused_name
 from utils.config import ConfigError
 
 
@@ -70,7 +71,7 @@ def _complete(path: Path, write) -> None:
     """Write by way of a temporary file of the same kind, so that a file that is there is
     complete.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = unused_name(path.parent, ".", f".{path.name}")
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -15,6 +15,7 @@ A `Run` never calls the loop of a script: the loop asks it.
 import contextlib
 import dataclasses
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -39,14 +40,17 @@ from utils.checkpoint import (
     PREVIOUS,
     CheckpointError,
     DiskError,
+    Lock,
     atomic_save,
     code_version,
+    digest,
     load_checkpoint,
     load_last,
     load_network_weights,
     remove_temporary,
     save_last,
     write_text,
+    writing,
 )
 from utils.config import (
     AMP,
@@ -71,6 +75,7 @@ from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import LOGGERS, Averages, RunLog, SilentLog, read_log, require_logger, start_wandb
 from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer
 
+LOCK = "run.lock"  # in the run folder while a process trains there
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic of a
@@ -318,13 +323,23 @@ class Run:
                 raise SystemExit(0)
         self.resumes = bool(args.resume) and _has_run(self.folder)
         self.world, name = join_world(cfg.device)
+        self.lock = Lock(self.folder / LOCK)
+        if self.lock.path.exists():  # rather than after the data were read
+            self._own_folder()
+            self.lock.release()
         self.device = resolve_device(name)
         if self.device.type == "cpu":
             keep_freed_memory()
+        if cfg.amp == "bf16" and self.device.type == "cpu":
+            self.note(
+                "note: bf16 on a CPU: convolutions over grids of one or two voxels along an axis "
+                "run in float32, since those in bfloat16 have wrong gradients"
+            )
         if cfg.deterministic:
             use_deterministic(self.device, cfg.compile, quiet=not self.world.main)
         self.start, self.best = 0, {"dice": -1.0, "step": -1}
         self.averages = Averages()
+        self.contents: Mapping = {}
         self.logs = self.validates = self.saves = self._stops = False
 
     def note(self, text: str) -> None:
@@ -348,13 +363,36 @@ class Run:
         """Print the warnings of a report on the data and make the folder, in the first process;
         ConfigError for a run that is there and is not resumed, or has other settings.
         """
+        self.contents = report.contents
         if self.world.main:
             for warning in report.spoken_warnings():
                 print(warning, file=sys.stderr)
+            self._own_folder()
             open_run(self.folder, self.cfg, self.resumes)
 
+    def _own_folder(self) -> None:
+        """Take the lock on the folder, again if it was removed under way; ConfigError while another
+        process trains in it.
+        """
+        if not self.world.main or self.lock.holds():
+            return
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            owner = self.lock.take()
+        if owner is not None:
+            raise ConfigError(
+                f"{self.folder}: in use by {owner}; wait for that run, stop it, or name another "
+                "with --opts tag=NAME"
+            )
+
     def describe(
-        self, kind: str, network: str, in_channels: int, num_classes: int, splits: Mapping
+        self,
+        kind: str,
+        network: str,
+        in_channels: int,
+        num_classes: int,
+        splits: Mapping,
+        teacher: nn.Module | None = None,
     ) -> None:
         """What every checkpoint says of itself. splits: list -> its cases."""
         cfg = self.cfg
@@ -370,6 +408,8 @@ class Run:
             "config": dataclasses.asdict(cfg),
             "dataset": cfg.dataset_arguments(),
             "cases": {split: [case.name for case in cases] for split, cases in splits.items()},
+            "contents": self.contents,
+            "teacher": digest(teacher.state_dict()) if teacher is not None else "",
             "code": code_version(),
             "plugins": self.args.plugins,
             "selected_on": cfg.select_on,
@@ -401,6 +441,7 @@ class Run:
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         plugins.check_same(state.get("plugins", {}), self.args.plugins, str(self.folder))
+        self._check_references(state)
         now = code_version()
         if state.get("code") != now:
             print(
@@ -424,6 +465,29 @@ class Run:
             state["averages"] = {"sums": state["totals"], "counts": counts}
         self.averages.load_state_dict(state["averages"])
         self.start, self.best = state["step"], state["best"]
+
+    def _check_references(self, state: Mapping) -> None:
+        """CheckpointError if what the run is given by the name of a file, lists, cases and teacher,
+        is not what a checkpoint was trained on.
+        """
+        now, differ = self.described, []
+        unlabelled = self.cfg.method != "supervised" and getattr(self.cfg, "unlabelled_batch", 0)
+        for split in ("labelled", "unlabelled", "val", "test"):
+            if split != "unlabelled" or unlabelled:
+                before = {key: state.get(key, {}).get(split) for key in ("cases", "contents")}
+                after = {key: now[key].get(split) for key in before}
+                trained = split in ("labelled", "unlabelled")
+                differ += [f"{split}: {text}" for text in _differences(before, after, trained)]
+        if state.get("teacher", now["teacher"]) != now["teacher"]:
+            differ.append(
+                f"teacher: weights with the digest {state['teacher'][:12]} then, "
+                f"{now['teacher'][:12]} now"
+            )
+        if differ:
+            raise CheckpointError(
+                f"{self.folder}: cannot resume with other data or another teacher "
+                f"({'; '.join(differ)}); restore them, or start another run with --opts tag=NAME"
+            )
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, 0-based, with a progress bar; a signal ends them after a step
@@ -483,6 +547,7 @@ class Run:
         if scores["dice"] > self.best["dice"]:
             self.best = {"dice": scores["dice"], "step": self.done}
             if self.world.main:
+                self._own_folder()
                 chosen = {"weights": weights, "step": self.done, "val": scores}
                 atomic_save({**self.described, **chosen}, self.folder / "best.pt")
 
@@ -499,6 +564,7 @@ class Run:
         random_states = self.world.gathered(rng_state())  # all processes, or the others would wait
         if not self.world.main:
             return
+        self._own_folder()
         parts = {
             name: {} if part is None else part.state_dict() for name, part in self.parts.items()
         }
@@ -520,6 +586,7 @@ class Run:
         """Close the log, say what came out or how to go on -> the exit code."""
         self.log.close()
         if self._stops:
+            self.lock.release()
             self.world.leave()
             words = [*self.world.launcher, *sys.argv]
             if not self.args.resume:
@@ -533,8 +600,37 @@ class Run:
                 print(f"warning: {finding}", file=sys.stderr)
             dice, step = self.best["dice"], self.best["step"]
             print(f"best validation Dice {dice:.4f} at step {step}; results in {self.folder}")
+        self.lock.release()
         self.world.leave()
         return 0
+
+
+def _differences(before: Mapping, after: Mapping, ordered: bool) -> list[str]:
+    """What of a list is not as it was, in words. before, after: `cases`, its names, and `contents`,
+    name -> digest; None where that is not known. ordered: whether the order of names matters.
+    """
+    if before["cases"] is None or after["cases"] is None:
+        return []
+    found = []
+    gone = [name for name in before["cases"] if name not in set(after["cases"])]
+    new = [name for name in after["cases"] if name not in set(before["cases"])]
+    if gone:
+        found.append(f"{named(gone)} then, not now")
+    if new:
+        found.append(f"{named(new)} now, not then")
+    if ordered and not found and before["cases"] != after["cases"]:
+        found.append("another order")
+    digests, present = before["contents"] or {}, after["contents"] or {}
+    changed = [name for name in digests if present.get(name, digests[name]) != digests[name]]
+    if changed:
+        found.append(f"another image or label of {named(changed)}")
+    return found
+
+
+def named(names: Sequence[str]) -> str:
+    """Names in a message, the first ten of them."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def _has_run(folder: Path) -> bool:
@@ -697,7 +793,10 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 def _end_by_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    # not os.getppid(), which is the fork server where there is one
+    parent = multiprocessing.parent_process()
+    number = parent.pid if parent is not None else os.getppid()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != number:
         pass
     os._exit(0)
 

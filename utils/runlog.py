@@ -17,7 +17,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from utils.checkpoint import write_text, writing
 from utils.config import ConfigError
 
 LOGGERS = ("", "wandb")
+# names in a line of the log that are the scripts' own
+OWN = ("step", "kind", "loss", "lr", "skipped", "loss_scale")
 
 
 def require_logger(name: str) -> None:
@@ -149,6 +151,23 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return entries
+
+
+def check_terms(
+    terms: Mapping[str, Any], monitor: Mapping[str, Any], others: Iterable[str] = ()
+) -> None:
+    """ConfigError for a term of a method's loss, or a number that it reports, whose name would
+    overwrite another. others: names of terms that the script adds itself.
+    """
+    taken = [*OWN, *others]
+    for kind, names in (("term of its loss", terms), ("number of its monitor", monitor)):
+        for name in names:
+            if not isinstance(name, str) or not name or name in taken:
+                raise ConfigError(
+                    f"method: a {kind} is called {name!r}; expected text other than "
+                    f"{', '.join(taken)}, which the log has for something else; rename it"
+                )
+        taken += names
 
 
 class SilentLog:

@@ -2,11 +2,15 @@
 and bad input.
 """
 
+import errno
 import gzip
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import time
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +24,7 @@ from dataloaders.faults import Report
 from dataloaders.lists import read_datalist
 from dataloaders.msd import MSDDataset, surviving
 from dataloaders.volumes import read_volume, to_native
+from utils.checkpoint import DiskError, Lock
 
 CLASSES = ("background", "liver", "spleen")
 SHAPE = (12, 10, 8)
@@ -323,13 +328,118 @@ def test_other_parameters_are_a_miss(pair, monkeypatch, change):
         prepared(pair, **change)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\xff\xfe"])
-def test_damaged_digest_memory_is_made_again(pair, text):
+def entry_of(pair, name="a"):
+    (entry,) = (pair.root / "cache").glob(f"{name}-*")
+    return entry
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "cut", "one bit"])
+@pytest.mark.parametrize("name", ["image.npy", "label.npy", "meta.json", "checksums.json"])
+def test_a_damaged_entry_is_made_again_and_said(pair, capsys, name, how):
+    first = prepared(pair)
+    case = first.splits()["labelled"][0]
+    before = {key: np.array(value) for key, value in first.read(case).items()}
+    path = entry_of(pair) / name
+    damage(path, how)
+    capsys.readouterr()
+    second = pair.dataset()
+    after = second.read(case)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        np.testing.assert_array_equal(value, after[key], err_msg=key)
+    assert f"{path.parent}: damaged" in capsys.readouterr().err
+    pair.dataset().read(case)
+    assert capsys.readouterr().err == ""
+    assert not list((pair.root / "cache").glob(".making-*"))
+
+
+def test_a_source_of_equal_size_and_time_but_other_content_is_a_miss(pair):
     prepared(pair)
-    path = pair.root / "cache" / "digests.json"
-    path.write_bytes(text.encode("latin-1"))
+    path = pair.root / "imagesTr" / "a.nii.gz"
+    before = path.stat()
+    damage(path, "one bit")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(DataError, match=r"a\.nii\.gz"):
+        prepared(pair)
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(pair, monkeypatch):
+    case = prepared(pair).splits()["labelled"][0]
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for function in ("mkdir", "rename", "open"):
+        monkeypatch.setattr(os, function, refused)
+    reader = pair.dataset()
+    reader.prepare(reader.splits())
+    assert reader.read(case)["image"].shape == (1, *SHAPE)
+    changed = pair.dataset(intensity="zscore")
+    with pytest.raises(
+        DiskError, match=r"cache/a-\w+: .* cannot be written \(Read-only.*cache_dir"
+    ):
+        changed.read(case)
+
+
+def test_what_a_killed_process_left_is_swept_unless_someone_makes_an_entry(pair):
     prepared(pair)
-    assert len(json.loads(path.read_text())) == 4
+    left = pair.root / "cache" / ".making-img-4711"
+    left.mkdir()
+    (left / "image.npy").write_bytes(b"half")
+    context = multiprocessing.get_context("fork")
+    busy = context.Event()
+
+    def make():
+        lock = Lock(left.parent / ".lock")
+        lock.take(shared=True)
+        busy.set()
+        time.sleep(60)
+
+    making = context.Process(target=make)
+    making.start()
+    try:
+        assert busy.wait(30)
+        prepared(pair)
+        assert left.exists()
+    finally:
+        making.kill()
+        making.join()
+    prepared(pair)
+    assert not left.exists()
+
+
+def test_processes_of_one_number_fill_one_cache(pair):
+    """As the first processes of two containers do."""
+    context = multiprocessing.get_context("fork")
+    case = pair.dataset().splits()["labelled"][0]
+    barrier = context.Barrier(4)
+
+    def fill():
+        os.getpid = lambda: 1
+        barrier.wait(30)
+        assert pair.dataset().read(case)["image"].shape == (1, *SHAPE)
+
+    processes = [context.Process(target=fill) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert sorted(path.name[:2] for path in (pair.root / "cache").iterdir()) == [".l", "a-"]
 
 
 def test_an_interrupted_preprocessing_leaves_no_entry(pair, monkeypatch):

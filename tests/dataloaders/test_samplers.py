@@ -2,6 +2,10 @@
 it.
 """
 
+import importlib
+import pickle
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataloaders import augment
+from dataloaders import augment, build_dataset
 from dataloaders.samplers import DrawSampler, PatchDataset, collate
+from tools.corrupt_data import SITES, write_site
 
 CASES = [SimpleNamespace(name=f"case{k}") for k in range(5)]
 
@@ -187,3 +192,19 @@ def test_workers_change_nothing_in_a_stream_of_views():
         for a, b in zip(alone, two, strict=True)
     )
     assert all(torch.equal(a["weak"], b["weak"]) for a, b in zip(alone[2:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_the_data_of_every_format_can_be_sent_to_a_process_that_starts_anew(name, tmp_path):
+    site = write_site(name, "sound", tmp_path / "data")
+    arguments = ["--config", str(site.root / "config.yaml")]
+    script = importlib.import_module(site.script.removesuffix(".py"))
+    _, cfg = script.parse_args(arguments)
+    dataset = build_dataset(**cfg.dataset_arguments())
+    cases = dataset.splits(None)["labelled"]
+    views = partial(dataset.views, strong_views=1)
+    for augment_with, keys in ((dataset.patch, ("image", "label")), (views, ("weak", "strong0"))):
+        here = PatchDataset(cases, dataset.sample, augment_with, 0, keys=keys)
+        there = pickle.loads(ForkingPickler.dumps(here))
+        for key in keys:
+            assert torch.equal(here[3, 0][key], there[3, 0][key])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from losses.incomplete import UNKNOWN
 from methods import PRESETS, SSL_METHODS, Method, build_method
 from methods.base import pseudo_label_report
 from networks.unet2d import UNet2D
+from networks.vnet import ConvBlock, VNet
 from networks.vnet_dual import DualVNet, LeFeDNet
 
 # networks of the methods that need more than any other has
@@ -171,3 +173,34 @@ def test_the_report_leaves_out_voxels_that_nobody_labelled():
     expected = pseudo_label_report(pred[:, 0, 5:], valid[:, 5:], label[:, :, 5:], 3)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, msg=key)
+
+
+@pytest.mark.parametrize("name", SSL_METHODS)
+def test_no_network_runs_outside_of_what_compile_made(name):
+    """Once compiled, no step comes through the Python code of a block."""
+    torch._dynamo.reset()
+    own = OWN_NETWORKS.get(name, VNet)
+    method = build_method(name, lambda: own(1, 2, n_filters=2), max_steps=10).train()
+    image = torch.rand(2, 1, 16, 16, 16)
+    label = torch.zeros(2, 1, 16, 16, 16, dtype=torch.uint8)
+    keys = ("weak", "strong0", "strong1", "mix_weak", "mix_strong0", "mix_strong1")
+    unlabelled = dict.fromkeys(keys, image) | {"label": label, "mix_label": label}
+    entered = []
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code is ConvBlock.forward.__code__:
+            entered.append(frame)
+
+    def step():
+        entered.clear()
+        sys.setprofile(note)
+        try:
+            method.loss({"image": image, "label": label}, unlabelled, 5)
+        finally:
+            sys.setprofile(None)
+        return len(entered)
+
+    assert step() > 0
+    method.compile(backend="eager")
+    step(), step()  # the second meets other modes of the norms
+    assert step() == 0

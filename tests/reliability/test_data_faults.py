@@ -2,11 +2,13 @@
 the same words.
 """
 
+import importlib
 import json
 import os
 
 import pytest
 
+from dataloaders import DataError, build_dataset
 from dataloaders.faults import FAULTS
 from tests.scripts.conftest import run
 from tools import make_demo_data
@@ -142,10 +144,8 @@ def test_strict_counts_warnings_and_many_alike_share_a_row(tmp_path, monkeypatch
     assert code == 1 and printed.count("| warning") == 6
 
 
-def test_the_checker_reads_what_the_cache_remembers(tmp_path):
-    """A file that was damaged without a change of size or time is found, though training trusts
-    both.
-    """
+def test_what_the_cache_remembers_is_read_again(tmp_path):
+    """A file that was damaged without a change of size or time is found."""
     site = write_site("btcv", "sound", tmp_path / "data")
     path = site.root / "imagesTr/case_b.nii.gz"
     assert check(site.root)[0] == 0
@@ -193,6 +193,33 @@ def test_a_class_may_be_absent_where_the_user_says_so(tmp_path):
     assert (
         wrong.returncode == 1 and "absent_classes: ['bix'] are none of the classes" in wrong.stderr
     )
+
+
+@pytest.mark.parametrize("dataset", ["btcv", "la", "isic2018"])
+def test_a_list_that_chooses_the_best_checkpoint_has_something_to_find(dataset, tmp_path):
+    """Every score is undefined otherwise, and the first checkpoint would stay the best."""
+    site = write_site(dataset, "sound", tmp_path / "data")
+    script = importlib.import_module(site.script.removesuffix(".py"))
+    _, cfg = script.parse_args(["--config", str(site.root / "config.yaml")])
+    arguments = cfg.dataset_arguments()
+    if "memory_gb" in arguments:
+        arguments["memory_gb"] = 0.0  # each time files are read, and noted
+    data = build_dataset(**arguments)
+    splits = data.splits(None)
+    facts = data.facts
+    nothing = {"val": [0], "test": [0]}
+
+    def emptied(case, split, store):
+        return facts(case, split, store) | ({"ids": nothing[split]} if split in nothing else {})
+
+    data.facts = emptied
+    with pytest.raises(DataError, match=r"val list: no case has a voxel of \w+.*best"):
+        data.prepare(splits, store=False, chosen="val")
+    del nothing["val"]
+    data.prepare(splits, store=False, chosen="val")  # of the test list a warning is enough
+    if splits["test"]:
+        with pytest.raises(DataError, match="test list: no case has a voxel"):
+            data.prepare(splits, store=False, chosen="test")
 
 
 @pytest.mark.parametrize("dataset", ["acdc", "btcv"])

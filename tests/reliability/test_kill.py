@@ -9,8 +9,10 @@ moments come from a seed.
 import functools
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ import yaml
 from tests.reliability.conftest import CELLS, Site
 from tests.reliability.faults import PHASES, kill_in_save
 from tests.reliability.harness import FULL, ROOT
-from utils.checkpoint import PREVIOUS, load_checkpoint
+from utils.checkpoint import PREVIOUS, load_checkpoint, load_last
 
 KILLS = int(os.environ.get("KILLS", "2"))
 # Of the quick subset: each method once, loader processes where a method of each script has them
@@ -202,3 +204,30 @@ def test_a_real_process_is_killed(site, reference):
     ended = place.run("--resume", "workers=2")
     assert ended.code == 0, ended.text
     assert_same(place.folder, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["supervised", "crkd", "lefed"])
+def test_a_folder_has_one_writer_until_its_process_ends(site, name):
+    place = site(name)
+    child = place.start("max_steps=100000", "workers=2", "save_interval=2", "val_interval=100000")
+    child.wait_for(lambda: (place.folder / "run.lock").exists())
+    early = place.run("lr=0.5")  # there is nothing to resume yet
+    child.wait_for(lambda: (place.folder / "last.pt").exists())
+    refused = [early, place.run("lr=0.5"), place.run("--resume", "max_steps=100000")]
+    for ended in refused:
+        assert ended.code == 1, ended.text
+    for ended in (refused[0], refused[2]):
+        said = (
+            rf"in use by process {child.process.pid} on host {socket.gethostname()} since 2\d{{3}}-"
+        )
+        assert re.search(said, ended.text), ended.text
+    assert child.alive
+    before = yaml.safe_load((place.folder / "config.yaml").read_text())
+    assert before["lr"] != 0.5
+    child.signal(signal.SIGKILL)
+    child.wait()
+    step = load_last(place.folder)[0]["step"]  # killed anywhere, maybe between two moves
+    again = place.run("--resume", f"max_steps={step + 1}")
+    assert again.code == 0, again.text
+    assert not (place.folder / "run.lock").exists()

@@ -518,3 +518,92 @@ def test_bad_lists(workspace, fault, expected):
     result = train("--method", "supervised", cwd=workspace, ok=False)
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_teacher_fits_the_lists_and_the_preprocessing_of_its_student(workspace):
+    """And a fold that goes by a tag has the teacher of that tag."""
+    train("--method", "supervised", "--student", "resunet", "--opts", "max_steps=1", cwd=workspace)
+    for part, names in {"train": "34560", "val": "1", "test": "2"}.items():
+        (workspace / "fold1").mkdir(exist_ok=True)
+        lines = [f"case{number}" for number in names]
+        (workspace / "fold1" / f"{part}.txt").write_text("\n".join(lines))
+    fold = ("--opts", "max_steps=1", "split_dir=fold1", "tag=fold1")
+    student = ("--method", "kd", "--student", "unet")
+    refused = train(*student, *fold, cwd=workspace, ok=False)
+    assert refused.returncode == 1
+    assert "validated or tested on: case1 (val); case2 (test)" in refused.stderr
+    assert not (workspace / "runs/tiny/kd").exists()
+    train("--method", "supervised", "--student", "resunet", *fold, cwd=workspace)
+    train(*student, *fold, cwd=workspace)
+    folder = workspace / "runs/tiny/kd/resunet-unet/seed0-fold1"
+    teacher = load_checkpoint(workspace / "runs/tiny/supervised/resunet/seed0-fold1/best.pt")
+    assert load_checkpoint(folder / "last.pt")["teacher"] == digest(teacher["weights"])
+    other = train(*student, "--opts", "window=[0,50]", cwd=workspace, ok=False)
+    assert "window: [0.0, 100.0] in the teacher's run, [0.0, 50.0] here" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_list_that_was_edited_is_not_resumed(workspace):
+    alone = ("--method", "supervised", "--student", "unet", "--opts")
+    train(*alone, "max_steps=1", cwd=workspace)
+    path = workspace / "data" / "dataset_0.json"
+    lists = json.loads(path.read_text())
+    lists["training"][0], lists["test"][0] = lists["test"][0], lists["training"][0]
+    path.write_text(json.dumps(lists))
+    refused = train("--resume", *alone, "max_steps=2", cwd=workspace, ok=False)
+    assert refused.returncode == 1
+    for words in ("labelled: case0 then, not now", "test: case0 now, not then"):
+        assert words in refused.stderr
+
+
+@pytest.mark.slow
+def test_loader_processes_that_start_anew_load_the_same(workspace):
+    """With a data format and a network of the user's own, whose files they run again."""
+    (workspace / "mine.py").write_text(OWN)
+    own = ("--student", "mine.py:Small", "--opts", "format=mine.py:Inverted", "max_steps=2")
+    code = (
+        "import multiprocessing, runpy, sys\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method(sys.argv[1])\n"
+        "    sys.argv = sys.argv[2:]\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    (workspace / "start.py").write_text(code)
+    found = {}
+    for method, workers in (("fork", 0), ("spawn", 1), ("forkserver", 1)):
+        words = [sys.executable, "start.py", method, str(ROOT / "train_3d_distill.py")]
+        words += ["--config", "tiny.yaml", "--method", "supervised", *own]
+        words += [f"tag={method}", f"workers={workers}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(
+            words, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        found[method] = weights(workspace / f"runs/tiny/supervised/Small/seed0-{method}")
+    assert len(set(found.values())) == 1
+
+
+OWN = """
+from torch import nn
+from dataloaders.msd import MSDDataset
+from networks import SegOutput
+
+
+class Inverted(MSDDataset):
+    def preprocess(self, case):
+        sample = super().preprocess(case)
+        return sample | {"image": 1.0 - sample["image"]}
+
+
+class Small(nn.Module):
+    stride = 1
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.feature_channels = {"decoder": in_channels}
+        self.conv = nn.Conv3d(in_channels, num_classes, 3, padding=1)
+
+    def forward(self, image, return_features=False):
+        logits = self.conv(image)
+        return SegOutput(logits, {"decoder": image}) if return_features else logits
+"""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dataloaders import DATASETS, Dataset
-from losses import KD_METHODS
-from methods import SSL_METHODS, Method
+from losses import KD_METHODS, build_kd
+from methods import SSL_METHODS, Method, build_method
 from networks import NETWORKS, check_network
 from tests.scripts.conftest import make_workspace, run, train
 from utils import plugins
@@ -74,10 +74,10 @@ def test_a_reference_becomes_a_name(tmp_path):
         NETWORKS["OneConvolution"]
     )
     how = plugins.trial(NETWORKS["OneConvolution"], (16, 16, 16), 4)
-    assert how == {"size": (8, 8, 8), "batch": 2}
-    assert check_network("OneConvolution", 2, 3, **how) == {"decoder": 2}
-    assert plugins.trial(NETWORKS["unet"], (16, 16, 16), 4) == {}
-    assert plugins.trial(NETWORKS["unet"], (8, 8, 8), 4) == {"size": (8, 8, 8), "batch": 4}
+    assert how == ((8, 8, 8), 2)
+    assert check_network("OneConvolution", 2, 3, *how) == {"decoder": 2}
+    assert plugins.trial(NETWORKS["unet"], (16, 16, 16), 4) == ((), 1)
+    assert plugins.trial(NETWORKS["unet"], (8, 8, 8), 4) == ((8, 8, 8), 4)
 
 
 def test_a_configuration_makes_no_file_run(tmp_path):
@@ -218,10 +218,41 @@ def test_a_network_must_keep_its_promises(tmp_path, change, expected):
         check_network("OneConvolution", 2, 3, (8, 8, 8))
 
 
+def test_arguments_may_have_any_name(tmp_path):
+    """Also those that the functions of the registries have for themselves."""
+    own = "name: str = 'x', size: int = 3, batch: int = 0, arguments: int = 0"
+    (tmp_path / "net.py").write_text(STUDENT.replace("kernel: int = 3", f"kernel: int = 3, {own}"))
+    given_here = given(student="net.py:OneConvolution")
+    plugins.plug_in(given_here, CONTRACTS)
+    arguments = {"name": "y", "size": 1, "batch": 2, "arguments": 3}
+    how = plugins.trial(NETWORKS["OneConvolution"], (16, 16, 16), 4)
+    assert check_network("OneConvolution", 2, 3, *how, **arguments) == {"decoder": 2}
+
+    class Loss(nn.Module):
+        def __init__(self, name, **others):
+            super().__init__()
+            self.name = name
+
+    KD_METHODS["Loss"] = SSL_METHODS["Loss"] = Loss
+    try:
+        assert build_kd("Loss", {}, {}, 2, name="mine").name == "mine"
+        SSL_METHODS["Loss"] = lambda make_network, max_steps, preset, name: name
+        assert build_method("Loss", None, max_steps=1, name="mine") == "mine"
+    finally:
+        del KD_METHODS["Loss"], SSL_METHODS["Loss"]
+
+
+def test_no_loss_is_called_as_the_training_without_one(tmp_path):
+    (tmp_path / "loss.py").write_text("from torch import nn\nclass supervised(nn.Module): pass\n")
+    contract = {"method": plugins.distillation(KD_METHODS)}
+    with pytest.raises(ConfigError, match="'supervised' is the name of a built-in one"):
+        plugins.plug_in(given(method="loss.py:supervised"), contract)
+
+
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_ours_keep_theirs(name):
     size = (32,) * getattr(NETWORKS[name], "dims", 3)
-    assert check_network(name, 1, 3) == check_network(name, 1, 3, size, batch=2)
+    assert check_network(name, 1, 3) == check_network(name, 1, 3, size, 2)
 
 
 # Checkpoints

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+import re
 import signal
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 import yaml
 from torch import nn
 
-from utils.checkpoint import PREVIOUS, load_checkpoint, save_last
-from utils.config import ConfigError, labelled_name, parse_labelled
+from dataloaders import Case, Report
+from utils.checkpoint import PREVIOUS, CheckpointError, load_checkpoint, save_last
+from utils.config import ConfigError, labelled_name, parse_labelled, parse_ratio
 from utils.run import (
     RESUMABLE,
     STOPPING,
@@ -222,6 +224,13 @@ def test_labelled_units_are_nothing_else(text):
         parse_labelled(text)
 
 
+def test_a_ratio_of_one_is_all_of_them():
+    assert labelled_name(parse_ratio("1")) == "all"
+    assert [parse_ratio(text) for text in ("0.05", "5%", "1.0", "all")] == [0.05, 0.05, 1.0, 1.0]
+    with pytest.raises(ArgumentTypeError, match=r"at most at 1, got 8; .* --labelled"):
+        parse_ratio("8")
+
+
 @pytest.mark.parametrize(
     "labelled, name",
     [
@@ -273,11 +282,14 @@ def tiny_run(tmp_path):
     """Starts a Run of one layer on the CPU, whose signals are handled as before afterwards."""
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING}
 
-    def start(resume=False, **values):
+    def start(resume=False, lists=None, contents=None, teacher=None, **values):
         cfg = Tiny(dataset="d", data_root="x", device="cpu", runs_dir=str(tmp_path), **values)
         run = Run(cfg, Namespace(show_run=False, resume=resume, plugins={}), "net")
-        layer = nn.Linear(1, 1)
-        run.describe("3d", "net", 1, 2, {})
+        layer, report = nn.Linear(1, 1), Report()
+        report.contents = contents or {}
+        run.open(report)
+        splits = {key: [Case(name, ()) for name in names] for key, names in (lists or {}).items()}
+        run.describe("3d", "net", 1, 2, splits, teacher)
         run.keep(layer=layer, nothing=None, scaler=torch.amp.GradScaler("cpu", enabled=False))
         return run, layer
 
@@ -323,3 +335,50 @@ def test_the_best_scores_choose_best(tiny_run):
     best = load_checkpoint(run.folder / "best.pt")
     assert (best["step"], best["val"], run.best) == (2, {"dice": 0.7}, {"dice": 0.7, "step": 2})
     run.log.close()
+
+
+LISTS = {"labelled": ["a", "b"], "unlabelled": ["u"], "val": ["c", "d"], "test": ["e"]}
+CONTENTS = {"labelled": {"a": "1", "b": "2"}, "val": {"c": "3", "d": "4"}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lists": LISTS | {"labelled": ["b"]}}, "labelled: a then, not now"),
+        ({"lists": LISTS | {"test": ["e", "f"]}}, "test: f now, not then"),
+        ({"lists": LISTS | {"labelled": ["b", "a"]}}, "labelled: another order"),
+        (
+            {"contents": CONTENTS | {"val": {"c": "3", "d": "5"}}},
+            "val: another image or label of d",
+        ),
+        ({"teacher": nn.Linear(1, 1)}, r"teacher: weights with the digest \w+ then, \w+ now"),
+        # these change nothing that was trained on
+        ({"lists": LISTS | {"val": ["d", "c"]}}, ""),
+        ({"lists": LISTS | {"unlabelled": ["v"]}}, ""),
+        ({"contents": {}}, ""),
+    ],
+)
+def test_what_is_given_by_reference_is_compared_by_content(tiny_run, change, message):
+    given = {"lists": LISTS, "contents": CONTENTS, "teacher": nn.Linear(1, 1)}
+    run, layer = tiny_run(max_steps=2, **given)
+    next(iter(run.steps()))
+    run.save(layer.state_dict())
+    run.end()
+    tiny_run(resume=True, max_steps=2, **given)
+    if not message:
+        tiny_run(resume=True, max_steps=2, **given | change)
+        return
+    with pytest.raises(CheckpointError, match=f"cannot resume with other data.*{message}"):
+        tiny_run(resume=True, max_steps=2, **given | change)
+
+
+def test_the_lock_is_taken_again_where_its_file_was_removed(tiny_run):
+    run, layer = tiny_run(max_steps=2)
+    words = run.lock.path.read_text()
+    assert re.match(rf"process {os.getpid()} on host \S+ since 2\d{{3}}-\d\d-\d\d ", words)
+    run.lock.path.unlink()
+    next(iter(run.steps()))
+    run.save(layer.state_dict())
+    assert run.lock.path.read_text().startswith(f"process {os.getpid()} ")
+    run.end()
+    assert not run.lock.path.exists()

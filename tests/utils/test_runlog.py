@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.runlog import Averages, RunLog
+from utils.config import ConfigError
+from utils.runlog import Averages, RunLog, check_terms
 
 
 def lines(folder):
@@ -153,3 +154,13 @@ def test_a_stored_state_of_averages_does_not_change_afterwards():
     resumed.load_state_dict(state)
     resumed.add({"c": torch.tensor(1.0)})
     assert state["sums"] == {"a": 1.0} and state["counts"] == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["seg", "loss", "lr", "step", "kind", "skipped", "", 3])
+def test_names_that_the_log_has_for_something_else(name):
+    check_terms({"kd": 1.0}, {"agreement": 0.5}, others=("seg",))
+    for terms, monitor in (({name: 1.0}, {}), ({"kd": 1.0}, {name: 0.5})):
+        with pytest.raises(ConfigError, match=f"is called {name!r}; expected text other than.*seg"):
+            check_terms(terms, monitor, others=("seg",))
+    with pytest.raises(ConfigError, match="a number of its monitor is called 'kd'"):
+        check_terms({"kd": 1.0}, {"kd": 0.5})
