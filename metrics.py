@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from utils.compiled import compiled
 
 
 class Pair(NamedTuple):
@@ -401,7 +402,7 @@ def _far_distances(points: np.ndarray, targets: np.ndarray, spacing: Sequence[fl
     )
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _search_blocks(points, targets, begin, bounds):
     """Nearest-target distances of points (n, 3); targets (3, m) sorted by block, block b from
     begin[b] to begin[b + 1], within bounds[0, :, b] .. bounds[1, :, b].

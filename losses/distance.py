@@ -16,6 +16,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from utils.compiled import compiled
+
 
 def boundary_distance_squared(mask: Tensor, *more: Tensor) -> Tensor:
     """Squared distance of every voxel to the nearest voxel of the other kind: EDT(m)^2 + EDT(not
@@ -80,7 +82,7 @@ def _with_numba(*masks: Tensor) -> Tensor:
     return field
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _add_field(mask, field):
     """Add the squared distances of one bool `mask` (X, Y, Z) to the float32 `field`; 0 if all
     voxels are of a kind.
@@ -135,7 +137,7 @@ def _add_field(mask, field):
                     target[z] += best[z]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _nearest(sources, places, count, at, best):
     """best[z] = min over the first `count` i of sources[i, z] + (places[i] - at)^2; places ascend.
 

@@ -14,7 +14,7 @@ ALLOWED = {
     "utils": set(),
     "networks": {"utils"},
     "dataloaders": {"utils"},
-    "metrics": set(),
+    "metrics": {"utils"},
     "inference": {"utils"},
     "losses": {"utils"},
     "methods": {"losses", "utils"},
