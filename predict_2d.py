@@ -37,7 +37,7 @@ from networks import NETWORKS, build_network
 from utils import figures, plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
 from utils.config import ConfigError, Flags, add_plugin_flags, run_checkpoint
-from utils.exported import ExportedModel
+from utils.exported import TRUST_HELP, ExportedModel
 from utils.predictions import (
     SizeTable,
     failure,
@@ -62,6 +62,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="exported model (.onnx .xml .ts .pt2) of tools/export.py, on the CPU",
     )
+    parser.add_argument("--trust-model", action="store_true", help=TRUST_HELP)
     parser.add_argument(
         "--input", required=True, type=Path, help="an image or scan, or a folder of them"
     )
@@ -190,7 +191,9 @@ def load_predictor(args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
     path = args.model or args.ckpt
     if args.model and args.amp != "off":
         raise ConfigError(f"--amp: {path.name} has the precision of its export; leave it out")
-    model = ExportedModel(path, args.threads or 0) if args.model else None
+    model = None
+    if args.model:
+        model = ExportedModel(path, args.threads or 0, trusted=args.trust_model)
     checkpoint = model.description if args.model else load_checkpoint(path)
     if checkpoint.get("kind") != "2d-semi":
         raise CheckpointError(

@@ -52,7 +52,7 @@ from networks import NETWORKS, build_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
 from utils.config import ConfigError, Flags, add_plugin_flags, run_checkpoint
-from utils.exported import ExportedModel
+from utils.exported import TRUST_HELP, ExportedModel
 from utils.predictions import (
     SizeTable,
     failure,
@@ -78,6 +78,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="exported model (.onnx .xml .ts .pt2) of tools/export.py, on the CPU",
     )
+    parser.add_argument("--trust-model", action="store_true", help=TRUST_HELP)
     parser.add_argument(
         "--input", required=True, type=Path, help="a scan, a DICOM series, or a folder of them"
     )
@@ -197,7 +198,9 @@ def load_predictor(args: argparse.Namespace) -> tuple[Predictor, dict]:
         raise ConfigError(
             f"--fast, --amp: {path.name} has the precision of its export; leave them out"
         )
-    model = ExportedModel(path, args.threads or 0) if args.model else None
+    model = None
+    if args.model:
+        model = ExportedModel(path, args.threads or 0, trusted=args.trust_model)
     checkpoint = model.description if args.model else load_checkpoint(path)
     description = describe(checkpoint, path)
     contracts = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))

@@ -176,7 +176,7 @@ def make_model(
         write(network, args.format, path, window(described, 2))
     described["exported"] = exported(args, path) | {"weights": digest(checkpoint["weights"])}
     sidecar(path).write_text(json.dumps(described), encoding="utf-8")
-    model = ExportedModel(path, args.threads)
+    model = ExportedModel(path, args.threads, trusted=True)  # just written
     pair = (network, model, sample, described, dataset.multilabel)
     checks = {"windows": compare_windows(*pair), "case": {"source": source, **compare_case(*pair)}}
     if args.int8:
@@ -217,7 +217,10 @@ def make_bundle(
     monai_bundle.write(target, described, dataset, network, args)
     monai_bundle.verify_metadata(target)
     expected = deployed.predict(
-        ExportedModel(model, args.threads), sample.image, described, dataset.multilabel
+        ExportedModel(model, args.threads, trusted=True),
+        sample.image,
+        described,
+        dataset.multilabel,
     )
     agreement = monai_bundle.agreement(target, described, dataset, files, sample, expected, folder)
     print(

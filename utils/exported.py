@@ -4,13 +4,19 @@ from.
 Beside each model lies `<model>.json`: the checkpoint's description (network, class names,
 configuration, arguments of the data set) and, under `exported`, what this file is. Runtimes are
 imported when a model asks for them; PyTorch alone runs TorchScript and torch.export files.
+
+ONNX and OpenVINO files are graphs of known operations, which are read and not run. Those of
+TorchScript and torch.export are programs: to load one is to run what its author wrote, so the user
+has to say that he trusts it.
 """
 
 import functools
 import hashlib
 import importlib
 import json
+import re
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +30,9 @@ from utils.config import ConfigError
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".ts", "torch_export": ".pt2"}
 REQUIREMENTS = "requirements-export.txt"
+PROGRAMS = (".ts", ".pt2")  # files that can do anything that Python can, once they are loaded
 NEEDED = ("kind", "network", "class_names", "config", "dataset", "exported")
+TRUST_HELP = "load this .ts or .pt2 file although such a file can run code: you know who made it"
 
 
 def optional(name: str, purpose: str) -> ModuleType:
@@ -63,6 +71,16 @@ def sidecar(path: Path) -> Path:
 def model_files(path: Path) -> list[Path]:
     """The model and, for OpenVINO, its weights."""
     return [path, path.with_suffix(".bin")] if path.suffix == FORMATS["openvino"] else [path]
+
+
+def require_trust(path: Path, trusted: bool) -> None:
+    """CheckpointError for a file that is a program, unless the user has said that he trusts it."""
+    if path.suffix in PROGRAMS and not trusted:
+        raise CheckpointError(
+            f"{path}: not loaded, because a {path.suffix} file is a program: it can run any code "
+            "and overwrite any file of yours. If you made it, or trust who did, add --trust-model; "
+            ".onnx and .xml files do not need that"
+        )
 
 
 def file_digest(path: Path) -> str:
@@ -124,14 +142,15 @@ class ExportedModel(nn.Module):
 
     path: .onnx, .xml (OpenVINO), .ts (TorchScript) or .pt2 (torch.export) with its description
     beside it. threads: of the runtime; 0 takes PyTorch's number, which TorchScript and torch.export
-    files follow in any case. It stands in for the network wherever windows are predicted;
-    `description` has the keys of the checkpoint.
+    files follow in any case. trusted: the file may run code, as .ts and .pt2 can. It stands in for
+    the network wherever windows are predicted; `description` has the keys of the checkpoint.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, threads: int = 0, *, trusted: bool = False) -> None:
         super().__init__()
         self.path = Path(path)
         self.description = read_description(self.path)
+        require_trust(self.path, trusted)
         self.in_channels = int(self.description["network"]["in_channels"])
         self.num_classes = int(self.description["network"]["num_classes"])
         self.patch_size = tuple(self.description["config"]["patch_size"])
@@ -153,6 +172,7 @@ class ExportedModel(nn.Module):
 
 def _onnx(path: Path, threads: int):
     runtime = optional("onnxruntime", f"running {path.name}")
+    refuse_external_data(path)
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors: what it warns of concerns its own optimisation
@@ -165,6 +185,11 @@ def _onnx(path: Path, threads: int):
 
 def _openvino(path: Path, threads: int):
     core = openvino_core(f"running {path.name}")
+    # OpenVINO goes by the content: an ONNX file of this name would be read with what it refers to.
+    with path.open("rb") as file:
+        begin = file.read(1024)
+    if not re.match(rb"\s*(<\?xml[^>]*>\s*)?<net\b", begin):
+        raise CheckpointError(f"{path}: not an OpenVINO model; expected XML that begins with <net>")
     # Without the hint, processors with bfloat16 instructions would compute in bfloat16.
     options = {
         "INFERENCE_PRECISION_HINT": "f32",
@@ -185,6 +210,34 @@ def _torchscript(path: Path, threads: int):
 def _torch_export(path: Path, threads: int):
     module = _loaded(path, lambda: torch.export.load(path)).module()
     return lambda image: module(image)  # not a submodule: it refuses eval()
+
+
+def refuse_external_data(path: Path) -> None:
+    """CheckpointError for an ONNX model that takes weights from other files: which ones is for the
+    model to say, and its digest covers none of them. tools/export.py keeps all in the model.
+    """
+    onnx = optional("onnx", f"checking {path.name}")
+    model = _loaded(path, lambda: onnx.load_model(path, load_external_data=False))
+    for tensor in _tensors(model):
+        if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            named = {entry.key: entry.value for entry in tensor.external_data}
+            raise CheckpointError(
+                f"{path}: takes the weights '{tensor.name}' from another file, "
+                f"{named.get('location')!r}, which is not read; export it again with "
+                "tools/export.py, which keeps all weights in the model"
+            )
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """All TensorProto in a message of ONNX, however deep: of subgraphs and functions too."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in value if isinstance(value, Sequence) else [value]:
+            yield from _tensors(part)
 
 
 def _loaded(path: Path, load):

@@ -129,7 +129,7 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
         "model_card.md",
     }
 
-    checkpoint, model = load_checkpoint(ckpt), ExportedModel(path)
+    checkpoint, model = load_checkpoint(ckpt), ExportedModel(path, trusted=True)
     for key in ("kind", "network", "class_names", "step", "code"):
         assert model.description[key] == json.loads(json.dumps(checkpoint[key]))
     assert model.description["config"]["patch_size"] == [16, 16, 16]
@@ -144,10 +144,17 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
 
     # In the place of the checkpoint where new scans are predicted
     scan = ("--input", "data/imagesTr/case6.nii.gz", "--threads", "1")
+    trust = []
+    if form in ("torchscript", "torch_export"):
+        trust = ["--trust-model"]
+        command = ("predict_3d.py", "--model", str(path), *scan, "--output", str(tmp_path / "none"))
+        refused = run(*command, cwd=workspace, ok=False).stderr
+        assert f"error: {path}: not loaded" in refused and "add --trust-model" in refused
     out = run(
         "predict_3d.py",
         "--model",
         str(path),
+        *trust,
         *scan,
         "--output",
         str(tmp_path / "model"),
@@ -302,7 +309,7 @@ def moved(model, folder):
 
 def test_spoilt_files_are_refused(model, tmp_path):
     path = moved(model, tmp_path)
-    assert ExportedModel(path).num_classes == 3
+    assert ExportedModel(path, trusted=True).num_classes == 3
     described = exported.sidecar(path)
     content = described.read_text()
     with path.open("r+b") as file:
@@ -344,7 +351,46 @@ def test_a_model_that_its_runtime_cannot_load(model, tmp_path):
     content["exported"]["files"]["model.ts"] = exported.file_digest(path)
     exported.sidecar(path).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="its runtime cannot load it"):
-        ExportedModel(path)
+        ExportedModel(path, trusted=True)
+
+
+def test_a_program_is_not_loaded_without_the_users_word(model, monkeypatch):
+    def load(*arguments, **keywords):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(torch.jit, "load", load)
+    with pytest.raises(
+        CheckpointError, match=r"model\.ts: not loaded, .* add --trust-model; \.onnx"
+    ):
+        ExportedModel(model)
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["of the graph", "of a branch"])
+def test_onnx_weights_in_other_files_are_not_read(inner, tmp_path):
+    from onnx import TensorProto, helper
+
+    tensor = TensorProto(name="secret", data_type=TensorProto.FLOAT, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../etc/shadow")
+    output = helper.make_tensor_value_info("secret", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([], "weights", [], [output], [tensor])
+    if inner:
+        condition = helper.make_tensor("condition", TensorProto.BOOL, [], [True])
+        node = helper.make_node("If", ["condition"], ["y"], then_branch=graph, else_branch=graph)
+        graph = helper.make_graph([node], "outer", [], [], [condition])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(
+        CheckpointError, match=r"weights 'secret' from another file, '\.\./\.\./etc"
+    ):
+        exported.refuse_external_data(path)
+
+
+def test_openvino_reads_no_other_format_under_its_name(tmp_path):
+    path = tmp_path / "model.xml"
+    path.write_bytes(b"\x08\x0a\x12\x04onnx")
+    with pytest.raises(CheckpointError, match="not an OpenVINO model; expected XML that begins"):
+        exported._openvino(path, 1)
 
 
 def test_openvino_models_may_be_dropped_in_any_order(ckpt, tmp_path):
@@ -367,7 +413,7 @@ def test_another_window_is_refused(model):
     with pytest.raises(
         ValueError, match=r"expected an input \(B, 1, 16, 16, 16\), got \(1, 1, 24, 16, 16\)"
     ):
-        ExportedModel(model)(torch.zeros(1, 1, 24, 16, 16))
+        ExportedModel(model, trusted=True)(torch.zeros(1, 1, 24, 16, 16))
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -475,6 +521,7 @@ def test_a_network_of_ones_own(workspace, tmp_path, monkeypatch, capsys):
         "predict_3d.py",
         "--model",
         path,
+        "--trust-model",
         "--input",
         "data/imagesTr/case6.nii.gz",
         "--output",
@@ -508,18 +555,18 @@ def test_networks_of_few_labels(form, network, classes, patch, extra, tmp_path, 
     built = semi_checkpoint(tmp_path / "best.pt", form, network, classes, patch, **extra)
     export.main(["--ckpt", str(tmp_path / "best.pt"), "--format", "torchscript"])
     assert "model.ts, a generated scan" in capsys.readouterr().out
-    model = ExportedModel(tmp_path / "export/model.ts")
+    model = ExportedModel(tmp_path / "export/model.ts", trusted=True)
     image = torch.randn(3, built.in_channels, *patch)
     with torch.inference_mode():
         torch.testing.assert_close(model(image), built(image), rtol=0, atol=1e-4)
     if form == "images2d":
         isic = deployed.phantom_files(model.description, tmp_path)[0]
-        for which in ("--ckpt best.pt", "--model export/model.ts"):
-            flag, file = which.split()
+        for which in ("--ckpt best.pt", "--model export/model.ts --trust-model"):
+            flag, *file = which.split()
             run(
                 "predict_2d.py",
                 flag,
-                file,
+                *file,
                 "--input",
                 str(isic),
                 "--output",
@@ -537,6 +584,7 @@ def test_prediction_refuses_what_a_model_cannot_do(model, workspace):
         "predict_3d.py",
         "--model",
         str(model),
+        "--trust-model",
         "--input",
         "data/imagesTr",
         "--output",
