@@ -23,7 +23,8 @@ trial() {  # trial <name> <method> <method arguments of CRKD> [<settings>]
     set -- --config "$config" --method "$method" --seed "$seed" --opts "$@" ${setting:+"$setting"} "tag=ablation-$name" \
         ${arguments:+"method_args={crkd: {$arguments}}"}
     $python $script --resume "$@"
-    runs="$runs $($python $script --show-run "$@")"
+    runs="$runs${runs:+
+}$($python $script --show-run "$@")"
 }
 
 threshold="threshold: $(sed -n 's/.*threshold: *\([0-9.]*\).*/\1/p' "$config" | head -1)"
@@ -52,5 +53,9 @@ trial warmup crkd "$threshold, warmup: 0.2" "" "$@"
 trial constant_lr crkd "$threshold" schedule=constant "$@"
 [ -n "$runs" ] || { echo "error: no trial matches ONLY='$ONLY'" >&2; exit 1; }
 printf '\n== results, in %%\n'
+# one folder a line, whatever its name is
+set -f
+IFS='
+'
 # shellcheck disable=SC2086
 $python tools/log_table.py $runs --keys val/dice train/mask_ratio train/pseudo_accuracy train/pseudo_foreground

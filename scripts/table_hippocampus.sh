@@ -42,6 +42,7 @@ rates() {  # rates <method> <student>: the chosen learning rate, then the others
 
 # What one cell does: train and test, unless that is done.
 do_cell='
+    log=$(mktemp)
     run=$($python train_3d_distill.py --config $config "$@" --show-run) || exit 1
     printf "== %s\n" "$run"
     $python train_3d_distill.py --config $config --resume "$@" > "$log" 2>&1 || { tail -n 20 "$log"; exit 1; }
@@ -55,7 +56,7 @@ all() {  # all: run the cells that come in, one a line, if any
     if [ "$dry" ]; then
         sed 's|^|python train_3d_distill.py --config configs/hippocampus.yaml |'
     else
-        xargs -r -P "$jobs" -L 1 sh -c 'log=$(mktemp); eval "$do_cell"' cell
+        xargs -r -P "$jobs" -L 1 sh -c "$do_cell" cell
     fi
 }
 

@@ -24,59 +24,77 @@ done
 case $preset in clean | as_released) ;; *) echo "error: --preset is clean or as_released, got $preset" >&2; exit 2 ;; esac
 if [ -z "$dry" ]; then . "$(dirname "$0")/setup.sh"; else python=python; fi
 
-settings=
-for setting in "$@"; do settings="$settings '$setting'"; done
 found=
 
-released_arguments() {  # released_arguments <cell>: class counts that the released configurations have wrong
-    case "$*" in
-        "word acf_bckd resunet mobile_unet" | "word acf_bckd resunet lcovnet")
-            printf " 'method_args={acf_bckd: {floor: 0.5, decay: 0.45, label_classes: 14}}'" ;;
-        "word ifvd resunet unet") printf " 'method_args={ifvd: {num_label_classes: 14}}'" ;;
-    esac
+quoted() {  # quoted <words>: on one line, as a shell reads them back
+    line=
+    for word in "$@"; do
+        case $word in
+            '' | *[!A-Za-z0-9_./:=@%+,-]*)
+                # $( ) would take away line ends, but not before a dot
+                word=$(printf '%s.' "$word" | sed "s/'/'\\\\''/g")
+                word="'${word%.}'"
+                ;;
+        esac
+        line="$line${line:+ }$word"
+    done
+    printf '%s\n' "$line"
 }
 
-cell() {  # cell <data set> <method> <teacher, or - for none> <student>: train and test every seed, or print how
-    flags="--config configs/$1.yaml --method $2"
-    [ "$3" = - ] || flags="$flags --teacher $3"
-    opts=
-    [ "$2" = supervised ] || [ "$preset" = clean ] || opts=" preset=$preset$(released_arguments "$@")"
-    opts="$opts$settings"
+cell() {  # cell <data set> <method> <teacher, or - for none> <student> <settings>: train and test, or print how
+    dataset=$1 method=$2 teacher=$3 student=$4
+    shift 4
+    if [ "$method" != supervised ] && [ "$preset" != clean ]; then
+        # class counts that the released configurations have wrong
+        case "$dataset $method $teacher $student" in
+            "word acf_bckd resunet mobile_unet" | "word acf_bckd resunet lcovnet")
+                set -- "method_args={acf_bckd: {floor: 0.5, decay: 0.45, label_classes: 14}}" "$@" ;;
+            "word ifvd resunet unet") set -- "method_args={ifvd: {num_label_classes: 14}}" "$@" ;;
+        esac
+        set -- "preset=$preset" "$@"
+    fi
+    [ $# -eq 0 ] || set -- --opts "$@"
     for seed in $seeds; do
-        command="$python train_3d_distill.py $flags --student $4 --seed $seed --resume${opts:+ --opts$opts}"
-        printf '%s\n' "$command" | grep -q -e "$only" || continue
-        found=1
-        test="$python test_3d.py --ckpt \"\$($command --show-run)/best.pt\" --published"
-        if [ -n "$dry" ]; then
-            printf '%s\n%s\n' "$command" "$test"
-            continue
-        fi
-        printf '\n== %s\n' "$command"
-        eval "$command"
-        run=$(eval "$command --show-run")
-        [ "$run/summary.json" -nt "$run/best.pt" ] || eval "$test"
+        one_run "$@"
     done
+}
+
+one_run() {  # one_run [--opts <settings>]: of the cell and seed at hand
+    set -- --student "$student" --seed "$seed" --resume "$@"
+    [ "$teacher" = - ] || set -- --teacher "$teacher" "$@"
+    set -- $python train_3d_distill.py --config "configs/$dataset.yaml" --method "$method" "$@"
+    command=$(quoted "$@")
+    printf '%s\n' "$command" | grep -q -e "$only" || return 0
+    found=1
+    if [ -n "$dry" ]; then
+        printf '%s\npython test_3d.py --ckpt "$(%s --show-run)/best.pt" --published\n' "$command" "$command"
+        return 0
+    fi
+    printf '\n== %s\n' "$command"
+    "$@"
+    run=$("$@" --show-run)
+    [ "$run/summary.json" -nt "$run/best.pt" ] || $python test_3d.py --ckpt "$run/best.pt" --published
 }
 
 datasets="btcv word brats21" teachers="resunet segresnet" students="unet espnetv2 mobile_unet lcovnet"
 for dataset in $datasets; do
-    for network in $teachers; do cell "$dataset" supervised - "$network"; done
+    for network in $teachers; do cell "$dataset" supervised - "$network" "$@"; done
 done
 for dataset in $datasets; do
-    for network in $students; do cell "$dataset" supervised - "$network"; done
+    for network in $students; do cell "$dataset" supervised - "$network" "$@"; done
 done
 for dataset in $datasets; do
     for teacher in $teachers; do
-        for student in $students; do cell "$dataset" acf_bckd "$teacher" "$student"; done
+        for student in $students; do cell "$dataset" acf_bckd "$teacher" "$student" "$@"; done
     done
 done
 for dataset in btcv word; do
     for method in kd at nkd skd ifvd cwd dist dkd cirkd; do
-        for teacher in $teachers; do cell "$dataset" "$method" "$teacher" unet; done
+        for teacher in $teachers; do cell "$dataset" "$method" "$teacher" unet "$@"; done
     done
 done
 for method in kd at; do
-    for teacher in $teachers; do cell brats21 "$method" "$teacher" unet; done
+    for teacher in $teachers; do cell brats21 "$method" "$teacher" unet "$@"; done
 done
 [ -n "$found" ] || { echo "error: no command matches --only '$only'" >&2; exit 1; }
 [ -n "$dry" ] || $python tools/results_table.py --layout kd

@@ -21,6 +21,7 @@ esac
 rate= jobs=${JOBS:-2} seeds=${SEEDS:-0 1} seeded=${SEEDED:-supervised unimatch crkd}
 # What one cell does: train and test, unless that is done. The first word is 2d or 3d.
 do_cell='
+    log=$(mktemp)
     kind=$1
     shift
     run=$($python train_${kind}_crkd.py "$@" --show-run) || exit 1
@@ -37,7 +38,7 @@ all() {  # all: run the cells that come in, one a line, if any
     if [ "$dry" ]; then
         sed 's|^\(..\) |python train_\1_crkd.py |'
     else
-        xargs -r -P "$jobs" -L 1 sh -c 'log=$(mktemp); eval "$do_cell"' cell
+        xargs -r -P "$jobs" -L 1 sh -c "$do_cell" cell
     fi
 }
 

@@ -23,45 +23,65 @@ done
 case $preset in clean | as_released) ;; *) echo "error: --preset is clean or as_released, got $preset" >&2; exit 2 ;; esac
 if [ -z "$dry" ]; then . "$(dirname "$0")/setup.sh"; else python=python; fi
 
-settings=
-for setting in "$@"; do settings="$settings '$setting'"; done
 found=
 
-cell() {  # cell <2d or 3d> <data set> <labelled> <method>: train and test every seed, or print how
-    opts=
-    [ "$4" = supervised ] || [ "$preset" = clean ] || opts=" preset=$preset"
-    opts="$opts$settings"
+quoted() {  # quoted <words>: on one line, as a shell reads them back
+    line=
+    for word in "$@"; do
+        case $word in
+            '' | *[!A-Za-z0-9_./:=@%+,-]*)
+                # $( ) would take away line ends, but not before a dot
+                word=$(printf '%s.' "$word" | sed "s/'/'\\\\''/g")
+                word="'${word%.}'"
+                ;;
+        esac
+        line="$line${line:+ }$word"
+    done
+    printf '%s\n' "$line"
+}
+
+cell() {  # cell <2d or 3d> <data set> <labelled> <method> <settings>: train and test every seed, or print how
+    kind=$1 dataset=$2 labelled=$3 method=$4
+    shift 4
+    [ "$method" = supervised ] || [ "$preset" = clean ] || set -- "preset=$preset" "$@"
+    [ $# -eq 0 ] || set -- --opts "$@"
     for seed in $seeds; do
-        command="$python train_$1_crkd.py --config configs/$2.yaml --labelled $3 --method $4 --seed $seed --resume"
-        command="$command${opts:+ --opts$opts}"
-        printf '%s\n' "$command" | grep -Eq -e "$only" || continue
-        found=1
-        test="$python test_$1.py --ckpt \"\$($command --show-run)/best.pt\""
-        if [ -n "$dry" ]; then
-            printf '%s\n%s\n%s --protocol published\n' "$command" "$test" "$test"
-            continue
-        fi
-        printf '\n== %s\n' "$command"
-        eval "$command"
-        run=$(eval "$command --show-run")
-        [ "$run/summary.json" -nt "$run/best.pt" ] || eval "$test"
-        [ "$run/summary_published.json" -nt "$run/best.pt" ] || eval "$test --protocol published"
+        one_run "$@"
     done
 }
 
+one_run() {  # one_run [--opts <settings>]: of the cell and seed at hand
+    set -- --labelled "$labelled" --method "$method" --seed "$seed" --resume "$@"
+    set -- $python "train_${kind}_crkd.py" --config "configs/$dataset.yaml" "$@"
+    command=$(quoted "$@")
+    printf '%s\n' "$command" | grep -Eq -e "$only" || return 0
+    found=1
+    if [ -n "$dry" ]; then
+        test="python test_$kind.py --ckpt \"\$($command --show-run)/best.pt\""
+        printf '%s\n%s\n%s --protocol published\n' "$command" "$test" "$test"
+        return 0
+    fi
+    printf '\n== %s\n' "$command"
+    "$@"
+    run=$("$@" --show-run)
+    [ "$run/summary.json" -nt "$run/best.pt" ] || $python "test_$kind.py" --ckpt "$run/best.pt"
+    [ "$run/summary_published.json" -nt "$run/best.pt" ] ||
+        $python "test_$kind.py" --ckpt "$run/best.pt" --protocol published
+}
+
 for labelled in 3 7; do
-    for method in supervised unimatch crossmatch acmt crkd; do cell 2d acdc "$labelled" "$method"; done
+    for method in supervised unimatch crossmatch acmt crkd; do cell 2d acdc "$labelled" "$method" "$@"; done
 done
-cell 2d acdc all supervised
+cell 2d acdc all supervised "$@"
 for labelled in 4 8; do
-    for method in supervised unimatch crossmatch lefed acmt mlrpl crkd; do cell 3d la "$labelled" "$method"; done
+    for method in supervised unimatch crossmatch lefed acmt mlrpl crkd; do cell 3d la "$labelled" "$method" "$@"; done
 done
-cell 3d la all supervised
+cell 3d la all supervised "$@"
 for dataset in isic2018 kvasir; do
     for labelled in 0.05 0.1 0.2; do
-        for method in supervised unimatch crossmatch acmt crkd; do cell 2d "$dataset" "$labelled" "$method"; done
+        for method in supervised unimatch crossmatch acmt crkd; do cell 2d "$dataset" "$labelled" "$method" "$@"; done
     done
-    cell 2d "$dataset" all supervised
+    cell 2d "$dataset" all supervised "$@"
 done
 [ -n "$found" ] || { echo "error: no command matches --only '$only'" >&2; exit 1; }
 [ -n "$dry" ] || $python tools/results_table.py --layout ssl
