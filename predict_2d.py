@@ -20,6 +20,7 @@ faults are listed at the end, and the exit status is 1.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -33,22 +34,23 @@ from dataloaders.images2d import SUFFIXES
 from dataloaders.lists import find_images, find_scans
 from dataloaders.volumes import read_volume
 from inference import AMP_MODES, predict_slices
-from networks import NETWORKS, build_network
+from networks import NETWORKS, described_network
 from utils import figures, plugins
-from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
-from utils.config import ConfigError, Flags, add_plugin_flags, run_checkpoint
+from utils.checkpoint import CheckpointError, DiskError, describing, digest, load_checkpoint
+from utils.config import ConfigError, Flags, add_plugin_flags, escaped, run_checkpoint
 from utils.exported import TRUST_HELP, ExportedModel
 from utils.predictions import (
     SizeTable,
     failure,
     millilitres,
-    save_about,
     save_mask,
+    save_result,
     save_volume,
     settings_of,
     structure_sizes,
 )
 from utils.run import resolve_device
+from utils.scripts import run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,7 +96,9 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     network, checkpoint = load_predictor(args)
-    dataset, described = build_dataset(**checkpoint["dataset"]), checkpoint["network"]
+    with describing(args.model or args.ckpt):
+        dataset, described = build_dataset(**checkpoint["dataset"]), checkpoint["network"]
+        own_batch, name = checkpoint["config"]["eval_batch"], described["name"]
     photographs, problems = checkpoint["dataset"]["format"] == "images2d", []
     if photographs:
         cases = find_images(args.input, SUFFIXES, problems)
@@ -113,14 +117,12 @@ def main() -> int:
     )
     weights = checkpoint["exported"]["weights"] if args.model else digest(checkpoint["weights"])
     settings = {"model": (args.model or args.ckpt).name, "weights": weights, "amp": args.amp}
-    batch, structures = args.batch or checkpoint["config"]["eval_batch"], dataset.structures()
+    batch, structures = args.batch or own_batch, dataset.structures()
     value = 255 // (dataset.num_classes - 1) if photographs else 1  # of class 1 in the file
     done, kept, differing, notes = 0, 0, [], Report()
     try:
         for case in tqdm(
-            cases,
-            desc=f"segmenting with {described['name']}",
-            unit="image" if photographs else "scan",
+            cases, desc=f"segmenting with {name}", unit="image" if photographs else "scan"
         ):
             target = args.output / f"{case.name}.{'png' if photographs else 'nii.gz'}"
             try:
@@ -128,7 +130,7 @@ def main() -> int:
                     kept += 1
                     if settings_of(target) != settings:
                         differing.append(target.name)
-                    if case.name not in sizes:
+                    if not sizes.has(case.name, structures):
                         sizes[case.name] = measured(*stored(target, photographs, value), structures)
                     continue
                 volume = dataset.read_file(case)
@@ -138,28 +140,28 @@ def main() -> int:
                 ids = dataset.unslice(ids, volume)
                 shown = [(volume["image"], None), (volume["image"], ids)]
                 ids = ids if photographs else dataset.native(ids, volume)
-                sizes[case.name] = measured(ids, volume.get("native_affine"), structures)
-                save_about(
-                    target,
-                    {
-                        "labels": {str(k * value): name for k, name in dataset.id_names().items()},
-                        sizes.header[3]: {
-                            name: size for name, (_, size) in sizes[case.name].items()
-                        },
-                        "input": [path.name for path in case.images],
-                        "settings": settings,
-                    },
-                )
+                found = measured(ids, volume.get("native_affine"), structures)
+                about = {
+                    "labels": {str(k * value): name for k, name in dataset.id_names().items()},
+                    sizes.header[3]: {name: size for name, (_, size) in found.items()},
+                    "input": [path.name for path in case.images],
+                    "settings": settings,
+                }
                 if args.overlays:
                     save_mask(
                         args.output / "overlays" / f"{case.name}.png",
                         figures.views(shown, dataset.num_classes),
                     )
                 if photographs:
-                    save_mask(target, (ids * value).astype(np.uint8))
+                    write = functools.partial(save_mask, pixels=(ids * value).astype(np.uint8))
                 else:
-                    save_volume(target, ids, volume["native_affine"])
+                    affine = volume["native_affine"]
+                    write = functools.partial(save_volume, ids=ids, affine=affine)
+                save_result(target, about, write)
+                sizes[case.name] = found
                 done += 1
+            except DiskError:  # nor would the others be written
+                raise
             except Exception as error:  # whatever is wrong with one image must not lose the others
                 problems.append(
                     str(error) if isinstance(error, DataError) else failure(case.images[0], error)
@@ -180,7 +182,7 @@ def main() -> int:
     for warning in notes.spoken_warnings():
         print(warning, file=sys.stderr)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(escaped(f"error: {problem}"), file=sys.stderr)
     return int(bool(problems))
 
 
@@ -203,14 +205,8 @@ def load_predictor(args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
     plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
     if args.model:
         return model, checkpoint
-    described = checkpoint["network"]
-    network = build_network(
-        described["name"],
-        described["in_channels"],
-        described["num_classes"],
-        **described["arguments"],
-    )
-    load_network_weights(network, checkpoint["weights"], str(path))
+    with describing(path):
+        network = described_network(checkpoint["network"], checkpoint["weights"], str(path))
     return network.to(resolve_device(args.device)).eval(), checkpoint
 
 
@@ -232,7 +228,4 @@ def stored(path: Path, photographs: bool, value: int) -> tuple[np.ndarray, np.nd
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

@@ -34,6 +34,7 @@ least, and --fast (bfloat16) is for processors that have instructions for it.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -48,21 +49,22 @@ from dataloaders import DATASETS, Case, DataError, Dataset, Report, build_datase
 from dataloaders.lists import find_scans
 from dataloaders.volumes import read_volume
 from inference import AMP_MODES, fast_copy, fast_dtype, predict_labels
-from networks import NETWORKS, build_network
+from networks import NETWORKS, described_network
 from utils import plugins
-from utils.checkpoint import CheckpointError, digest, load_checkpoint, load_network_weights
-from utils.config import ConfigError, Flags, add_plugin_flags, run_checkpoint
+from utils.checkpoint import CheckpointError, DiskError, describing, digest, load_checkpoint
+from utils.config import ConfigError, Flags, add_plugin_flags, escaped, run_checkpoint
 from utils.exported import TRUST_HELP, ExportedModel
 from utils.predictions import (
     SizeTable,
     failure,
     millilitres,
-    save_about,
+    save_result,
     save_volume,
     settings_of,
     structure_sizes,
 )
 from utils.run import resolve_device
+from utils.scripts import run_tool
 
 Predictor = nn.Module | Callable[[torch.Tensor], torch.Tensor]
 
@@ -117,7 +119,8 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     predictor, description = load_predictor(args)
-    dataset = build_dataset(**description["dataset"])
+    with describing(args.model or args.ckpt):
+        dataset = build_dataset(**description["dataset"])
     cases, problems = find_scans(args.input, description["in_channels"], dataset.channel_of)
     if args.output.resolve() in {path.parent.resolve() for case in cases for path in case.images}:
         raise ConfigError(
@@ -147,24 +150,24 @@ def main() -> int:
                     kept += 1
                     if settings_of(target) != settings:
                         differing.append(target.name)
-                    if case.name not in volumes:
+                    if not volumes.has(case.name, structures):
                         ids, affine = read_volume(target)
                         volumes[case.name] = structure_sizes(ids, structures, millilitres(affine))
                     continue
                 ids, affine = segment(predictor, dataset, description, case, args, notes)
-                volumes[case.name] = structure_sizes(ids, structures, millilitres(affine))
-                save_about(
-                    target,
-                    {
-                        "labels": {str(k): name for k, name in dataset.id_names().items()},
-                        "structures": {name: list(which) for name, which in structures.items()},
-                        "volumes_ml": {name: ml for name, (_, ml) in volumes[case.name].items()},
-                        "input": [path.name for path in case.images],
-                        "settings": settings,
-                    },
-                )
-                save_volume(target, ids, affine)
+                sizes = structure_sizes(ids, structures, millilitres(affine))
+                about = {
+                    "labels": {str(k): name for k, name in dataset.id_names().items()},
+                    "structures": {name: list(which) for name, which in structures.items()},
+                    "volumes_ml": {name: ml for name, (_, ml) in sizes.items()},
+                    "input": [path.name for path in case.images],
+                    "settings": settings,
+                }
+                save_result(target, about, functools.partial(save_volume, ids=ids, affine=affine))
+                volumes[case.name] = sizes
                 done += 1
+            except DiskError:  # nor would the others be written
+                raise
             except Exception as error:  # whatever is wrong with one scan must not lose the others
                 problems.append(
                     str(error) if isinstance(error, DataError) else failure(case.images[0], error)
@@ -185,7 +188,7 @@ def main() -> int:
     for warning in notes.spoken_warnings():
         print(warning, file=sys.stderr)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(escaped(f"error: {problem}"), file=sys.stderr)
     return int(bool(problems))
 
 
@@ -202,16 +205,13 @@ def load_predictor(args: argparse.Namespace) -> tuple[Predictor, dict]:
     if args.model:
         model = ExportedModel(path, args.threads or 0, trusted=args.trust_model)
     checkpoint = model.description if args.model else load_checkpoint(path)
-    description = describe(checkpoint, path)
+    with describing(path):
+        description = describe(checkpoint, path)
     contracts = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))
     plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
     if args.model:
         return model, description
-    network = description["network"]
-    model = build_network(
-        network["name"], network["in_channels"], network["num_classes"], **network["arguments"]
-    )
-    load_network_weights(model, checkpoint["weights"], str(path))
+    model = described_network(description["network"], checkpoint["weights"], str(path))
     device = resolve_device(args.device)
     model = model.to(device).eval()
     return fast_copy(model, fast_dtype(device)) if args.fast else model, description
@@ -310,7 +310,4 @@ def segment(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

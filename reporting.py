@@ -19,7 +19,6 @@ background included; `ci95` Student's 95 % confidence interval of the mean over 
 values left out.
 """
 
-import csv
 import json
 import math
 import statistics
@@ -51,13 +50,13 @@ from metrics import (
     summarise,
     without_unknown,
 )
-from networks import NETWORKS, build_network
+from networks import NETWORKS, described_network
 from utils import figures, plugins
-from utils.checkpoint import dataset_arguments, load_checkpoint, load_network_weights
+from utils.checkpoint import dataset_arguments, describing, load_checkpoint, write_table, write_text
 from utils.complexity import count_macs, count_parameters
 from utils.config import ConfigError
 from utils.distributed import World
-from utils.predictions import volume_image
+from utils.predictions import save_whole, volume_image
 
 PENALISED = (
     "* with missed and wrongly predicted {} as the diagonal of the volume: compare runs by these"
@@ -265,10 +264,8 @@ def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: 
     titles |= {flag: flag for flag in FLAGS}
     titles |= {"accuracy": "accuracy", "diagonal": f"diagonal_{unit}"}
     titles = {key: title for key, title in titles.items() if key in rows[0]}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(titles.values())
-        writer.writerows([_written(row[key]) for key in titles] for row in rows)
+    values = [[_written(row[key]) for key in titles] for row in rows]
+    write_table(path, [list(titles.values()), *values])
 
 
 def score_columns(header: Iterable[str]) -> dict[str, str]:
@@ -296,7 +293,7 @@ def _written(value: str | int | float) -> str | int:
 
 
 def write_summary(path: Path, summary: dict) -> None:
-    path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_text(path, json.dumps(summary, indent=1))
 
 
 def describe(checkpoint: dict, name: str, split: str) -> dict:
@@ -474,34 +471,30 @@ class Scoring:
         self, args, path: Path, checkpoint: dict, world: World, device: torch.device
     ) -> None:
         self.args, self.path, self.checkpoint = args, path, checkpoint
-        self.world, self.device, self.config = world, device, checkpoint["config"]
+        self.world, self.device = world, device
         few_labels, published = checkpoint["kind"] != "3d", args.protocol == "published"
         contracts = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))
         plugins.plug_in_for(checkpoint, path, args.plugin, contracts, args.allow_changed_plugin)
         cache_dir = getattr(args, "cache_dir", None)
-        arguments = dataset_arguments(
-            checkpoint, path, args.data_root, cache_dir, args.allow_outside
-        )
-        if published and arguments["format"] == "images2d":
-            arguments["eval_resize"] = "nearest"
-        self.dataset = build_dataset(**arguments)
-        self.unit = self.dataset.distance_unit
-        self.split, default = self._splits()
-        listed = [name for part in self.split.split("+") for name in checkpoint["cases"][part]]
+        with describing(path):
+            self.config = checkpoint["config"]
+            arguments = dataset_arguments(
+                checkpoint, path, args.data_root, cache_dir, args.allow_outside
+            )
+            if published and arguments["format"] == "images2d":
+                arguments["eval_resize"] = "nearest"
+            self.dataset = build_dataset(**arguments)
+            self.unit = self.dataset.distance_unit
+            self.split, default = self._splits()
+            listed = [name for part in self.split.split("+") for name in checkpoint["cases"][part]]
+            describe(checkpoint, path.name, self.split)  # what its summary needs is there
         self.cases = self.dataset.find(listed)
         if not self.cases:
             raise DataError(f"{path}: the run had no {self.split} list; choose another --split")
         if not few_labels:
             with world.main_first():
                 self.dataset.prepare({self.split: self.cases})
-        described = checkpoint["network"]
-        network = build_network(
-            described["name"],
-            described["in_channels"],
-            described["num_classes"],
-            **described["arguments"],
-        )
-        load_network_weights(network, checkpoint["weights"], str(path))
+        network = described_network(checkpoint["network"], checkpoint["weights"], str(path))
         self.network = network.to(device).eval()
         self.predictor = self.network
         if getattr(args, "fast", False):
@@ -546,11 +539,14 @@ class Scoring:
     ) -> None:
         """Write the label map of a case and what `picture` draws of it, as the flags say."""
         if self.predictions and ids.ndim == 3:
-            nib.save(volume_image(ids, affine), self.predictions / f"{name}.nii.gz")
+            volume = volume_image(ids, affine)
+            save_whole(self.predictions / f"{name}.nii.gz", lambda path: nib.save(volume, path))
         elif self.predictions:
-            Image.fromarray(255 * ids).save(self.predictions / f"{name}.png")
+            save_whole(self.predictions / f"{name}.png", Image.fromarray(255 * ids).save)
         if self.overlays:
-            matplotlib.image.imsave(self.overlays / f"{name}.png", picture())
+            drawn = picture()
+            path = self.overlays / f"{name}.png"
+            save_whole(path, lambda path: matplotlib.image.imsave(path, drawn))
 
     def write(
         self,

@@ -37,10 +37,10 @@ import torch
 import reporting
 from dataloaders import DataError
 from inference import predict_slices
-from utils.checkpoint import CheckpointError, DiskError, load_checkpoint
-from utils.config import ConfigError
+from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.distributed import join_world
 from utils.run import resolve_device
+from utils.scripts import run_tool
 
 
 def main() -> int:
@@ -70,7 +70,4 @@ def predict(scoring: reporting.Scoring, volume: dict) -> tuple[np.ndarray, float
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, DiskError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

@@ -58,10 +58,11 @@ import reporting
 from dataloaders import DataError
 from inference import largest_component, predict_labels
 from utils import figures
-from utils.checkpoint import CheckpointError, DiskError, load_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ConfigError
 from utils.distributed import World, join_world
 from utils.run import resolve_device
+from utils.scripts import run_tool
 
 SPACES = ("resampled", "native")
 
@@ -199,7 +200,4 @@ def score_few_labels(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, DiskError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
 from dataloaders import DataError
 from tools import deployed, export
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import write_text
 from utils.complexity import count_macs, count_parameters, peak_memory
-from utils.config import ConfigError, add_plugin_flags
+from utils.config import add_plugin_flags
 from utils.exported import FORMATS, ExportedModel, model_files
+from utils.scripts import run_tool
 
 SETTLE = 0.3  # seconds after which the threads of an idle runtime no longer wait in a loop
 RUNTIMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -193,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = f"{table(rows, seconds)}\n\n{notes(args)}\n"
     print(text)
     if args.out:
-        args.out.write_text(text, encoding="utf-8")
+        write_text(args.out, text)
     return 0
 
 
@@ -234,7 +235,4 @@ def notes(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, export.ExportError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError, export.ExportError))

@@ -21,6 +21,7 @@ from dataloaders.faults import (
     unreadable,
 )
 from dataloaders.volumes import DICOM_SUFFIXES, composed, has_suffix, is_data, read_volume
+from utils.config import plain_name
 
 UNKNOWN = 255  # in labels that were read: nobody labelled the voxel, or there is no label
 
@@ -43,9 +44,7 @@ class Case:
     def __post_init__(self) -> None:
         # names of a list and of the file system are the same, however their letters are composed
         object.__setattr__(self, "name", composed(self.name))
-        if self.name in ("", ".", "..") or any(
-            c in "/\\" or ord(c) < 32 or ord(c) == 127 for c in self.name
-        ):
+        if not plain_name(self.name):
             raise DataError(
                 Finding(
                     "outside",

@@ -259,6 +259,14 @@ def no_file(path: Path) -> Finding:
 
 def unreadable(path: Path, error: Exception | str) -> Finding:
     """A file that no reader takes: what it is, where its first bytes tell, else what was raised."""
+    if "unable to lock file" in str(error):
+        return Finding(
+            "unreadable",
+            str(path),
+            f"another program has it open for writing, or its folder has no locks ({error})",
+            "",
+            "close it there; on a network folder without locks set HDF5_USE_FILE_LOCKING=FALSE",
+        )
     kind = what_it_is(path)
     if kind:
         return Finding("unreadable", str(path), kind[0], "", kind[1])

@@ -1,8 +1,8 @@
 """Networks by name. To add one: a file with a class like `UNet`, and a line in NETWORKS."""
 
 import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from utils.registry import Registry, lazily
 
@@ -27,7 +27,14 @@ NETWORKS = Registry(
     }
 )
 
-__all__ = ["NETWORKS", "SegOutput", "build_network", "check_network", "init_weights"]
+__all__ = [
+    "NETWORKS",
+    "SegOutput",
+    "build_network",
+    "check_network",
+    "described_network",
+    "init_weights",
+]
 __getattr__ = lazily(__name__, {"SegOutput": "networks.output", "init_weights": "networks.blocks"})
 
 
@@ -45,6 +52,33 @@ def build_network(name: str, in_channels: int, num_classes: int, /, **arguments)
             f"{', '.join(accepted[2:])}"
         )
     return NETWORKS[name](in_channels=in_channels, num_classes=num_classes, **arguments)
+
+
+def described_network(described: Mapping[str, Any], weights: Mapping, source: str) -> "nn.Module":
+    """The network that a checkpoint describes, with its weights. CheckpointError, which begins with
+    `source`, for what does not go together: sizes are compared before memory is taken for them.
+    """
+    import torch
+
+    from utils.checkpoint import check_network_weights, describing, load_network_weights
+    from utils.plugins import is_plugged_in
+
+    def build() -> "nn.Module":
+        return build_network(
+            described["name"],
+            described["in_channels"],
+            described["num_classes"],
+            **described["arguments"],
+        )
+
+    with describing(source):
+        # the user's own need not be ones that can be built without memory
+        if not is_plugged_in(NETWORKS[described["name"]]):
+            with torch.device("meta"):
+                check_network_weights(build(), weights, source)
+        network = build()
+    load_network_weights(network, weights, source)
+    return network
 
 
 def check_network(

@@ -21,10 +21,31 @@ from metrics import (
     jaccard,
     summarise,
 )
+from utils.compiled import compiled
 
 COMPARED = ("dice", "jaccard", "hd95", "asd", "assd")  # with other implementations
 
 CUBE, LINE = (9, 8, 7), (13, 11)
+
+
+def test_compiled_code_runs_without_a_cache():
+    """Of a source that Numba finds no folder for, as in a read-only container."""
+    scope = {}
+    exec(compile("def thrice(value): return 3 * value", "/proc/nowhere.py", "exec"), scope)
+    assert compiled(scope["thrice"])(2) == 6
+
+
+def test_a_cache_that_cannot_be_written_is_left_alone(monkeypatch):
+    from numba.core.caching import FunctionCache
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def four_times(value):
+        return 4 * value
+
+    monkeypatch.setattr(FunctionCache, "save_overload", full)
+    assert compiled(four_times)(2) == 8
 
 
 def blob(shape, *slices):

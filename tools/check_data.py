@@ -32,9 +32,10 @@ import train_3d_crkd
 import train_3d_distill
 from dataloaders import DATASETS, FEW_LABELS, DataError, Report, build_dataset
 from dataloaders.faults import FAULTS, Finding, grouped
-from utils.checkpoint import DiskError
+from utils.checkpoint import write_text
 from utils.config import ConfigError, config_path, read_yaml
 from utils.run import no_selection
+from utils.scripts import run_tool
 
 COLUMNS = ("level", "fault", "list", "file", "found", "expected", "fix")
 
@@ -198,11 +199,8 @@ def write_json(args: argparse.Namespace, report: Report, cases: dict[str, int]) 
         ],
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(args.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, DiskError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

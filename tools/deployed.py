@@ -21,11 +21,11 @@ from dataloaders.la import SPACING as LA_SPACING
 from dataloaders.volumes import stem
 from inference import predict_labels, predict_logits, predict_slices
 from metrics import class_dice, mean_dice
-from networks import NETWORKS, build_network
+from networks import NETWORKS, described_network
 from tools.phantoms.few_labels import acdc_phantom, isic_phantom, la_phantom
 from tools.phantoms.scans import BRATS_MODALITIES, brats_phantom, btcv_phantom
 from utils import plugins
-from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
+from utils.checkpoint import CheckpointError, load_checkpoint, tool_arguments
 
 KINDS = ("3d", "3d-semi", "2d-semi")
 # What prediction needs. Neither tensors nor the lists of cases: names of patients are nobody's
@@ -75,11 +75,7 @@ def load_network(
         )
     contracts = (plugins.network(NETWORKS), plugins.data_format(DATASETS, Dataset))
     plugins.plug_in_for(checkpoint, path, references, contracts, allow_changed)
-    network = checkpoint["network"]
-    built = build_network(
-        network["name"], network["in_channels"], network["num_classes"], **network["arguments"]
-    )
-    load_network_weights(built, checkpoint["weights"], str(path))
+    built = described_network(checkpoint["network"], checkpoint["weights"], str(path))
     return checkpoint, built.eval().requires_grad_(False)
 
 
@@ -107,10 +103,10 @@ def open_dataset(
     cache_dir: str | Path | None = None,
 ):
     """The data set of a checkpoint or description; the arguments win over what the run had."""
-    arguments = dict(described["dataset"])
-    arguments |= {"root": str(data_root)} if data_root else {}
-    arguments |= {"cache_dir": str(cache_dir)} if cache_dir and "cache_dir" in arguments else {}
-    return build_dataset(**arguments)
+    if "cache_dir" not in described["dataset"]:
+        cache_dir = None
+    root, cache = (None if path is None else str(path) for path in (data_root, cache_dir))
+    return build_dataset(**tool_arguments(described, "the checkpoint", root, cache))
 
 
 def listed(checkpoint: dict[str, Any], dataset, splits: Sequence[str]) -> tuple[str, list[Case]]:

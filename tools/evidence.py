@@ -15,9 +15,9 @@ in RESULTS.md below a line `<!-- evidence: FILE TABLE ARGUMENTS -->`.
 """
 
 import argparse
-import csv
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import re
@@ -54,14 +54,16 @@ from tools.tables import (
     percent,
     published_gap,
     read,
+    read_summary,
     row_of,
     same_seeds,
     title,
 )
-from utils.checkpoint import write_text
-from utils.config import ConfigError
+from utils.checkpoint import read_table, write_text, write_whole
+from utils.config import read_yaml
 from utils.run import plain
 from utils.runlog import read_log
+from utils.scripts import run_tool
 
 # How runs are scored: what test_3d.py and test_2d.py do without flags
 SCORING = {
@@ -100,14 +102,11 @@ def main() -> int:
     drawing.add_argument("--results", type=Path, default=Path("results"))
     drawing.add_argument("--out", type=Path, default=Path("docs/figures"))
     args = parser.parse_args()
-    try:
-        if args.command == "collect":
-            return collect(args.file, args.folders)
-        if args.command == "figures":
-            return figures(args.results, args.out)
-        return tables(args.document, args.results, args.check)
-    except (ValueError, OSError, ConfigError) as error:
-        sys.exit(f"error: {error}")
+    if args.command == "collect":
+        return collect(args.file, args.folders)
+    if args.command == "figures":
+        return figures(args.results, args.out)
+    return tables(args.document, args.results, args.check)
 
 
 # --- collecting ---
@@ -140,8 +139,7 @@ def collect(file: Path, folders: Iterable[Path]) -> int:
 
 def compact(run: Path) -> tuple[list[str], dict]:
     """Names of the cases, and the line of a run folder that was tested."""
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    summary, config = read_summary(run / "summary.json"), read_yaml(run / "config.yaml")
     missing = {
         "native",
         "split",
@@ -201,8 +199,9 @@ def rounded(value: float | None) -> float | None:
 
 def case_scores(path: Path) -> dict[str, dict[str, float | None]]:
     """Case -> metric -> mean over the classes in which it is defined, of a metrics.csv."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("space", "resampled") == "resampled"]
+    header, *lines = read_table(path) or [[]]
+    rows = [dict(zip(header, line)) for line in lines]
+    rows = [row for row in rows if row.get("space", "resampled") == "resampled"]
     if not rows:
         raise ValueError(f"{path}: no rows")
     columns = score_columns(rows[0])
@@ -299,7 +298,7 @@ def tables(document: Path, results: Path, check: bool) -> int:
                 f"{document}: {line}: not what results/ gives; run: python tools/evidence.py tables"
             )
         return 1 if differs else 0
-    document.write_text(written, encoding="utf-8")
+    write_text(document, written)
     print(f"{len(marker.findall(text))} tables in {document}")
     return 0
 
@@ -314,7 +313,8 @@ def figures(results: Path, out: Path) -> int:
         drawn |= {"results_gap.png": gap_figure(found), "results_curves.png": curves_figure(found)}
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        figure.savefig(out / name, dpi=110, metadata={"Software": None})
+        settings = {"dpi": 110, "format": "png", "metadata": {"Software": None}}
+        write_whole(out / name, functools.partial(figure.savefig, **settings))
         print(f"figure in {out / name}")
     return 0
 
@@ -421,4 +421,4 @@ def curves_figure(results: Results) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main, ValueError))

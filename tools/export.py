@@ -48,8 +48,8 @@ from dataloaders import DataError
 from inference import to_labels
 from tools import deployed, model_card, monai_bundle
 from tools.deployed import Sample
-from utils.checkpoint import CheckpointError, digest
-from utils.config import ConfigError, add_plugin_flags
+from utils.checkpoint import digest, write_text
+from utils.config import add_plugin_flags
 from utils.exported import (
     FORMATS,
     ExportedModel,
@@ -59,6 +59,7 @@ from utils.exported import (
     optional,
     sidecar,
 )
+from utils.scripts import run_tool
 
 # version of ONNX: the oldest that the exporter writes without converting, so the one that most
 # runtimes read
@@ -175,7 +176,7 @@ def make_model(
     else:
         write(network, args.format, path, window(described, 2))
     described["exported"] = exported(args, path) | {"weights": digest(checkpoint["weights"])}
-    sidecar(path).write_text(json.dumps(described), encoding="utf-8")
+    write_text(sidecar(path), json.dumps(described))
     model = ExportedModel(path, args.threads, trusted=True)  # just written
     pair = (network, model, sample, described, dataset.multilabel)
     checks = {"windows": compare_windows(*pair), "case": {"source": source, **compare_case(*pair)}}
@@ -184,12 +185,12 @@ def make_model(
     show(path.name, checks)
     enforce(args, path.name, checks)
     described["exported"] |= {"checks": checks}
-    sidecar(path).write_text(json.dumps(described, indent=1), encoding="utf-8")
+    write_text(sidecar(path), json.dumps(described, indent=1))
     card = folder / "model_card.md"
     content = model_card.text(
         args, checkpoint, network, dataset.multilabel, path, described["exported"]
     )
-    card.write_text(content, encoding="utf-8")
+    write_text(card, content)
     return [*model_files(path), sidecar(path), card]
 
 
@@ -547,7 +548,4 @@ def exported(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, ExportError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError, ExportError))

@@ -10,7 +10,6 @@ Reads the predictions that test_3d.py or test_2d.py wrote, on the grid of the or
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +23,15 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from dataloaders import DataError, build_dataset
+from dataloaders import DataError, Dataset, build_dataset
 from dataloaders.cases import read_image
 from dataloaders.volumes import read_volume
 from metrics import class_dice
-from tools.tables import run_title
+from tools.tables import read_summary, run_title
 from utils import figures
-from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint import describing, load_checkpoint, tool_arguments, write_whole
+from utils.config import ConfigError, plain_name
+from utils.scripts import run_tool
 
 
 def main() -> int:
@@ -46,11 +47,11 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    summaries = [
-        json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in args.runs
-    ]
-    checkpoint = load_checkpoint(args.runs[0] / "best.pt")
-    case = args.case or checkpoint["cases"][summaries[0]["split"].split("+")[0]][0]
+    summaries = [read_summary(run / "summary.json") for run in args.runs]
+    path = args.runs[0] / "best.pt"
+    checkpoint = load_checkpoint(path)
+    with describing(path):
+        case = args.case or checkpoint["cases"][summaries[0]["split"].split("+")[0]][0]
     views = views_of(checkpoint, [run / "predictions" for run in args.runs], case, args.slice)
     scores = [f"{run_title(s)}\nDice {100 * d:.1f} %" for s, d in zip(summaries, views.dice)]
     save(
@@ -80,9 +81,13 @@ def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None
     """The case `name` as the folders of predictions have it, on the grid of the original files; z:
     None for the slice with the most classes. DataError or OSError for what is not there.
     """
-    if checkpoint["kind"].endswith("-semi"):
-        return _few_labels(checkpoint, folders, name, z)
-    dataset = build_dataset(**checkpoint["dataset"])
+    if not plain_name(name):
+        raise DataError(f"{name!r} is no name of a case")
+    with describing("the checkpoint"):
+        dataset = build_dataset(**tool_arguments(checkpoint, "the checkpoint"))
+        few_labels = checkpoint["kind"].endswith("-semi")
+    if few_labels:
+        return _few_labels(dataset, folders, name, z)
     names = list(dataset.class_names if dataset.multilabel else dataset.class_names[1:])
     case = dataset.find([name])[0]
     image, affine = read_image(case, dataset.in_channels)
@@ -107,11 +112,10 @@ def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None
     return Views(pictures, _means(scores), _aspect(affine), _present(ids), names, f", slice {z}")
 
 
-def _few_labels(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None) -> Views:
+def _few_labels(dataset: Dataset, folders: Sequence[Path], name: str, z: int | None) -> Views:
     """The same for runs of train_2d_crkd.py and train_3d_crkd.py: volumes without geometry, or
     photographs.
     """
-    dataset = build_dataset(**checkpoint["dataset"])
     case = dataset.find([name])[0]
     volume, annotated = dataset.read(case), dataset.annotated(case)
     image, label, classes = volume["image"], volume["label"][0], dataset.num_classes
@@ -167,8 +171,11 @@ def save(
     fig.legend(
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(out, dpi=130)
+    form = out.suffix.removeprefix(".") or "png"
+    if form not in fig.canvas.get_supported_filetypes():
+        known = ", ".join(sorted(fig.canvas.get_supported_filetypes()))
+        raise ConfigError(f"--out {out}: no kind of picture; take one of {known}")
+    write_whole(out, lambda file: fig.savefig(file, dpi=130, format=form))
     plt.close(fig)
 
 
@@ -190,7 +197,4 @@ def _aspect(affine: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (DataError, CheckpointError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.tables import log_table, markdown
 from utils.runlog import read_log
+from utils.scripts import run_tool
 
 KEYS = (
     "val/dice",
@@ -53,4 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -27,6 +27,8 @@ from dataloaders import DATASETS, build_dataset, describe_dataset
 from dataloaders.faults import DataError
 from dataloaders.lists import read_datalist
 from tools import make_splits_2d
+from utils.checkpoint import write_text
+from utils.scripts import run_tool
 
 
 def main() -> int:
@@ -98,7 +100,7 @@ def write_lists(folder: Path, lists: dict[str, Sequence[str]], how: str) -> None
     folder.mkdir(parents=True, exist_ok=True)
     for split, chosen in lists.items():
         header = f"# {len(chosen)} cases drawn by {how}"
-        (folder / f"{split}.txt").write_text("\n".join([header, *chosen]) + "\n", encoding="utf-8")
+        write_text(folder / f"{split}.txt", "\n".join([header, *chosen]) + "\n")
 
 
 def drawn(names: Sequence[str], counts: Sequence[int], seed: int) -> dict[str, list[str]]:
@@ -125,7 +127,4 @@ def every_fifth(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DataError as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

@@ -23,6 +23,8 @@ from dataloaders.cases import Case
 from dataloaders.faults import DataError
 from dataloaders.images2d import Images2DDataset
 from dataloaders.lists import SEED, draw, labelled_count
+from utils.checkpoint import write_text
+from utils.scripts import run_tool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, chosen in lists.items():
         header = f"# {len(chosen)} images, tools/make_splits_2d.py --seed {args.seed}"
-        (args.out / f"{name}.txt").write_text("\n".join([header, *chosen]) + "\n", encoding="utf-8")
+        write_text(args.out / f"{name}.txt", "\n".join([header, *chosen]) + "\n")
     print(
         ", ".join(f"{name} {len(chosen)}" for name, chosen in lists.items()),
         f"images in {args.out}",
@@ -116,7 +118,4 @@ def names_of(folders: dict[str, list[Case]]) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DataError as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

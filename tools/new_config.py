@@ -69,9 +69,11 @@ from dataloaders.images2d import FOLDERS
 from dataloaders.lists import read_json
 from networks import NETWORKS, build_network
 from tools.make_splits import drawn, write_lists
+from utils.checkpoint import write_text
 from utils.complexity import count_parameters, saved_bytes
 from utils.config import ConfigError, labelled_name, parse_labelled
 from utils.run import run_folder
+from utils.scripts import run_tool
 
 # an axis is anisotropic if its voxels are more than this many times as long as the finest
 COARSE = 3
@@ -169,8 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         heading, settings, table = choose(args, few, made)
         made += [args.out, *absent_folders(args.out)]
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(yaml_text(heading, settings), encoding="utf-8")
+        write_text(args.out, yaml_text(heading, settings))
         # the file must be one that the training script takes, with lists that fit the data
         script = train_3d_distill if not few else train_2d_crkd if dims == 2 else train_3d_crkd
         _, cfg = script.parse_args(["--config", str(args.out)])
@@ -742,7 +743,4 @@ def next_commands(args: argparse.Namespace, cfg, few: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

@@ -46,8 +46,10 @@ from tools.report_data import (
 )
 from tools.tables import notes, penalised
 from utils import figures
-from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, write_text
+from utils.config import plain_name
 from utils.diagnosis import findings, term_history
+from utils.scripts import run_tool
 from utils.statistics import average_seeds, bootstrap_interval, case_means, paired_comparison
 
 SIDE = 560  # largest side of a picture in pixels
@@ -84,8 +86,7 @@ def main() -> int:
     teacher = read_run(args.teacher, args.space, "") if args.teacher else None
     out = args.out or folders[0] / "report.html"
     page = build_page(runs, teacher, args)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_text(out, page)
     plural, size = "s" if len(runs) > 1 else "", out.stat().st_size / 2**20
     print(f"report of {len(runs)} run{plural}: {out} ({size:.1f} MiB)")
     return 0
@@ -368,7 +369,8 @@ def pictures_of(run: Run, data_root: str | None) -> dict | None:
         except (ValueError, OSError) as error:  # no data, no prediction, or one of another grid
             problem = problem or " ".join(str(error).split())
             stored = run.folder / f"overlays{run.suffix}" / f"{case}.png"
-            if stored.is_file():
+            # a case of metrics.csv is a file of this folder, not a path to others
+            if plain_name(case) and stored.is_file():
                 image = Image.open(stored, formats=("PNG",)).convert("RGB")
                 image.thumbnail((3 * SIDE, SIDE))
                 found.append({"caption": caption, "whole": inline(image)})
@@ -384,7 +386,10 @@ def pictures_of(run: Run, data_root: str | None) -> dict | None:
 
 def checkpoint_of(run: Run, data_root: str | None) -> dict:
     """Of the tested file; CheckpointError if it does not say which data it was made for."""
-    path = run.folder / run.summary["checkpoint"]
+    name = run.summary["checkpoint"]
+    if not plain_name(name):
+        raise CheckpointError(f"{run.folder}: its summary names {name!r} for a checkpoint")
+    path = run.folder / name
     checkpoint = load_checkpoint(path)
     if "dataset" not in checkpoint or "kind" not in checkpoint:
         raise CheckpointError(f"{path}: does not say which data it was trained on")
@@ -504,7 +509,4 @@ def units(runs: Sequence[Run]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ReportError, CheckpointError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, ReportError))

@@ -1,18 +1,16 @@
 """Run folders as tools/report.py reads them: what was set, logged and, after a test, scored."""
 
-import csv
 import dataclasses
-import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import yaml
-
 from metrics import FLAGS, PUBLISHED, SHOWN
 from reporting import score_columns
-from tools.tables import run_title, scores
-from utils.checkpoint import load_checkpoint
+from tools.tables import read_summary, run_title, scores
+from utils.checkpoint import load_checkpoint, read_table
+from utils.config import read_yaml
 from utils.run import run_folder
 from utils.runlog import read_log
 from utils.statistics import case_means
@@ -20,6 +18,15 @@ from utils.statistics import case_means
 
 class ReportError(ValueError):
     """Something that no report can be made of; the message names the file and the fix."""
+
+
+# What a configuration is asked for, and its kind
+KEYS = {
+    **dict.fromkeys(("dataset", "method", "preset"), str),
+    "seed": int,
+    "patch_size": (list, tuple),
+}
+KEYS_DISTILLED = {"student": str, "teacher": str, "teacher_seed": int}
 
 
 @dataclasses.dataclass
@@ -104,13 +111,15 @@ def read_run(folder: Path, space: str, suffix: str) -> Run:
             f"{folder}: no such folder; name one such as runs/btcv/acf_bckd/resunet-unet/seed0"
         )
     if (folder / "config.yaml").is_file():
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(folder / "config.yaml")
     elif (folder / "best.pt").is_file():  # imported weights
-        config = load_checkpoint(folder / "best.pt").get("config", {})
+        config = load_checkpoint(folder / "best.pt").get("config")
+        config = config if isinstance(config, dict) else {}
     else:
         raise ReportError(
             f"{folder}: holds neither config.yaml nor best.pt; name a run's folder, with its seed"
         )
+    check_config(config, folder)
     metrics, summary = folder / f"metrics{suffix}.csv", folder / f"summary{suffix}.json"
     if suffix and not metrics.is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("metrics*.csv"))) or "none"
@@ -125,11 +134,24 @@ def read_run(folder: Path, space: str, suffix: str) -> Run:
         name=name,
         cell=(config["dataset"], name),
         log=read_log(folder / "log.jsonl"),
-        summary=json.loads(summary.read_text(encoding="utf-8")) if tested else None,
+        summary=read_summary(summary) if tested else None,
         rows=read_rows(metrics, space) if tested else [],
         suffix=suffix,
         space=space,
     )
+
+
+def check_config(config: dict, folder: Path) -> None:
+    """ReportError unless it is the configuration of a training script."""
+    keys = KEYS | ({"network": str} if "labelled" in config else KEYS_DISTILLED)
+    wrong = [key for key, kind in keys.items() if not isinstance(config.get(key), kind)]
+    if not isinstance(config.get("tag", ""), str):
+        wrong.append("tag")
+    if wrong:
+        raise ReportError(
+            f"{folder}: its configuration is damaged, or of no training script "
+            f"({', '.join(wrong)} missing or wrong); restore config.yaml"
+        )
 
 
 def read_if_there(folder: Path, space: str) -> Run | None:
@@ -155,27 +177,38 @@ def read_rows(path: Path, space: str) -> list[dict]:
     """Rows of metrics.csv as test_3d.py (of one space) or reporting.py wrote it; an undefined
     value is None, as are those of a metric that the file does not have. All have the papers'.
     """
+    header, *lines = read_table(path) or [[]]
+    try:
+        columns = score_columns(header)
+    except ValueError as error:
+        raise ReportError(f"{path}: {error}; test the run again") from error
+    if missing := [name for name in ("case", "class", *FLAGS) if name not in header]:
+        raise ReportError(f"{path}: no column of {', '.join(missing)}; test the run again")
+    if missing := [metric for metric in PUBLISHED if metric not in columns]:
+        raise ReportError(f"{path}: no column of {', '.join(missing)}; test the run again")
     rows = []
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
+    for number, values in enumerate(lines, 2):
         try:
-            columns = score_columns(reader.fieldnames or ())
-        except ValueError as error:
-            raise ReportError(f"{path}: {error}; test the run again") from error
-        if missing := [metric for metric in PUBLISHED if metric not in columns]:
-            raise ReportError(f"{path}: no column of {', '.join(missing)}; test the run again")
-        for line in reader:
+            line = dict(zip(header, values, strict=True))
             if line.get("space", space) != space:
                 continue
             row = {"case": line["case"], "class": line["class"]}
             row |= {key: known(line[columns[key]]) if key in columns else None for key in SHOWN}
             row |= {flag: int(line[flag]) for flag in FLAGS}
-            rows.append(row)
+        except ValueError as error:
+            raise ReportError(f"{path}: line {number}: {error}; test the run again") from error
+        rows.append(row)
     return rows
 
 
 def known(text: str) -> float | None:
-    return None if text in ("", "nan") else float(text)
+    """A score; None if it is undefined. ValueError for anything else."""
+    if text in ("", "nan"):
+        return None
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no score")
+    return value
 
 
 def named(runs: list[Run]) -> list[Run]:

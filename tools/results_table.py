@@ -12,14 +12,14 @@ and the tables of CRKD (tools/published_ssl.yaml); --protocol clean takes summar
 """
 
 import argparse
-import csv
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import tables
+from utils.checkpoint import write_table
+from utils.scripts import run_tool
 
 
 def main() -> int:
@@ -72,16 +72,15 @@ def named_runs(args: argparse.Namespace) -> int:
             sys.exit(
                 f"error: {path}: no such summary; make it with: python test_3d.py --ckpt {best}"
             )
-        summaries.append(json.loads(path.read_text(encoding="utf-8")))
+        summaries.append(tables.read_summary(path))
     header, rows = tables.runs_table(summaries, args.space)
     print(tables.markdown(header, rows, right=True))
     print("\n".join(tables.notes(summaries, args.space)))
     if args.csv:
-        with args.csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *rows])
+        write_table(args.csv, [header, *rows])
         print(f"table in {args.csv}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -41,6 +41,7 @@ from tools.deployed import load_network, read
 from utils.checkpoint import CheckpointError, dataset_arguments, load_checkpoint
 from utils.config import ConfigError, add_plugin_flags
 from utils.run import plain, resolve_device
+from utils.scripts import run_tool
 
 # of the data set's arguments, those that a case depends on as it is read
 PREPROCESSING = (
@@ -255,7 +256,4 @@ def table(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ConfigError, DataError, CheckpointError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_tool(main, DataError))

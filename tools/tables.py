@@ -8,7 +8,6 @@ are over seeds. Paired tests (utils/statistics.py) take the cases as the sample,
 case by case; p values are Holm's over the rows of a table.
 """
 
-import csv
 import functools
 import itertools
 import json
@@ -24,6 +23,7 @@ import yaml
 from losses import KD_METHODS
 from methods import SSL_METHODS
 from metrics import DISTANCES, METRICS, PUBLISHED, SHARES, SHOWN
+from utils.checkpoint import TableError, read_json, write_table
 from utils.config import labelled_name
 from utils.statistics import average_seeds, holm, paired_comparison
 
@@ -69,6 +69,16 @@ TRIALS = {
 }
 # variant of ACF-BCKD: AFD and CFD as strong as the paper's weights are on its grid of 48x48x48
 WEAKER = "sum"
+# What a summary of the test scripts has at least, whichever table it is for
+SUMMARY = {
+    **dict.fromkeys(("dataset", "method", "preset", "tag", "student", "checkpoint", "split"), str),
+    **dict.fromkeys(("hd95_definition", "device"), str),
+    **dict.fromkeys(("seed", "step", "max_steps", "parameters", "threads"), int),
+    **dict.fromkeys(("gmacs", "ms_per_volume"), (int, float)),
+    "patch_size": list,
+    "selected_on_reported": bool,
+    "native": dict,
+}
 BRIEF = ("dice", "hd95", "asd")  # what most tables of RESULTS.md have room for
 BRIEF_TITLES = [METRICS[metric].title for metric in BRIEF]
 Rows = Sequence[dict]
@@ -94,6 +104,38 @@ def row_of(summary: dict, space: str = "resampled") -> dict:
         also = found.get("penalised", {"mean": {}})["mean"]
         row["penalised"] = {key: also.get(key, math.nan) for key in mean if key in DISTANCES}
     return row
+
+
+def read_summary(path: Path) -> dict:
+    """A summary.json of the test scripts; TableError for one that is damaged or something else."""
+    summary = read_json(path)
+    check_summary(summary, path)
+    return summary
+
+
+def check_summary(summary: dict, path: Path) -> None:
+    """TableError unless it has what tables are made of, each of its kind."""
+    wrong = [key for key, kind in SUMMARY.items() if not isinstance(summary.get(key), kind)]
+    grids = [key for key in ("native", "resampled") if isinstance(summary.get(key), dict)]
+    for grid in grids:
+        found = summary[grid]
+        counts, mean = found.get("counts"), found.get("mean")
+        if not isinstance(counts, dict) or not {"pairs", "missed"} <= counts.keys():
+            wrong.append(f"{grid}.counts")
+        if not isinstance(mean, dict) or not all(known_number(v) for v in mean.values()):
+            wrong.append(f"{grid}.mean")
+    if summary.get("teacher") is not None and not isinstance(summary["teacher"], str):
+        wrong.append("teacher")
+    if wrong:
+        raise TableError(
+            f"{path}: not a summary of the test scripts, or a damaged one ({', '.join(wrong)} "
+            "missing or wrong); test the run again"
+        )
+
+
+def known_number(value: object) -> bool:
+    """Whether it is a number, or null for one that is undefined."""
+    return value is None or isinstance(value, (int, float))
 
 
 def scores(summary: dict, space: str) -> dict:
@@ -203,10 +245,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool =
 
 
 def write_csv(path: Path, cells: Sequence[dict]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(cells[0]))
-        writer.writeheader()
-        writer.writerows(cells)
+    header = list(cells[0])
+    write_table(path, [header, *([row[key] for key in header] for row in cells)])
 
 
 @functools.cache
@@ -313,10 +353,11 @@ def gather(
     found: dict[tuple, dict[int, dict]] = {}
     tagged = 0
     for path in sorted(runs_dir.rglob(name)):
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         cell = key(summary)
         if cell is None:
             continue
+        check_summary(summary, path)
         if summary["tag"]:
             tagged += 1
             continue

@@ -1,6 +1,9 @@
 """Files that are written whole or not at all, locks, and checkpoints, which hold tensors and plain
 Python values only.
 
+Checkpoints, tables and JSON files may come from others: what they say is judged before it is used,
+and nothing of them is run.
+
 A checkpoint is written to a temporary file, flushed to disk and moved into place, so a reader sees
 the old one or the new one, never half of one. `save_last` also keeps the one before. A checkpoint
 is a zip file, whose CRC-32 of every record is checked on loading (torch.load itself does not look
@@ -8,10 +11,14 @@ at them).
 """
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
+import json
 import os
 import pickle
+import re
 import secrets
 import shutil
 import socket
@@ -19,11 +26,13 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from utils.config import printable
 
 try:
     import fcntl
@@ -35,6 +44,8 @@ FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is too big",
 }
+LARGEST_COUNT = 10_000_000  # plain values of a checkpoint
+DEEPEST = 40
 PREVIOUS = "last.previous.pt"
 DAMAGED = "last.damaged.pt"
 
@@ -45,10 +56,12 @@ class CheckpointError(ValueError):
     """
 
 
+class TableError(ValueError):
+    """A table or JSON file that cannot be read; the message names the file."""
+
+
 class DiskError(OSError):
-    """A file that could not be written; the message names the file, the reason and what is still
-    intact.
-    """
+    """A file that could not be written; the message names the file and the reason."""
 
 
 @contextlib.contextmanager
@@ -62,18 +75,17 @@ def writing(path: Path) -> Iterator[None]:
         cause = system_error(error)
         if cause is None:
             raise
-        reason = FULL.get(cause.errno, cause.strerror or str(cause))
+        number = cause.errno
+        if number is None and re.fullmatch(r"\d+ requested and \d+ written", str(cause)):
+            number = errno.ENOSPC  # as NumPy says it
+        reason = FULL.get(number, cause.strerror or str(cause))
         with contextlib.suppress(OSError):
             reason += (
                 f", {shutil.disk_usage(path.parent).free / 2**20:.1f} MB are free"
-                if cause.errno in FULL
+                if number in FULL
                 else ""
             )
-        raise DiskError(
-            f"{path}: cannot be written ({reason}); checkpoints written before are intact: make "
-            "room or mend the "
-            f"folder, then go on with --resume"
-        ) from error
+        raise DiskError(f"{path}: cannot be written ({reason})") from error
 
 
 def system_error(error: BaseException | None) -> OSError | None:
@@ -96,6 +108,9 @@ def write_whole(
     moves leaves `previous` alone.
     """
     with writing(path):
+        if path.exists() and not path.is_file():  # a pipe or device, such as /dev/stdout
+            path.write_bytes(_bytes_of(write))
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = unused_name(path.parent, f"{path.name}.", ".tmp")
         try:
@@ -117,9 +132,69 @@ def unused_name(folder: Path, before: str = "", after: str = "") -> Path:
     return folder / f"{before}{secrets.token_hex(4)}{after}"
 
 
+def _bytes_of(write: Callable[[IO[bytes]], object]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_whole` of UTF-8 text."""
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """`write_whole` of CSV. A text that a spreadsheet would take for a formula (=, +, - or @ in
+    front, and no number) gets an apostrophe in front, which `read_table` takes away.
+    """
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([_disarmed(value) for value in row] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def read_table(path: Path, whole: bool = True) -> list[list[str]]:
+    """The rows of a CSV file, as they were given to `write_table`; an empty list for an empty file.
+    TableError if it cannot be read.
+
+    whole: a last line without an end is an error, since a number may have lost digits; else that
+    line is left out.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+        kept = text[: text.rfind("\n") + 1]
+        if whole and kept != text:
+            raise ValueError("it ends within a line")
+        check_plain_texts(text.replace("\r", "").replace("\n", ""))
+        rows = list(csv.reader(io.StringIO(kept, newline="")))
+    except (OSError, ValueError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TableError(f"{path}: damaged or not a table of this project ({reason})") from error
+    return [[re.sub(r"^'(?='*[=+\-@\t\r])", "", cell) for cell in row] for row in rows]
+
+
+def _disarmed(value: Any) -> Any:
+    if not isinstance(value, str) or not re.match(r"'*[=+\-@\t\r]", value) or value == "-":
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, whose texts can be shown on a terminal; TableError if there is no
+    such thing.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {type(content).__name__}")
+        check_plain_texts(content)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TableError(f"{path}: damaged or not a file of this project ({reason})") from error
+    return content
 
 
 def remove_temporary(folder: Path) -> None:
@@ -260,8 +335,8 @@ def save_last(content: dict[str, Any], folder: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint without running any code that it might carry; CheckpointError if that is
-    impossible.
+    """Read a checkpoint without running any code that it might carry, and without taking more
+    memory than it has bytes; CheckpointError if that is impossible.
     """
     path = Path(path)
     if not path.is_file():
@@ -272,26 +347,17 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     try:
         if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("not in torch.save's format")
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-        if wrong is not None:
-            raise zipfile.BadZipFile(f"the checksum of its part {wrong} is wrong")
+        size = check_archive(path)
         content = torch.load(path, map_location=device, weights_only=True)
+        _check_content(content, size)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors and plain values, so loading it could "
             "run code; "
             f"checkpoints of other programs are converted by tools/import_checkpoint.py"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        zipfile.BadZipFile,
-        ValueError,
-        LookupError,
-        TypeError,
-    ) as error:
+    # a file that was made to do harm can make the reader raise anything
+    except Exception as error:
         raise CheckpointError(
             damaged % (" ".join(str(error).split())[:200] or type(error).__name__)
         ) from error
@@ -300,6 +366,89 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if isinstance(content.get("dataset"), dict):
         content["dataset"].pop("allow_outside", None)  # the user's to say, never a file's
     return content
+
+
+def check_archive(path: Path) -> int:
+    """Bytes of the parts of a zip file of torch.save, whose checksums are right; BadZipFile for
+    others.
+
+    Nothing is unpacked: a part that is smaller in the file than it says it is (a few kB can stand
+    for terabytes), or that shares its bytes with another, is refused by the table of contents.
+    """
+    with zipfile.ZipFile(path) as archive:
+        total = 0
+        for part in archive.infolist():
+            total += part.file_size
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+                raise zipfile.BadZipFile(
+                    f"its part {part.filename} is compressed, {part.compress_size} bytes that "
+                    f"unpack to {part.file_size}, which torch.save never does"
+                )
+        if total > path.stat().st_size:
+            raise zipfile.BadZipFile(f"its parts have {total} bytes, more than the file itself")
+        wrong = archive.testzip()
+    if wrong is not None:
+        raise zipfile.BadZipFile(f"the checksum of its part {wrong} is wrong")
+    return total
+
+
+def _check_content(content: Any, size: int) -> None:
+    """ValueError for values that are more than `size` bytes can hold: tensors larger than their
+    data, lists that hold themselves or each other a thousand times; and for texts that no script of
+    ours writes and that a terminal would obey.
+    """
+    stored: dict[int, int] = {}  # address -> bytes of what tensors share
+    counted: dict[int, int] = {}  # id -> values in it, those that it holds twice counted twice
+
+    def count(value: Any, inside: tuple[int, ...]) -> int:
+        if isinstance(value, str):
+            check_plain_texts(value)
+        if isinstance(value, torch.Tensor):
+            if value.is_meta or value.numel() * value.element_size() > size:
+                raise ValueError(f"a tensor {tuple(value.shape)} is larger than the file")
+            storage = value.untyped_storage()
+            stored[storage.data_ptr()] = storage.nbytes()
+        if not isinstance(value, (dict, list, tuple, set)):
+            return 1
+        if id(value) in inside or len(inside) > DEEPEST:
+            raise ValueError("a value that contains itself, or is nested too deeply")
+        if id(value) not in counted:
+            items = [*value, *value.values()] if isinstance(value, dict) else value
+            counted[id(value)] = 1 + sum(count(item, (*inside, id(value))) for item in items)
+        if counted[id(value)] > LARGEST_COUNT:
+            raise ValueError(f"more than {LARGEST_COUNT} values")
+        return counted[id(value)]
+
+    count(content, ())
+    if sum(stored.values()) > size:
+        raise ValueError(f"its tensors have {sum(stored.values())} bytes, the file {size}")
+
+
+def check_plain_texts(value: Any) -> None:
+    """ValueError for a text, also of a key, that is not `printable`."""
+    if isinstance(value, str) and not printable(value):
+        raise ValueError(f"a text with control characters: {value[:80]!r}")
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    if isinstance(value, (dict, list)):
+        for item in items:
+            check_plain_texts(item)
+
+
+@contextlib.contextmanager
+def describing(source: str | Path) -> Iterator[None]:
+    """Around the use of what a checkpoint or a description says of itself: a value that is missing,
+    or of another kind, becomes a CheckpointError.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        if isinstance(error, ValueError) and type(error) is not ValueError:
+            raise  # it says itself what is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{source}: does not describe a network and its data as the training scripts do "
+            f"({type(error).__name__}: {reason})"
+        ) from error
 
 
 def dataset_arguments(
@@ -333,6 +482,20 @@ def dataset_arguments(
     if not _below(lists) and not _below(inner):
         arguments["split_dir"] = ""
     return arguments
+
+
+def tool_arguments(
+    checkpoint: dict[str, Any],
+    source: str | Path,
+    root: str | None = None,
+    cache_dir: str | None = None,
+) -> dict[str, Any]:
+    """`dataset_arguments` for tools that read a case or two: where the checkpoint names a cache
+    elsewhere, preprocessed cases go to the folder `cache` of the working directory.
+    """
+    if not cache_dir and not _below(checkpoint["dataset"].get("cache_dir", "")):
+        cache_dir = "cache"
+    return dataset_arguments(checkpoint, source, root, cache_dir)
 
 
 def _below(path: str) -> bool:
@@ -372,6 +535,22 @@ def load_network_weights(
     network: torch.nn.Module, state: dict[str, torch.Tensor], source: str
 ) -> None:
     """Load `state` strictly; CheckpointError that lists what does not fit."""
+    check_network_weights(network, state, source)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{source}: the weights do not fit the network ({reason})") from error
+
+
+def check_network_weights(
+    network: torch.nn.Module, state: dict[str, torch.Tensor], source: str
+) -> None:
+    """CheckpointError unless `state` has the names and shapes of the network, which may be on the
+    meta device.
+    """
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise CheckpointError(f"{source}: expected weights, a dictionary of tensors")
     own = network.state_dict()
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
@@ -386,7 +565,6 @@ def load_network_weights(
             f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of other shape "
             f"{shapes[:3]})"
         )
-    network.load_state_dict(state)
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

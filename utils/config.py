@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import reprlib
 import sys
@@ -49,6 +50,15 @@ DEEPEST_VALUE = 40
 # of classes: the means in tables, and what each line of the log begins with
 TAKEN = ("dice", "mean", "step", "kind")
 LONGEST_NAME = 255  # bytes of a file's or folder's name
+# Control characters, which begin a terminal's commands; ends of lines; marks that change the
+# direction of writing, by which a name can look like another; halves of characters.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Flag(str):
+    """The source of a value that the command line gives. A type of its own, since a file may have
+    any name, also one like a flag's, and only the command line may name code to run.
+    """
 
 
 class ConfigError(ValueError):
@@ -304,12 +314,12 @@ def gather(
                 f"--opts {_short(option)}: expected key=value, for example --opts max_steps=1000"
             )
         try:
-            values[key.strip()] = (parse_yaml(text), f"--opts {_short_text(option)}")
+            values[key.strip()] = (parse_yaml(text), Flag(f"--opts {_short_text(option)}"))
         except ConfigError as error:
             raise ConfigError(f"--opts {_short(option)}: the value is {error}") from error
     for key, value in (overrides or {}).items():
         if value is not None:
-            values[key] = (value, f"--{key.replace('_', '-')}")
+            values[key] = (value, Flag(f"--{key.replace('_', '-')}"))
     return values
 
 
@@ -546,7 +556,7 @@ def labelled_name(labelled: int | float | None) -> str:
 
 def from_flag(entry: tuple[Any, str]) -> bool:
     """Whether an entry of `Given` comes from the command line."""
-    return entry[1].startswith("--")
+    return isinstance(entry[1], Flag)
 
 
 def note_unused(given: Given, keys: Iterable[str], reason: str) -> None:
@@ -582,6 +592,25 @@ def trying(source: str) -> Iterator[None]:
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ConfigError(f"{source}: {kind}{_one_line(error)[:500]}") from error
+
+
+@contextlib.contextmanager
+def enough_voxels(name: str, size: Sequence[int], batch: int, keys: str) -> Iterator[None]:
+    """Around a trial of a network on a batch of `batch` patches of this size: where norms find one
+    voxel of a channel, ConfigError that names the patch and `keys`, those of the batch.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 "):
+            raise
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        raise ConfigError(
+            f"patch_size: {list(size)} leaves {name} one voxel of a channel, of which no norm can "
+            f"be taken, in a batch of {batch} patch(es){each}; take a larger patch_size, or more "
+            f"patches ({keys})"
+        ) from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -745,10 +774,12 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         if number != number or abs(number) == float("inf"):
             raise wrong
         return number
-    if hint is int and (
-        isinstance(value, bool) or not isinstance(value, int) or abs(value) >= LARGEST_INT
-    ):
+    if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
         raise wrong
+    if hint is int and abs(value) >= LARGEST_INT:
+        raise ConfigError(
+            f"{source}: '{key}' must lie within ±{LARGEST_INT - 1}, got {_short(value)}"
+        )
     if hint is str:
         if type(value) is int and abs(value) < LARGEST_INT:  # a tag or a folder may be a number
             return str(value)
@@ -756,7 +787,7 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
             return ""
         if isinstance(value, bool):
             raise ConfigError(f"{wrong} (YAML reads off, no, on and yes so: put it in quotes)")
-        if isinstance(value, str) and not _printable(value):
+        if isinstance(value, str) and not printable(value):
             raise ConfigError(
                 f"{source}: '{key}' has characters that cannot be printed: {_short(value)}"
             )
@@ -777,9 +808,27 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
     return value
 
 
-def _printable(text: str) -> bool:
-    """Whether it has no control characters and can be written to a file."""
-    return not any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in text)
+def printable(text: str) -> bool:
+    """Whether it can be written to a file, and shown without doing anything to a terminal or to the
+    order of what stands around it.
+    """
+    return not UNPRINTABLE.search(text)
+
+
+def plain_name(name: str) -> bool:
+    """Whether it can name a file or folder in another one: `printable`, and without a path."""
+    return name not in ("", ".", "..") and not re.search(r"[/\\]", name) and printable(name)
+
+
+def escaped(text: object) -> str:
+    """Text for a terminal: what is not `printable` as \\x1b or \\u202e; line ends and tabs stay."""
+
+    def written(match: re.Match) -> str:
+        if match[0] in "\n\t":
+            return match[0]
+        return match[0].encode("unicode_escape").decode("ascii")
+
+    return UNPRINTABLE.sub(written, str(text))
 
 
 def _describe(hint: Any) -> str:
@@ -814,7 +863,7 @@ def _short(value: Any) -> str:
 
 def _short_text(value: Any) -> str:
     """A name or a flag as it was given, on one line, cut where it is long."""
-    text = _one_line(value) if _printable(str(value)) else repr(str(value))
+    text = _one_line(value) if printable(str(value)) else repr(str(value))
     return text if len(text) <= 200 else f"{text[:190]}..."
 
 

@@ -16,7 +16,8 @@ from losses import KD_METHODS, PRESETS, build_kd
 from networks import NETWORKS, build_network, check_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
-from utils.config import OF_FORMAT, ConfigError, Natural, NotNegative, marks, trying
+from utils.config import OF_FORMAT, ConfigError, Natural, NotNegative, enough_voxels, marks, trying
+from utils.distributed import smallest_share
 from utils.modes import weightless
 from utils.registry import AnyOf, OfDims
 from utils.run import Run, defaults, named, plain, run_folder
@@ -131,10 +132,11 @@ class Distillation(DataSettings):
 
     def _try_out(self) -> None:
         classes, channels = len(self.class_names), {}
-        batch = self.cases_per_batch * self.crops_per_case
+        batch = smallest_share(self.cases_per_batch * self.crops_per_case, self.device)
         for role in ("student",) if self.supervised else ("student", "teacher"):
             name = getattr(self, role)
-            with trying(f"network_args: {name}"):
+            keys = "cases_per_batch, crops_per_case"
+            with trying(f"network_args: {name}"), enough_voxels(name, self.patch_size, batch, keys):
                 how = plugins.trial(NETWORKS[name], self.patch_size, batch)
                 arguments = self.network_arguments(name)
                 channels[role] = check_network(name, self.channels, classes, *how, **arguments)

@@ -166,6 +166,15 @@ class World:
             dist.destroy_process_group()
 
 
+def smallest_share(batch: int, device: str) -> int:
+    """Items of a batch that batch norms see together, at least: all on GPUs, where they are
+    synchronised, on CPUs those of one process. device: as given by the user.
+    """
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return batch
+    return max(1, batch // int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def join_world(device: str) -> tuple[World, str]:
     """Join the processes that torchrun started, if it did; -> the world, and the device of this
     process.

@@ -18,7 +18,8 @@ from methods import SSL_METHODS, build_method
 from methods.base import Method
 from networks import NETWORKS, build_network, check_network
 from utils import plugins
-from utils.config import ConfigError, constructing, trying
+from utils.config import ConfigError, constructing, enough_voxels, trying
+from utils.distributed import smallest_share
 from utils.modes import weightless
 from utils.run import Run, no_selection
 
@@ -87,8 +88,12 @@ class FewLabels(DataSettings):
 
     def _try_out(self) -> None:
         channels, classes = self.channels, len(self.class_names)
-        with trying(f"network_args: {self.network}"):
-            how = plugins.trial(NETWORKS[self.network], self.patch_size, self.labelled_batch)
+        batch = smallest_share(self.labelled_batch, self.device)
+        with (
+            trying(f"network_args: {self.network}"),
+            enough_voxels(self.network, self.patch_size, batch, "labelled_batch"),
+        ):
+            how = plugins.trial(NETWORKS[self.network], self.patch_size, batch)
             arguments = self.network_arguments(self.network)
             check_network(self.network, channels, classes, *how, **arguments)
         with trying(f"method_args: {self.method}"), weightless():

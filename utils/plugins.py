@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError, Given
+from utils.config import ConfigError, Given, from_flag
 
 PREFIX = "plugged_in_"  # of module names, by which a class of the user's own is known
 KEYED_BY_NAME = ("network_args", "method_args", "recipe")
@@ -102,7 +102,7 @@ def plug_in(given: Given, contracts: Mapping[str, Contract]) -> dict[str, dict]:
         reference, source = given.get(key, (None, ""))
         if not is_reference(reference):
             continue
-        if not source.startswith("--"):
+        if not from_flag(given[key]):
             raise ConfigError(
                 f"{source}: {key}: '{reference}' is a file to run, which only the command line can "
                 "name: "

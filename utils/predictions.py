@@ -2,9 +2,10 @@
 sizes.
 """
 
-import csv
 import json
 import os
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nibabel as nib
@@ -12,14 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.checkpoint import unused_name
+from utils.checkpoint import read_table, unused_name, write_table, write_text, writing
 from utils.config import ConfigError
 
 
 def save_volume(path: Path, ids: np.ndarray, affine: np.ndarray) -> None:
     """Write ids (H, W, D) as NIfTI of 8 bits; affine: voxel to RAS+ in mm."""
     image = volume_image(ids.astype(np.uint8), affine)
-    _complete(path, lambda temporary: nib.save(image, temporary))
+    save_whole(path, lambda temporary: nib.save(image, temporary))
 
 
 def volume_image(ids: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
@@ -44,14 +45,12 @@ def volume_image(ids: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
 
 def save_mask(path: Path, pixels: np.ndarray) -> None:
     """Write pixels (H, W) or (H, W, 3) uint8 as PNG."""
-    _complete(path, Image.fromarray(pixels).save)
+    save_whole(path, Image.fromarray(pixels).save)
 
 
 def save_about(path: Path, about: dict) -> None:
     """Write the JSON beside the result `path`: the same name with .json."""
-    beside(path).write_text(
-        json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_text(beside(path), json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def settings_of(path: Path) -> dict | None:
@@ -62,21 +61,34 @@ def settings_of(path: Path) -> dict | None:
         return None
 
 
+def save_result(path: Path, about: dict, write: Callable[[Path], object]) -> None:
+    """Write the JSON beside the result `path`, then call `write` with the path. The result comes
+    last, so that one that is there is complete; if it fails, no JSON stays that speaks of it.
+    """
+    try:
+        save_about(path, about)
+        write(path)
+    except BaseException:
+        beside(path).unlink(missing_ok=True)
+        raise
+
+
 def beside(path: Path) -> Path:
     """Where the JSON of a result is: x.nii.gz, x.png -> x.json."""
     return path.with_name(path.name.removesuffix(".gz").rpartition(".")[0] + ".json")
 
 
-def _complete(path: Path, write) -> None:
-    """Write by way of a temporary file of the same kind, so that a file that is there is
-    complete.
+def save_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write by way of a temporary file of the same kind, which `write` gets the path of, so that a
+    file that is there is complete; DiskError if the disk does not take it.
     """
     temporary = unused_name(path.parent, ".", f".{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def structure_sizes(
@@ -95,32 +107,43 @@ def millilitres(affine: np.ndarray) -> float:
 
 class SizeTable(dict):
     """Case -> structure -> (count, size); begins with what its CSV file holds, `write` puts all of
-    it there.
+    it there. Lines that cannot be read are left out, with a warning: the results themselves are
+    measured again.
     """
 
     def __init__(self, path: Path, count: str, size: str) -> None:
         super().__init__()
         self.path, self.header = path, ("case", "structure", count, size)
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.reader(file)
-                if tuple(next(reader, ())) != self.header:
-                    raise ConfigError(
-                        f"{path}: no table of {', '.join(self.header)}; move it or choose another "
-                        "folder"
-                    )
-                for case, structure, number, value in reader:
-                    self.setdefault(case, {})[structure] = int(number), float(value)
+        if not path.is_file() or not path.stat().st_size:
+            return
+        rows = read_table(path, whole=False)
+        if not rows or tuple(rows[0]) != self.header:
+            raise ConfigError(
+                f"{path}: no table of {', '.join(self.header)}; move it or choose another folder"
+            )
+        damaged = 0
+        for line in rows[1:]:
+            try:
+                case, structure, number, value = line
+                self.setdefault(case, {})[structure] = int(number), float(value)
+            except ValueError:
+                damaged += 1
+        if damaged:
+            print(
+                f"warning: {path}: {damaged} line(s) cannot be read and are left out; results "
+                "that are there are measured again",
+                file=sys.stderr,
+            )
+
+    def has(self, case: str, structures: Iterable[str]) -> bool:
+        """Whether it has all structures of a case: the file may have been cut between two."""
+        return set(structures) <= self.get(case, {}).keys()
 
     def write(self) -> None:
-        def lines(temporary: Path) -> None:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(self.header)
-                for case in sorted(self):
-                    writer.writerows([case, name, *values] for name, values in self[case].items())
-
-        _complete(self.path, lines)
+        rows = [
+            [case, name, *values] for case in sorted(self) for name, values in self[case].items()
+        ]
+        write_table(self.path, [self.header, *rows])
 
 
 def failure(source: Path, error: Exception) -> str:

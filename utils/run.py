@@ -66,7 +66,10 @@ from utils.config import (
     check_run_names,
     check_unused,
     check_values,
+    escaped,
     from_flag,
+    plain_name,
+    read_yaml,
 )
 from utils.diagnosis import findings
 from utils.distributed import join_world
@@ -74,9 +77,11 @@ from utils.modes import keep_freed_memory, rng_state, seed_everything, set_rng_s
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import LOGGERS, Averages, RunLog, SilentLog, read_log, require_logger, start_wandb
 from utils.schedules import OPTIMIZERS, SCHEDULES, build_optimizer
+from utils.scripts import lasting_streams, system_message
 
 LOCK = "run.lock"  # in the run folder while a process trains there
-STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm sends SIGUSR1 before a time limit, if asked to
+# Slurm sends SIGUSR1 before a time limit, if asked to; a terminal SIGHUP when it is closed
+STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic of a
 # step already taken. max_steps is among them: from the resumed step on, schedules follow the new
@@ -181,7 +186,7 @@ class Settings:
             del given[key]
         for key in ("recipe", "method_args"):
             value, source = given.get(key, (None, ""))
-            if not isinstance(value, dict) or source.startswith("--"):
+            if not isinstance(value, dict) or from_flag(given[key]):
                 continue
             own = {k: v for k, v in value.items() if str(k).split("@")[0] not in cls.other_names}
             given[key] = (own, source)
@@ -345,7 +350,7 @@ class Run:
     def note(self, text: str) -> None:
         """Print on standard error, once for all processes."""
         if self.world.main:
-            print(text, file=sys.stderr)
+            print(escaped(text), file=sys.stderr)
 
     def placed(self, module: nn.Module, memory: torch.memory_format) -> nn.Module:
         """A module on the device and, if the settings say so, in this memory order, for training:
@@ -366,7 +371,7 @@ class Run:
         self.contents = report.contents
         if self.world.main:
             for warning in report.spoken_warnings():
-                print(warning, file=sys.stderr)
+                print(escaped(warning), file=sys.stderr)
             self._own_folder()
             open_run(self.folder, self.cfg, self.resumes)
 
@@ -465,6 +470,33 @@ class Run:
             state["averages"] = {"sums": state["totals"], "counts": counts}
         self.averages.load_state_dict(state["averages"])
         self.start, self.best = state["step"], state["best"]
+        self._look_for_best()
+
+    def _look_for_best(self) -> None:
+        """Say so if the best checkpoint was lost, and let later validations choose another;
+        CheckpointError if there are none.
+        """
+        if self.best["step"] < 0:
+            return
+        path = self.folder / "best.pt"
+        try:
+            step = load_checkpoint(path).get("step")
+            if type(step) is int and step >= self.best["step"]:
+                return  # one that is newer than last.pt is made again
+            problem = f"{path}: is of step {step}"
+        except CheckpointError as error:
+            problem = str(error).partition("; restore it")[0]
+        lost = f"the best checkpoint, Dice {self.best['dice']:.4f} at step {self.best['step']}"
+        if self.start >= self.cfg.max_steps:
+            raise CheckpointError(
+                f"{problem}. It was {lost}, and all {self.start} steps are done: restore it, test "
+                "last.pt, go on with a larger max_steps, or remove the folder and train again"
+            )
+        self.best = {"dice": -1.0, "step": -1}
+        self.note(
+            f"warning: {problem}. It was {lost}; best.pt is now chosen among the validations from "
+            f"step {self.start} on"
+        )
 
     def _check_references(self, state: Mapping) -> None:
         """CheckpointError if what the run is given by the name of a file, lists, cases and teacher,
@@ -667,7 +699,7 @@ def run_folder(
         "networks": networks,
         "tag": tag or "-",
     }.items():
-        if name in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 or ord(c) == 127 for c in name):
+        if not plain_name(name):
             raise ConfigError(
                 f"{key}: {name!r} names a folder of the run; expected a plain name, without slashes"
             )
@@ -701,7 +733,7 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
         )
     if resume:
         # Keys that did not exist when the run began had what is their default now.
-        before = plain(defaults(type(config))) | yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = plain(defaults(type(config))) | stored_config(path)
         differ = sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k))
         refused = [key for key in differ if key not in RESUMABLE]
         if refused:
@@ -715,6 +747,20 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
             )
     remove_temporary(folder)
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The config.yaml of a run; ConfigError if it is empty, cut or something else."""
+    try:
+        values = read_yaml(path)
+        if not path.read_bytes().endswith(b"\n"):
+            raise ConfigError(f"{path}: ends within a line")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}: this is no whole configuration of a run; restore it, or remove the folder "
+            "and start again"
+        ) from error
+    return values
 
 
 def defaults(schema: type) -> dict[str, Any]:
@@ -751,8 +797,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that the training loop looks at after each
-    step.
+    """Turns SIGINT, SIGTERM, SIGUSR1 and SIGHUP into a flag that the training loop looks at after
+    each step. SIGHUP stays ignored where nohup has said so.
 
     A second SIGINT stops at once.
     """
@@ -760,8 +806,13 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: int | None = None
         for name in STOPPING:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._note)
+            number = getattr(signal, name, None)
+            if number is None:
+                continue
+            # nohup: the training is meant to outlive its terminal
+            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -816,9 +867,20 @@ def run_script(main: Callable[[], int], *expected: type[Exception]) -> int | str
 
     threading.excepthook = quiet
     try:
-        return main()
-    except (ConfigError, CheckpointError, DiskError, FloatingPointError, *expected) as problem:
-        return f"error: {problem}"
+        with lasting_streams():
+            return main()
+    except (ConfigError, CheckpointError, FloatingPointError, *expected) as problem:
+        return escaped(f"error: {problem}")
+    except DiskError as problem:
+        return escaped(
+            f"error: {problem}; checkpoints written before are intact: make room or mend the "
+            "folder, then go on with --resume"
+        )
+    except OSError as error:
+        message = system_message(error)
+        if message is None:
+            raise
+        return escaped(f"error: {message}; what was saved is intact")
     except torch.OutOfMemoryError as error:
         return f"error: {_full_gpu(str(error))}"
     except RuntimeError as error:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.checkpoint import write_text, writing
+from utils.checkpoint import TableError, check_plain_texts, read_json, write_text, writing
 from utils.config import ConfigError
 
 LOGGERS = ("", "wandb")
@@ -51,7 +51,9 @@ def start_wandb(folder: Path, config: Mapping[str, Any], resumed: bool) -> Any:
     does not start. Its name is the path of `folder` under runs_dir: acdc/crkd/unet2d-3/seed0.
     """
     path = folder / "tracker.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = {}
+    with contextlib.suppress(TableError):  # without it, the service begins another run
+        known = read_json(path)
     before = known.get("wandb") if resumed else None
     identifier = before or secrets.token_hex(4)
     try:
@@ -87,15 +89,19 @@ class RunLog:
 
         self.service = service
         self.path = folder / "log.jsonl"
-        kept = []
-        if start_step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # a line cut off by a crash
-                    break
-                if entry["step"] < start_step:
-                    kept.append(line + "\n")
+        kept, damaged = [], 0
+        if start_step:
+            lines = _lines(self.path)
+            entries = [_entry(line) for line in lines]
+            damaged = entries[:-1].count(None)  # a crash may cut the last
+            for line, entry in zip(lines, entries):
+                if entry and entry["step"] < start_step:
+                    kept.append(line.decode("utf-8") + "\n")
+        if damaged:
+            print(
+                f"warning: {self.path}: {damaged} line(s) cannot be read and are left out",
+                file=sys.stderr,
+            )
         write_text(self.path, "".join(kept))
         with writing(self.path):
             # nothing is left in a buffer if a write fails
@@ -141,16 +147,33 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl; one that a crash cut off, and what follows it, is left out. No file
-    gives no lines.
+    """The lines of log.jsonl; those that a crash cut off, or that are no lines of a log, are left
+    out. No file gives no lines.
     """
-    entries: list[dict] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+    return [entry for line in _lines(path) if (entry := _entry(line)) is not None]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Of a log, at least one; the last is without its end, so empty in a log that is whole."""
+    return path.read_bytes().split(b"\n") if path.is_file() else [b""]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line of a log says: `step`, `kind`, and names with finite numbers or null. None for
+    anything else.
+    """
+    try:
+        entry = json.loads(line)
+        check_plain_texts(entry)
+        figures = dict(entry)
+        step, kind = figures.pop("step"), figures.pop("kind")
+        numbers = [float(value) for value in figures.values() if value is not None]
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
+    texts = any(isinstance(value, str) for value in figures.values())
+    if type(step) is not int or type(kind) is not str or texts:
+        return None
+    return entry if all(map(math.isfinite, numbers)) else None
 
 
 def check_terms(

@@ -195,6 +195,16 @@ def test_a_truncated_scan_is_reported_by_prepare(tmp_path):
         data.prepare(data.splits(1))
 
 
+def test_a_scan_that_another_program_writes_is_not_called_damaged(tmp_path, monkeypatch):
+    def locked(*arguments, **keywords):
+        raise BlockingIOError(11, "Unable to synchronously open file (unable to lock file)")
+
+    data = build(tmp_path)
+    monkeypatch.setattr("dataloaders.cases.h5py.File", locked)
+    with pytest.raises(DataError, match=r"open for writing.*HDF5_USE_FILE_LOCKING=FALSE"):
+        data.prepare(data.splits(1))
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(DataError, match="3 numbers"):
         build(tmp_path, patch_size=(8, 8))

@@ -283,6 +283,15 @@ def test_cached_equals_fresh_and_is_read_only(pair):
         cached["image"][:] = 0
 
 
+def test_a_full_disk_behind_the_cache_names_the_entry(pair, monkeypatch):
+    def full(path, array):
+        raise OSError("7920 requested and 5088 written")  # as NumPy says it
+
+    monkeypatch.setattr("dataloaders.cache.np.save", full)
+    with pytest.raises(DiskError, match=r"a-\w{16}: cannot be written \(the disk is full, "):
+        prepared(pair)
+
+
 def test_a_touched_file_is_a_hit_and_a_changed_one_a_miss(pair, monkeypatch):
     prepared(pair)
     made, original = [], MSDDataset.preprocess

@@ -157,6 +157,21 @@ def test_a_checkpoint_that_would_run_code_is_refused_by_training_and_test(site):
     assert not trap.exists()
 
 
+@pytest.mark.slow
+def test_a_lost_best_checkpoint_is_noticed(site):
+    """With steps left, another is chosen among them; with none left there is nothing to choose."""
+    place = site("supervised")
+    assert place.run("max_steps=4").code == 0
+    (place.folder / "best.pt").write_bytes(b"x")
+    ended = place.run("--resume", "max_steps=4")
+    assert ended.code == 1 and "all 4 steps are done" in ended.text
+    assert f"error: {place.cell.folder}/best.pt: damaged" in ended.text
+    (place.folder / "best.pt").unlink()
+    ended = place.run("--resume", "max_steps=6")
+    assert ended.code == 0 and "best.pt: no such checkpoint. It was the best" in ended.text
+    assert load_checkpoint(place.folder / "best.pt")["step"] == 6
+
+
 # Disks
 
 

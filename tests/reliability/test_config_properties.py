@@ -696,7 +696,7 @@ def test_a_flag_of_training_is_a_key_or_does_something_else(script):
         (
             train_3d_distill,
             {"patch_size": [8, 8, 8]},
-            "network_args: unet: Expected more than 1 spatial element",
+            "patch_size: [8, 8, 8] leaves unet one voxel of a channel",
         ),
         (train_3d_distill, {"class_names": ["background", "dice"]}, "'dice' cannot name a class"),
         (train_3d_distill, {"class_names": ["background", ""]}, "'' cannot name a class"),

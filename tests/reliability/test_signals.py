@@ -1,5 +1,5 @@
-"""SIGINT, SIGTERM and SIGUSR1: the run saves, says how to go on, and ends with 128 + the signal's
-number.
+"""SIGINT, SIGTERM, SIGUSR1 and SIGHUP: the run saves, says how to go on, and ends with 128 + the
+signal's number.
 """
 
 import shlex
@@ -12,7 +12,7 @@ from tests.reliability.harness import SCRIPTS, run
 from tests.reliability.test_kill import differences, state_of
 from utils.checkpoint import load_checkpoint
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 ONE_OF_EACH_SCRIPT = ("supervised", "crkd", "lefed")
 NEVER = ("val_interval=100000", "save_interval=100000", "log_interval=1")
 

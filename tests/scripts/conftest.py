@@ -61,7 +61,7 @@ def run(script: str, *arguments: str, cwd: Path, ok: bool = True) -> Result:
     out, err = io.StringIO(), io.StringIO()
     handlers = {
         number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     }
     argv, before = sys.argv, Path.cwd()
     code: object = 0

@@ -403,3 +403,24 @@ def test_photographs(tmp_path):
     assert "segmented 0, there already 2" in predict(cwd=tmp_path, script="predict_2d.py").stdout
     assert (tmp_path / "out/areas.csv").read_text() == before
     assert np.asarray(Image.open(tmp_path / "out/overlays/seen0.png")).shape[0] == 30
+
+
+def test_a_full_disk_ends_the_prediction_in_one_line_and_leaves_no_part(site, monkeypatch):
+    def full(image, path):
+        path.write_bytes(b"begun")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.predictions.nib.save", full)
+    result = predict(cwd=site, ok=False)
+    assert "error: out/case6.nii.gz: cannot be written (the disk is full, " in result.stderr
+    assert "make room" in result.stderr and "Traceback" not in result.stderr
+    assert [path.name for path in (site / "out").iterdir()] == ["volumes.csv"]
+
+
+def test_a_damaged_table_of_volumes_is_made_again(site):
+    predict(cwd=site)
+    path = site / "out/volumes.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12])
+    predict(cwd=site)
+    assert path.read_bytes() == whole

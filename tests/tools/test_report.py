@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from tests.scripts.conftest import run
 from tests.tools.report_runs import CLASSES, scores_of, write_run, write_scores
@@ -294,3 +295,40 @@ def test_a_damaged_table_of_scores(runs, tmp_path):
     path = folder / "metrics.csv"
     path.write_text(path.read_text().replace("jaccard", "overlap"))
     assert "no column of jaccard" in report(folder, cwd=tmp_path, ok=False)
+
+
+def test_a_hostile_run_folder_shows_no_file_of_others(runs, tmp_path):
+    """Cases of metrics.csv and the checkpoint of summary.json are names in the folder, no paths."""
+    folder = write_run(runs)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "secret.png")
+    (folder / "overlays").mkdir()
+    path = folder / "metrics.csv"
+    steps = "../" * (len(folder.relative_to(tmp_path).parts) + 1)
+    path.write_text(re.sub(r"case\d\d", f"{steps}secret", path.read_text()))
+    assert (folder / "overlays" / f"{steps}secret.png").is_file()
+    assert "data:image/png" not in report(folder, cwd=tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"checkpoint": f"{steps}x.pt"}))
+    assert "names '../" in html.unescape(report(folder, cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("summary.json", '{"native": ', "damaged or not a file of this project"),
+        ("summary.json", "{}", "not a summary of the test scripts, or a damaged one"),
+        ("metrics.csv", "case,class\ncase0,li", "ends within a line"),
+        ("config.yaml", "dataset: [", "not valid YAML"),
+        ("config.yaml", "dataset: tiny\n", "configuration is damaged"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(runs, tmp_path, name, text, expected):
+    folder = write_run(runs)
+    (folder / name).write_text(text)
+    message = report(folder, cwd=tmp_path, ok=False)
+    assert message.startswith("error: ") and str(folder) in message and expected in message
+    if name == "summary.json":
+        for tool in (("results_table.py",), ("figure.py", "--out", "x.png")):
+            result = run(f"tools/{tool[0]}", str(folder), *tool[1:], cwd=tmp_path, ok=False)
+            assert result.stderr.startswith(f"error: {folder}/summary.json: ")
+            assert expected in result.stderr

@@ -1,7 +1,10 @@
 """Checkpoints through crashes, damage and bad faith."""
 
+import csv
 import os
 import pickle
+import stat
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,17 @@ import utils.checkpoint as checkpoint
 from utils.checkpoint import (
     PREVIOUS,
     CheckpointError,
+    TableError,
     atomic_save,
     digest,
     load_checkpoint,
     load_last,
     load_network_weights,
+    read_json,
+    read_table,
     save_last,
+    write_table,
+    write_text,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -206,3 +214,103 @@ def test_digest_sees_names_and_bits():
     assert digest({("z" if key == "a" else key): value for key, value in state.items()}) != digest(
         state
     )
+
+
+def packed(path, name, data, compression=zipfile.ZIP_DEFLATED):
+    """The checkpoint at `path` again, with one more part."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
+        archive.writestr(name, data, compress_type=compression)
+
+
+def test_nothing_is_unpacked_to_more_than_the_file_holds(tmp_path, monkeypatch):
+    """A bomb of a few kB is refused by the sizes in its table of contents."""
+    path = tmp_path / "x.pt"
+    atomic_save(CONTENT, path)
+    packed(path, "archive/data/99", bytes(10_000), zipfile.ZIP_STORED)
+    assert load_checkpoint(path)["step"] == 3  # another part alone is no fault
+    packed(path, "archive/data/100", bytes(50_000_000))
+
+    def unpack(*arguments, **keywords):
+        raise AssertionError("a part was read")
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", unpack)
+    with pytest.raises(
+        CheckpointError, match=r"x\.pt: damaged .*100 is compressed, .* to 50000000"
+    ):
+        load_checkpoint(path)
+
+
+def shared(levels):
+    """A list of 2^levels values, in a file of a few hundred bytes."""
+    value = [1, 2]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def itself():
+    value = [1]
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        (lambda: torch.zeros(1).expand(10**12), "is larger than the file"),
+        (lambda: torch.empty(10**12, device="meta"), "is larger than the file"),
+        (lambda: shared(30), "more than 10000000 values"),
+        (itself, "contains itself"),
+        (lambda: {"\x1b]0;pwned\x07": 1}, "control characters"),
+        (lambda: ["evil\u202egnp.exe"], "control characters"),
+    ],
+    ids=["expanded", "without data", "repeated", "cycle", "terminal", "direction"],
+)
+def test_content_that_no_script_writes_is_refused(tmp_path, value, reason):
+    torch.save({"step": 1, "value": value()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=rf"x\.pt: damaged or not a checkpoint \(.*{reason}"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+TEXTS = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "'=1", "''=1", "a=1", "-", "-1.5", "it's", ""]
+
+
+def test_tables_hold_no_formulas_and_give_back_their_texts(tmp_path):
+    path = tmp_path / "x.csv"
+    write_table(path, [["case", "n"], *([text, k] for k, text in enumerate(TEXTS))])
+    assert read_table(path)[1:] == [[text, str(k)] for k, text in enumerate(TEXTS)]
+    with path.open(newline="") as file:
+        shown = [row[0] for row in csv.reader(file)]
+    assert shown[1:5] == ["'=1+1", "'+cmd", "'-2+3", "'@SUM(A1)"]
+    assert shown[7:11] == ["a=1", "-", "-1.5", "it's"]  # numbers, and what is no formula
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [(b"a,b\r\n1,0.9", "ends within a line"), (b"a\xff\n", "decode"), (b"a\x1b[2J\n", "control")],
+)
+def test_a_damaged_table_is_named(tmp_path, data, reason):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(data)
+    with pytest.raises(TableError, match=rf"metrics\.csv: damaged or not .*{reason}"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("text", ["", '{"a": ', "[]", "[" * 100_000, '{"a": "\\u001b[2J"}'])
+def test_a_damaged_json_file_is_named(tmp_path, text):
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(TableError, match=r"summary\.json: damaged or not a file of this project"):
+        read_json(path)
+
+
+def test_devices_are_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "text")
+    assert os.read(reader, 100) == b"text" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    os.close(reader)

@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 
 from utils.config import (
     OF_FORMAT,
     PROJECT,
     ConfigError,
     Count,
+    Flag,
     Positive,
     Share,
+    build,
     check_values,
+    enough_voxels,
     load_config,
     read_yaml,
     run_checkpoint,
     training_flags,
 )
+from utils.distributed import smallest_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,3 +243,24 @@ def test_values_in_their_ranges_pass(values):
 def test_values_outside_of_their_ranges_name_key_and_range(values, expected):
     with pytest.raises(ConfigError, match=re.escape(expected)):
         check_values(Marked(**values))
+
+
+def test_a_number_that_is_too_large_names_the_largest():
+    with pytest.raises(ConfigError, match=r"--seed: 'seed' must lie within ±2147483647, got 9{20}"):
+        build(Seeded, {"seed": (99999999999999999999, Flag("--seed"))})
+
+
+@dataclasses.dataclass
+class Seeded:
+    seed: int = 0
+
+
+def test_one_voxel_of_a_channel_names_patch_batch_and_processes(monkeypatch):
+    norm = torch.nn.BatchNorm3d(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = "patch_size: [8, 8, 8] leaves net one voxel .* 1 patch.* 2 processes; .*more patches"
+    with pytest.raises(ConfigError, match=expected.replace("[", r"\[")):
+        with enough_voxels("net", (8, 8, 8), smallest_share(2, "cpu"), "crops_per_case"):
+            norm(torch.zeros(1, 2, 1, 1, 1))
+    with pytest.raises(ValueError, match="expected 5D"), enough_voxels("net", (8,), 1, ""):
+        norm(torch.zeros(1))

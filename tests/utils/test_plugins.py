@@ -15,7 +15,7 @@ from networks import NETWORKS, check_network
 from tests.scripts.conftest import make_workspace, run, train
 from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.config import ConfigError
+from utils.config import ConfigError, Flag, gather
 
 STUDENT = """
 from torch import nn
@@ -48,6 +48,8 @@ def registries(monkeypatch, tmp_path):
 
 
 def given(source="--opts", **values):
+    """As the command line gives it, or a file of another name."""
+    source = Flag(source) if source.startswith("--") else source
     return {key: (value, source) for key, value in values.items()}
 
 
@@ -80,13 +82,14 @@ def test_a_reference_becomes_a_name(tmp_path):
     assert plugins.trial(NETWORKS["unet"], (8, 8, 8), 4) == ((8, 8, 8), 4)
 
 
-def test_a_configuration_makes_no_file_run(tmp_path):
+@pytest.mark.parametrize("name", ["mine.yaml", "./--opts.yaml"])
+def test_a_configuration_makes_no_file_run(tmp_path, name):
+    (tmp_path / name).write_text("student: net.py:OneConvolution\n")
     (tmp_path / "net.py").write_text("open('it ran', 'w')\n" + STUDENT)
     with pytest.raises(
-        ConfigError,
-        match=r"mine\.yaml: student: .*only the command line can name: --opts student=net",
+        ConfigError, match=r"\.yaml: student: .*only the command line can name: --opts student=net"
     ):
-        plugins.plug_in(given("mine.yaml", student="net.py:OneConvolution"), CONTRACTS)
+        plugins.plug_in(gather(name.removeprefix("./")), CONTRACTS)
     assert not (tmp_path / "it ran").exists()
 
 

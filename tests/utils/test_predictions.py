@@ -15,7 +15,9 @@ from utils.predictions import (
     beside,
     failure,
     millilitres,
+    save_result,
     save_volume,
+    save_whole,
     settings_of,
     structure_sizes,
 )
@@ -102,3 +104,34 @@ def test_settings_and_failures(tmp_path):
         assert settings_of(tmp_path / "a.nii.gz") is None
     assert "try --window-batch 1" in failure(tmp_path, MemoryError("no"))
     assert failure(tmp_path, KeyError("k")) == f"{tmp_path}: KeyError: 'k'"
+
+
+def test_a_damaged_table_is_made_again_line_by_line(tmp_path, capsys):
+    """Cut within a case, so that one structure of it is gone and another has lost a digit."""
+    path = tmp_path / "volumes.csv"
+    table = SizeTable(path, "voxels", "volume_ml")
+    table |= {
+        "a": {"ball": (3, 0.25), "=box": (1, 0.5)},
+        "b": {"ball": (7, 1.5), "=box": (2, 1.25)},
+    }
+    table.write()
+    whole = path.read_text()
+    path.write_text(whole[: whole.index("b,") + 9])
+    again = SizeTable(path, "voxels", "volume_ml")
+    assert again == {"a": table["a"]} and again.has("a", ["ball", "=box"])
+    path.write_text(whole.replace("b,ball,7,1.5", "b,ball"))
+    again = SizeTable(path, "voxels", "volume_ml")
+    assert not again.has("b", ["ball", "=box"]) and again["b"] == {"=box": (2, 1.25)}
+    assert "1 line(s) cannot be read and are left out" in capsys.readouterr().err
+    path.write_text("")
+    assert SizeTable(path, "voxels", "volume_ml") == {}
+
+
+def test_a_result_that_fails_leaves_nothing_that_speaks_of_it(tmp_path):
+    def fail(path):
+        path.with_name("part").write_text("begun")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        save_result(tmp_path / "a.nii.gz", {"settings": {}}, lambda path: save_whole(path, fail))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("a")]

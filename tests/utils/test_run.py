@@ -122,6 +122,17 @@ def test_resume_without_the_configuration_is_refused(tmp_path):
     assert not (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("kept", [0, 10, -1, -4])
+def test_resume_with_a_configuration_that_was_cut_is_refused(tmp_path, kept):
+    open_run(tmp_path, Config(), resume=False)
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text()[:kept])
+    with pytest.raises(
+        ConfigError, match=r"config\.yaml: .*no whole configuration of a run; restore"
+    ):
+        open_run(tmp_path, Config(), resume=True)
+
+
 def test_resumable_keys_leave_the_arithmetic_alone():
     forbidden = {
         "lr",
@@ -147,7 +158,7 @@ def test_devices():
 
 
 def test_stop_signal():
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    names = [name for name in STOPPING if hasattr(signal, name)]
     before = {name: signal.getsignal(getattr(signal, name)) for name in names}
     try:
         stop = StopSignal()
@@ -156,6 +167,8 @@ def test_stop_signal():
         assert stop and stop.exit_code == 128 + signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a program
+        assert not StopSignal() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.config import ConfigError
-from utils.runlog import Averages, RunLog, check_terms
+from utils.runlog import Averages, RunLog, check_terms, read_log
 
 
 def lines(folder):
@@ -74,6 +74,31 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):
         file.write('{"step": 3, "kind": "tra')
     write(tmp_path, [4], start=4)
     assert [entry["step"] for entry in lines(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe\x01",
+        b'{"step": 1, "kind": "tra',
+        b'{"step": "1", "kind": "val"}',
+        b'{"kind": "val", "dice": 0.5}',
+        b'{"step": 1, "kind": "val", "dice": "x"}',
+        b'{"step": 1, "kind": "val", "dice": NaN}',
+        b'{"step": 1, "kind": "val", "\\u001b[2J": 1}',
+        b"[" * 100_000,
+        b"[1]",
+    ],
+)
+def test_a_damaged_line_costs_that_line_alone(tmp_path, line, capsys):
+    write(tmp_path, range(4))
+    path = tmp_path / "log.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*whole[:2], line + b"\n", *whole[2:], line]))
+    assert [entry["step"] for entry in read_log(path)] == [0, 1, 2, 3]
+    write(tmp_path, [4], start=4)
+    assert [entry["step"] for entry in lines(tmp_path)] == [0, 1, 2, 3, 4]
+    assert "log.jsonl: 1 line(s) cannot be read and are left out" in capsys.readouterr().err
 
 
 def test_a_new_run_starts_an_empty_log(tmp_path):
