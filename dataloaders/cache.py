@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.cases import Case, file_digest
-from utils.checkpoint import DiskError, Lock, unused_name
+from utils.checkpoint import DiskError, Lock, unused_name, writing
 
 FORMAT = 3  # raise when the stored layout or the meaning of a transform changes
 META, CHECKSUMS = "meta.json", "checksums.json"
@@ -117,12 +117,12 @@ class CaseCache:
         sample = self.preprocess(case)
         self._sound.discard(entry)
         try:
-            self._write(sample, entry, replace)
-        except OSError as error:
+            with writing(entry):
+                self._write(sample, entry, replace)
+        except DiskError as error:
             raise DiskError(
-                f"{entry}: the preprocessed case cannot be written "
-                f"({error.strerror or error}); make room or mend the folder, or name another: "
-                "--opts cache_dir=FOLDER in training, --cache-dir FOLDER in a test"
+                f"{error}; make room or mend the folder, or name another: --opts cache_dir=FOLDER "
+                "in training, --cache-dir FOLDER in a test"
             ) from error
 
     def _write(self, sample: dict, entry: Path, replace: bool) -> None:
