@@ -115,7 +115,8 @@ class PatchDataset(Dataset):
         """For loader processes that start anew (spawn, forkserver): with the user's own files,
         whose classes no module of such a process has.
         """
-        return _with_plugins, (plugins.loaded_files(), pickle.dumps(self.__dict__))
+        state = pickle.dumps(self.__dict__)
+        return _with_plugins, (plugins.files_in(state), state)
 
 
 def _with_plugins(files: Sequence[tuple[str, str]], state: bytes) -> PatchDataset:

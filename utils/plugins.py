@@ -157,11 +157,11 @@ def load_class(reference: str, contract: Contract, source: str) -> tuple[type, d
     return cls, {"file": file, "sha256": digest}
 
 
-def loaded_files() -> list[tuple[str, str]]:
-    """(file, SHA-256 of its source) of all that were loaded: what another process of the same run
-    needs for `load_files`.
+def files_in(pickled: bytes) -> list[tuple[str, str]]:
+    """(file, SHA-256 of its source) of the files of the user's own whose classes a pickle names:
+    what another process of the same run needs first, for `load_files`.
     """
-    names = [name for name in sys.modules if name.startswith(PREFIX)]
+    names = [name for name in sys.modules if name.startswith(PREFIX) and name.encode() in pickled]
     return [(sys.modules[name].__file__, sys.modules[name].source_digest) for name in names]
 
 

@@ -20,6 +20,7 @@ def test_one_process_fills_a_cache_and_memory_is_filled_by_all(monkeypatch, cach
 
     dataset = SimpleNamespace(
         caches=caches,
+        incomplete=False,
         splits=lambda labelled, report: {"labelled": [1], "unlabelled": [2], "val": [3]},
         prepare=lambda splits, report, chosen: events.append("prepare"),
     )
