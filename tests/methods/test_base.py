@@ -133,7 +133,7 @@ def test_labels_that_tell_nothing_teach_nothing(name):
     """Where nobody labelled a voxel, and where only the background was annotated, so that every
     class may be behind it, the terms of the labels are 0; where all is told, they are the usual.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(4)  # of a network that predicts every class somewhere
     own = OWN_NETWORKS.get(name)
     network = own(1, 3, n_filters=2) if own else make_network()
     shape = (2, 1, *([16] * 3 if own else [16, 16]))
