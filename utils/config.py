@@ -103,7 +103,7 @@ def training_flags(
     description: str,
     methods: Iterable[str],
     networks: Mapping[str, str],
-    labelled: str,
+    labelled: str = "units",
     zero: bool = False,
 ) -> argparse.ArgumentParser:
     """The flags of a training script. A flag with the name of a key is that key.

@@ -1,6 +1,7 @@
 """Run folders: derived names, no run overwritten, no resume under another configuration."""
 
 import dataclasses
+import json
 import os
 import signal
 from argparse import Namespace
@@ -13,7 +14,7 @@ import yaml
 from torch import nn
 
 from utils.checkpoint import PREVIOUS, load_checkpoint, save_last
-from utils.config import ConfigError, labelled_name, parse_labelled
+from utils.config import ConfigError, labelled_name, parse_labelled, parse_labelled_or_zero
 from utils.run import (
     RESUMABLE,
     STOPPING,
@@ -233,6 +234,7 @@ def test_labelled_units_are_nothing_else(text):
         (0.125, "12.5%"),
         (1.0, "all"),
         (None, "all"),
+        (0, "0"),
     ],
 )
 def test_labelled_units_in_the_name_of_a_folder(labelled, name):
@@ -242,6 +244,13 @@ def test_labelled_units_in_the_name_of_a_folder(labelled, name):
 @pytest.mark.parametrize("text", ["3", "1", "5%", "7%", "29%", "12.5%", "all"])
 def test_a_name_of_labelled_units_reads_back_as_itself(text):
     assert labelled_name(parse_labelled(text)) == text
+    assert parse_labelled_or_zero(text) == parse_labelled(text)
+
+
+def test_no_labels_at_all_where_that_is_possible():
+    assert parse_labelled_or_zero("0") == 0
+    with pytest.raises(ValueError):
+        parse_labelled_or_zero("0%")
 
 
 def test_too_little_memory_of_a_gpu_is_said_in_a_sentence():
@@ -323,3 +332,28 @@ def test_the_best_scores_choose_best(tiny_run):
     best = load_checkpoint(run.folder / "best.pt")
     assert (best["step"], best["val"], run.best) == (2, {"dice": 0.7}, {"dice": 0.7, "step": 2})
     run.log.close()
+
+
+def test_agreement_is_kept_and_chooses_nothing(tiny_run, capsys):
+    run, layer = tiny_run(max_steps=3, val_interval=1, save_interval=2)
+    picture = np.zeros((4, 4, 3), np.uint8)
+    for step in run.steps():
+        agreement = {"dice": (0.1, 0.2, 0.9)[step]}
+        run.validated({"dice": (0.5, 0.7, 0.6)[step]}, picture, layer.state_dict(), agreement)
+        if run.saves:
+            run.save(layer.state_dict())
+    best, last = (load_checkpoint(run.folder / name) for name in ("best.pt", "last.pt"))
+    assert (best["step"], best["agreement"], last["agreement"]) == (2, {"dice": 0.2}, agreement)
+    run.end()
+
+    run, layer = tiny_run(max_steps=2, val_interval=1, tag="without")
+    for _ in run.steps():
+        run.validated({}, None, layer.state_dict(), agreement)
+        run.save(layer.state_dict())
+    run.end()
+    assert "nothing was validated; the result is" in capsys.readouterr().out
+    assert not (run.folder / "best.pt").exists() and (run.folder / "last.pt").exists()
+    kinds = [
+        json.loads(line)["kind"] for line in (run.folder / "log.jsonl").read_text().splitlines()
+    ]
+    assert set(kinds) == {"agreement"}
