@@ -54,7 +54,7 @@ from networks import NETWORKS, described_network
 from utils import figures, plugins
 from utils.checkpoint import dataset_arguments, describing, load_checkpoint, write_table, write_text
 from utils.complexity import count_macs, count_parameters
-from utils.config import ConfigError
+from utils.config import ConfigError, labelled_name
 from utils.distributed import World
 from utils.predictions import save_whole, volume_image
 
@@ -303,7 +303,7 @@ def describe(checkpoint: dict, name: str, split: str) -> dict:
     estimate (`selected_on_reported`).
     """
     config = checkpoint["config"]
-    few_labels = "labelled" in config
+    few_labels = "labelled" in config and "student" not in config
     alone = few_labels or config["method"] == "supervised"
     selected_on = checkpoint.get("selected_on", "val")
     return {
@@ -312,7 +312,7 @@ def describe(checkpoint: dict, name: str, split: str) -> dict:
         "preset": config["preset"],
         "teacher": None if alone else config["teacher"],
         "student": checkpoint["network"]["name"],
-        **({"labelled": config["labelled"]} if few_labels else {}),
+        **({"labelled": config["labelled"]} if few_labels else _labels_of_student(checkpoint)),
         "seed": config["seed"],
         "tag": config["tag"],
         "checkpoint": name,
@@ -324,6 +324,22 @@ def describe(checkpoint: dict, name: str, split: str) -> dict:
         "patch_size": list(config["patch_size"]),
         "code": checkpoint["code"],
     }
+
+
+def _labels_of_student(checkpoint: dict) -> dict:
+    """Of a distillation run whose labels were not simply all: `trained_on`, how many were labelled,
+    as in the name of its folder, and how many scans the teacher labelled; and its `agreement`, the
+    Dice with the teacher on unlabelled scans.
+    """
+    labelled = checkpoint["config"].get("labelled")
+    taught = checkpoint["config"].get("unlabelled_batch")
+    if labelled is None and not taught:
+        return {}
+    unlabelled = len(checkpoint["cases"]["unlabelled"])
+    found = {"trained_on": {"labelled": labelled_name(labelled), "unlabelled": unlabelled}}
+    if "agreement" in checkpoint:
+        found["agreement"] = checkpoint["agreement"]["dice"]
+    return found
 
 
 # --- printed tables ---

@@ -10,6 +10,8 @@ terms of the method.
     python train_3d_distill.py --config configs/btcv.yaml --teacher resunet  # ACF-BCKD, U-Net
     # the student alone
     python train_3d_distill.py --config configs/btcv.yaml --method supervised --student unet
+    # 8 labelled scans; the teacher labels the others
+    python train_3d_distill.py --config configs/btcv.yaml --teacher resunet --labelled 8
 
 Results go to runs/<dataset>/<method>/<teacher>-<student>/seed<k>/;
 `python test_3d.py --ckpt .../best.pt` scores them.
@@ -32,6 +34,8 @@ FLAGS = training_flags(
         "teacher": f"one of {', '.join(NETWORKS)}",
         "student": "the network to train, from the same names",
     },
+    labelled="scans",
+    zero=True,
 )
 if __name__ == "__main__":
     FLAGS.parse_args()  # before torch is imported: --help and a mistyped flag answer at once
@@ -46,12 +50,12 @@ from losses.segmentation import SegmentationLoss
 from metrics import class_dice, mean_dice
 from networks import build_network, init_weights
 from utils import figures
-from utils.config import ConfigError, Count, Natural, constructing, parse
+from utils.config import Count, Natural, constructing, parse
 from utils.diagnosis import Diagnosis
-from utils.distillation import Batches, Distillation, load_teacher, note_idle
+from utils.distillation import Batches, Distillation, load_teacher, note_idle, open_lists
 from utils.modes import copied, seed_everything, statistics_estimated
 from utils.registry import OfDims
-from utils.run import Run, no_selection, run_script
+from utils.run import Run, run_script
 from utils.runlog import check_terms
 from utils.schedules import set_lr
 
@@ -77,6 +81,20 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
     return parse(Config, FLAGS, argv)
 
 
+def predict(network: torch.nn.Module, sample: dict, dataset: Dataset, run: Run) -> np.ndarray:
+    """Ids (H, W, D) or regions (K, H, W, D) of a case as `dataset.read` gives it."""
+    prediction = predict_labels(
+        network,
+        torch.from_numpy(np.array(sample["image"])).to(run.device),
+        patch_size=run.cfg.patch_size,
+        overlap=run.cfg.overlap,
+        window_batch=run.cfg.window_batch,
+        amp=run.cfg.amp,
+        multilabel=dataset.multilabel,
+    )
+    return prediction.cpu().numpy()
+
+
 def evaluate(
     network: torch.nn.Module, dataset: Dataset, cases: list, run: Run
 ) -> tuple[dict[str, float], np.ndarray | None]:
@@ -87,16 +105,7 @@ def evaluate(
     scores, picture = [], None
     for case in run.part(cases):
         sample = dataset.read(case)
-        prediction = predict_labels(
-            network,
-            torch.from_numpy(np.array(sample["image"])).to(run.device),
-            patch_size=run.cfg.patch_size,
-            overlap=run.cfg.overlap,
-            window_batch=run.cfg.window_batch,
-            amp=run.cfg.amp,
-            multilabel=dataset.multilabel,
-        )
-        prediction = prediction.cpu().numpy()
+        prediction = predict(network, sample, dataset, run)
         label = np.array(sample["label"] if dataset.multilabel else sample["label"][0])
         kind = dataset.num_classes, dataset.multilabel, dataset.annotated(case)
         scores.append(class_dice(prediction, label, *kind))
@@ -105,23 +114,31 @@ def evaluate(
     return mean_dice(run.world.merged(scores), names), picture
 
 
+def agreement(network: torch.nn.Module, dataset: Dataset, compared: list, run: Run) -> dict:
+    """Mean Dice, and of each class, with the teacher: `compared` has cases of this process with its
+    prediction. No score, since no label takes part.
+    """
+    scores = []
+    for case, of_teacher in compared:
+        prediction = predict(network, dataset.read(case), dataset, run)
+        scores.append(class_dice(prediction, of_teacher, dataset.num_classes, dataset.multilabel))
+    return mean_dice(run.world.merged(scores), dataset.classes.values())
+
+
 def main() -> int:
     args, cfg = parse_args()
     run = Run(cfg, args, cfg.networks)
     world, device = run.world, run.device
 
-    # Data: three disjoint lists, everything read and checked before the first step
+    # Data: disjoint lists, everything read and checked before the first step
     with constructing(args.config):
         dataset = build_dataset(**cfg.dataset_arguments(), allow_outside=args.allow_outside)
     report = Report()
-    splits = dataset.splits(None, report)
-    report.stop()
-    if not splits[cfg.select_on]:
-        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.data_root))
+    splits = open_lists(cfg, dataset, report, run)
     chosen = splits[cfg.select_on]
     teacher, teacher_scores = load_teacher(cfg, args, dataset, splits)
     with world.main_first():  # so that one process fills the cache
-        used = {split: cases for split, cases in splits.items() if split != "unlabelled"}
+        used = {split: cases for split, cases in splits.items() if split != "unlabelled" or cases}
         dataset.prepare(used, report, chosen=cfg.select_on)
         report.stop()
         run.open(report)
@@ -129,7 +146,8 @@ def main() -> int:
     # Student, teacher, method
     seed_everything(cfg.seed)
     memory = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
-    kd, incomplete = None, dataset.incomplete  # voxels or classes that nobody labelled
+    # whether labels may have voxels, or lack classes, that nobody labelled
+    kd, incomplete = None, dataset.incomplete or cfg.unsure
     with constructing(f"{args.config}: network_args or method_args"):
         arguments = cfg.network_arguments(cfg.student)
         student = build_network(cfg.student, cfg.channels, dataset.num_classes, **arguments)
@@ -167,15 +185,19 @@ def main() -> int:
             with autocast(device, cfg.amp):
                 student(batch["image"].to(device, memory_format=memory))
 
-    if teacher is not None and not run.start:
+    if teacher is not None and chosen and not run.start:
         scores = teacher_scores or evaluate(teacher, dataset, chosen, run)[0]
         run.log.scalars(0, "teacher", scores)
+    compared = []  # what the teacher says of unlabelled scans
+    for case in batches.compared:
+        compared.append((case, predict(teacher, dataset.read(case), dataset, run)))
     training_batches = batches.training()
     for step in run.steps():  # one step = one optimiser update
         batch = next(training_batches)
         # (B, C, H, W, D)
         image = batch["image"].to(device, non_blocking=True, memory_format=memory)
-        label = batch["label"].to(device, non_blocking=True)  # (B, 1 or K, H, W, D)
+        # (B, 1 or K, H, W, D), but for the patches of unlabelled scans, which come last
+        label = batch["label"].to(device, non_blocking=True)
         annotated = None
         if incomplete:  # which classes the labels tell, (B, K)
             annotated = batch["annotated"].to(device, non_blocking=True)
@@ -185,11 +207,18 @@ def main() -> int:
             optimizer.param_groups[1]["lr"] = cfg.lr_at(step, cfg.method_lr)
         run.watch.before()
         with autocast(device, cfg.amp):
-            student_out = student(image, return_features=True)
-            terms = {"seg": seg_loss(student_out.logits, label, annotated)}
+            student_out, monitor = student(image, return_features=True), {}
             if kd is not None:
                 with torch.no_grad():
                     teacher_out = teacher(image, return_features=True)
+            if cfg.taught:  # their label is the teacher's prediction
+                rest = slice(len(label), None)
+                truth = batch["truth"].to(device, non_blocking=True)  # where known, to compare
+                of_teacher = teacher, image[rest], teacher_out.logits[rest]
+                found, monitor = cfg.taught_labels(*of_teacher, truth, dataset.multilabel)
+                label = torch.cat([label, found])
+            terms = {"seg": seg_loss(student_out.logits, label, annotated)}
+            if kd is not None:
                 if incomplete:  # what was not annotated, as the teacher sees it
                     how = dataset.multilabel, not getattr(kd, "incomplete", False)
                     label = completed(label, teacher_out.logits, annotated, *how)
@@ -211,7 +240,7 @@ def main() -> int:
                 torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            run.averages.add(terms | getattr(kd, "monitor", {}))
+            run.averages.add(terms | getattr(kd, "monitor", {}) | monitor)
 
         if run.logs:
             run.record(terms, lr=lr)
@@ -220,9 +249,10 @@ def main() -> int:
             with statistics_estimated(student, see_clean_images, world.average):
                 weights = copied(student)
                 if run.validates:
-                    found = evaluate(student, dataset, chosen, run)
+                    found = evaluate(student, dataset, chosen, run) if chosen else ({}, None)
+                    agreed = agreement(student, dataset, compared, run) if cfg.taught else {}
             if run.validates:
-                run.validated(*found, weights)
+                run.validated(*found, weights, agreed)
             run.save(weights)
     return run.end()
 

@@ -47,6 +47,7 @@ class Dataset(abc.ABC):
     distance_unit = "voxels"
     title = "{split} cases"  # what messages count
     needs_val = True
+    needs_labels = True  # whether some training case must have one
     caches = False  # whether `prepare` makes files that other processes then find
     pads = False  # whether cases smaller than the patch are padded, rather than resized
     repeats = ERROR  # level of an image that is there twice in one list
@@ -210,7 +211,7 @@ class Dataset(abc.ABC):
             checks.check_disjoint(named, report, self.patient)
             lists = {split: [case.name for case in cases] for split, cases in named.items()}
             having = [name for name in lists["train"] if self.has_label(name)]
-            if lists["train"]:
+            if lists["train"] and (having or self.needs_labels):
                 checks.check_labelled(lists["train"], having, self.source, self.unit, report)
             chosen = self.choose(having, labelled, report) if having else []
             kept = set(chosen)
@@ -461,7 +462,9 @@ class Dataset(abc.ABC):
         """
         known = "label" in sample
         if not known:
-            sample = sample | {"label": np.zeros((1, *sample["image"].shape[1:]), np.uint8)}
+            channels = self.num_classes if self.multilabel else 1
+            empty = np.zeros((channels, *sample["image"].shape[1:]), np.uint8)
+            sample = sample | {"label": empty}
         weak = self.weak(sample, rng)
         strong = {f"strong{k}": self.strong(weak, rng)["image"] for k in range(strong_views)}
         label = weak["label"] if known else np.full_like(weak["label"], UNKNOWN)

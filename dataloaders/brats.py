@@ -288,6 +288,9 @@ class BraTSDataset(MSDDataset):
         ids[enhancing] = 3
         return ids
 
+    def weak(self, sample: dict, rng: np.random.Generator) -> dict:
+        return self.turn(self.cut(sample, rng), rng)
+
     def cut(self, sample: dict, rng: np.random.Generator) -> dict:
         """A random crop of which every position in the brain's enlarged box is equally likely; it
         may reach beyond the volume (zeros).

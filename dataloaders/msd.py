@@ -161,7 +161,8 @@ class MSDDataset(Dataset):
                 source = f"{self.split_dir}/{split}.txt"
                 known = select(cases.values(), names, source, report)
                 lists[split] = [case.name for case in known]
-        for split in ("train", "val") if any(case.label for case in cases.values()) else ():
+        required = ("train", "val") if self.needs_val else ("train",)
+        for split in required if any(case.label for case in cases.values()) else ():
             path = self.split_dir / f"{split}.txt" if self.listed else self.root / self.datalist
             if not lists[split] and not (self.listed and path.is_file()):
                 report.error(

@@ -23,7 +23,7 @@ ALLOWED = {
 # What training scripts need beside their loops: keys, a trial of them, data, teacher. Libraries do
 # not import these two files.
 BESIDE_LOOPS = {
-    "utils/distillation.py": {"dataloaders", "losses", "networks"},
+    "utils/distillation.py": {"dataloaders", "losses", "methods", "networks"},
     "utils/few_labels.py": {"dataloaders", "losses", "methods", "networks"},
 }
 SCRIPT_FOLDERS = ("scripts", "tools", "benchmarks")

@@ -75,6 +75,7 @@ SCORING = {
 }
 DESCRIBED = (
     *("dataset", "method", "preset", "teacher", "student", "labelled", "seed", "tag"),
+    *("trained_on", "agreement"),
     *("step", "max_steps", "split", "selected_on_reported"),
 )
 EMPTY_AGREES = "agree"  # empty_policy of few-label runs
@@ -245,13 +246,13 @@ def time_of(run: Path) -> tuple[int, str]:
 def command_of(config: Mapping) -> str:
     """The shortest command that trains with a run's config.yaml, from configs/<dataset>.yaml."""
     module = train_3d_distill
-    if "labelled" in config:
+    if "student" not in config:
         module = train_2d_crkd if len(config["patch_size"]) == 2 else train_3d_crkd
     flags = ["--config", f"configs/{config['dataset']}.yaml", "--method", config["method"]]
     if module is train_3d_distill:
         flags += ["--teacher", config["teacher"]] if config["method"] != "supervised" else []
         flags += ["--student", config["student"]]
-    elif config["labelled"] is not None:
+    if config.get("labelled") is not None:
         flags += ["--labelled", str(config["labelled"])]
     flags += ["--seed", str(config["seed"])]
     # The patch is given along, since the network may refuse that of the file.

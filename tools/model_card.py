@@ -290,8 +290,13 @@ def limits(checkpoint: dict[str, Any]) -> list[str]:
     """What a user must not expect."""
     cases = checkpoint.get("cases", {})
     trained = len(cases.get("train") or []) + len(cases.get("labelled") or [])
+    counts = [f"{trained} labelled"] if trained else []
+    if checkpoint["config"].get("unlabelled_batch") and "student" in checkpoint["config"]:
+        counts.append(f"{len(cases['unlabelled'])} unlabelled (labelled by the teacher)")
     known = (
-        f"{trained} labelled training units" if trained else "an unknown number of training cases"
+        f"{' and '.join(counts)} training units"
+        if counts
+        else "an unknown number of training cases"
     )
     found = [
         f"Trained on {known} of one data set: other scanners, protocols, populations, ages and "

@@ -249,29 +249,32 @@ def way_of_scoring(run: Run) -> str:
 
 
 def teacher_and_student(run: Run, teacher: Run | None) -> dict:
-    """Dice of each class of the teacher, the distilled student and, if it was trained, the student
-    alone: on the validation cases, and on the test cases where all were scored on the same.
+    """Dice of each class of the teacher, the distilled student and, if they were trained, the
+    student alone and the one distilled on the labels alone: on the validation cases, and on the
+    test cases where all were scored on the same.
     """
-    alone = run.alone()
+    others = {"student alone": run.alone(), "distilled on the labels alone": run.untaught()}
+    others = {name: other for name, other in others.items() if other}
     tables = []
     taught, of_teacher = run.best_validation(), teacher_validation(run, teacher)
     if taught and of_teacher:
-        by_itself = alone.best_validation() if alone else None
+        best = {name: other.best_validation() for name, other in others.items()}
         where = "validation cases, best step"
-        tables.append(taught_table(where, of_teacher, by_itself, taught))
+        tables.append(taught_table(where, of_teacher, best, taught))
     if run.rows and teacher and set(teacher.cases) == set(run.cases):
-        comparable = alone and set(alone.cases) == set(run.cases)
-        by_itself = alone.class_dice() if comparable else None
+        comparable = {k: other for k, other in others.items() if set(other.cases) == set(run.cases)}
+        scored = {name: other.class_dice() for name, other in comparable.items()}
         where = f"{run.summary['split']} cases"
-        tables.append(taught_table(where, teacher.class_dice(), by_itself, run.class_dice()))
-    return {"name": run.name, "tables": tables}
+        tables.append(taught_table(where, teacher.class_dice(), scored, run.class_dice()))
+    return {"name": run.name, "tables": tables, "agreement": run.agreement()}
 
 
-def taught_table(where: str, teacher: dict, alone: dict | None, student: dict) -> dict:
-    series = {"teacher": teacher}
-    if alone:
-        series["student alone"] = alone
-    series["distilled student"] = student
+def taught_table(
+    where: str, teacher: dict, others: Mapping[str, dict | None], student: dict
+) -> dict:
+    others = {name: scores for name, scores in others.items() if scores}
+    alone = others.get("student alone")
+    series = {"teacher": teacher} | others | {"distilled student": student}
     classes = [name for name in student if name != "dice"]
     rows = []
     for name in [*classes, "dice"]:
@@ -279,7 +282,7 @@ def taught_table(where: str, teacher: dict, alone: dict | None, student: dict) -
         first, last = values[0], values[-1]
         gap = None if None in (first, last) else last - first
         closed = None
-        if alone and None not in values and first > values[1]:
+        if alone and None not in values and first > values[1]:  # the student alone
             closed = 100 * (last - values[1]) / (first - values[1])
         label = "mean" if name == "dice" else name
         rows.append({"name": label, "dice": values, "gap": gap, "closed": closed})
@@ -447,6 +450,10 @@ def validation_charts(runs: list[Run], teachers: Mapping[str, Run | None]) -> li
         drawn.append(
             charts.line_chart(title, points, order, "Dice, %", marks=True, reference=level)
         )
+    agreed = log_series(runs, "agreement", factor=100).get("dice")
+    if agreed:
+        title = "agreement with the teacher on unlabelled scans"
+        drawn.append(charts.line_chart(title, agreed, order, "Dice, %", marks=True))
     return drawn
 
 

@@ -10,7 +10,7 @@ from metrics import FLAGS, PUBLISHED, SHOWN
 from reporting import score_columns
 from tools.tables import read_summary, run_title, scores
 from utils.checkpoint import load_checkpoint, read_table
-from utils.config import read_yaml
+from utils.config import labelled_name, read_yaml
 from utils.run import run_folder
 from utils.runlog import read_log
 from utils.statistics import case_means
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def distilled(self) -> bool:
-        return "labelled" not in self.config and self.config["method"] != "supervised"
+        return "student" in self.config and self.config["method"] != "supervised"
 
     @property
     def test_command(self) -> str:
@@ -87,15 +87,41 @@ class Run:
         return self.supervised(self.config["teacher"], self.config["teacher_seed"])
 
     def alone(self) -> "Run | None":
-        """The same student with the same seed without a teacher, if it was trained."""
-        return self.supervised(self.config["student"], self.config["seed"])
+        """The same student with the same seed and labels without a teacher, if it was trained."""
+        return self.supervised(self.config["student"] + self._labels, self.config["seed"])
+
+    def untaught(self) -> "Run | None":
+        """Of a run with unlabelled scans, the same on its labels alone, if it was trained."""
+        config = self.config
+        if not config.get("unlabelled_batch"):
+            return None
+        networks = f"{config['teacher']}-{config['student']}{self._labels}"
+        return self._beside(config["method"], networks, config["seed"], config["preset"])
+
+    @property
+    def _labels(self) -> str:
+        """The end of the name of the networks, where the labels are not simply all."""
+        labelled = self.config.get("labelled")
+        return "" if labelled is None else f"-{labelled_name(labelled)}"
 
     def supervised(self, network: str, seed: int) -> "Run | None":
         """The supervised run of a network beside this one, if there is one."""
+        return self._beside("supervised", network, seed, "clean")
+
+    def _beside(self, method: str, networks: str, seed: int, preset: str) -> "Run | None":
         # Where this one lies now: runs_dir/<dataset>/<method>/<teacher>-<student>/seed<k>.
         runs_dir, dataset = str(self.folder.resolve() / "../../../.."), self.config["dataset"]
-        folder = run_folder(runs_dir, dataset, "supervised", network, seed, "clean", "")
+        folder = run_folder(runs_dir, dataset, method, networks, seed, preset, "")
         return read_if_there(folder, self.space)
+
+    def agreement(self) -> float | None:
+        """Dice with the teacher on unlabelled scans, of the tested checkpoint, else the last one
+        that was measured.
+        """
+        if self.summary and "agreement" in self.summary:
+            return self.summary["agreement"]
+        lines = [line["dice"] for line in self.log if line["kind"] == "agreement"]
+        return lines[-1] if lines else None
 
     def best_validation(self) -> dict | None:
         """Scores of the validation with the highest mean Dice."""
@@ -161,9 +187,13 @@ def read_if_there(folder: Path, space: str) -> Run | None:
 def name_of(config: dict) -> str:
     """Which network, taught how, under which tag."""
     described = {"method": config["method"], "preset": config["preset"]}
-    if "labelled" in config:
+    if "student" not in config:
         described |= {"student": config["network"], "labelled": config["labelled"]}
     else:
+        labelled, unlabelled = config.get("labelled"), config.get("unlabelled_batch")
+        if labelled is not None or unlabelled:
+            trained_on = {"labelled": labelled_name(labelled), "unlabelled": unlabelled}
+            described["trained_on"] = trained_on
         taught = config["method"] != "supervised"
         described |= {
             "student": config["student"],

@@ -52,6 +52,10 @@ PENALISED = (
     "* with missed and wrongly predicted organs as the diagonal of the volume: compare runs by "
     "these (nan: not known, test the run again)."
 )
+AGREEMENT = (
+    "Agreement: Dice with the teacher's prediction on unlabelled training scans; no score, and "
+    "nothing is chosen by it."
+)
 # Trials of scripts/table_small.sh
 TRIALS = {
     "": "CRKD, the defaults",
@@ -266,9 +270,20 @@ def run_title(summary: dict) -> str:
             f"{summary['student']}, {labelled_name(summary['labelled'])} labelled, "
             f"{summary['method']}{preset}"
         )
+    labels = f", {labels_of(summary)}" if "trained_on" in summary else ""
     if summary["teacher"] is None:
-        return f"{summary['student']}, supervised"
-    return f"{summary['student']} <- {summary['teacher']}, {summary['method']}{preset}"
+        return f"{summary['student']}, supervised{labels}"
+    return f"{summary['student']} <- {summary['teacher']}, {summary['method']}{preset}{labels}"
+
+
+def labels_of(summary: Mapping) -> str:
+    """'16 labelled', or '16 labelled + unlabelled': what a distillation run was trained on; ''
+    where that is simply all labels.
+    """
+    if "trained_on" not in summary:
+        return ""
+    labelled = f"{summary['trained_on']['labelled']} labelled"
+    return labelled + " + unlabelled" * bool(summary["trained_on"]["unlabelled"])
 
 
 def runs_table(summaries: Sequence[dict], space: str) -> tuple[list[str], list[list[str]]]:
@@ -277,14 +292,16 @@ def runs_table(summaries: Sequence[dict], space: str) -> tuple[list[str], list[l
     rows = [row_of(summary, space) for summary in summaries]
     metrics = metrics_of(rows)
     titles = [METRICS[key].title + f" {unit}" * (key in DISTANCES) for key in metrics]
+    titles += ["agreement"] * any("agreement" in row for row in rows)
     header = ["run", *titles, "missed", "parameters", "GMACs", "ms/volume"]
-    return header, [cells(row, metrics) for row in rows]
+    return header, [cells(row, metrics, "agreement" in titles) for row in rows]
 
 
-def cells(row: dict, metrics: Sequence[str]) -> list[str]:
+def cells(row: dict, metrics: Sequence[str], agreement: bool) -> list[str]:
     return [
         run_title(row) + (f" [{row['tag']}]" if row["tag"] else ""),
         *(shown([row], metric, also=" / {}*", unknown="nan") for metric in metrics),
+        *([number(in_unit(row.get("agreement"), "dice"))] * agreement),
         f"{row['missed']}/{row['pairs']}",
         *size([row]),
         f"{row['ms_per_volume']:.0f}",
@@ -328,6 +345,8 @@ def notes(summaries: list[dict], space: str) -> list[str]:
         f"Checkpoint steps: {steps}.",
         selections(summaries),
     ]
+    if any("agreement" in summary for summary in summaries):
+        lines.append(AGREEMENT)
     if any(summary["selected_on_reported"] for summary in summaries):
         lines.append(
             "This data set has no third list: best.pt was selected on the cases reported here; see "
@@ -372,8 +391,10 @@ def gather(
 
 
 def kd_key(summary: dict) -> tuple | None:
-    """Of a distillation run; a network trained alone has no preset."""
-    if summary.get("checkpoint") != "best.pt" or "labelled" in summary or "student" not in summary:
+    """Of a distillation run on all labels; a network trained alone has no preset."""
+    if summary.get("checkpoint") != "best.pt" or "student" not in summary:
+        return None
+    if "labelled" in summary or "trained_on" in summary:
         return None
     preset = "-" if summary["teacher"] is None else summary["preset"]
     names = ("dataset", "method", "teacher", "student")
@@ -794,9 +815,10 @@ RECIPE = r"s\d+|w\d+|lr[\d.]+|own|clip|warmup"
 
 def variant_of(row: Mapping) -> str:
     """What a tag says beside the recipe: '' of s600-w4-lr0.05-own-warmup, afd of
-    s600-lr0.05-afd.
+    s600-lr0.05-afd; before it the labels, where they are not simply all.
     """
-    return "-".join(word for word in row["tag"].split("-") if not re.fullmatch(RECIPE, word))
+    words = [word for word in row["tag"].split("-") if not re.fullmatch(RECIPE, word)]
+    return "-".join(filter(None, [labels_of(row), *words]))
 
 
 def recipe_of(row: Mapping) -> tuple[str, ...]:

@@ -112,12 +112,17 @@ def load_config(
 
 
 def training_flags(
-    description: str, methods: Iterable[str], networks: Mapping[str, str], labelled: str = ""
+    description: str,
+    methods: Iterable[str],
+    networks: Mapping[str, str],
+    labelled: str = "units",
+    zero: bool = False,
 ) -> argparse.ArgumentParser:
     """The flags of a training script. A flag with the name of a key is that key.
 
-    networks: flag -> help. labelled: what is counted, where some images have labels and others do
-    not. Needs no torch, so that --help and a mistyped flag are answered at once.
+    networks: flag -> help. labelled: what is counted, as some images have labels and others do not;
+    zero: it may be that none has. Needs no torch, so that --help and a mistyped flag are answered
+    at once.
     """
     parser = Flags(description=description)
     add = parser.add_argument
@@ -129,24 +134,24 @@ def training_flags(
     add("--method", help=", ".join(methods))
     for name, text in networks.items():
         add(f"--{name}", help=text)
-    if labelled:
-        add(
-            *("--labelled", "--label_num", "--labeled_num", "--labeled-num"),
-            type=parse_labelled,
-            help=f"{labelled} that count as labelled (3), or their share (0.05, 5%%)",
-        )
-        add(
-            "--label_rat",
-            dest="labelled",
-            type=parse_ratio,
-            metavar="SHARE",
-            help="their share, as --labelled 0.05; 1 is all of them",
-        )
-        add(
-            "--unlabelled",
-            metavar="FOLDER",
-            help="folder of further scans or images without labels; test: the data set's own",
-        )
+    add(
+        *("--labelled", "--label_num", "--labeled_num", "--labeled-num"),
+        type=parse_labelled_or_zero if zero else parse_labelled,
+        help=f"{labelled} that count as labelled (3), or their share (0.05, 5%%)"
+        + ("; 0: the teacher's prediction is the only label" if zero else ""),
+    )
+    add(
+        "--label_rat",
+        dest="labelled",
+        type=parse_ratio,
+        metavar="SHARE",
+        help="their share, as --labelled 0.05; 1 is all of them",
+    )
+    add(
+        "--unlabelled",
+        metavar="FOLDER",
+        help="folder of further scans or images without labels; test: the data set's own",
+    )
     add("--seed", type=int)
     add("--device", help="auto, cpu, cuda, cuda:1, ...")
     add("--amp", help=", ".join(AMP))
@@ -545,12 +550,19 @@ def parse_ratio(text: str) -> float:
     return share
 
 
+def parse_labelled_or_zero(text: str) -> int | float:
+    """`parse_labelled`, and '0' -> 0."""
+    return 0 if text == "0" else parse_labelled(text)
+
+
 def labelled_name(labelled: int | float | None) -> str:
     """How a number or share of labelled units shows in the name of a run folder: '3', '5%',
     'all'.
     """
     if labelled is None or (isinstance(labelled, float) and labelled == 1):
         return "all"
+    if labelled == 0:
+        return "0"
     return f"{labelled:g}" if labelled >= 1 else f"{100 * labelled:g}%"
 
 

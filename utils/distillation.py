@@ -1,29 +1,48 @@
 """What the distillation script needs beside its loop: keys of networks and method, a trial of the
-settings, the teacher.
+settings, cases and batches, the teacher and its labels of unlabelled scans.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-from dataloaders import DATASETS, Case, Dataset
+from dataloaders import DATASETS, Case, Dataset, Report
 from dataloaders.samplers import PatchDataset, draws
 from dataloaders.settings import DataSettings
 from losses import KD_METHODS, PRESETS, build_kd
+from losses.incomplete import UNKNOWN
+from methods.base import pseudo_label_report
 from networks import NETWORKS, build_network, check_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
-from utils.config import OF_FORMAT, ConfigError, Natural, NotNegative, enough_voxels, marks, trying
+from utils.config import (
+    OF_FORMAT,
+    ConfigError,
+    Given,
+    Natural,
+    NotNegative,
+    Share,
+    enough_voxels,
+    from_flag,
+    labelled_name,
+    marks,
+    trying,
+)
 from utils.distributed import smallest_share
 from utils.modes import weightless
 from utils.registry import AnyOf, OfDims
-from utils.run import Run, defaults, named, plain, run_folder
+from utils.run import Run, defaults, named, no_selection, plain, run_folder
 from utils.schedules import SCHEDULES
 
-TRAINING, CLEAN = 0, 1  # streams of random numbers
+TRAINING, CLEAN, UNLABELLED = 0, 1, 2  # streams of random numbers
+VIEWS = ("one", "flips")
+COMPARED = 8  # unlabelled scans on which a validation compares the student with the teacher
 # Keys of the data that do not change a validated case: where it is kept, and what patches are
 NOT_SCORED = {
     *("cache_dir", "memory_gb", "unlabelled", "crop", "last_start", "augmentation"),
@@ -45,6 +64,13 @@ class Distillation(DataSettings):
     preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
     teacher_checkpoint: str = ""  # "": best.pt of the supervised run of `teacher`
     teacher_seed: Natural = 0
+    # scans that count as labelled, or their share, of those that have a label; 0: none; null: all
+    labelled: int | float | None = None
+    # patches of a batch that come from unlabelled scans, with the teacher's prediction as their
+    # label; null: half of the batch with `labelled` or `unlabelled`, all with labelled 0, else none
+    unlabelled_batch: int | None = None
+    teacher_views: Annotated[str, VIEWS] = "one"  # flips: its labels are of eight mirrored copies
+    pseudo_confidence: Share = 0.0  # voxels where the teacher is less sure are ignored
     # steps, a whole number, or below 1 the share of max_steps, in which the method's terms grow
     # from nothing to their weights; 0: none
     distill_warmup: Annotated[int | float, "[0, inf)"] = 0
@@ -62,10 +88,30 @@ class Distillation(DataSettings):
     recipes = NETWORKS
     method_pairs = NETWORKS
     not_in_recipes = ("method", "student", "teacher")
+    # A file's number of labels and batches are for the few-label scripts, since its teacher has all
+    # labels; but a file that has `teacher_views`, as config.yaml of a run, means this script.
     set_aside: ClassVar = (
-        *("labelled", "labelled_batch", "unlabelled_batch", "unlabelled", "network"),
+        *("labelled", "labelled_batch", "unlabelled_batch", "network"),
         *("stride", "val_stride", "eval_batch"),
     )
+
+    @classmethod
+    def adapted(cls, given: Given) -> list[str]:
+        shared = ("labelled", "unlabelled_batch") if "teacher_views" in given else ()
+        own = {key: given.pop(key) for key in shared if key in given}
+        notes = super().adapted(given)
+        given |= own
+        if "method" not in given or given["method"][0] != "supervised":
+            return notes
+        for key in ("unlabelled", "unlabelled_batch"):
+            entry = given.pop(key, (None, ""))
+            if entry[0] and from_flag(entry):
+                raise ConfigError(
+                    f"{entry[1]}: {key}: a network that is trained alone has no teacher whose "
+                    "prediction could be the label of unlabelled scans; leave it out, or distil "
+                    "with --method acf_bckd"
+                )
+        return notes
 
     @property
     def supervised(self) -> bool:
@@ -78,8 +124,23 @@ class Distillation(DataSettings):
 
     @property
     def networks(self) -> str:
-        """How the networks show in the name of the run folder."""
-        return self.student if self.supervised else f"{self.teacher}-{self.student}"
+        """How the networks, and the labels if these are not simply all, show in the name of the run
+        folder.
+        """
+        name = self.student if self.supervised else f"{self.teacher}-{self.student}"
+        if self.labelled is not None or self.taught:
+            name += f"-{labelled_name(self.labelled)}"
+        return f"{name}-unlabelled" if self.taught else name
+
+    @property
+    def batch(self) -> int:
+        """Patches of a step."""
+        return self.cases_per_batch * self.crops_per_case
+
+    @property
+    def taught(self) -> int:
+        """Patches of a step whose label is the teacher's prediction."""
+        return self.unlabelled_batch or 0
 
     @property
     def recipe_name(self) -> str:
@@ -89,6 +150,7 @@ class Distillation(DataSettings):
     def idle_keys(self) -> tuple[str, ...]:
         of_teacher = ("teacher", "teacher_checkpoint", "teacher_seed")
         of_method = ("preset", "method_args", "distill_warmup", "method_lr")
+        of_method += ("teacher_views", "pseudo_confidence")
         return (*of_teacher, *of_method) if self.supervised else ()
 
     @property
@@ -99,6 +161,21 @@ class Distillation(DataSettings):
     def method_keys(self) -> tuple[str, ...]:
         of_teacher = f"{self.method}@{self.teacher}"
         return self.method, of_teacher, f"{of_teacher}-{self.student}"
+
+    @property
+    def unsure(self) -> bool:
+        """Whether labels of the teacher may hold UNKNOWN."""
+        return bool(self.taught and self.pseudo_confidence)
+
+    def taught_labels(
+        self, teacher: nn.Module, image: Tensor, logits: Tensor, truth: Tensor, multilabel: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`teacher_labels` of patches of unlabelled scans, and how good they are where the `truth`
+        is known, for the log.
+        """
+        how = multilabel, self.teacher_views, self.pseudo_confidence
+        label = teacher_labels(teacher, image, logits, *how)
+        return label, teacher_label_report(label, truth, len(self.class_names), multilabel)
 
     def make_method(
         self,
@@ -120,6 +197,14 @@ class Distillation(DataSettings):
             **self.method_arguments,
         )
 
+    def _completed(self) -> Self:
+        cfg = super()._completed()
+        asked = cfg.labelled is not None or cfg.unlabelled
+        if cfg.unlabelled_batch is not None or not asked or cfg.supervised:
+            return cfg
+        count = cfg.batch if cfg.labelled == 0 else max(1, cfg.batch // 2)
+        return dataclasses.replace(cfg, unlabelled_batch=count)
+
     def _check(self) -> None:
         super()._check()
         warmup = self.distill_warmup
@@ -129,10 +214,44 @@ class Distillation(DataSettings):
                 f"{warmup}; the whole training is {self.max_steps}"
             )
         self._check_patch(self.student, self.teacher)
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        labelled, taught, batch = self.labelled, self.taught, self.batch
+        if labelled is not None and (labelled < 0 or (labelled > 1 and labelled != int(labelled))):
+            raise ConfigError(
+                f"labelled: a whole number, 0 for none, or a share of up to 1; got {labelled}"
+            )
+        if labelled == 0 and self.supervised:
+            raise ConfigError(
+                "labelled: 0 leaves a network that is trained alone nothing to learn from; name a "
+                "number of labels, or distil with --method acf_bckd"
+            )
+        if not 0 <= taught <= batch:
+            raise ConfigError(
+                f"unlabelled_batch: 0 to {batch}, of the {batch} patches of a batch "
+                f"(cases_per_batch x crops_per_case); got {taught}"
+            )
+        if self.unlabelled and not taught and not self.supervised:
+            raise ConfigError(
+                f"unlabelled: nothing is drawn from {self.unlabelled} with unlabelled_batch 0; "
+                "leave one of the two out"
+            )
+        if labelled == 0 and taught < batch:
+            raise ConfigError(
+                f"unlabelled_batch: with labelled 0 all {batch} patches of a batch come from "
+                f"unlabelled scans, not {taught}; leave it out"
+            )
+        if labelled != 0 and taught == batch:
+            raise ConfigError(
+                f"unlabelled_batch: {taught} of {batch} patches leave no labelled one "
+                "(cases_per_batch x crops_per_case); take fewer or a larger batch, or train "
+                "without labels with --labelled 0"
+            )
 
     def _try_out(self) -> None:
         classes, channels = len(self.class_names), {}
-        batch = smallest_share(self.cases_per_batch * self.crops_per_case, self.device)
+        batch = smallest_share(self.batch, self.device)
         for role in ("student",) if self.supervised else ("student", "teacher"):
             name = getattr(self, role)
             keys = "cases_per_batch, crops_per_case"
@@ -147,45 +266,189 @@ class Distillation(DataSettings):
                 self.make_method(*both, classes, multilabel or bool(self.regions))
 
 
-class Batches:
-    """Batches of a training, in this process's share: `image` (B, C, H, W, D), `label` (B, 1 or K,
-    H, W, D), `annotated` (B, K) if labels are not complete, and `case`, the names. What a step gets
-    depends on the seed and the step alone.
+def open_lists(
+    cfg: Distillation, dataset: Dataset, report: Report, run: Run
+) -> dict[str, list[Case]]:
+    """The disjoint lists of a training: `labelled`, `unlabelled` (empty unless patches come from
+    it), `val` and `test`. DataError or ConfigError for what is wrong with them.
 
+    With labelled 0 all of the training list is unlabelled, and there need be no validation cases.
+    """
+    if cfg.labelled == 0:
+        dataset.needs_labels = dataset.needs_val = False
+    splits = dataset.splits(cfg.labelled or None, report)
+    report.stop()
+    if cfg.labelled == 0:
+        splits["unlabelled"] = splits["labelled"] + splits["unlabelled"]
+        splits["labelled"] = []
+    elif not splits[cfg.select_on]:
+        raise ConfigError(no_selection(cfg.select_on, cfg.split_dir or cfg.data_root))
+    found = len(splits["unlabelled"])
+    if cfg.taught and not found:
+        raise ConfigError(
+            f"unlabelled_batch: {cfg.taught} patches of a batch are to come from unlabelled scans, "
+            "but there are none; label fewer with --labelled, add some with --unlabelled FOLDER, "
+            "or take unlabelled_batch=0"
+        )
+    if not cfg.taught:
+        splits["unlabelled"] = []
+        if found and cfg.unlabelled_batch is None and not cfg.supervised:
+            run.note(
+                f"note: {found} unlabelled scans are not used; unlabelled_batch=N takes N patches "
+                "of each batch from them, with the teacher's prediction as their label"
+            )
+    if not splits[cfg.select_on]:
+        run.note(
+            f"note: no {cfg.select_on} cases with labels, so nothing is validated and no best.pt "
+            "is chosen; the result is last.pt"
+        )
+    return splits
+
+
+class Batches:
+    """Batches of a training, in this process's share: `image` (B, C, H, W, D), `label` (L, 1 or K,
+    H, W, D) of the first L patches, `annotated` (B, K) if labels are not complete, and `case`, the
+    names. What a step gets depends on the seed and the step alone.
+
+    The other patches are of unlabelled scans, one of each. Where there are any, a batch has `truth`
+    (B - L, 1 or K, H, W, D): their labels, for monitoring alone, UNKNOWN where there is none.
     A process loads its part of the cases of each batch or, where that does not come out even, of
     each case's crops.
     """
 
     def __init__(self, cfg: Distillation, run: Run, dataset: Dataset, splits: Mapping) -> None:
         self.cfg, self.run, self.dataset = cfg, run, dataset
-        self.cases = splits["labelled"]
+        self.labelled, self.unlabelled = splits["labelled"], splits["unlabelled"]
+        # The labelled patches that are left come from as many cases as share them evenly.
+        labelled, cases = cfg.batch - cfg.taught, cfg.cases_per_batch
+        while labelled % cases:
+            cases -= 1
+        self.cases, self.crops = cases, labelled // cases
+        self.annotated = dataset.annotated if dataset.incomplete or cfg.unsure else None
+        # unlabelled scans of this process on which student and teacher are compared
+        self.compared = run.world.part(self.unlabelled[:COMPARED])
 
     def training(self) -> Iterator[dict]:
         """Of each step that is left."""
-        return self._of(TRAINING, self.run.start, self.cfg.max_steps)
+        return self._of(TRAINING, UNLABELLED, self.run.start, self.cfg.max_steps)
 
     def clean(self) -> Iterator[dict]:
         """`bn_batches` batches, the same at each call."""
-        return self._of(CLEAN, 0, self.cfg.bn_batches)
+        return self._of(CLEAN, CLEAN, 0, self.cfg.bn_batches)
 
-    def _of(self, stream: int, first: int, last: int) -> Iterator[dict]:
+    def _of(self, stream: int, of_unlabelled: int, first: int, last: int) -> Iterator[dict]:
+        if not self.cfg.taught:
+            return self._labelled(stream, first, last)
+        none = itertools.repeat(None, last - first)
+        labelled = self._labelled(stream, first, last) if self.crops else none
+        return map(_joined, labelled, self._unlabelled(of_unlabelled, first, last))
+
+    def _labelled(self, stream: int, first: int, last: int) -> Iterator[dict]:
         cfg, world = self.cfg, self.run.world
         rank, size, kept = world.rank, world.size, slice(None)
-        if cfg.cases_per_batch % world.size:
-            crops = world.share(cfg.crops_per_case, "crops_per_case")
+        if self.cases % world.size:
+            name = "labelled patches of a case" if cfg.taught else "crops_per_case"
+            crops = world.share(self.crops, name)
             rank, size, kept = 0, 1, slice(rank * crops, (rank + 1) * crops)
         patches = PatchDataset(
-            self.cases,
+            self.labelled,
             self.dataset.sample,
             self.dataset.patch,
             cfg.seed,
-            cfg.crops_per_case,
+            self.crops,
             stream=stream,
             kept=kept,
-            annotated=self.dataset.annotated if self.dataset.incomplete else None,
+            annotated=self.annotated,
         )
-        batch, workers = cfg.cases_per_batch, cfg.workers
+        batch, workers = self.cases, cfg.workers
         return draws(patches, first, last, batch, workers, self.run.device, rank, size)
+
+    def _unlabelled(self, stream: int, first: int, last: int) -> Iterator[dict]:
+        cfg, world = self.cfg, self.run.world
+        world.share(cfg.taught, "unlabelled_batch")
+        keys = "image", "truth"
+        patches = PatchDataset(
+            self.unlabelled,
+            self.dataset.sample,
+            self._view,
+            cfg.seed,
+            keys=keys,
+            stream=stream,
+            annotated=self.annotated,
+        )
+        parts = world.rank, world.size
+        return draws(patches, first, last, cfg.taught, cfg.workers, self.run.device, *parts)
+
+    def _view(self, sample: dict, rng: np.random.Generator) -> dict:
+        """A patch at any place, since where the foreground is would be told by the label."""
+        view = self.dataset.views(sample, rng, strong_views=0)
+        patch = self.dataset.jitter({"image": view["weak"]}, rng)
+        return {"image": patch["image"], "truth": view["label"]}
+
+
+def _joined(labelled: dict | None, unlabelled: dict) -> dict:
+    """One batch of the labelled and unlabelled patches of a step."""
+    truth = unlabelled["truth"]
+    if "annotated" in unlabelled:
+        # a truth that lacks classes is no measure, and the teacher knows them all
+        truth[~unlabelled["annotated"].all(1)] = UNKNOWN
+        unlabelled["annotated"].fill_(True)
+    if labelled is None:
+        return unlabelled | {"label": truth[:0]}
+    joined = {"label": labelled["label"], "truth": truth}
+    for key in ("image", "annotated"):
+        if key in unlabelled:
+            joined[key] = torch.cat([labelled[key], unlabelled[key]])
+    return joined | {"case": labelled["case"] + unlabelled["case"]}
+
+
+@torch.no_grad()
+def teacher_labels(
+    teacher: nn.Module,
+    image: Tensor,
+    logits: Tensor,
+    multilabel: bool,
+    views: str = "one",
+    confidence: float = 0.0,
+) -> Tensor:
+    """The teacher's prediction on patches as their label: ids (B, 1, H, W, D) or, if `multilabel`,
+    regions (B, K, H, W, D), uint8.
+
+    image: (B, C, H, W, D). logits: (B, K, H, W, D), the teacher's of it. With p the softmax of the
+    classes, or the sigmoid of each region, the label is argmax p, or p >= 0.5, and UNKNOWN where
+    max p, or max(p, 1 - p), is below `confidence`. views: 'flips' takes for p its mean over the
+    eight mirrored copies of the patches, each mirrored back.
+    """
+
+    def probabilities(logits: Tensor) -> Tensor:
+        return logits.float().sigmoid() if multilabel else logits.float().softmax(1)
+
+    probs = probabilities(logits)
+    if views == "flips":
+        axes = (2, 3, 4)
+        mirrored = [c for count in (1, 2, 3) for c in itertools.combinations(axes, count)]
+        for dims in mirrored:
+            probs += probabilities(teacher(image.flip(dims))).flip(dims)
+        probs /= 1 + len(mirrored)
+    if multilabel:
+        label, sure = probs >= 0.5, torch.maximum(probs, 1 - probs)
+    else:
+        sure, label = probs.max(1, keepdim=True)
+    return label.to(torch.uint8).masked_fill(sure < confidence, UNKNOWN)
+
+
+def teacher_label_report(
+    label: Tensor, truth: Tensor, num_classes: int, multilabel: bool
+) -> dict[str, Tensor]:
+    """How good `teacher_labels` are where the truth is known: `pseudo_label_report`, to which each
+    of overlapping regions is a label of its own.
+
+    label, truth: (B, 1 or K, H, W, D) uint8.
+    """
+    if multilabel:
+        label, truth, num_classes = label.flatten(0, 1)[:, None], truth.flatten(0, 1)[:, None], 2
+    pred, valid = label[:, 0], label[:, 0] != UNKNOWN
+    return pseudo_label_report(pred.where(valid, 0), valid, truth, num_classes)
 
 
 def teacher_path(cfg: Distillation) -> Path:
@@ -328,6 +591,11 @@ def note_idle(cfg: Distillation, run: Run, has_parameters: bool) -> None:
         return
     if cfg.method_lr and not has_parameters:
         run.note(f"note: {cfg.method} has no parameters of its own: method_lr does nothing")
+    if not cfg.taught and (cfg.pseudo_confidence or cfg.teacher_views != "one"):
+        run.note(
+            "note: without unlabelled scans (--labelled N, --unlabelled FOLDER) pseudo_confidence "
+            "and teacher_views do nothing"
+        )
     if cfg.warmup_steps > cfg.max_steps:
         run.note(
             f"note: with max_steps {cfg.max_steps} the terms do not reach their weights, for which "

@@ -542,7 +542,7 @@ class Run:
             self.validates = last or (begun and self.done % cfg.val_interval == 0)
             self.saves = last or stops or self.done % cfg.save_interval == 0
             self.logs = last or self.done % cfg.log_interval == 0
-            self._saved = False
+            self._saved, self.measured = False, {}
             yield step
             if self._saved:  # validation takes a while
                 stops = stops or self.world.any(bool(self.signal))
@@ -571,9 +571,23 @@ class Run:
         return tqdm(mine, desc="validating", unit="case", leave=False, disable=quiet)
 
     def validated(
-        self, scores: Mapping[str, float], picture: np.ndarray | None, weights: Mapping[str, Tensor]
+        self,
+        scores: Mapping[str, float],
+        picture: np.ndarray | None,
+        weights: Mapping[str, Tensor],
+        agreement: Mapping[str, float] | None = None,
     ) -> None:
-        """Log scores and picture; weights whose Dice is the highest so far become best.pt."""
+        """Log scores and picture; weights whose Dice is the highest so far become best.pt.
+
+        scores: empty where there was nothing to validate on. agreement: with a teacher, which is
+        logged and kept beside the weights and chooses nothing.
+        """
+        also = {"agreement": dict(agreement)} if agreement else {}
+        self.measured = also
+        if agreement:
+            self.log.scalars(self.step, "agreement", agreement)
+        if not scores:
+            return
         self.log.scalars(self.step, "val", scores)
         self.log.image(self.step, "val/image, label, prediction", picture)
         if scores["dice"] > self.best["dice"]:
@@ -581,7 +595,7 @@ class Run:
             if self.world.main:
                 self._own_folder()
                 chosen = {"weights": weights, "step": self.done, "val": scores}
-                atomic_save({**self.described, **chosen}, self.folder / "best.pt")
+                atomic_save({**self.described, **chosen, **also}, self.folder / "best.pt")
 
     def show(self, kind: str, pictures: Mapping[str, tuple], num_classes: int) -> None:
         """Log what a method shows of its last batch: name -> (image or None, ids or None)."""
@@ -610,6 +624,7 @@ class Run:
                 "best": self.best,
                 "averages": self.averages.state_dict(),
                 "watch": self.watch.state_dict(),
+                **self.measured,
             },
             self.folder,
         )
@@ -631,7 +646,10 @@ class Run:
             for finding in findings(read_log(self.folder / "log.jsonl")):
                 print(f"warning: {finding}", file=sys.stderr)
             dice, step = self.best["dice"], self.best["step"]
-            print(f"best validation Dice {dice:.4f} at step {step}; results in {self.folder}")
+            if step < 0:
+                print(f"nothing was validated; the result is {self.folder / 'last.pt'}")
+            else:
+                print(f"best validation Dice {dice:.4f} at step {step}; results in {self.folder}")
         self.lock.release()
         self.world.leave()
         return 0

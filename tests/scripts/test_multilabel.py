@@ -11,7 +11,7 @@ import pytest
 from losses import KD_METHODS
 from tests.dataloaders.test_brats import write_case
 from tests.scripts.conftest import run, train
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import digest, load_checkpoint
 
 CONFIG = """
 dataset: tiny
@@ -55,6 +55,31 @@ def test_two_steps(workspace, method):
     train("--method", method, cwd=workspace)
     folder = workspace / f"runs/tiny/{method}/resunet-unet/seed0"
     assert load_checkpoint(folder / "last.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("method", ["acf_bckd", "nkd"])
+def test_a_scan_without_labels(workspace, method):
+    """Each region is labelled by the teacher, and ignored where it is not sure, by itself."""
+    flags = ("--method", method, "--labelled", "1", "--opts", "tag=u", "teacher_views=flips")
+    train(*flags, "pseudo_confidence=0.52", cwd=workspace)
+    folder = workspace / f"runs/tiny/{method}/resunet-unet-1-unlabelled/seed0-u"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert len(trained) == 2 and all(0 < line["mask_ratio"] < 1 for line in trained)
+    assert all(0 < line["pseudo_accuracy"] < 1 and line["true_foreground"] > 0 for line in trained)
+    (agreed,) = [line for line in lines if line["kind"] == "agreement"]
+    assert {"dice", "tumour core", "enhancing tumour"} <= agreed.keys()
+    path = workspace / "data/dataset_0.json"
+    lists = json.loads(path.read_text())
+    without = [lists["training"][0], {"image": lists["training"][1]["image"]}]
+    path.write_text(json.dumps(lists | {"training": without}))
+    train(*flags, "pseudo_confidence=0.52", "tag=w", cwd=workspace)
+    path.write_text(json.dumps(lists))
+    digests = [
+        digest(load_checkpoint(folder.with_name(f"seed0-{tag}") / "last.pt")["weights"])
+        for tag in "uw"
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_regions_are_scored_and_written_as_ids(workspace):

@@ -87,7 +87,7 @@ def results(*rows):
 
 def folder_of(cfg):
     """The run folder of a configuration, below runs/."""
-    if hasattr(cfg, "labelled"):
+    if hasattr(cfg, "network"):
         networks = f"{cfg.network}-{labelled_name(cfg.labelled)}"
     else:
         networks = cfg.student if cfg.method == "supervised" else f"{cfg.teacher}-{cfg.student}"

@@ -1,6 +1,7 @@
 """Run folders: derived names, no run overwritten, no resume under another configuration."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -15,7 +16,13 @@ from torch import nn
 
 from dataloaders import Case, Report
 from utils.checkpoint import PREVIOUS, CheckpointError, load_checkpoint, save_last
-from utils.config import ConfigError, labelled_name, parse_labelled, parse_ratio
+from utils.config import (
+    ConfigError,
+    labelled_name,
+    parse_labelled,
+    parse_labelled_or_zero,
+    parse_ratio,
+)
 from utils.run import (
     RESUMABLE,
     STOPPING,
@@ -255,6 +262,7 @@ def test_a_ratio_of_one_is_all_of_them():
         (0.125, "12.5%"),
         (1.0, "all"),
         (None, "all"),
+        (0, "0"),
     ],
 )
 def test_labelled_units_in_the_name_of_a_folder(labelled, name):
@@ -264,6 +272,13 @@ def test_labelled_units_in_the_name_of_a_folder(labelled, name):
 @pytest.mark.parametrize("text", ["3", "1", "5%", "7%", "29%", "12.5%", "all"])
 def test_a_name_of_labelled_units_reads_back_as_itself(text):
     assert labelled_name(parse_labelled(text)) == text
+    assert parse_labelled_or_zero(text) == parse_labelled(text)
+
+
+def test_no_labels_at_all_where_that_is_possible():
+    assert parse_labelled_or_zero("0") == 0
+    with pytest.raises(ValueError):
+        parse_labelled_or_zero("0%")
 
 
 def test_too_little_memory_of_a_gpu_is_said_in_a_sentence():
@@ -395,3 +410,28 @@ def test_the_lock_is_taken_again_where_its_file_was_removed(tiny_run):
     assert run.lock.path.read_text().startswith(f"process {os.getpid()} ")
     run.end()
     assert not run.lock.path.exists()
+
+
+def test_agreement_is_kept_and_chooses_nothing(tiny_run, capsys):
+    run, layer = tiny_run(max_steps=3, val_interval=1, save_interval=2)
+    picture = np.zeros((4, 4, 3), np.uint8)
+    for step in run.steps():
+        agreement = {"dice": (0.1, 0.2, 0.9)[step]}
+        run.validated({"dice": (0.5, 0.7, 0.6)[step]}, picture, layer.state_dict(), agreement)
+        if run.saves:
+            run.save(layer.state_dict())
+    best, last = (load_checkpoint(run.folder / name) for name in ("best.pt", "last.pt"))
+    assert (best["step"], best["agreement"], last["agreement"]) == (2, {"dice": 0.2}, agreement)
+    run.end()
+
+    run, layer = tiny_run(max_steps=2, val_interval=1, tag="without")
+    for _ in run.steps():
+        run.validated({}, None, layer.state_dict(), agreement)
+        run.save(layer.state_dict())
+    run.end()
+    assert "nothing was validated; the result is" in capsys.readouterr().out
+    assert not (run.folder / "best.pt").exists() and (run.folder / "last.pt").exists()
+    kinds = [
+        json.loads(line)["kind"] for line in (run.folder / "log.jsonl").read_text().splitlines()
+    ]
+    assert set(kinds) == {"agreement"}
