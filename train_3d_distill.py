@@ -188,9 +188,8 @@ def main() -> int:
     if teacher is not None and chosen and not run.start:
         scores = teacher_scores or evaluate(teacher, dataset, chosen, run)[0]
         run.log.scalars(0, "teacher", scores)
-    compared = []  # what the teacher says of unlabelled scans
-    for case in batches.compared:
-        compared.append((case, predict(teacher, dataset.read(case), dataset, run)))
+    # what the teacher says of unlabelled scans
+    compared = [(c, predict(teacher, dataset.read(c), dataset, run)) for c in batches.compared]
     training_batches = batches.training()
     for step in run.steps():  # one step = one optimiser update
         batch = next(training_batches)
