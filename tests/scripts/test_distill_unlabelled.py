@@ -263,7 +263,7 @@ BAD = {
     ),
     "none left": (("--labelled", "3"), "but there are none; label fewer with --labelled"),
     "none": (("--opts", "unlabelled_batch=1"), "are to come from unlabelled scans, but there are"),
-    "too many": (("--labelled", "4"), "labelled is 4, but"),
+    "too many": (("--labelled", "4"), "but labelled is 4"),
     "no number": (("--opts", "labelled=2.5"), "labelled: a whole number, 0 for none, or a share"),
     "views": (("--opts", "teacher_views=turns"), "choose from one, flips"),
     "confidence": (("--opts", "pseudo_confidence=1.5"), "pseudo_confidence: must lie in [0, 1]"),

@@ -92,6 +92,20 @@ def test_two_processes_equal_one(site, flags, batch):
     assert len(second["rng"]) == 2 and len(first["rng"]) == 1
 
 
+def test_two_processes_share_labelled_and_unlabelled_patches(site):
+    (site / "tiny.yaml").write_text(CONFIG.replace("cases_per_batch: 1", "cases_per_batch: 2"))
+    flags = ("--method", "kd", "--student", "unet", "--labelled", "2")
+    one = trained(site, *flags, processes=1, tag="one")
+    two = trained(site, *flags, processes=2, tag="two")
+    first, second = (load_checkpoint(folder / "last.pt") for folder in (one, two))
+    for name, value in first["weights"].items():
+        torch.testing.assert_close(second["weights"][name], value, rtol=1e-5, atol=1e-5, msg=name)
+    agreed = [[e for e in log_of(run) if e["kind"] == "agreement"] for run in (one, two)]
+    for expected, found in zip(*agreed, strict=True):
+        assert found.pop("kind") == expected.pop("kind")
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_resumed_run_of_two_processes_equals_an_uninterrupted_one(site):
     flags = ("--method", "kd", "--student", "espnetv2")  # with batch norm and dropout
     (site / "tiny.yaml").write_text(CONFIG.replace("[16, 16, 16]", "[32, 32, 32]"))

@@ -204,14 +204,14 @@ class Scans:
         return {"weak": sample["image"] + rng.random(), "label": label}
 
 
-def drawn(cfg, start=0, world=None):
+def drawn(cfg, start=0, world=None, scans=None):
     """The batches of the steps that are left."""
     world = world or World()
     run = SimpleNamespace(world=world, device=torch.device("cpu"), start=start)
     labelled = [Case(str(k), ()) for k in range(4)] if cfg.labelled else []
     unlabelled = [Case(str(k), ()) for k in range(100, 112)]
     splits = {"labelled": labelled, "unlabelled": unlabelled}
-    return list(Batches(cfg, run, Scans(), splits).training())
+    return list(Batches(cfg, run, scans or Scans(), splits).training())
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,31 @@ def test_a_batch_without_labels_and_one_of_two_processes():
         cfg = settings(1, 3 + bool(labelled) * 3, labelled=labelled, unlabelled_batch=3, workers=0)
         with pytest.raises(ConfigError, match=f"{part} cannot be shared by 2 processes"):
             drawn(cfg, world=World(0, 2))
+
+
+class Partial(Scans):
+    """Some classes of labelled scan 0 and unlabelled scan 100 were not annotated."""
+
+    incomplete = True
+
+    def annotated(self, case):
+        return np.array([True, True, case.name not in ("0", "100")])
+
+    def views(self, sample, rng, strong_views):
+        view = super().views(sample, rng, strong_views)
+        return view | {"label": np.ones_like(view["label"])}
+
+
+def test_classes_that_were_not_annotated_of_labelled_and_unlabelled_scans():
+    cfg = settings(2, 2, unlabelled_batch=3, max_steps=4, workers=0)
+    for batch in drawn(cfg, scans=Partial()):
+        told = torch.tensor([name != "0" for name in batch["case"]])
+        assert torch.equal(batch["annotated"][:, 2], told) and batch["annotated"][:, :2].all()
+        # a truth without some classes is no measure of the teacher's labels
+        expected = [255 if name == "100" else 1 for name in batch["case"][1:]]
+        assert batch["truth"].flatten(1).unique(dim=1).flatten().tolist() == expected
+    cfg = settings(2, 2, labelled=0, unlabelled_batch=4, max_steps=1, workers=0)
+    assert all(batch["annotated"].all() for batch in drawn(cfg, scans=Partial()))
 
 
 @pytest.mark.parametrize(
