@@ -63,6 +63,8 @@ def describe_dataset(format: str, root: str, datalist: str, given: dict) -> dict
     """
     cls = _class(format)
     empty = [key for key in cls.described_keys if not given.get(key)]
+    if given.get("ignore_label") == 0:  # an id, where 0 channels are none
+        empty = [key for key in empty if key != "ignore_label"]
     if not empty:
         return {}
     if empty == ["in_channels"] and not (Path(root) / datalist).is_file():

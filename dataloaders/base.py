@@ -153,7 +153,10 @@ class Dataset(abc.ABC):
         # ids of regions are another matter: those of label files are in several of them
         known = [*names, *(() if self.multilabel else range(len(names)))]
         listed = isinstance(classes, (list, tuple))
-        wrong = [c for c in classes if c not in known or isinstance(c, bool)] if listed else []
+        # 1.0 and True equal the id 1, but are none
+        wrong = (
+            [c for c in classes if c not in known or type(c) not in (str, int)] if listed else []
+        )
         if not listed or not classes or wrong:
             found = f"{wrong[0]!r}, which is none" if wrong else repr(classes)
             kind = "names of" if self.multilabel else "names or ids of"
@@ -161,7 +164,21 @@ class Dataset(abc.ABC):
             raise DataError(
                 Finding("list", source, found, f"a list of {kind} {shown}", "mend the list")
             )
-        return tuple(names.index(c) if isinstance(c, str) else c for c in classes)
+        numbers = tuple(names.index(c) if isinstance(c, str) else c for c in classes)
+        if not self.multilabel and set(numbers) == {0}:
+            fix = "such a case is one without a label: take its label out"
+            raise DataError(
+                Finding("list", source, f"'{names[0]}' alone", "at least one other class", fix)
+            )
+        return numbers
+
+    def _around(self, names: Sequence[str]) -> list[str]:
+        """Regions that have one of these within them: the label of the inner one alone shows a part
+        of them.
+        """
+        ids = {name: set(own) for name, own in self.structures().items()}
+        inner = [ids[name] for name in names if name in ids]
+        return [name for name, own in ids.items() if any(part < own for part in inner)]
 
     def present(self, ids: Iterable[int]) -> set[int]:
         """Which of `classes` a label with these `ids` has."""
@@ -360,7 +377,9 @@ class Dataset(abc.ABC):
                     names = self.class_names
                     told = [names[k] for k in np.flatnonzero(self.annotated(case))]
                     present = [names[k] for k in sorted(self.present(found["ids"]))]
-                    checks.check_annotated(case, split, present, told, report)
+                    around = self._around([name for name in present if name in told])
+                    foreign = [name for name in present if name not in (*told, *around)]
+                    checks.check_annotated(case, split, foreign, told, report)
                     report.see_unknown(split, found.get("unknown", 0.0))
                 if self.pads:
                     checks.check_size(case, split, found["shape"], self.patch_size, report)

@@ -246,12 +246,11 @@ def check_ignore_label(ignore: int | None, ids: Mapping[int, str]) -> None:
 
 
 def check_annotated(
-    case: "Case", split: str, found: Iterable[str], told: Sequence[str], report: Report
+    case: "Case", split: str, foreign: Sequence[str], told: Sequence[str], report: Report
 ) -> None:
-    """An error for a label that has classes (`found`) which its case is said to be without: it has
-    those that are `told`.
+    """An error for a label that has classes (`foreign`) which its case is said to be without: it
+    has those that are `told`.
     """
-    foreign = [name for name in found if name not in told]
     if foreign:
         report.error(
             "label ids",

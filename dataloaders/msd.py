@@ -110,6 +110,12 @@ class MSDDataset(Dataset):
             )
         others = patient_pattern, absent_classes, unlabelled
         super().__init__(root, split_dir, class_names, patch_size, *others, **labels)
+        if self.ignore_label is not None and UNKNOWN in self.allowed_ids:
+            raise DataError(
+                f"ignore_label: {self.ignore_label}, but {UNKNOWN} is the id of a class; labels "
+                f"with voxels that nobody labelled can have the class ids 0..{UNKNOWN - 1}; give "
+                "that class another one"
+            )
         self.datalist, self.in_channels, self.listed = datalist, in_channels, bool(split_dir)
         self.orientation, self.spacing = orientation, tuple(spacing)
         self.intensity, self.window = intensity, tuple(window)

@@ -85,9 +85,8 @@ def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None
         raise DataError(f"{name!r} is no name of a case")
     with describing("the checkpoint"):
         dataset = build_dataset(**tool_arguments(checkpoint, "the checkpoint"))
-        few_labels = checkpoint["kind"].endswith("-semi")
-    if few_labels:
-        return _few_labels(dataset, folders, name, z)
+    if dataset.distance_unit != "mm":
+        return _without_geometry(dataset, folders, name, z)
     names = list(dataset.class_names if dataset.multilabel else dataset.class_names[1:])
     case = dataset.find([name])[0]
     image, affine = read_image(case, dataset.in_channels)
@@ -112,10 +111,8 @@ def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None
     return Views(pictures, _means(scores), _aspect(affine), _present(ids), names, f", slice {z}")
 
 
-def _few_labels(dataset: Dataset, folders: Sequence[Path], name: str, z: int | None) -> Views:
-    """The same for runs of train_2d_crkd.py and train_3d_crkd.py: volumes without geometry, or
-    photographs.
-    """
+def _without_geometry(dataset: Dataset, folders: Sequence[Path], name: str, z: int | None) -> Views:
+    """The same of volumes whose files know no voxel size, and of photographs."""
     case = dataset.find([name])[0]
     volume, annotated = dataset.read(case), dataset.annotated(case)
     image, label, classes = volume["image"], volume["label"][0], dataset.num_classes

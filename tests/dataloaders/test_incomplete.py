@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import DataError, Report
+import metrics
+from dataloaders import DataError, Report, describe_dataset
 from dataloaders.acdc import ACDCDataset
 from dataloaders.cases import UNKNOWN
 from dataloaders.samplers import PatchDataset, collate
@@ -44,7 +45,7 @@ def views_of(dataset, sample, seed=0):
 
 
 def test_the_reserved_id_is_one():
-    assert UNKNOWN == incomplete.UNKNOWN == base.UNKNOWN
+    assert UNKNOWN == incomplete.UNKNOWN == base.UNKNOWN == metrics.UNKNOWN
 
 
 @pytest.mark.parametrize("spacing", [(), (3.0, 3.0, 3.0)])
@@ -123,8 +124,12 @@ def test_nnunet_classes_and_regions(nnunet_root):  # noqa: F811
     assert np.array_equal(label[1] == 1, stored == 2)
     assert dataset.annotated(case).tolist() == [False, True]
     assert dataset.annotated(splits["val"][0]).all()
-    with pytest.raises(DataError, match=r"p_1.nii.gz: it has 'whole', which labelled_classes"):
-        dataset.prepare(splits)
+    dataset.prepare(splits)  # a voxel of the core is one of the whole too, of which this is a part
+    other = test_nnunet.make(
+        nnunet_root, test_nnunet.PLAIN | change, labelled_classes={"p_1": ["whole"]}
+    )
+    with pytest.raises(DataError, match=r"p_1.nii.gz: it has 'core', which labelled_classes"):
+        other.prepare(splits)
     with pytest.raises(DataError, match=r"expected a list of names of \['whole', 'core'\]"):
         test_nnunet.make(nnunet_root, test_nnunet.PLAIN | change, labelled_classes={"p_1": [1]})
 
@@ -230,6 +235,8 @@ def test_masks_of_images(tmp_path):
             "labelled_classes of 'a': 3, which is none; expected a list",
         ),
         ({"labelled_classes": {"a": [True]}}, "labelled_classes of 'a': True, which is none"),
+        ({"labelled_classes": {"a": [1.0]}}, "labelled_classes of 'a': 1.0, which is none"),
+        ({"labelled_classes": {"a": [0]}}, "labelled_classes of 'a': 'background' alone; expected"),
         (
             {"labelled_classes": {"a": []}},
             r"labelled_classes of 'a': \[\]; expected a list of names",
@@ -273,6 +280,12 @@ def test_data_that_do_not_fit(tmp_path, nnunet_root):  # noqa: F811
     labels = {"background": 0, "a": 1, "ignore": [3]}
     with pytest.raises(DataError, match=r"'ignore': \[3\]; expected one id of no class"):
         test_nnunet.make(nnunet_root, test_nnunet.PLAIN | {"labels": labels})
+    labels = {"background": 0, "a": [1, 255], "b": [255], "ignore": 3}
+    change = {"labels": labels, "regions_class_order": [1, 255]}
+    with pytest.raises(DataError, match="ignore_label: 3, but 255 is the id of a class; labels"):
+        test_nnunet.make(nnunet_root, test_nnunet.PLAIN | change)
+    given = {"ignore_label": 0}  # background, which is refused, and not taken for none
+    assert "ignore_label" not in describe_dataset("nnunet", str(nnunet_root), "dataset.json", given)
     with pytest.raises(DataError, match="ignore_label: 4 is also the id of a class"):
         test_brats.make(tmp_path, ignore_label=4)
     with pytest.raises(DataError, match="ignore_label: 255 is also the id of a class; expected"):

@@ -1,5 +1,6 @@
 """Each data format in each training script, against scans read and scored by hand."""
 
+import contextlib
 import csv
 import shutil
 
@@ -15,6 +16,7 @@ from dataloaders import build_dataset
 from inference import predict_labels
 from networks import build_network
 from tests.scripts.conftest import run, train
+from tools.figure import views_of
 from utils.checkpoint import load_checkpoint
 
 QUICK = ("diagnose_interval=0", "bn_batches=0", "max_steps=2")
@@ -210,6 +212,14 @@ def test_scans_are_predicted_and_scored_on_the_grid_of_the_file_in_mm(workspace,
         longest = 2 * np.linalg.norm(label.shape)
         assert float(row["diagonal_mm"]) == pytest.approx(longest, rel=1e-5)
     assert measured
+    if protocol == "clean":  # a picture of that grid, not of the network's
+        run("tools/figure.py", str(folder), "--case", "case6", "--out", "f.png", cwd=workspace)
+        with contextlib.chdir(workspace):
+            views = views_of(load_checkpoint(folder / "best.pt"), [folder / "predictions"], "case6")
+        shape = label.shape[1::-1]
+        assert [picture.shape for picture in views.pictures] == [(*shape, 3)] * 3
+        scores = [float(row["dice_clean"]) for row in rows]
+        assert views.dice == [pytest.approx(np.mean(scores), rel=1e-5)]
 
 
 @pytest.mark.parametrize("dims", [2, 3])
