@@ -60,7 +60,7 @@ from tools.tables import (
     title,
 )
 from utils.checkpoint import read_table, write_text, write_whole
-from utils.config import read_yaml
+from utils.config import escaped, read_yaml
 from utils.run import plain
 from utils.runlog import read_log
 from utils.scripts import run_tool
@@ -103,11 +103,14 @@ def main() -> int:
     drawing.add_argument("--results", type=Path, default=Path("results"))
     drawing.add_argument("--out", type=Path, default=Path("docs/figures"))
     args = parser.parse_args()
-    if args.command == "collect":
-        return collect(args.file, args.folders)
-    if args.command == "figures":
-        return figures(args.results, args.out)
-    return tables(args.document, args.results, args.check)
+    try:
+        if args.command == "collect":
+            return collect(args.file, args.folders)
+        if args.command == "figures":
+            return figures(args.results, args.out)
+        return tables(args.document, args.results, args.check)
+    except ValueError as error:
+        sys.exit(escaped(f"error: {error}"))
 
 
 # --- collecting ---
@@ -422,4 +425,4 @@ def curves_figure(results: Results) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main, ValueError))
+    sys.exit(run_tool(main))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, check_plain_texts, describing
 from utils.config import ConfigError
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".ts", "torch_export": ".pt2"}
@@ -113,13 +113,16 @@ def read_description(path: str | Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(described.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        check_plain_texts(content)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{described}: not valid JSON ({error}); {again}") from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{described}: expected an object, got {type(content).__name__}; {again}"
         )
     missing = [key for key in NEEDED if key not in content]
+    if isinstance(content.get("dataset"), dict):
+        content["dataset"].pop("allow_outside", None)  # the user's to say, never a file's
     exported = content.get("exported")
     if not missing and not (isinstance(exported, dict) and isinstance(exported.get("files"), dict)):
         missing = ["exported.files"]
@@ -151,9 +154,10 @@ class ExportedModel(nn.Module):
         self.path = Path(path)
         self.description = read_description(self.path)
         require_trust(self.path, trusted)
-        self.in_channels = int(self.description["network"]["in_channels"])
-        self.num_classes = int(self.description["network"]["num_classes"])
-        self.patch_size = tuple(self.description["config"]["patch_size"])
+        with describing(sidecar(self.path)):
+            self.in_channels = int(self.description["network"]["in_channels"])
+            self.num_classes = int(self.description["network"]["num_classes"])
+            self.patch_size = tuple(self.description["config"]["patch_size"])
         # Sliding-window prediction asks a network's parameters where windows must go.
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
         self._run = _LOADERS[self.path.suffix](self.path, threads or torch.get_num_threads())
