@@ -31,12 +31,13 @@ FLAGS = training_flags(
     __doc__,
     ("supervised", *KD_METHODS),
     {
-        "teacher": f"one of {', '.join(NETWORKS)}",
+        "teacher": f"one of {', '.join(NETWORKS)}, or the results folder of an nnU-Net",
         "student": "the network to train, from the same names",
     },
     labelled="scans",
     zero=True,
 )
+FLAGS.add_argument("--teacher-folds", nargs="+", metavar="FOLD", help="of nnU-Net; default: all")
 if __name__ == "__main__":
     FLAGS.parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
