@@ -37,7 +37,6 @@ FLAGS = training_flags(
     labelled="scans",
     zero=True,
 )
-FLAGS.add_argument("--teacher-folds", nargs="+", metavar="FOLD", help="of nnU-Net; default: all")
 if __name__ == "__main__":
     FLAGS.parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
