@@ -31,7 +31,7 @@ FLAGS = training_flags(
     __doc__,
     ("supervised", *KD_METHODS),
     {
-        "teacher": f"one of {', '.join(NETWORKS)}",
+        "teacher": f"one of {', '.join(NETWORKS)}, or the results folder of an nnU-Net",
         "student": "the network to train, from the same names",
     },
     labelled="scans",

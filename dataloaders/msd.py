@@ -20,7 +20,7 @@ from monai.transforms import (
     Spacingd,
 )
 
-from dataloaders import augment, checks
+from dataloaders import augment, checks, nnunet_preprocessing
 from dataloaders.base import Dataset
 from dataloaders.cache import CaseCache
 from dataloaders.cases import UNKNOWN, Case, read_image, read_label
@@ -28,7 +28,7 @@ from dataloaders.faults import WARNING, CaseNotes, DataError, Finding, Report
 from dataloaders.lists import read_class_names, read_datalist, read_num_channels, read_split, select
 from dataloaders.volumes import channel_number
 
-INTENSITIES = ("window", "zscore", "none")
+INTENSITIES = ("window", "zscore", "none", "nnunet")
 CROPS = ("pos_neg", "uniform")
 # share of an id's voxels that resampling has to leave; nearest neighbours move borders anyway
 HALF_LOST = 0.5
@@ -47,8 +47,10 @@ class MSDDataset(Dataset):
     orientation: axis codes such as RAS, or "" to keep the stored order. spacing: mm per axis, () to
     keep the stored.
     intensity: 'window' maps window[0]..window[1] to 0..1 and clips, 'zscore' normalises each
-    channel over the volume.
-    crop_foreground: cut to the box of voxels above 0 after normalisation.
+    channel over the volume, 'nnunet' does what nnU-Net does, by the scheme and the numbers of each
+    channel in intensity_channels, and resamples after that (dataloaders/nnunet_preprocessing.py).
+    crop_foreground: cut to the box of voxels above 0 after normalisation; with 'nnunet' to that of
+    non-zero voxels before it.
     crop: 'pos_neg', half of the labelled patches are centred on foreground, or 'uniform'. flip_prob
     (of each axis), rot90_prob, scale_prob, shift_prob: how often a patch is mirrored, turned, and
     its intensities scaled and shifted.
@@ -76,6 +78,7 @@ class MSDDataset(Dataset):
         spacing: Sequence[float] = (),
         intensity: str = "window",
         window: Sequence[float] = (-175.0, 250.0),
+        intensity_channels: Sequence[dict] = (),
         crop_foreground: bool = True,
         patient_pattern: str = "",
         absent_classes: Sequence[str] = (),
@@ -90,6 +93,10 @@ class MSDDataset(Dataset):
     ) -> None:
         if intensity not in INTENSITIES:
             raise DataError(f"intensity must be one of {', '.join(INTENSITIES)}, got '{intensity}'")
+        if intensity == "nnunet":
+            nnunet_preprocessing.check_channels(intensity_channels, in_channels)
+        elif intensity_channels:
+            raise DataError(f"intensity_channels: intensity '{intensity}' does not use it")
         if len(window) != 2 or window[0] >= window[1]:
             raise DataError(f"window must be two rising values, got {tuple(window)}")
         if len(spacing) not in (0, 3) or any(value <= 0 for value in spacing):
@@ -119,6 +126,7 @@ class MSDDataset(Dataset):
         self.datalist, self.in_channels, self.listed = datalist, in_channels, bool(split_dir)
         self.orientation, self.spacing = orientation, tuple(spacing)
         self.intensity, self.window = intensity, tuple(window)
+        self.intensity_channels = tuple(dict(channel) for channel in intensity_channels)
         self.crop_foreground = crop_foreground
         self.crop, self.flip_prob, self.rot90_prob = crop, flip_prob, rot90_prob
         self.scale_prob, self.shift_prob = scale_prob, shift_prob
@@ -288,7 +296,8 @@ class MSDDataset(Dataset):
         if label is None:
             return found
         label = self.encoded(sample["label"].numpy().astype(np.uint8))
-        inside = (image > 0).any(0) if self.crop_foreground else np.ones(image.shape[1:], bool)
+        above = self.crop_foreground and self.intensity != "nnunet"
+        inside = (image > 0).any(0) if above else np.ones(image.shape[1:], bool)
         positive = label.any(0)
         if self.ignore_label is not None:
             unknown = (label == UNKNOWN).any(0)
@@ -436,6 +445,8 @@ class MSDDataset(Dataset):
         steps = []
         if self.orientation:
             steps.append(Orientationd(keys, axcodes=self.orientation, labels=_AXES))
+        if self.intensity == "nnunet":
+            return self._as_nnunet(case, Compose(steps)(sample), notes)
         if self.spacing:
             steps.append(
                 Spacingd(keys, pixdim=self.spacing, mode=("bilinear", "nearest")[: len(keys)])
@@ -487,8 +498,47 @@ class MSDDataset(Dataset):
         fix = "set crop_foreground: false, or a window with a lower beginning"
         checks.check_kept(case.label, before, left, names, cause, fix, notes)
 
+    def _as_nnunet(self, case: Case, sample: dict, notes: Report | None) -> dict:
+        """Crop, normalise and resample as nnU-Net does. notes: as in `_transform`."""
+        image, affine = sample["image"].numpy(), sample["image"].affine.numpy()
+        mask = nnunet_preprocessing.nonzero_mask(image)
+        place = nnunet_preprocessing.box(mask)
+        if not self.crop_foreground:
+            place = tuple(slice(0, side) for side in mask.shape)
+        if not mask.any():
+            raise DataError(
+                Finding(
+                    "no foreground", str(case.images[0]), "every voxel is 0", "", "see the scan"
+                )
+            )
+        image, mask = image[(slice(None), *place)], mask[place]
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        target = self.spacing or spacing
+        shape = nnunet_preprocessing.new_shape(mask.shape, spacing, target)
+        apart = nnunet_preprocessing.coarse_axis(spacing, target)
+        channels = []
+        for channel, how in zip(image, self.intensity_channels):
+            channel = nnunet_preprocessing.normalized(channel, how, mask)
+            channels.append(nnunet_preprocessing.resample_image(channel, shape, apart))
+        start = [side.start for side in place]
+        affine = nnunet_preprocessing.resampled_affine(affine, start, mask.shape, shape)
+        arrays = {"image": np.stack(channels)}
+        if "label" in sample:
+            label = sample["label"].numpy()[0][place]
+            arrays["label"] = nnunet_preprocessing.resample_label(label, shape, apart)[None]
+        result = {
+            key: MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(affine))
+            for key, array in arrays.items()
+        }
+        if notes is not None and "label" in result:
+            self._check_losses(case, sample["label"], result["label"], result["label"], notes)
+        return result
+
     def _parameters(self) -> dict:
+        # keys that came later stand here only where they are used: entries from before are found
         ignored = {} if self.ignore_label is None else {"ignore": self.ignore_label}
+        if self.intensity == "nnunet":
+            ignored |= {"intensity_channels": list(self.intensity_channels)}
         return ignored | {
             "kind": type(self).__name__,
             "in_channels": self.in_channels,

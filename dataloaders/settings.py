@@ -40,9 +40,11 @@ class DataSettings(Settings):
     cache_dir: Annotated[str, OF_FORMAT] = "cache"  # preprocessed cases
     orientation: Annotated[str, OF_FORMAT] = "RAS"
     spacing: Annotated[tuple[float, ...], OF_FORMAT] = ()  # mm; []: as stored
-    intensity: Annotated[str, OF_FORMAT] = "window"  # window | zscore | none
+    intensity: Annotated[str, OF_FORMAT] = "window"  # window | zscore | none | nnunet
     # HU, for intensity: window
     window: Annotated[tuple[float, float], OF_FORMAT] = (-175.0, 250.0)
+    # for intensity: nnunet, of each channel: {scheme: CTNormalization, mean: ..., ...}
+    intensity_channels: Annotated[tuple[dict, ...], OF_FORMAT] = ()
     crop_foreground: Annotated[bool, OF_FORMAT] = True
     # BraTS: crop | volume, the voxels whose statistics normalise a patch
     normalize: Annotated[str, OF_FORMAT] = "crop"

@@ -19,6 +19,8 @@ NETWORKS = Registry(
         "espnetv2": "networks.espnetv2:ESPNetV2",
         "mobile_unet": "networks.mobile_unet:MobileUNet",
         "lcovnet": "networks.lcovnet:LCOVNet",
+        # both: a trained nnU-Net as a teacher, one of its architecture as a student
+        "nnunet": "networks.nnunet:NnUNet",
         # semi-supervised
         "unet2d": "networks.unet2d:UNet2D",
         "vnet": "networks.vnet:VNet",

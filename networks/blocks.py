@@ -92,9 +92,11 @@ def drop_channels(features: Sequence[Tensor], probability: float) -> list[Tensor
     return [drop[feature.ndim](feature, probability, training=True) for feature in features]
 
 
-def check_input(name: str, image: Tensor, in_channels: int, stride: int, dims: int = 3) -> None:
+def check_input(
+    name: str, image: Tensor, in_channels: int, stride: int | Sequence[int], dims: int = 3
+) -> None:
     """Raise ValueError unless `image` is `(B, in_channels, H, W, D)` with every side a multiple of
-    `stride`.
+    `stride`, or of its own number in it.
 
     dims: 3, or 2 for images `(B, in_channels, H, W)`.
     Under torch.compile or export the sizes are symbols, not numbers, so the check is left out
@@ -108,9 +110,11 @@ def check_input(name: str, image: Tensor, in_channels: int, stride: int, dims: i
             "got "
             f"{tuple(image.shape)}; check in_channels in the configuration"
         )
-    if any(size % stride for size in image.shape[2:]):
+    strides = (stride,) * dims if isinstance(stride, int) else tuple(stride)
+    if any(size % step for size, step in zip(image.shape[2:], strides)):
+        shown = strides[0] if len(set(strides)) == 1 else strides
         raise ValueError(
-            f"{name}: every side of the input must be a multiple of {stride}, got "
+            f"{name}: every side of the input must be a multiple of {shown}, got "
             f"{tuple(image.shape[2:])}; "
             f"choose such a patch_size (sliding-window inference pads whole volumes by itself)"
         )

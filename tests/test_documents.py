@@ -45,6 +45,7 @@ import train_3d_distill
 from losses import KD_METHODS
 from methods import SSL_METHODS
 from networks import NETWORKS, build_network
+from tests.nnunet_folders import make_plans, plan_arguments, write_results
 from tests.scripts.conftest import Result, make_workspace
 from tests.scripts.conftest import run as run_script
 from tests.tools.releases import write_patient, write_scan
@@ -151,7 +152,7 @@ NOT_RUN = {
 
 
 # Files that documents name and programs write.
-WRITTEN = {"config.yaml", "configs/mine.yaml", "model_card.md"}
+WRITTEN = {"config.yaml", "configs/mine.yaml", "configs/small_liver.yaml", "model_card.md"}
 # Flags that documents name in prose and that are those of torchrun and pip.
 FOREIGN_FLAGS = {"--nproc_per_node", "--standalone", "--require-hashes"}
 
@@ -243,6 +244,9 @@ def flags_of(script: Path) -> frozenset[str]:
             found |= {f"--no-{name[2:]}" for name in names if optional}
     if script.name == "make_splits.py":
         found |= flags_of(script.with_name("make_splits_2d.py"))
+    if script.name == "new_config.py":
+        text_of_group = script.with_name("nnunet_config.py").read_text(encoding="utf-8")
+        found |= set(re.findall(r'^    add\("(--[a-z-]+)"', text_of_group, re.M))
     if "add_plugin_flags(parser)" in text:
         found |= {"--plugin", "--allow-changed-plugin"}
     return frozenset(found)
@@ -558,6 +562,17 @@ class Workspace:
                 }
             )
         )
+        write_results(
+            self.folder / "nnUNet_results/Dataset101_Liver",
+            plan_arguments(),
+            make_plans(patch_size=[16, 16, 16], spacing=[2.0, 2.0, 2.0]),
+            folds=("0", "1"),
+            labels={"background": 0, "liver": 1, "tumour": 2},
+        )
+        names = [path.name.partition(".")[0] for path in sorted((nnunet / "labelsTr").iterdir())]
+        lists = self.folder / "nnUNet_preprocessed/Dataset101_Liver/splits_final.json"
+        lists.parent.mkdir(parents=True)
+        lists.write_text(json.dumps([{"train": names[1:], "val": names[:1]}] * 2))
         # The released checkpoint of docs/training.md
         network = build_network("resunet", 1, 14, **WIDTHS["resunet"])
         weights = {
@@ -762,7 +777,8 @@ class Workspace:
             self.owner[own] = self.document, (script, *arguments)
             teacher = value_of(arguments, "--teacher") or "resunet"
             seed = next((a.split("=")[1] for a in arguments if a.startswith("teacher_seed=")), "0")
-            if script == "train_3d_distill.py" and value_of(arguments, "--method") != "supervised":
+            distils = value_of(arguments, "--method") != "supervised" and "/" not in teacher
+            if script == "train_3d_distill.py" and distils:
                 config = Path(value_of(arguments, "--config")).stem
                 self._train(Path(f"runs/{config}/supervised/{teacher}/seed{seed}"), tested=False)
         for word in arguments:

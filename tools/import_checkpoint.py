@@ -25,10 +25,8 @@ placeholders.
 
 import argparse
 import dataclasses
-import pickle
 import re
 import sys
-import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,8 +46,8 @@ from networks import NETWORKS, build_network
 from utils.checkpoint import (
     CheckpointError,
     atomic_save,
-    check_archive,
     code_version,
+    load_foreign,
     load_network_weights,
 )
 from utils.config import labelled_name, parse_labelled, read_yaml
@@ -62,38 +60,6 @@ PREFIXES = {
     "teacher-run": "segmentor.backbone.",  # any network trained alone
     "plain": "",
 }
-
-
-class Placeholder:
-    """Stands for any object of a foreign checkpoint that is not wanted."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What released checkpoints name beside tensors; `getattr` is how their log buffers store references
-# to methods.
-_IGNORED = (
-    "builtins.getattr",
-    "__builtin__.getattr",
-    "_codecs.encode",
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(
-        f"numpy.{core}.multiarray.{name}"
-        for core in ("core", "_core")
-        for name in ("scalar", "_reconstruct")
-    ),
-    *(
-        f"numpy.dtypes.{kind}DType"
-        for kind in ("Float16", "Float32", "Float64", "Int32", "Int64", "UInt8", "Bool")
-    ),
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "mmengine.config.config.ConfigDict",
-)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -144,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{out}: exists already; remove it, or choose --out, another --seed or --opts tag=NAME"
         )
 
-    content = read_foreign(args.ckpt)
+    content = load_foreign(args.ckpt)
     role, state = choose_role(network_state(content, args.ckpt), args.role, args.ckpt)
     cls = NETWORKS[name]
     weights = without_aliases(state, getattr(cls, "alias_keys", ()), args.ckpt)
@@ -244,37 +210,6 @@ def step_of(content: dict[str, Any]) -> int:
     meta = content.get("meta")
     step = meta.get("iter") if isinstance(meta, dict) else content.get("iter_num")
     return step if isinstance(step, int) else 0
-
-
-def read_foreign(path: Path) -> dict[str, Any]:
-    """The content of a released checkpoint; CheckpointError if it is damaged or asks for code to be
-    run.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        if zipfile.is_zipfile(path):
-            check_archive(path)
-        with torch.serialization.safe_globals([(Placeholder, name) for name in _IGNORED]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{path}: refused, reading it would run or build "
-            f"{found[1] if found else 'an unknown object'}, which a "
-            f"checkpoint does not need; nothing was executed. Get the file from its authors again"
-        ) from error
-    except Exception as error:  # a file that was made to do harm can make the reader raise anything
-        raise CheckpointError(
-            f"{path}: damaged or not a checkpoint "
-            f"({str(error).splitlines()[0] if str(error) else error!r}); "
-            f"download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path}: expected a dictionary with 'state_dict', got {type(content).__name__}"
-        )
-    return content
 
 
 def network_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:

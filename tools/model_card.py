@@ -209,7 +209,15 @@ def preprocessing(checkpoint: dict[str, Any], multilabel: bool) -> list[str]:
     form, steps = data["format"], []
     if data.get("orientation"):
         steps.append(f"axes turned to {data['orientation']}")
-    if data.get("spacing"):
+    as_nnunet = data.get("intensity") == "nnunet"
+    if as_nnunet:
+        steps.append("cropped to the box of voxels that are not 0")
+        for number, channel in enumerate(data["intensity_channels"]):
+            numbers = [f"{key} {value}" for key, value in channel.items() if key != "scheme"]
+            steps.append(f"channel {number}: {' '.join([channel['scheme'], *numbers])}")
+        if data.get("spacing"):
+            steps.append(f"resampled to {sides(data['spacing'])} mm, cubic, as nnU-Net does")
+    elif data.get("spacing"):
         steps.append(f"resampled to {sides(data['spacing'])} mm, linear")
     if form == "brats":
         steps.append(
@@ -228,7 +236,7 @@ def preprocessing(checkpoint: dict[str, Any], multilabel: bool) -> list[str]:
         steps.append(f"intensities {low:g}..{high:g} mapped to 0..1 and clipped")
     elif data.get("intensity") == "zscore":
         steps.append("each channel: (x - mean) / standard deviation over the volume")
-    if data.get("crop_foreground"):
+    if data.get("crop_foreground") and not as_nnunet:
         steps.append("cropped to the box of voxels above 0")
     if checkpoint["kind"] == "3d":
         steps.append(

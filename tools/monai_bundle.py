@@ -51,6 +51,11 @@ def check_supported(described: dict[str, Any]) -> None:
             f"{described['config']['patch_size']}; choose onnx, openvino, torchscript or "
             "torch_export"
         )
+    if described["dataset"].get("intensity") == "nnunet":
+        raise ConfigError(
+            "--format monai_bundle: MONAI has no transforms that prepare a scan as nnU-Net does "
+            "(intensity: nnunet); choose onnx, openvino, torchscript or torch_export"
+        )
     optional("jsonschema", "--format monai_bundle")
 
 

@@ -7,6 +7,8 @@ and say why.
     python tools/new_config.py --data data/mine --out configs/mine.yaml --patch 96 96 64 \
         --networks resunet unet
     python tools/new_config.py --data data/mine --out configs/mine.yaml --labelled 8
+    python tools/new_config.py --nnunet .../nnUNetTrainer__nnUNetPlans__3d_fullres \
+        --data data/Dataset101_Liver --out configs/mine.yaml --budget-ms 200 --threads 4
     python tools/new_config.py --data data/polyps --out configs/polyps.yaml --labelled 5%
 
 --data is a folder with a decathlon JSON (format msd), an nnU-Net v2 raw data set (nnunet), or RGB
@@ -36,6 +38,9 @@ lists       those of --splits (default splits/NAME) if they exist, else those of
             drawn with --seed: 70 % train, 10 % val, 20 % test (or 80 % and 20 % if the data set has
             a test list of its own). Scans and images without a label are never drawn: they are
             trained on as unlabelled.
+
+With --nnunet the network in that results folder is the teacher, and spacing, intensities, patch and
+lists are those that it was trained with: tools/nnunet_config.py.
 
 The rest of the file are the scripts' defaults. Read the table, correct what you know
 better, and train.
@@ -68,8 +73,9 @@ from dataloaders.faults import DataError
 from dataloaders.images2d import FOLDERS
 from dataloaders.lists import read_json
 from networks import NETWORKS, build_network
+from tools import nnunet_config
 from tools.make_splits import drawn, write_lists
-from utils.checkpoint import write_text
+from utils.checkpoint import CheckpointError, write_text
 from utils.complexity import count_parameters, saved_bytes
 from utils.config import ConfigError, labelled_name, parse_labelled
 from utils.run import run_folder
@@ -146,10 +152,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--networks",
         nargs="+",
-        choices=(*NETWORKS_3D, *NETWORK_OF_FEW_LABELS.values()),
-        help="to be trained; default: those of the papers, with few labels vnet, of images unet2d",
+        choices=(*NETWORKS_3D, *NETWORK_OF_FEW_LABELS.values(), "nnunet"),
+        help="to be trained; default: those of the papers, with few labels vnet, of images unet2d, "
+        "with --nnunet nnunet and unet",
     )
-    return parser.parse_args(argv)
+    nnunet_config.add_flags(parser)
+    args = parser.parse_args(argv)
+    nnunet_config.check_flags(parser, args)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,13 +170,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.format, args.datalist = find_format(args.data, args.format, args.datalist)
     dims = 2 if args.format == "images2d" else 3
     few = dims == 2 or args.labelled is not None or bool(args.unlabelled)
-    network = NETWORK_OF_FEW_LABELS[dims]
-    args.networks = args.networks or ([network] if few else list(NETWORKS_3D))
+    usual = [NETWORK_OF_FEW_LABELS[dims]] if few else list(NETWORKS_3D)
+    args.networks = args.networks or (["nnunet", "unet"] if args.nnunet else usual)
     wrong = [name for name in args.networks if NETWORKS[name].dims != dims]
     if wrong or (args.patch and len(args.patch) != dims):
         shown = f"--networks {wrong[0]}" if wrong else f"--patch {args.patch}"
         raise ConfigError(f"{shown}: {args.format} is trained on in {dims}D")
     choose = choose_for_images if dims == 2 else choose_for_scans
+    if args.nnunet:
+        choose = choose_for_nnunet
     made: list[Path] = []  # what is taken back where it turns out not to fit
     try:
         heading, settings, table = choose(args, few, made)
@@ -176,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = train_3d_distill if not few else train_2d_crkd if dims == 2 else train_3d_crkd
         _, cfg = script.parse_args(["--config", str(args.out)])
         build_dataset(**cfg.dataset_arguments()).splits(args.labelled)
-    except (ConfigError, DataError):
+    except (ConfigError, DataError, CheckpointError):
         for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
             if path.is_dir():
                 path.rmdir()
@@ -186,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in heading:
         print(line.removeprefix("#").strip())
     show(table)
+    if args.nnunet:
+        nnunet_config.show_candidates(args)
     print(f"wrote {args.out}, for {' '.join(args.networks)}. Next:")
     for command in next_commands(args, cfg, few):
         print(f"  {command}")
@@ -254,6 +268,37 @@ def choose_for_scans(
         "split_dir": choices["split_dir"],
         "orientation": ("RAS", ""),
     }
+    return heading, first_settings(args) | settings | choices, choices
+
+
+def choose_for_nnunet(
+    args: argparse.Namespace, few: bool, made: list[Path]
+) -> tuple[list[str], dict, dict]:
+    """The same for students of the nnU-Net that is trained on the data set."""
+    if args.format != "nnunet":
+        raise DataError(f"{args.data}: --nnunet needs a raw data set of nnU-Net v2")
+    told = describe_dataset(args.format, str(args.data), args.datalist, {})
+    results = nnunet_config.fitting_results(args, told)
+    arguments = {"root": str(args.data), "datalist": args.datalist, **told}
+    dataset = build_dataset(args.format, **arguments)
+    choices = nnunet_config.choose(args, results, told)
+    lists = nnunet_config.fold_lists(args, results, dataset, made)
+    if len(lists) == 3:  # folds beside the data
+        arguments["fold"] = lists[2]
+        choices["fold"] = (lists[2], "of splits_final.json")
+    elif not lists:
+        tested = {case.name for case in dataset.own_test()}
+        names = [case.name for case in dataset.cases() if case.name not in tested]
+        split_dir, why = choose_lists(args, False, names, tested, made)
+        lists = split_dir, f"{why}, so the teacher may have been trained on the val list"
+    choices |= choose_length(args, arguments, lists[:2], choices, few)
+    heading = [
+        f"# {args.name}: students of {args.nnunet.resolve().name}, by tools/new_config.py.",
+        f"# Classes ({', '.join(results.classes)}) and channels come from {args.datalist}.",
+    ]
+    if results.ignore is not None:
+        heading.append(f"# Label id {results.ignore} is 'ignore': voxels that nobody labelled.")
+    settings = {"datalist": (args.datalist, ""), "split_dir": choices["split_dir"]}
     return heading, first_settings(args) | settings | choices, choices
 
 
@@ -693,9 +738,22 @@ def yaml_text(heading: Sequence[str], settings: dict[str, tuple[object, str]]) -
     """The configuration, with the reason of each choice beside it."""
     lines = list(heading)
     for key, (value, why) in settings.items():
-        entry = f"{key}: {json.dumps(value, ensure_ascii=False)}"
+        entry = f"{key}: {as_yaml(value)}"
         lines.append(f"{entry:{ENTRY}}  # {why}" if why else entry)
     return "\n".join(lines) + "\n"
+
+
+def as_yaml(value: object) -> str:
+    """A value on one line of YAML, which is JSON but for numbers such as 1e-05: 1.0e-05."""
+    if isinstance(value, dict):
+        items = (f"{json.dumps(key)}: {as_yaml(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and "e" in text and "." not in text:
+        return text.replace("e", ".0e")
+    return text
 
 
 def show(choices: dict[str, tuple[object, str]]) -> None:
@@ -715,6 +773,15 @@ def next_commands(args: argparse.Namespace, cfg, few: bool) -> list[str]:
         folder = run_folder(cfg.runs_dir, cfg.dataset, method, networks, cfg.seed, cfg.preset, "")
         return f"python test_{dims}d.py --ckpt {shlex.quote(str(folder / 'best.pt'))}"
 
+    if args.nnunet:
+        train = f"python train_3d_distill.py --config {config}"
+        networks = f"nnunet-{cfg.student}"
+        return [
+            *commands,
+            f"{train} --method supervised",
+            f"{train} --teacher {shlex.quote(str(args.nnunet))}",
+            tested(cfg.method, networks, 3),
+        ]
     if not few:
         teachers = [name for name in args.networks if name in ("resunet", "segresnet")]
         teacher = (teachers or args.networks)[0]

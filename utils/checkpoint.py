@@ -531,6 +531,69 @@ def load_last(
     raise CheckpointError(f"cannot resume: {'; '.join(problems)}; start without --resume")
 
 
+class Placeholder:
+    """Stands for any object of a foreign checkpoint that is not wanted."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What released checkpoints name beside tensors; `getattr` is how their log buffers store references
+# to methods.
+_IGNORED = (
+    "builtins.getattr",
+    "__builtin__.getattr",
+    "_codecs.encode",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
+    *(
+        f"numpy.dtypes.{kind}DType"
+        for kind in ("Float16", "Float32", "Float64", "Int32", "Int64", "UInt8", "Bool")
+    ),
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmengine.config.config.ConfigDict",
+)
+
+
+def load_foreign(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of another program; CheckpointError if it is damaged or asks for
+    code to be run. What such files hold beside tensors and plain values becomes a `Placeholder`.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+        with torch.serialization.safe_globals([(Placeholder, name) for name in _IGNORED]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path}: refused, reading it would run or build "
+            f"{found[1] if found else 'an unknown object'}, which a "
+            f"checkpoint does not need; nothing was executed. Get the file from its authors again"
+        ) from error
+    except Exception as error:  # a file that was made to do harm can make the reader raise anything
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint "
+            f"({str(error).splitlines()[0] if str(error) else error!r}); "
+            f"download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a dictionary with 'state_dict', got {type(content).__name__}"
+        )
+    return content
+
+
 def load_network_weights(
     network: torch.nn.Module, state: dict[str, torch.Tensor], source: str
 ) -> None:

@@ -134,6 +134,9 @@ def training_flags(
     add("--method", help=", ".join(methods))
     for name, text in networks.items():
         add(f"--{name}", help=text)
+    if "teacher" in networks:
+        folds = "folds of an nnU-Net whose logits are averaged; default: those that are there"
+        add("--teacher-folds", nargs="+", metavar="FOLD", help=folds)
     add(
         *("--labelled", "--label_num", "--labeled_num", "--labeled-num"),
         type=parse_labelled_or_zero if zero else parse_labelled,

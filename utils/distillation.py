@@ -4,6 +4,7 @@ settings, cases and batches, the teacher and its labels of unlabelled scans.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -19,7 +20,7 @@ from losses import KD_METHODS, PRESETS, build_kd
 from losses.incomplete import UNKNOWN
 from methods.base import pseudo_label_report
 from networks import NETWORKS, build_network, check_network
-from utils import plugins
+from utils import nnunet, plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 from utils.config import (
     OF_FORMAT,
@@ -62,7 +63,10 @@ class Distillation(DataSettings):
     teacher: Annotated[str, OfDims(NETWORKS, 3)] = "resunet"
     method: Annotated[str, AnyOf(("supervised",), KD_METHODS)] = "acf_bckd"
     preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
-    teacher_checkpoint: str = ""  # "": best.pt of the supervised run of `teacher`
+    # "": best.pt of the supervised run of `teacher`; of teacher nnunet also a results folder of
+    # nnU-Net, which `teacher` can name as well
+    teacher_checkpoint: str = ""
+    teacher_folds: tuple[str, ...] = ()  # of a results folder, averaged; []: those that are there
     teacher_seed: Natural = 0
     # scans that count as labelled, or their share, of those that have a label; 0: none; null: all
     labelled: int | float | None = None
@@ -97,6 +101,14 @@ class Distillation(DataSettings):
 
     @classmethod
     def adapted(cls, given: Given) -> list[str]:
+        """As Settings', with a results folder of nnU-Net as the teacher put where checkpoints are
+        named.
+        """
+        teacher, source = given.get("teacher", ("", ""))
+        is_path = isinstance(teacher, str) and "/" in teacher and not teacher.endswith(".pt")
+        if is_path and not plugins.is_reference(teacher):
+            given["teacher"] = ("nnunet", source)
+            given["teacher_checkpoint"] = (teacher, source)
         shared = ("labelled", "unlabelled_batch") if "teacher_views" in given else ()
         own = {key: given.pop(key) for key in shared if key in given}
         notes = super().adapted(given)
@@ -112,6 +124,19 @@ class Distillation(DataSettings):
                     "with --method acf_bckd"
                 )
         return notes
+
+    @property
+    def nnunet_folder(self) -> str:
+        """The results folder of nnU-Net that the teacher comes from; "" for another teacher."""
+        path = self.teacher_checkpoint
+        folder = self.teacher == "nnunet" and path and not path.endswith(".pt")
+        return path if folder and not self.supervised else ""
+
+    def teacher_arguments(self) -> dict:
+        """Arguments of the teacher's network."""
+        if self.nnunet_folder:
+            return nnunet.read_results(self.nnunet_folder).network
+        return self.network_arguments(self.teacher)
 
     @property
     def supervised(self) -> bool:
@@ -148,7 +173,7 @@ class Distillation(DataSettings):
 
     @property
     def idle_keys(self) -> tuple[str, ...]:
-        of_teacher = ("teacher", "teacher_checkpoint", "teacher_seed")
+        of_teacher = ("teacher", "teacher_checkpoint", "teacher_folds", "teacher_seed")
         of_method = ("preset", "method_args", "distill_warmup", "method_lr")
         of_method += ("teacher_views", "pseudo_confidence")
         return (*of_teacher, *of_method) if self.supervised else ()
@@ -186,6 +211,9 @@ class Distillation(DataSettings):
         incomplete: bool = False,
     ) -> nn.Module:
         """The distillation loss; TypeError or ValueError for what it does not take."""
+        arguments = self.method_arguments
+        if self.leaves_out_attention(teacher_channels):
+            arguments = {"afd": 0.0, "cfd": 0.0} | arguments
         return build_kd(
             self.method,
             student_channels,
@@ -194,7 +222,7 @@ class Distillation(DataSettings):
             multilabel=multilabel,
             preset=self.preset,
             incomplete=incomplete,
-            **self.method_arguments,
+            **arguments,
         )
 
     def _completed(self) -> Self:
@@ -205,6 +233,13 @@ class Distillation(DataSettings):
         count = cfg.batch if cfg.labelled == 0 else max(1, cfg.batch // 2)
         return dataclasses.replace(cfg, unlabelled_batch=count)
 
+    def leaves_out_attention(self, teacher_channels: dict) -> bool:
+        """Whether ACF-BCKD goes without AFD and CFD, which compare with a residual block: under an
+        nnU-Net that has none.
+        """
+        plain = self.nnunet_folder and "residual" not in teacher_channels
+        return self.method == "acf_bckd" and bool(plain)
+
     def _check(self) -> None:
         super()._check()
         warmup = self.distill_warmup
@@ -213,7 +248,12 @@ class Distillation(DataSettings):
                 "distill_warmup: a whole number of steps, or a share of max_steps below 1; got "
                 f"{warmup}; the whole training is {self.max_steps}"
             )
-        self._check_patch(self.student, self.teacher)
+        self._check_patch(self.student, self.network_arguments(self.student))
+        if self.teacher_folds and not self.nnunet_folder and not self.supervised:
+            raise ConfigError("teacher_folds: only a results folder of nnU-Net has folds")
+        if not self.supervised:
+            with trying(f"teacher: {self.teacher}"):
+                self._check_patch(self.teacher, self.teacher_arguments())
         self._check_labels()
 
     def _check_labels(self) -> None:
@@ -258,6 +298,8 @@ class Distillation(DataSettings):
             with trying(f"network_args: {name}"), enough_voxels(name, self.patch_size, batch, keys):
                 how = plugins.trial(NETWORKS[name], self.patch_size, batch)
                 arguments = self.network_arguments(name)
+                if role == "teacher":
+                    arguments = self.teacher_arguments()
                 channels[role] = check_network(name, self.channels, classes, *how, **arguments)
         if not self.supervised:
             multilabel = self.pluggable["format"].registry[self.format].multilabel
@@ -479,6 +521,8 @@ def load_teacher(
     """
     if cfg.supervised:
         return None, None
+    if cfg.nnunet_folder:
+        return load_nnunet(cfg, dataset.num_classes), None
     path, num_classes = teacher_path(cfg), dataset.num_classes
     own = args.plugins.get(cfg.teacher)
     name = f"{own['file']}:{cfg.teacher}" if own else cfg.teacher
@@ -569,6 +613,59 @@ def _seen_in_training(
     return found
 
 
+def load_nnunet(cfg: Distillation, num_classes: int) -> nn.Module:
+    """The frozen networks of an nnU-Net's results folder, one from each fold, as one teacher.
+
+    CheckpointError where they are not what the plans say, or see other classes or images than the
+    configuration has.
+    """
+    from networks.nnunet import NnUNet, NnUNetTeacher, own_weights
+
+    results = nnunet.read_results(cfg.nnunet_folder)
+    if results.in_channels != cfg.channels:
+        raise CheckpointError(
+            f"{results.folder}: this nnU-Net takes {results.in_channels} channel(s), the data have "
+            f"{cfg.channels}"
+        )
+    outputs = results.outputs(cfg.class_names, str(results.folder))
+    wrong = [
+        f"{key}: {plain(getattr(cfg, key))} instead of {plain(value)}"
+        for key, value in results.preprocessing.items()
+        if not _same(plain(getattr(cfg, key)), plain(value))
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{results.folder}: this nnU-Net was trained on images prepared in another way "
+            f"({'; '.join(wrong)}); tools/new_config.py --nnunet writes a configuration for it"
+        )
+    folds, mirrored = [], []
+    for fold in results.chosen(cfg.teacher_folds):
+        weights, axes = nnunet.load_fold(results, fold)
+        with trying(f"{results.folder}: plans.json"):
+            network = NnUNet(cfg.channels, num_classes, **results.network)
+        source = str(results.folds[fold])
+        try:
+            weights = own_weights(weights, network)
+        except ValueError as problem:
+            raise CheckpointError(f"{source}: {problem}") from problem
+        load_network_weights(network, weights, source)
+        folds.append(network)
+        mirrored.append(axes)
+    return NnUNetTeacher(folds, outputs, mirrored[0]).eval().requires_grad_(False)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Whether two plain values are the same; numbers to a part in a thousand."""
+    if isinstance(found, (list, tuple)) and isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(_same, found, expected))
+    if isinstance(found, dict) and isinstance(expected, dict):
+        same_keys = found.keys() == expected.keys()
+        return same_keys and all(_same(found[key], expected[key]) for key in found)
+    if type(found) in (int, float) and type(expected) in (int, float):
+        return math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-6)
+    return found == expected
+
+
 def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, chosen: Sequence) -> bool:
     """Whether the scores of a checkpoint are those of the cases `chosen` under these settings."""
     # keys that did not exist when it was trained had what is their default now
@@ -589,6 +686,8 @@ def note_idle(cfg: Distillation, run: Run, has_parameters: bool) -> None:
     """Say what of the settings does nothing. has_parameters: of the method's own, which learn."""
     if cfg.supervised:
         return
+    if cfg.nnunet_folder:
+        _note_nnunet(cfg, run)
     if cfg.method_lr and not has_parameters:
         run.note(f"note: {cfg.method} has no parameters of its own: method_lr does nothing")
     if not cfg.taught and (cfg.pseudo_confidence or cfg.teacher_views != "one"):
@@ -600,4 +699,18 @@ def note_idle(cfg: Distillation, run: Run, has_parameters: bool) -> None:
         run.note(
             f"note: with max_steps {cfg.max_steps} the terms do not reach their weights, for which "
             f"distill_warmup takes {cfg.warmup_steps} steps"
+        )
+
+
+def _note_nnunet(cfg: Distillation, run: Run) -> None:
+    """Say which folds teach, and what ACF-BCKD leaves out under a plain network."""
+    results = nnunet.read_results(cfg.nnunet_folder)
+    folds = results.chosen(cfg.teacher_folds)
+    listed = ", ".join(f"{fold} ({results.folds[fold].name})" for fold in folds)
+    features = f"; the features are those of fold {folds[0]}" if len(folds) > 1 else ""
+    run.note(f"note: the teacher is {results.folder.name}, fold {listed}{features}")
+    if cfg.leaves_out_attention({} if results.network["encoder"] == "plain" else {"residual": 0}):
+        run.note(
+            "note: this nnU-Net has no residual block: acf_bckd goes without AFD and CFD, its "
+            "boundary terms HBD and SBD remain"
         )

@@ -44,7 +44,14 @@ class FewLabels(DataSettings):
     recipes = SSL_METHODS
     not_in_recipes = ("method",)
     set_aside: ClassVar = (
-        *("student", "teacher", "teacher_checkpoint", "teacher_seed", "distill_warmup"),
+        *(
+            "student",
+            "teacher",
+            "teacher_checkpoint",
+            "teacher_folds",
+            "teacher_seed",
+            "distill_warmup",
+        ),
         *("method_lr", "cases_per_batch", "crops_per_case", "val_start", "overlap"),
     )
     other_names = (*KD_METHODS, *NETWORKS)
@@ -76,7 +83,7 @@ class FewLabels(DataSettings):
         dimensions = SSL_METHODS[self.method].dimensions
         if len(self.patch_size) not in dimensions:
             raise ConfigError(f"method: {self.method} is a method for {dimensions[0]}D networks")
-        self._check_patch(self.network)
+        self._check_patch(self.network, self.network_arguments(self.network))
         of_format = self.pluggable["format"].registry[self.format]
         key = "regions" if self.regions and "regions" in of_format.accepted() else "format"
         if key == "regions" or of_format.multilabel:

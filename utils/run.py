@@ -70,6 +70,7 @@ from utils.config import (
     from_flag,
     plain_name,
     read_yaml,
+    trying,
 )
 from utils.diagnosis import findings
 from utils.distributed import join_world
@@ -285,15 +286,19 @@ class Settings:
     def _try_out(self) -> None:
         """Build networks and method without memory: what does not fit shows before the data."""
 
-    def _check_patch(self, *names: str) -> None:
-        """ConfigError unless networks of these names can take the patches."""
+    def _check_patch(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """ConfigError unless the network of this name and these arguments can take the patches."""
         networks = (self.pluggable.get("network") or self.pluggable["student"]).registry
-        for name in names:
-            stride = networks[name].stride
-            if any(side % stride for side in self.patch_size):
-                raise ConfigError(
-                    f"patch_size: {list(self.patch_size)} must be multiples of {stride} for {name}"
-                )
+        stride = networks[name].stride
+        strides = (stride,) * len(self.patch_size)
+        if hasattr(networks[name], "multiples"):  # whose strides are among the arguments
+            with trying(f"network_args: {name}"):
+                strides = networks[name].multiples(**arguments)
+        if any(side % step for side, step in zip(self.patch_size, strides)):
+            shown = strides[0] if len(set(strides)) == 1 else list(strides)
+            raise ConfigError(
+                f"patch_size: {list(self.patch_size)} must be multiples of {shown} for {name}"
+            )
 
 
 class Run:

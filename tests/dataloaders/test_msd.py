@@ -967,7 +967,10 @@ def test_an_affine_that_places_nothing(folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"intensity": "minmax"}, "intensity must be one of window, zscore, none, got 'minmax'"),
+        (
+            {"intensity": "minmax"},
+            "intensity must be one of window, zscore, none, nnunet, got 'minmax'",
+        ),
         ({"window": (250.0, -175.0)}, r"window must be two rising values, got \(250\.0, -175\.0\)"),
         ({"spacing": (1.0, 1.0)}, "spacing must be three positive values"),
         ({"spacing": (1.0, 0.0, 1.0)}, "spacing must be three positive values"),

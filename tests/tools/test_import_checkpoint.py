@@ -32,6 +32,7 @@ SMALL = {
     "espnetv2": {"channels": [16, 32, 48, 64]},
     "mobile_unet": {"width": 0.5},
     "lcovnet": {"channels": [4, 8, 16, 32, 64]},
+    "nnunet": {"features_per_stage": [4, 6, 8, 10]},
     "unet2d": {"channels": [4, 6, 8, 10, 12]},
     "vnet": {"n_filters": 4},
     "vnet_dual": {"n_filters": 4},

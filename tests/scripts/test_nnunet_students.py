@@ -1,0 +1,116 @@
+"""From a results folder of nnU-Net to its students: configuration, training, test, prediction."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from tests.nnunet_folders import (
+    LABELS,
+    REGIONS,
+    make_plans,
+    plan_arguments,
+    write_raw,
+    write_results,
+)
+from tests.scripts.conftest import run
+
+SMALL = ("max_steps=2", "val_interval=2", "workers=0", "log_interval=1", "bn_batches=1")
+FOLDER = "results/nnUNetTrainer__nnUNetPlans__3d_fullres"
+CONFIG = ("tools/new_config.py", "--nnunet", FOLDER, "--data", "raw", "--out", "mine.yaml")
+BUDGET = ("--budget-params", "9000", "--threads", "1")
+
+
+def workspace(folder, encoder="plain", labels=LABELS, **plans):
+    channels = ("T1", "T2") if labels is REGIONS else ("CT",)
+    scheme = "ZScoreNormalization" if labels is REGIONS else "CTNormalization"
+    write_raw(folder / "raw", channels, labels)
+    plans = make_plans(encoder, channels=len(channels), scheme=scheme) | plans
+    axes = {"axes": [2 - k for k in plans["transpose_forward"]]}
+    options = {"labels": labels, "channels": channels, "folds": ("0", "1")}
+    write_results(folder / "results", plan_arguments(encoder) | axes, plans, **options)
+
+
+def train(folder, *flags, opts=(), ok=True):
+    words = ("train_3d_distill.py", "--config", "mine.yaml", *flags, "--opts", *SMALL, *opts)
+    return run(*words, cwd=folder, ok=ok)
+
+
+@pytest.mark.slow
+def test_a_plain_network_teaches_students_that_segment_scans(tmp_path):
+    # the coarse axis of the scans is not the first one that nnU-Net reads
+    workspace(tmp_path, transpose_forward=[2, 0, 1])
+    written = run(*CONFIG, *BUDGET, cwd=tmp_path)
+    values = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert (values["spacing"], values["patch_size"]) == ([1.5, 1.0, 1.0], [16, 24, 24])
+    assert values["network_args"]["nnunet"]["axes"] == [0, 2, 1]
+    assert (values["fold"], values["split_dir"], values["student"]) == (0, "", "nnunet")
+    rows = [line for line in written.stdout.splitlines() if line.startswith("| nnunet ")]
+    assert "the teacher" in rows[0] and any(row.endswith("| yes |") for row in rows[1:])
+    assert "fold 1 of the teacher saw its val list" in written.stdout
+    trained = train(tmp_path, "--teacher", FOLDER, "--student", "unet")
+    assert "fold 0 (checkpoint_final.pth), 1 (checkpoint_final.pth)" in trained.stderr
+    assert "goes without AFD and CFD" in trained.stderr
+    one = train(tmp_path, "--teacher", FOLDER, "--teacher-folds", "1", "--method", "kd")
+    assert "fold 1 (checkpoint_final.pth)\n" in one.stderr
+    train(tmp_path, "--method", "supervised")
+    best = tmp_path / "runs/mine/kd/nnunet-nnunet/seed0/best.pt"
+    run("test_3d.py", "--ckpt", str(best), "--split", "val", cwd=tmp_path)
+    scan = "raw/imagesTr/case_0_0000.nii.gz"
+    run("predict_3d.py", "--ckpt", str(best), "--input", scan, "--output", "out", cwd=tmp_path)
+    (segmented,) = (tmp_path / "out").glob("*.nii.gz")
+    assert nib.load(segmented).shape == nib.load(tmp_path / scan).shape
+    tested = nib.load(best.parent / "predictions/case_0.nii.gz")
+    assert np.array_equal(np.asarray(nib.load(segmented).dataobj), np.asarray(tested.dataobj))
+
+
+@pytest.mark.slow
+def test_a_residual_network_of_regions_teaches_all_of_acf_bckd(tmp_path):
+    workspace(tmp_path, "residual", REGIONS)
+    (tmp_path / "raw/splits_final.json").rename(tmp_path / "folds.json")
+    flags = ("--fold", "1", "--fold-lists", "folds.json", "--networks", "nnunet")
+    run(*CONFIG, *flags, "--budget-ms", "60000", cwd=tmp_path)
+    assert (tmp_path / "splits/mine/val.txt").read_text().split()[-1] == "case_1"
+    trained = train(tmp_path)  # the file names the teacher
+    assert "AFD" not in trained.stderr
+    lines = (tmp_path / "runs/mine/acf_bckd/nnunet-nnunet/seed0/log.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    assert any('"afd": ' in line and '"afd": 0.0' not in line for line in lines), logged
+    # a teacher of other images or classes is refused
+    for change, expected in (
+        ("spacing=[1.0,1.0,1.0]", "prepared in another way (spacing"),
+        ("intensity=zscore", "intensity_channels"),
+        ("teacher_folds=[3]", "no fold 3; there is 0, 1"),
+        ("class_names=[whole,other]", "class_names"),
+    ):
+        refused = train(tmp_path, opts=(change, "tag=refused"), ok=False)
+        assert refused.returncode and expected in refused.stderr, change
+    refused = train(tmp_path, "--teacher", "no/such/folder", ok=False)
+    assert refused.returncode and "TRAINER__PLANS__CONFIGURATION" in refused.stderr
+    refused = train(tmp_path, "--teacher", "unet", "--teacher-folds", "0", ok=False)
+    assert refused.returncode and "teacher_folds" in refused.stderr
+
+
+def test_flags_and_folders_that_do_not_fit_are_refused(tmp_path):
+    workspace(tmp_path)
+    for flags, expected in (
+        (("--budget-params", "10"), "no candidate is within the budget"),
+        (("--fold-lists", "none.json"), "none.json: no such file"),
+        (("--patch", "8", "8", "8"), "the patch is that of its plans"),
+        (("--threads", "0"), "must be above 0"),
+    ):
+        refused = run(*CONFIG, *flags, cwd=tmp_path, ok=False)
+        assert refused.returncode and expected in refused.stderr, flags
+        assert not (tmp_path / "mine.yaml").exists()
+    plain = ("tools/new_config.py", "--data", "raw", "--out", "mine.yaml")
+    for flags in (("--budget-ms", "3"), ("--networks", "nnunet")):
+        refused = run(*plain, *flags, cwd=tmp_path, ok=False)
+        assert refused.returncode and "goes with --nnunet" in refused.stderr
+    described = tmp_path / FOLDER / "dataset.json"
+    content = json.loads(described.read_text())
+    content["labels"] = {"background": 0, "organ": 1, "vessel": 2}
+    described.write_text(json.dumps(content))
+    refused = run(*CONFIG, *BUDGET, cwd=tmp_path, ok=False)
+    assert refused.returncode and "its classes are background, organ, vessel" in refused.stderr
