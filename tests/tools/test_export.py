@@ -335,7 +335,7 @@ def test_spoilt_files_are_refused(model, tmp_path):
     with pytest.raises(CheckpointError, match=r"lacks exported\.files"):
         ExportedModel(path)
     described.write_text(json.dumps(json.loads(content) | {"code": "\x1b[2J"}))
-    with pytest.raises(CheckpointError, match="not valid JSON .*control characters"):
+    with pytest.raises(CheckpointError, match=r"not valid JSON .*control characters"):
         ExportedModel(path)
     described.write_text(json.dumps(json.loads(content) | {"network": {"in_channels": "x"}}))
     with pytest.raises(CheckpointError, match=r"model.ts.json: does not describe a network"):
