@@ -863,7 +863,9 @@ def check_mask(
         return
     if ignore is not None:
         counts[ignore] = 0
-    high = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
+    if not counts.any():  # nobody labelled a pixel
+        return
+    high = int(np.flatnonzero(counts)[-1])
     if 0 < high <= 127:
         faults.error(
             "mask values",

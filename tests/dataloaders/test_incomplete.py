@@ -3,6 +3,7 @@ that were not annotated, and settings that do not fit the data.
 """
 
 import json
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -208,6 +209,11 @@ def test_masks_of_images(tmp_path):
     }
     for seen in views_of(dataset, dataset.sample(splits["labelled"][0])):
         assert set(np.unique(seen)) == {0, 1, UNKNOWN}
+    test_images2d.save(tmp_path / "train/masks/b.png", np.full_like(test_images2d.mask_of(1), 128))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # shares of no pixels are nothing to divide
+        test_images2d.dataset(tmp_path, ignore_label=128).prepare(splits)
+    test_images2d.save(tmp_path / "train/masks/b.png", test_images2d.mask_of(1))
     other = test_images2d.dataset(tmp_path)
     with pytest.raises(DataError, match=r"values \[128\] in .* of the pixels"):
         other.prepare(other.splits())
