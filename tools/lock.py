@@ -46,7 +46,9 @@ def normalised(name: str) -> str:
 
 
 def requirement_files() -> list[Path]:
-    return sorted(path for path in ROOT.glob("requirements*.txt") if path != LOCK)
+    """Those that the scripts install; requirements-nnunet.txt is for an environment of its own."""
+    apart = (LOCK, ROOT / "requirements-nnunet.txt")
+    return sorted(path for path in ROOT.glob("requirements*.txt") if path not in apart)
 
 
 def read_report(report: dict) -> dict[str, Locked]:

@@ -169,7 +169,7 @@ def read_run(folder: Path, space: str, suffix: str) -> Run:
 
 def check_config(config: dict, folder: Path) -> None:
     """ReportError unless it is the configuration of a training script."""
-    keys = KEYS | ({"network": str} if "labelled" in config else KEYS_DISTILLED)
+    keys = KEYS | (KEYS_DISTILLED if "student" in config else {"network": str})
     wrong = [key for key, kind in keys.items() if not isinstance(config.get(key), kind)]
     if not isinstance(config.get("tag", ""), str):
         wrong.append("tag")

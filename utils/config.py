@@ -90,7 +90,7 @@ def config_path(name: str) -> Path:
     btcv.
     """
     own = PROJECT / "configs" / f"{name}.yaml"
-    if re.fullmatch(r"[\w-]+", name) and not Path(name).exists() and own.exists():
+    if re.fullmatch(r"[\w-]{1,100}", name) and not Path(name).exists() and own.exists():
         return Path("configs", own.name) if Path("configs", own.name).exists() else own
     return Path(name)
 

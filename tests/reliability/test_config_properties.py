@@ -518,6 +518,7 @@ def other_value(field):
         "orientation": "LPS",
         "spacing": [1.0, 1.0, 1.0],
         "intensity": "zscore",
+        "intensity_channels": [{"scheme": "NoNormalization"}],
         "window": [0.0, 1.0],
         "normalize": "volume",
         "augmentation": "supervised",

@@ -1011,13 +1011,14 @@ def test_intensities_of_slices_outside_0_to_1_are_refused(site):
     [
         ("size", "30 x 30 pixels, but its image"),
         ("cut", "truncated"),
-        ("gone", "has no mask"),
+        ("gone", "has no label"),
         ("ids", "its largest value is 1"),
     ],
 )
 def test_a_bad_image_stops_before_training_and_is_named(site, suffix, expected):
     tiny = site("images2d")
-    path = tiny.folder / "data/masks/photo4.png"
+    name = "seen1" if suffix == "gone" else "photo4"  # seen1 is to be scored
+    path = tiny.folder / f"data/masks/{name}.png"
     mask = np.asarray(Image.open(path))
     if suffix == "size":
         Image.fromarray(mask[:, :30]).save(path)
@@ -1028,7 +1029,7 @@ def test_a_bad_image_stops_before_training_and_is_named(site, suffix, expected):
     else:
         path.unlink()
     message = refused(tiny)
-    assert expected in message and "photo4" in message
+    assert expected in message and name in message
 
 
 @pytest.mark.parametrize("other", ["val", "test"])

@@ -311,7 +311,7 @@ def test_spoilt_files_are_refused(model, tmp_path):
     path = moved(model, tmp_path)
     assert ExportedModel(path, trusted=True).num_classes == 3
     described = exported.sidecar(path)
-    content = described.read_text()
+    content, sound = described.read_text(), path.read_bytes()
     with path.open("r+b") as file:
         file.seek(200)
         file.write(b"\0\1\2\3")
@@ -337,12 +337,13 @@ def test_spoilt_files_are_refused(model, tmp_path):
     described.write_text(json.dumps(json.loads(content) | {"code": "\x1b[2J"}))
     with pytest.raises(CheckpointError, match=r"not valid JSON .*control characters"):
         ExportedModel(path)
+    path.write_bytes(sound)
     described.write_text(json.dumps(json.loads(content) | {"network": {"in_channels": "x"}}))
     with pytest.raises(CheckpointError, match=r"model.ts.json: does not describe a network"):
         ExportedModel(path, trusted=True)
     described.unlink()
     with pytest.raises(CheckpointError, match=r"model.ts.json: no such file.*copy it"):
-        ExportedModel(path)
+        ExportedModel(path, trusted=True)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"model.ts: no such model file"):
         ExportedModel(path)

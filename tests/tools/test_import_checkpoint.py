@@ -112,7 +112,7 @@ def test_teacher_of_a_supervised_run(config):
     # The distillation script takes it as a teacher, and test_3d.py finds every key it reads.
     args, cfg = train_3d_distill.parse_args(["--config", config])
     dataset = build_dataset(**checkpoint["dataset"])
-    teacher, scores = load_teacher(cfg, args, dataset.num_classes, [])
+    teacher, scores = load_teacher(cfg, args, dataset, {"val": [], "test": []})
     assert scores is None  # imported weights bring none
     assert all(torch.equal(teacher.state_dict()[key], value) for key, value in state.items())
     assert checkpoint["kind"] == "3d"

@@ -15,6 +15,7 @@ import yaml
 from tests.scripts.conftest import run
 from tools import make_demo_data, new_config
 from utils.checkpoint import load_checkpoint
+from utils.config import ConfigError
 
 SMALL = (
     "max_steps=2",
@@ -279,7 +280,7 @@ def test_spacing_patch_and_batch(tmp_path, monkeypatch):
     least = written(tmp_path, monkeypatch, "--device-memory", "0.001")["patch_size"]
     assert least == [16, 16, 8]  # one voxel in the deepest layer would be too few
     (tmp_path / "mine.yaml").unlink()
-    with pytest.raises(ValueError, match="more than 1 spatial element"):
+    with pytest.raises(ConfigError, match=r"patch_size: .* leaves unet one voxel"):
         written(tmp_path, monkeypatch, "--patch", "8", "8", "8", "--networks", "resunet")
     assert not (tmp_path / "mine.yaml").exists()
     assert written(tmp_path, monkeypatch, "--patch", "32", "16", "8")["patch_size"] == [32, 16, 8]
