@@ -122,7 +122,7 @@ def read_json(path: Path, kind: type = dict, expected: str = "an object with a l
                 "no such data list",
                 "",
                 "put the data set there (docs/data.md) or name its folder with --opts "
-                "data_root=FOLDER",
+                "data_root=FOLDER (in test scripts --data-root FOLDER)",
             )
         )
     try:

@@ -81,7 +81,12 @@ class Flags(argparse.ArgumentParser):
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for word in re.findall(r"(?<!\S)--[^\s=]+", message):
             if message.startswith("unrecognized arguments") and word not in known:
-                message += f"; {word}: {_nearest(word, known)}"
+                near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+                if near or "--opts" not in known:
+                    message += f"; {word}: {_nearest(word, known)}"
+                else:  # a key of the file is what else people write so
+                    key = word.removeprefix("--").replace("-", "_")
+                    message += f"; keys of the configuration go behind --opts: --opts {key}=VALUE"
         super().error(message)
 
 
@@ -138,7 +143,7 @@ def training_flags(
         folds = "folds of an nnU-Net whose logits are averaged; default: those that are there"
         add("--teacher-folds", nargs="+", metavar="FOLD", help=folds)
     add(
-        *("--labelled", "--label_num", "--labeled_num", "--labeled-num"),
+        *("--labelled", "--labeled", "--label_num", "--labeled_num", "--labeled-num"),
         type=parse_labelled_or_zero if zero else parse_labelled,
         help=f"{labelled} that count as labelled (3), or their share (0.05, 5%%)"
         + ("; 0: the teacher's prediction is the only label" if zero else ""),

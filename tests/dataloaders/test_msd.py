@@ -628,9 +628,8 @@ def test_bad_lists(tmp_path, content, message):
 
 
 def test_missing_list(tmp_path):
-    with pytest.raises(
-        DataError, match=r"dataset\.json: no such data list; .*--opts data_root=FOLDER"
-    ):
+    flags = r"--opts data_root=FOLDER \(in test scripts --data-root FOLDER\)"
+    with pytest.raises(DataError, match=rf"dataset\.json: no such data list; .*{flags}"):
         read_datalist(tmp_path, "dataset.json")
 
 

@@ -193,6 +193,17 @@ def test_a_mistyped_flag_is_answered_by_the_nearest(capsys):
     assert "--metod: did you mean '--method'?; --sed: did you mean '--seed'?" in told
 
 
+def test_a_key_that_is_given_as_a_flag_is_answered_by_opts(capsys):
+    with pytest.raises(SystemExit):
+        training_flags("", ["kd"], {"student": ""}).parse_args(["--max-steps", "20"])
+    told = capsys.readouterr().err
+    assert "--opts max_steps=VALUE" in told and "did you mean" not in told
+
+
+def test_labeled_is_labelled():
+    assert training_flags("", ["kd"], {}).parse_args(["--labeled", "2"]).labelled == 2
+
+
 def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path):
     assert run_checkpoint(str(tmp_path)) == tmp_path / "best.pt"
     assert run_checkpoint(str(tmp_path / "last.pt")) == tmp_path / "last.pt"
