@@ -277,7 +277,7 @@ def parse(
     args = flags.parse_args(argv)
     in_folder = isinstance(args.resume, str)
     if in_folder == (args.config is not None):
-        flags.error("needs either --config FILE or --resume RUNFOLDER")
+        flags.error("give one of --config FILE and --resume RUNFOLDER")
     if in_folder:
         args.config = Path(args.resume, "config.yaml")
     keys = {field.name for field in dataclasses.fields(schema)}

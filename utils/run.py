@@ -743,10 +743,11 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
     values = {key: plain(value) for key, value in dataclasses.asdict(config).items()}
     path = folder / "config.yaml"
     if not resume and _has_run(folder):
+        ways = "go on with --resume, remove the folder"
+        if path.exists() and (differ := _differing(config, values, stored_config(path))):
+            ways = f"its {', '.join(differ)} differ; remove the folder"
         raise ConfigError(
-            f"{folder}: holds a run already; go on with --resume, remove the folder, or name "
-            "another with "
-            f"--opts tag=NAME"
+            f"{folder}: holds a run already; {ways}, or name another with --opts tag=NAME"
         )
     if resume and not path.exists():
         raise ConfigError(
@@ -755,11 +756,10 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
             f"restore config.yaml, or remove the folder and start again"
         )
     if resume:
-        # Keys that did not exist when the run began had what is their default now.
-        before = plain(defaults(type(config))) | stored_config(path)
-        differ = sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k))
-        refused = [key for key in differ if key not in RESUMABLE]
+        before = stored_config(path)
+        refused = _differing(config, values, before)
         if refused:
+            before = plain(defaults(type(config))) | before
             shown = "; ".join(
                 f"{key}: {before.get(key)!r} then, {values.get(key)!r} now" for key in refused
             )
@@ -770,6 +770,14 @@ def open_run(folder: Path, config: Any, resume: bool) -> None:
             )
     remove_temporary(folder)
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _differing(config: Any, now: Mapping, then: Mapping) -> list[str]:
+    """Keys that keep a run with the values `then` from being resumed with those of `now`."""
+    # Keys that did not exist when the run began had what is their default now.
+    then = plain(defaults(type(config))) | then
+    keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    return [key for key in keys if key not in RESUMABLE]
 
 
 def stored_config(path: Path) -> dict[str, Any]:

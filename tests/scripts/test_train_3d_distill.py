@@ -389,7 +389,7 @@ def test_run_folder_is_not_overwritten_and_not_resumed_with_other_settings(works
     moved = run(script, "--resume", "moved", cwd=workspace, ok=False).stderr
     assert f"moved: its config.yaml names the run folder {folder}" in moved
     both = run(script, "--config", "tiny.yaml", "--resume", "moved", cwd=workspace, ok=False)
-    assert "either --config FILE or --resume RUNFOLDER" in both.stderr
+    assert "give one of --config FILE and --resume RUNFOLDER" in both.stderr
 
 
 def test_a_change_that_concerns_other_runs_does_not_keep_one_from_resuming(workspace):

@@ -82,6 +82,8 @@ def test_a_run_is_not_overwritten(tmp_path):
     open_run(tmp_path, Config(), resume=False)  # nothing saved yet: no loss
     save_last({"step": 1}, tmp_path)
     with pytest.raises(ConfigError, match=r"holds a run already; go on with --resume.*tag=NAME"):
+        open_run(tmp_path, Config(), resume=False)
+    with pytest.raises(ConfigError, match="holds a run already; its lr differ; remove the folder"):
         open_run(tmp_path, Config(lr=0.1), resume=False)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 1e-6
 
