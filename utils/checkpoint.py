@@ -28,7 +28,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 
@@ -46,6 +46,7 @@ FULL = {
 }
 LARGEST_COUNT = 10_000_000  # plain values of a checkpoint
 DEEPEST = 40
+ATTEMPTS = 20  # of taking a lock whose file others keep removing
 PREVIOUS = "last.previous.pt"
 DAMAGED = "last.damaged.pt"
 
@@ -210,8 +211,11 @@ class Lock:
 
     Others read in the file which process holds it, on which host and since when. Forked processes
     do not inherit it. It holds between machines and containers as far as their shared file system
-    has locks. Where there are none, a warning says so, it counts as taken, and `works` is False.
+    has locks. Where there are none, a warning says so, once for each file, it counts as taken, and
+    `works` is False.
     """
+
+    _warned: ClassVar[set[Path]] = set()  # files of which this process has said so
 
     def __init__(self, path: Path) -> None:
         self.path, self.works = path, True
@@ -225,7 +229,8 @@ class Lock:
         shared: with others that share it. wait: until it is free.
         """
         self._shared = shared
-        while True:
+        for _ in range(ATTEMPTS):
+            self._close()  # nothing is open, or what is gone: its last owner removed it meanwhile
             self._descriptor = self._opened()
             try:
                 self._lock(wait)
@@ -236,20 +241,25 @@ class Lock:
                 return owner or "another process"
             except OSError as error:
                 self.works = False
-                print(
-                    f"warning: {self.path}: cannot be locked ({error.strerror}), so nothing keeps "
-                    "another process from writing here at the same time",
-                    file=sys.stderr,
-                )
-            if self.holds():
+                self._warn(error)
+            # some network file systems give a file another number each time it is looked up
+            if not self.works or self.holds():
                 break
-            self._close()  # its last owner removed it meanwhile
         if not shared:
             since = time.strftime("%Y-%m-%d %H:%M:%S %z")
             text = f"process {os.getpid()} on host {socket.gethostname()} since {since}\n"
             os.truncate(self._descriptor, 0)
             os.write(self._descriptor, text.encode())
         return None
+
+    def _warn(self, error: OSError) -> None:
+        if self.path not in self._warned:
+            self._warned.add(self.path)
+            print(
+                f"warning: {self.path}: cannot be locked ({error.strerror}), so nothing keeps "
+                "another process from writing here at the same time",
+                file=sys.stderr,
+            )
 
     def _opened(self) -> int:
         try:
@@ -275,13 +285,15 @@ class Lock:
             return False
 
     def release(self) -> None:
-        """Drop it and remove its file, which stays where others may share it; nothing to do where
-        it is not taken.
+        """Drop it and remove its file, which stays where others may share it, or where it cannot be
+        removed (Windows keeps files that are open): it does no harm. Nothing to do where it is not
+        taken.
         """
         if self._descriptor is None:
             return
         if self.holds() and not self._shared:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.unlink()
         self._close()
 
     def _close(self) -> None:

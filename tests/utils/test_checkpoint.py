@@ -6,6 +6,7 @@ import pickle
 import stat
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import utils.checkpoint as checkpoint
 from utils.checkpoint import (
     PREVIOUS,
     CheckpointError,
+    Lock,
     TableError,
     atomic_save,
     digest,
@@ -314,3 +316,23 @@ def test_devices_are_written_to_and_not_replaced(tmp_path):
     write_text(tmp_path / "pipe", "text")
     assert os.read(reader, 100) == b"text" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     os.close(reader)
+
+
+def test_a_lock_holds_up_nothing_where_there_are_none(tmp_path, monkeypatch, capsys):
+    """No locks, numbers of files that change, and files that cannot be removed while open."""
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", Mock(side_effect=OSError(37, "No locks")))
+    for _ in range(3):
+        lock = Lock(tmp_path / "lock")
+        assert lock.take() is None and not lock.works
+        lock.release()
+    assert capsys.readouterr().err.count("cannot be locked (No locks)") == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint.os.path, "samestat", lambda one, other: False)
+    lock = Lock(tmp_path / "lock")
+    assert lock.take() is None and lock.take() is None
+    lock.release()
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "unlink", Mock(side_effect=PermissionError("in use")))
+    assert lock.take() is None
+    lock.release()
+    assert lock.path.exists() and lock.take() is None
