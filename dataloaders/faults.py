@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -366,7 +367,9 @@ def check_room(path: Path, shape: Sequence[int], itemsize: int) -> None:
 @functools.cache
 def memory() -> int:
     """Bytes of memory that this process may take: the machine's, or the limit of its container."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = sys.maxsize  # where the system does not tell (Windows)
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(Path("/sys/fs/cgroup", name).read_text()))

@@ -1,5 +1,6 @@
 """LA on tiny HDF5 files: the three layouts, lists and labelled prefixes, views, bad input."""
 
+import os
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from dataloaders import faults
 from dataloaders.faults import DataError, Report
 from dataloaders.la import LAYOUTS, LADataset
 from dataloaders.lists import read_split
@@ -304,6 +306,15 @@ def test_arrays_that_fit_no_memory_are_refused_before_they_are_read(tmp_path):
     with pytest.raises(DataError, match="100000 x 100000 x 100000 values") as caught:
         data.sample(data.find(["A"])[0])
     assert caught.value.findings[0].fault == "too large"
+
+
+def test_arrays_are_read_where_the_system_does_not_tell_its_memory(monkeypatch):
+    monkeypatch.delattr(os, "sysconf")  # as on Windows
+    faults.memory.cache_clear()
+    try:
+        faults.check_room(Path("a.h5"), SHAPE, 4)
+    finally:
+        faults.memory.cache_clear()
 
 
 def test_hidden_files_and_composed_names(tmp_path):
