@@ -167,6 +167,8 @@ def _series(folder: Path, damaged: list[Path] | None = None) -> dict[str, list[t
         if header is None:
             continue
         scan = _ROWS in header and not header.get(_SOP, "").startswith(_NO_SCANS)
+        if "damaged" not in header:
+            header.setdefault(_SERIES, "")  # images without an identifier are one series
         if _SERIES in header and (scan or "damaged" in header):
             found.setdefault(header[_SERIES], []).append((path, header))
         elif "damaged" in header and damaged is not None:
@@ -522,7 +524,7 @@ class _Header:
                 found[tag] = self._unpack("H", at)[0]
             elif tag in _TEXTS:
                 found[tag] = self.data[at : at + length].decode("ascii", "replace").strip("\0 ")
-                if tag == _PHOTOMETRIC:
+                if tag == _PHOTOMETRIC and not inner:
                     self.photometric = at
             at += length
         return at

@@ -325,8 +325,16 @@ def test_each_slice_is_rescaled_as_it_says(tmp_path, frames, slopes, intercepts)
 
 @pytest.mark.parametrize("signed", [0, 1])
 def test_what_is_shown_inverted_is_stored_as_it_is(tmp_path, signed):
-    stored = write_stack(tmp_path / "s", stack(4), shown="1", signed=signed)
-    assert np.array_equal(read_volume(tmp_path / "s")[0], rescaled(stored, stack(4)))
+    icon = [  # a small picture within the header, with a photometric interpretation of its own
+        element(0x00280004, "CS", "MONOCHROME2"),
+        element(0x00280010, "US", 2),
+        element(0x00280011, "US", 2),
+        element(0x7FE00010, "OW", bytes(4)),
+    ]
+    for more in ({}, {0x00880200: element(0x00880200, "SQ", [icon])}):
+        folder = tmp_path / f"s{len(more)}"
+        stored = write_stack(folder, stack(4), shown="1", signed=signed, more=more)
+        assert np.array_equal(read_volume(folder)[0], rescaled(stored, stack(4)))
 
 
 def test_types_of_all_slices_are_held(tmp_path):
@@ -357,6 +365,12 @@ def test_what_lies_beside_a_series_does_not_hide_it(tmp_path):
     slices.write_bytes(slices.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"007\.dcm: unreadable .* end early"):
         read_volume(tmp_path / "s")
+
+
+def test_images_without_an_identifier_are_one_series(tmp_path):
+    """As some programs that anonymise leave them."""
+    stored = write_stack(tmp_path / "s", stack(), more={0x0020000E: b""})
+    assert np.array_equal(read_volume(tmp_path / "s")[0], rescaled(stored, stack()))
 
 
 def test_files_that_say_too_little(tmp_path):
