@@ -37,8 +37,12 @@ class _ThinGridsInFloat32(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        image = args[0] if args else kwargs.get("input")
-        if func not in _CONVOLUTIONS or min(image.shape[2:]) > THIN or image.is_cuda:
+        if func not in _CONVOLUTIONS:
+            return func(*args, **kwargs)
+        image = args[0] if args else kwargs["input"]
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        grid = image.shape[2 - weight.ndim :]  # an image may come without a batch
+        if min(grid) > THIN or image.is_cuda:
             return func(*args, **kwargs)
         if not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)

@@ -667,3 +667,9 @@ def test_bf16_takes_float32_for_thin_grids_alone():
     assert torch.equal(found[0], torch.conv3d(thin, weight).to(torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(found[1], torch.conv3d(thick, weight))
+    # without a batch
+    row, single = torch.rand(2, 7), torch.rand(3, 2, 1)
+    with autocast(torch.device("cpu"), "bf16"):
+        found = [torch.conv1d(row, single), torch.conv3d(thin[0], weight)]
+        assert torch.equal(found[0], torch.conv1d(row[None], single)[0])
+    assert torch.equal(found[1], torch.conv3d(thin[0], weight).to(torch.bfloat16))
