@@ -15,11 +15,12 @@ from utils.config import ConfigError, escaped
 
 class LastingStream:
     """A stream whose reader may go away: a closed terminal, `| head`, a full disk. What cannot be
-    written from then on goes nowhere, since no text is worth a training.
+    written from then on goes nowhere, since no text is worth a training. `full`: why, if its disk
+    took no more; else "".
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self.full = stream, ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -27,20 +28,21 @@ class LastingStream:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except OSError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
 
-    def _drop(self) -> None:
+    def _drop(self, error: OSError) -> None:
         """Let the file descriptor lead nowhere: what is still in the buffer leaves it with the next
         flush, that of the interpreter's end at the latest.
         """
+        self.full = FULL.get(error.errno, self.full)
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -48,9 +50,9 @@ class LastingStream:
 
 
 @contextlib.contextmanager
-def lasting_streams() -> Iterator[None]:
-    """Standard output and error as `LastingStream`; one that is closed from the start is the
-    system's null device.
+def lasting_streams() -> Iterator[LastingStream]:
+    """Standard output, which is given, and error as `LastingStream`; one that is closed from the
+    start is the system's null device.
     """
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as opened:
@@ -61,7 +63,7 @@ def lasting_streams() -> Iterator[None]:
             streams.append(LastingStream(stream))
         sys.stdout, sys.stderr = streams
         try:
-            yield
+            yield streams[0]
         finally:
             for stream in streams:
                 stream.flush()
@@ -85,18 +87,28 @@ def run_tool(main: Callable[[], int | None], *expected: type[Exception]) -> int 
 
     expected: further errors whose message is such a line.
     """
-    with lasting_streams():
-        try:
-            return main()
-        except (ConfigError, CheckpointError, TableError, *expected) as problem:
-            return escaped(f"error: {problem}")
-        except DiskError as problem:
-            return escaped(f"error: {problem}; make room or mend the folder, then run it again")
-        except OSError as error:
-            message = system_message(error)
-            if message is None:
-                raise
-            return escaped(f"error: {message}")
-        except KeyboardInterrupt:
-            print("\ninterrupted; files that were written are whole", file=sys.stderr)
-            return 128 + signal.SIGINT
+    with lasting_streams() as output:
+        code = _code_of(main, expected)
+    if not code and output.full:  # of a table, say, that was to be kept
+        return f"error: standard output is cut: {output.full}; files that were written are whole"
+    return code
+
+
+def _code_of(
+    main: Callable[[], int | None], expected: tuple[type[Exception], ...]
+) -> int | str | None:
+    """What `run_tool` gives for all but lost output."""
+    try:
+        return main()
+    except (ConfigError, CheckpointError, TableError, *expected) as problem:
+        return escaped(f"error: {problem}")
+    except DiskError as problem:
+        return escaped(f"error: {problem}; make room or mend the folder, then run it again")
+    except OSError as error:
+        message = system_message(error)
+        if message is None:
+            raise
+        return escaped(f"error: {message}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; files that were written are whole", file=sys.stderr)
+        return 128 + signal.SIGINT

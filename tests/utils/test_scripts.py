@@ -105,3 +105,11 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path):
 def test_what_a_terminal_would_obey_is_spelt_out():
     assert escaped("a\x1b[31mb\x9bc\u202ed\ud800") == r"a\x1b[31mb\x9bc\u202ed\ud800"
     assert escaped("Überlänge 肝脏\n\tnext") == "Überlänge 肝脏\n\tnext"
+
+
+def test_output_that_a_full_disk_cut_is_an_error(tmp_path):
+    done = program("print('one line of a table')", "PROGRAM > /dev/full; exit $?", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output is cut: the disk is full")
+    done = program("print('one line of a table')", "PROGRAM > table; exit $?", tmp_path)
+    assert done.returncode == 0 and not done.stderr
