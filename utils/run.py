@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -392,7 +393,7 @@ class Run:
         if owner is not None:
             raise ConfigError(
                 f"{self.folder}: in use by {owner}; wait for that run, stop it, or name another "
-                "with --opts tag=NAME"
+                f"with --opts tag=NAME; if that process is gone, with its host, remove {LOCK} there"
             )
 
     def describe(
@@ -512,6 +513,10 @@ class Run:
         for split in ("labelled", "unlabelled", "val", "test"):
             if split != "unlabelled" or unlabelled:
                 before = {key: state.get(key, {}).get(split) for key in ("cases", "contents")}
+                if before["cases"] is not None:  # as they were once written
+                    before["cases"] = [
+                        unicodedata.normalize("NFC", name) for name in before["cases"]
+                    ]
                 after = {key: now[key].get(split) for key in before}
                 trained = split in ("labelled", "unlabelled")
                 differ += [f"{split}: {text}" for text in _differences(before, after, trained)]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import unicodedata
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
@@ -400,6 +401,18 @@ def test_what_is_given_by_reference_is_compared_by_content(tiny_run, change, mes
         return
     with pytest.raises(CheckpointError, match=f"cannot resume with other data.*{message}"):
         tiny_run(resume=True, max_steps=2, **given | change)
+
+
+def test_names_of_an_earlier_run_may_be_composed_otherwise(tiny_run):
+    apart, whole = (
+        LISTS | {"val": [unicodedata.normalize(form, "Müller")]} for form in ("NFD", "NFC")
+    )
+    assert apart != whole
+    run, layer = tiny_run(max_steps=2, lists=apart, contents={})
+    next(iter(run.steps()))
+    run.save(layer.state_dict())
+    run.end()
+    tiny_run(resume=True, max_steps=2, lists=whole, contents=CONTENTS)
 
 
 def test_the_lock_is_taken_again_where_its_file_was_removed(tiny_run):
