@@ -291,6 +291,6 @@ def _num_slices(path: Path, num_classes: int) -> int:
                 return len(file["image"])
     except DataError:
         raise
-    except Exception:
+    except Exception:  # h5py raises errors of any kind for damaged files; the reader names them
         pass
     return len(read_h5(path, num_classes, 3)["image"])  # says what is wrong with the file

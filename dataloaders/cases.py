@@ -179,7 +179,7 @@ def h5_lacks_label(path: Path) -> bool:
         with h5py.File(path) as file:
             there = [file.get(key, getlink=True) is not None for key in ("image", "label")]
             return there == [True, False]
-    except Exception:
+    except Exception:  # h5py raises errors of any kind for damaged files
         return False
 
 

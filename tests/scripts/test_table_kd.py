@@ -87,11 +87,18 @@ def test_selection_seeds_and_settings(monkeypatch):
     assert {cfg.device for cfg in found} == {"cpu"}
 
 
-def test_settings_reach_the_scripts_as_they_were_typed(tmp_path):
+@pytest.mark.parametrize(
+    "script, only",
+    [
+        ("table_kd.sh", "btcv.* supervised .*--student resunet"),
+        ("table_ssl.sh", "acdc.* 3 .*crkd "),
+    ],
+)
+def test_settings_reach_the_scripts_as_they_were_typed(script, only, tmp_path):
     """No shell reads them a second time: an apostrophe is one, and what follows it is not run."""
     for folder in ("scripts", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("table_kd.sh", "setup.sh"):
+    for name in (script, "setup.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
     for name in ("requirements.txt", "requirements-lock.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -106,14 +113,7 @@ def test_settings_reach_the_scripts_as_they_were_typed(tmp_path):
         "tag=x'; touch ran; echo '",
         "tag=$(touch ran) `touch ran`",
     ]
-    command = [
-        "sh",
-        "scripts/table_kd.sh",
-        "--only",
-        "btcv.* supervised .*--student resunet",
-        "--",
-        *settings,
-    ]
+    command = ["sh", f"scripts/{script}", "--only", only, "--", *settings]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     training, shown = (tmp_path / "calls").read_text().splitlines()[:2]
     assert training.endswith("[--opts]" + "".join(f"[{setting}]" for setting in settings))

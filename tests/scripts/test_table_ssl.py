@@ -3,7 +3,6 @@ takes.
 """
 
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -89,35 +88,6 @@ def test_selection_seeds_and_settings(monkeypatch):
         ("crkd", 1),
     ]
     assert {(cfg.workers, cfg.tag) for cfg in found} == {(8, "a b")}
-
-
-def test_settings_reach_the_scripts_as_they_were_typed(tmp_path):
-    """No shell reads them a second time: an apostrophe is one, and what follows it is not run."""
-    for folder in ("scripts", ".venv/bin"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name in ("table_ssl.sh", "setup.sh"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
-    for name in ("requirements.txt", "requirements-lock.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    needed = ("requirements.txt", "requirements.txt", "requirements-lock.txt")
-    stamp = b"".join((ROOT / name).read_bytes() for name in needed)
-    (tmp_path / ".venv/installed-requirements.txt").write_bytes(stamp)
-    python = tmp_path / ".venv/bin/python"
-    python.write_text('#!/bin/sh\nprintf "[%s]" "$@" >> calls; echo >> calls\n')
-    python.chmod(0o755)
-    settings = [
-        "data_root=/media/user's disk",
-        "tag=x'; touch ran; echo '",
-        "tag=$(touch ran) `touch ran`",
-    ]
-    command = ["sh", "scripts/table_ssl.sh", "--only", "acdc.* 3 .*crkd ", "--", *settings]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    training, shown = (tmp_path / "calls").read_text().splitlines()[:2]
-    assert training.endswith("[--opts]" + "".join(f"[{setting}]" for setting in settings))
-    assert shown == f"{training}[--show-run]"
-    printed = next(line for line in done.stdout.splitlines() if line.startswith("== "))
-    assert shlex.split(printed)[-3:] == settings
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
