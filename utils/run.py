@@ -23,6 +23,8 @@ import shutil
 import signal
 import sys
 import threading
+import time
+import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -912,6 +914,11 @@ def run_script(main: Callable[[], int], *expected: type[Exception]) -> int | str
             f"error: {problem}; checkpoints written before are intact: make room or mend the "
             "folder, then go on with --resume"
         )
+    except ConnectionError as error:
+        message = _broken_loader(error)
+        if message is None:
+            raise
+        return f"error: {_dead_loader(message)}"
     except OSError as error:
         message = system_message(error)
         if message is None:
@@ -941,6 +948,24 @@ def _full_gpu(message: str) -> str:
         "window_batch or eval_batch, with which --resume goes on, as it does once other programs "
         "have left the GPU"
     )
+
+
+def _broken_loader(error: ConnectionError) -> str | None:
+    """Torch's message on the loader process whose connection broke; None for other connections.
+
+    A loader that dies while its batch is read breaks the connection some moments before it counts
+    as dead: torch then passes on the bare error, and names the process once it has ended.
+    """
+    try:
+        calls = traceback.extract_tb(error.__traceback__)
+        if not any(call.filename == torch.utils.data.dataloader.__file__ for call in calls):
+            return None
+        for _ in range(50):
+            torch._C._error_if_any_worker_fails()
+            time.sleep(0.1)
+    except RuntimeError as dead:
+        return str(dead)
+    return f"DataLoader worker (pid unknown): {error}"
 
 
 def _dead_loader(message: str) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 import unicodedata
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
@@ -295,6 +296,31 @@ def test_too_little_memory_of_a_gpu_is_said_in_a_sentence():
         "error: the GPU has too little memory (CUDA out of memory. Tried to allocate 20.00 MiB. GPU"
     )
     assert "cases_per_batch" in said and {"window_batch", "eval_batch"} <= RESUMABLE
+
+
+def broken(*arguments):
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+class DiesWhileItsItemIsRead(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return torch.zeros(3)
+
+
+def test_a_connection_that_a_dying_loader_breaks_is_named_as_its_death(monkeypatch):
+    def main():
+        next(iter(torch.utils.data.DataLoader(DiesWhileItsItemIsRead(), num_workers=1)))
+
+    monkeypatch.setattr(torch.multiprocessing.reductions, "rebuild_storage_fd", broken)
+    said = run_script(main)
+    assert said.startswith("error: a loader process died (DataLoader worker (pid")
+    assert "killed by signal: Killed" in said
+    with pytest.raises(ConnectionResetError):  # of something else
+        run_script(broken)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
