@@ -168,7 +168,7 @@ def main() -> int:
     of_student = [p for p in student.parameters() if p.requires_grad]
     of_method = [p for p in kd.parameters() if p.requires_grad] if kd is not None else []
     trained = of_student + of_method
-    note_idle(cfg, run, bool(of_method))
+    note_idle(cfg, run, bool(of_method), teacher)
     split = bool(cfg.method_lr and of_method)
     groups = [{"params": group} for group in ([of_student, of_method] if split else [trained])]
     optimizer = cfg.make_optimizer(groups)

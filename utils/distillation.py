@@ -73,7 +73,8 @@ class Distillation(DataSettings):
     # patches of a batch that come from unlabelled scans, with the teacher's prediction as their
     # label; null: half of the batch with `labelled` or `unlabelled`, all with labelled 0, else none
     unlabelled_batch: int | None = None
-    teacher_views: Annotated[str, VIEWS] = "one"  # flips: its labels are of eight mirrored copies
+    # flips: its labels are of eight mirrored copies, of an nnU-Net those that it allows
+    teacher_views: Annotated[str, VIEWS] = "one"
     pseudo_confidence: Share = 0.0  # voxels where the teacher is less sure are ignored
     # steps, a whole number, or below 1 the share of max_steps, in which the method's terms grow
     # from nothing to their weights; 0: none
@@ -459,7 +460,8 @@ def teacher_labels(
     image: (B, C, H, W, D). logits: (B, K, H, W, D), the teacher's of it. With p the softmax of the
     classes, or the sigmoid of each region, the label is argmax p, or p >= 0.5, and UNKNOWN where
     max p, or max(p, 1 - p), is below `confidence`. views: 'flips' takes for p its mean over the
-    eight mirrored copies of the patches, each mirrored back.
+    mirrored copies of the patches, each mirrored back: eight, or of an nnU-Net those along its
+    `mirror_axes`.
     """
 
     def probabilities(logits: Tensor) -> Tensor:
@@ -467,8 +469,10 @@ def teacher_labels(
 
     probs = probabilities(logits)
     if views == "flips":
-        axes = (2, 3, 4)
-        mirrored = [c for count in (1, 2, 3) for c in itertools.combinations(axes, count)]
+        axes = [2 + axis for axis in mirror_axes(teacher)]
+        mirrored = []
+        for count in range(1, 1 + len(axes)):
+            mirrored += itertools.combinations(axes, count)
         for dims in mirrored:
             probs += probabilities(teacher(image.flip(dims))).flip(dims)
         probs /= 1 + len(mirrored)
@@ -477,6 +481,13 @@ def teacher_labels(
     else:
         sure, label = probs.max(1, keepdim=True)
     return label.to(torch.uint8).masked_fill(sure < confidence, UNKNOWN)
+
+
+def mirror_axes(teacher: nn.Module) -> tuple[int, ...]:
+    """Axes of the image along which a teacher may be shown mirrored patches: all, or those that the
+    checkpoint of an nnU-Net allows. One that was trained without mirrors may take left for right.
+    """
+    return getattr(teacher, "mirror_axes", (0, 1, 2))
 
 
 def teacher_label_report(
@@ -682,12 +693,12 @@ def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, chosen: Sequ
     return same_keys and same_patch and same_list and same_cases
 
 
-def note_idle(cfg: Distillation, run: Run, has_parameters: bool) -> None:
+def note_idle(cfg: Distillation, run: Run, has_parameters: bool, teacher: nn.Module | None) -> None:
     """Say what of the settings does nothing. has_parameters: of the method's own, which learn."""
     if cfg.supervised:
         return
     if cfg.nnunet_folder:
-        _note_nnunet(cfg, run)
+        _note_nnunet(cfg, run, mirror_axes(teacher))
     if cfg.method_lr and not has_parameters:
         run.note(f"note: {cfg.method} has no parameters of its own: method_lr does nothing")
     if not cfg.taught and (cfg.pseudo_confidence or cfg.teacher_views != "one"):
@@ -702,8 +713,10 @@ def note_idle(cfg: Distillation, run: Run, has_parameters: bool) -> None:
         )
 
 
-def _note_nnunet(cfg: Distillation, run: Run) -> None:
-    """Say which folds teach, and what ACF-BCKD leaves out under a plain network."""
+def _note_nnunet(cfg: Distillation, run: Run, axes: Sequence[int]) -> None:
+    """Say which folds teach, what ACF-BCKD leaves out under a plain network, and along which of the
+    image's axes `teacher_views` mirrors where these are not all.
+    """
     results = nnunet.read_results(cfg.nnunet_folder)
     folds = results.chosen(cfg.teacher_folds)
     listed = ", ".join(f"{fold} ({results.folds[fold].name})" for fold in folds)
@@ -713,4 +726,10 @@ def _note_nnunet(cfg: Distillation, run: Run) -> None:
         run.note(
             "note: this nnU-Net has no residual block: acf_bckd goes without AFD and CFD, its "
             "boundary terms HBD and SBD remain"
+        )
+    if cfg.taught and cfg.teacher_views == "flips" and len(axes) < 3:
+        allowed = f"no axis but {', '.join(map(str, axes))} of the image" if axes else "no mirrors"
+        run.note(
+            "note: inference_allowed_mirroring_axes of this nnU-Net's checkpoint allows "
+            f"{allowed}: teacher_views=flips takes {2 ** len(axes)} of the 8 copies"
         )

@@ -5,6 +5,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from tests.nnunet_folders import (
@@ -33,6 +34,12 @@ def workspace(folder, encoder="plain", labels=LABELS, **plans):
     write_results(folder / "results", plan_arguments(encoder) | axes, plans, **options)
 
 
+def allow_mirrors(path, axes):
+    """Write another inference_allowed_mirroring_axes to a checkpoint."""
+    content = torch.load(path, weights_only=False)
+    torch.save(content | {"inference_allowed_mirroring_axes": axes}, path)
+
+
 def train(folder, *flags, opts=(), ok=True):
     words = ("train_3d_distill.py", "--config", "mine.yaml", *flags, "--opts", *SMALL, *opts)
     return run(*words, cwd=folder, ok=ok)
@@ -56,6 +63,12 @@ def test_a_plain_network_teaches_students_that_segment_scans(tmp_path):
     one = train(tmp_path, "--teacher", FOLDER, "--teacher-folds", "1", "--method", "kd")
     assert "fold 1 (checkpoint_final.pth)\n" in one.stderr
     train(tmp_path, "--method", "supervised")
+    # of nnU-Net's axes the second, which is our third, then none
+    for tag, axes, said in (("some", (1,), "no axis but 2"), ("none", None, "no mirrors")):
+        allow_mirrors(tmp_path / FOLDER / "fold_0/checkpoint_final.pth", axes)
+        flips = ("teacher_views=flips", f"tag={tag}")
+        taught = train(tmp_path, "--method", "kd", "--labelled", "2", opts=flips)
+        assert said in taught.stderr
     best = tmp_path / "runs/mine/kd/nnunet-nnunet/seed0/best.pt"
     run("test_3d.py", "--ckpt", str(best), "--split", "val", cwd=tmp_path)
     scan = "raw/imagesTr/case_0_0000.nii.gz"

@@ -12,6 +12,7 @@ from torch import nn
 
 from dataloaders import Case
 from dataloaders.lists import patient_function
+from networks.nnunet import NnUNet, NnUNetTeacher
 from tests.losses import reference as ref
 from train_3d_distill import Config
 from utils.config import ConfigError
@@ -112,14 +113,14 @@ def test_a_fold_has_the_teacher_of_its_tag(tmp_path):
 # The teacher's labels of unlabelled scans
 
 
-def slow_labels(teacher, image, multilabel, views, confidence):
+def slow_labels(teacher, image, multilabel, views, confidence, allowed=(0, 1, 2)):
     """The same by loops over mirrored copies, voxels and classes, in float64."""
-    total, codes = 0.0, range(8 if views == "flips" else 1)
+    total, codes = 0.0, range(2 ** len(allowed) if views == "flips" else 1)
     for code in codes:
-        axes = [2 + axis for axis in range(3) if code >> axis & 1]
+        axes = [2 + axis for bit, axis in enumerate(allowed) if code >> bit & 1]
         mirrored = torch.from_numpy(np.flip(image.numpy(), axes).copy())
         logits = np.flip(teacher(mirrored).detach().numpy(), axes)
-        probs = np.zeros_like(logits)
+        probs = np.zeros(logits.shape)
         for b, v, column in ref.columns(logits):
             found = ref.sigmoid(column) if multilabel else ref.softmax(column)
             probs.reshape(*probs.shape[:2], -1)[b, :, v] = found
@@ -152,6 +153,20 @@ def test_labels_of_the_teacher_against_loops(multilabel, views, confidence):
         assert len(np.unique(expected)) == 3
         one = slow_labels(teacher, image, multilabel, "one", confidence)
         assert views == "one" or (one != expected).any()
+
+
+@pytest.mark.parametrize("allowed", [(), (1,), (0, 2)])
+def test_an_nnunet_is_shown_the_mirrors_that_it_allows(allowed):
+    torch.manual_seed(0)
+    narrow = {"features_per_stage": (2, 3), "kernel_sizes": (3, 3), "strides": (1, 2)}
+    blocks = {"blocks_per_stage": (1, 1), "convs_per_stage_decoder": (1,)}
+    teacher = NnUNetTeacher([NnUNet(1, 3, **narrow, **blocks)], [0, 1, 2], allowed).double()
+    image = torch.randn(2, 1, 8, 6, 4, dtype=torch.float64)
+    found = teacher_labels(teacher, image, teacher(image), False, "flips")
+    expected = slow_labels(teacher, image, False, "flips", 0.0, allowed)
+    assert np.array_equal(found.numpy(), expected)
+    assert (expected != slow_labels(teacher, image, False, "flips", 0.0)).any()
+    assert not allowed or (expected != slow_labels(teacher, image, False, "one", 0.0)).any()
 
 
 def test_the_report_of_the_labels_by_hand():
