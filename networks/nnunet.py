@@ -399,6 +399,38 @@ def own_weights(state: Mapping[str, Tensor], network: NnUNet) -> dict[str, Tenso
     }
 
 
+def nnunet_weights(network: NnUNet) -> dict[str, Tensor]:
+    """The tensors of `network` under all the names that nnU-Net's strict loading wants: the reverse
+    of `own_weights`.
+
+    The heads of deep supervision below the last one, which prediction does not use and `network`
+    does not have, are zero.
+    """
+    aliases = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, ConvUnit):
+            aliases[f"{name}.conv."] = f"{name}.all_modules.0."
+            place = 1 if layer.dropout is None else 2
+            aliases[f"{name}.norm."] = f"{name}.all_modules.{place}."
+    found: dict[str, Tensor] = {}
+    for key, value in network.state_dict().items():
+        names = [key]
+        for own, alias in aliases.items():
+            if key.startswith(own):
+                names.append(alias + key.removeprefix(own))
+        for name in names:
+            found[name] = value
+            if name.startswith("encoder."):
+                found[f"decoder.{name}"] = value
+    for number, transposed in enumerate(network.decoder.transpconvs):
+        key = f"decoder.seg_layers.{number}"
+        if f"{key}.weight" not in found:
+            shape = network.num_classes, transposed.out_channels, 1, 1, 1
+            found[f"{key}.weight"] = torch.zeros(shape)
+            found[f"{key}.bias"] = torch.zeros(network.num_classes)
+    return found
+
+
 def _levels(depth: int) -> dict[str, tuple[str, int]]:
     """Tap -> encoder ('down') or decoder ('up'), and the stage, counted from the finest.
 

@@ -148,6 +148,8 @@ NOT_RUN = {
     "-m pip": "installs",
     "-m pytest": "runs tests",
     "tensorboard": "a server",
+    "nnUNetv2_predict": "nnU-Net's; tests/test_nnunet.py runs both",
+    "nnUNetv2_predict_from_modelfolder": "nnU-Net's",
 }
 
 
@@ -458,6 +460,8 @@ class Workspace:
             "python": PYTHON,
             "torchrun": PYTHON,
             "tensorboard": PYTHON,
+            "nnUNetv2_predict": PYTHON,
+            "nnUNetv2_predict_from_modelfolder": PYTHON,
             **SLURM,
         }.items():
             _executable(folder / "bin" / name, text)
@@ -565,7 +569,8 @@ class Workspace:
         write_results(
             self.folder / "nnUNet_results/Dataset101_Liver",
             plan_arguments(),
-            make_plans(patch_size=[16, 16, 16], spacing=[2.0, 2.0, 2.0]),
+            make_plans(patch_size=[16, 16, 16], spacing=[2.0, 2.0, 2.0])
+            | {"dataset_name": "Dataset101_Liver"},
             folds=("0", "1"),
             labels={"background": 0, "liver": 1, "tumour": 2},
         )

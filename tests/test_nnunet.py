@@ -3,7 +3,12 @@
 """
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,6 +16,7 @@ import torch
 from dataloaders import build_dataset, describe_dataset
 from networks.nnunet import NnUNet, NnUNetTeacher, own_weights
 from tests.nnunet_folders import LABELS, REGIONS, write_raw
+from tests.scripts.conftest import run
 from utils import nnunet
 from utils.checkpoint import load_network_weights
 
@@ -180,3 +186,70 @@ def test_preprocessing_is_that_of_the_preprocessor(trained, number, tmp_path):
         assert difference < 1e-4
         ids = dataset.encode_label(np.maximum(label.transpose(0, *back), 0).astype(np.uint8))
         assert np.array_equal(ids, sample["label"])
+
+
+def run_nnunet(command, *flags):
+    """Run a command of nnU-Net on the CPU, with as few processes as it can."""
+    program = Path(sys.executable).with_name(command)
+    few = ("-device", "cpu", "-npp", "1", "-nps", "1", "-f", "0")
+    result = subprocess.run([program, *map(str, flags), *few], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def agreement(found, expected, pattern):
+    """Smallest share of voxels with the same label, of the segmentations of a name."""
+    shares = []
+    for path in sorted(expected.glob(pattern)):
+        ours = np.asarray(nib.load(path).dataobj)
+        theirs = np.asarray(nib.load(found / path.name).dataobj)
+        assert ours.shape == theirs.shape and len(np.unique(ours)) > 1
+        shares.append((ours == theirs).mean())
+    return min(shares)
+
+
+def write_scans(found, raw, folder):
+    """Two scans of `raw` as they are, and as `fit_0`, `fit_1` such that claim the voxels of the
+    plans, so that they are not resampled, and are no larger than a window.
+    """
+    folder.mkdir()
+    for path in sorted((raw / "imagesTr").glob("case_[01]_*.nii.gz")):
+        shutil.copy(path, folder)
+        image = nib.load(path).get_fdata()
+        image = image[tuple(slice(side) for side in found.patch_size)].astype(np.float32)
+        name = path.name.replace("case", "fit")
+        nib.save(nib.Nifti1Image(image, np.diag([*found.spacing, 1.0])), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("number", [801, 802, 803])
+def test_students_predict_there_as_here(trained, number, tmp_path, monkeypatch):
+    raw, results = trained[number]
+    given = ("--nnunet", str(results), "--data", str(raw), "--out", "mine.yaml")
+    size = ("--networks", "nnunet", "--budget-params", "6000", "--threads", "1")
+    run("tools/new_config.py", *given, *size, cwd=tmp_path)
+    mirrored = number != 803
+    opts = ("max_steps=8", "val_interval=8", "workers=0", "lr=0.05", "crops_per_case=1")
+    opts += (f"flip_prob={0.2 if mirrored else 0.0}",)
+    train = ("train_3d_distill.py", "--config", "mine.yaml", "--method", "supervised")
+    run(*train, "--opts", *opts, cwd=tmp_path)
+    best = ("--ckpt", "runs/mine/supervised/nnunet/seed0/best.pt")
+    run("tools/export.py", *best, "--format", "nnunet", "--out", "students", cwd=tmp_path)
+    (folder,) = (tmp_path / "students").glob("*/*__*")
+    found = nnunet.read_results(folder)
+    narrow = found.network["features_per_stage"]
+    assert max(narrow) < max(nnunet.read_results(results).network["features_per_stage"])
+    scans = write_scans(found, raw, tmp_path / "scans")
+
+    # nnU-Net mirrors as the checkpoint says: along all axes, or none
+    mirrors = ("--tta",) if mirrored else ()
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    where = ("--input", str(scans), "--output", str(ours))
+    run("predict_3d.py", *best, *where, *mirrors, cwd=tmp_path)
+    command = ("nnUNetv2_predict_from_modelfolder", "-m", folder)
+    if number == 801:
+        monkeypatch.setenv("nnUNet_results", str(tmp_path / "students"))
+        command = ("nnUNetv2_predict", "-d", str(number), "-c", "3d_fullres")
+    run_nnunet(*command, "-i", scans, "-o", theirs)
+    fit, resampled = (agreement(theirs, ours, f"{name}_*.nii.gz") for name in ("fit", "case"))
+    print(f"{number}: {fit:.6f} of voxels labelled alike, {resampled:.6f} where resampled")
+    assert fit >= 0.999

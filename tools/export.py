@@ -7,13 +7,16 @@ model card.
     # checked on a scan of one's own
     python tools/export.py --ckpt best.pt --format torchscript --input scan.nii.gz
     python tools/export.py --ckpt best.pt --format monai_bundle --licence "CC-BY-SA 4.0"
+    # a student of nnU-Net's architecture, for nnUNetv2_predict
+    python tools/export.py --ckpt best.pt --format nnunet --out nnUNet_students
 
 Formats: onnx (ONNX Runtime), openvino, torchscript (deprecated by PyTorch, for programs that ask
-for it), torch_export, monai_bundle. The student alone is exported, or the network that few labels
-trained; the batch size stays free, the window is the run's patch_size. The check compares both on
-windows of real size and on the whole sliding-window prediction of a case: of the run's test,
-validation or training list where its files are there, of --input, or of a generated scan. A model
-that fails it is not left behind. Beside the model goes `<model>.json`, which prediction needs:
+for it), torch_export, monai_bundle, nnunet (a results folder: tools/nnunet_export.py). The student
+alone is exported, or the network that few labels trained; the batch size stays free, the window is
+the run's patch_size. The check compares both on windows of real size and on the whole
+sliding-window prediction of a case: of the run's test, validation or training list where its files
+are there, of --input, or of a generated scan. A model that fails it is not left behind. Beside the
+model goes `<model>.json`, which prediction needs:
 `python predict_3d.py --model deploy/model.onnx ...`.
 
 --int8 quantises weights and activations (ONNX Runtime, static, calibrated on windows of the
@@ -46,10 +49,10 @@ from tqdm import tqdm
 
 from dataloaders import DataError
 from inference import to_labels
-from tools import deployed, model_card, monai_bundle
+from tools import deployed, model_card, monai_bundle, nnunet_export
 from tools.deployed import Sample
 from utils.checkpoint import digest, write_text
-from utils.config import add_plugin_flags
+from utils.config import ConfigError, add_plugin_flags
 from utils.exported import (
     FORMATS,
     ExportedModel,
@@ -76,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ckpt", required=True, type=Path, help="best.pt or last.pt of a run")
-    parser.add_argument("--format", required=True, choices=(*FORMATS, "monai_bundle"))
+    parser.add_argument("--format", required=True, choices=(*FORMATS, *MAKERS))
     parser.add_argument(
         "--out", type=Path, help="folder for the model; default: export/ beside the checkpoint"
     )
@@ -111,6 +114,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-dice-cost", type=float, default=0.02, help="largest fall of the mean Dice by int8"
     )
+    parser.add_argument(
+        "--plans",
+        type=Path,
+        metavar="FOLDER",
+        help="nnunet: results folder whose plans to write; default: that of the run's teacher",
+    )
     parser.add_argument("--licence", default="", help="licence of the weights, for the model card")
     parser.add_argument("--intended-use", default="", help="intended use, for the model card")
     add_plugin_flags(parser)
@@ -118,6 +127,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.int8 and args.format not in ("onnx", "openvino"):
         parser.error(f"--int8 is for --format onnx and openvino, not {args.format}")
+    if args.plans and args.format != "nnunet":
+        parser.error(f"--plans is for --format nnunet, not {args.format}")
     if (
         not 0 < args.tolerance
         or not 0 <= args.min_agreement <= 1
@@ -142,19 +153,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=args.out, prefix=".exporting-") as folder:
-            source, files, sample = verification_case(args, checkpoint, Path(folder))
-            make = make_bundle if args.format == "monai_bundle" else make_model
-            made = make(args, checkpoint, network, source, files, sample, Path(folder))
+        with tempfile.TemporaryDirectory(dir=args.out, prefix=".exporting-") as temporary:
+            folder = Path(temporary)
+            source, files, sample = verification_case(args, checkpoint, folder)
+            make = MAKERS.get(args.format, make_model)
+            made = make(args, checkpoint, network, source, files, sample, folder)
             for path in made:  # all is well: into place
-                if (args.out / path.name).is_dir():
-                    shutil.rmtree(args.out / path.name)
-                os.replace(path, args.out / path.name)
+                target = args.out / path.relative_to(folder)
+                if target.is_dir():
+                    shutil.rmtree(target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
     except BaseException:
         with contextlib.suppress(OSError):  # there is something in it
             args.out.rmdir()
         raise
-    print(f"results in {args.out}: {', '.join(path.name for path in made)}")
+    names = ", ".join(path.relative_to(folder).as_posix() for path in made)
+    print(f"results in {args.out}: {names}")
     return 0
 
 
@@ -235,6 +250,35 @@ def make_bundle(
             f"network's do, expected {args.min_agreement}; the bundle was removed"
         )
     return [target]
+
+
+def make_nnunet(
+    args: argparse.Namespace,
+    checkpoint: dict,
+    network: nn.Module,
+    source: str,
+    files: Sequence[Path],
+    sample: Sample,
+    folder: Path,
+) -> list[Path]:
+    """Write a results folder of nnU-Net, and compare the network that is read from it."""
+    made = nnunet_export.write(folder, checkpoint, network, args.plans)
+    target = args.out / made.relative_to(folder)
+    if target.exists():  # perhaps the teacher
+        raise ConfigError(f"{target}: is there already; remove it, or name another --out")
+    described, path = deployed.description(checkpoint), nnunet_export.weights_file(made)
+    multilabel = bool(described["dataset"].get("regions"))
+    pair = (network, nnunet_export.read_back(made), sample, described, multilabel)
+    checks = {"windows": compare_windows(*pair), "case": {"source": source, **compare_case(*pair)}}
+    show(path.name, checks)
+    enforce(args, path.name, checks)
+    about = exported(args, path) | {"checks": checks}
+    card = model_card.text(args, checkpoint, network, multilabel, path, about)
+    write_text(made / "model_card.md", card)
+    return [made]
+
+
+MAKERS = {"monai_bundle": make_bundle, "nnunet": make_nnunet}
 
 
 def verification_case(

@@ -29,6 +29,11 @@ INTENDED = (
     "validation and the "
     "approval that the law asks for"
 )
+OF_NNUNET = (
+    "`nnUNetv2_predict_from_modelfolder -i FOLDER -o FOLDER -m THIS_FOLDER -f 0`; nnU-Net weights "
+    "overlapping windows by a Gaussian and brings logits to the image's grid, so that labels at "
+    "edges may differ from the scores below"
+)
 RUNNING = "python predict_{dims}d.py --model {name} --input FILE_OR_FOLDER --output FOLDER"
 
 
@@ -61,7 +66,9 @@ def text(
     config, described = checkpoint["config"], checkpoint["network"]
     models = neighbours(args.out, checkpoint) | {path.name: exported}
     shape = (1, described["in_channels"], *config["patch_size"])
-    dims = len(config["patch_size"])
+    running = f"`{RUNNING.format(dims=len(config['patch_size']), name=path.name)}`"
+    if exported["format"] == "nnunet":
+        running = OF_NNUNET
     taught = (
         ""
         if not config.get("teacher") or config["method"] == "supervised"
@@ -89,7 +96,7 @@ def text(
         ),
         "## Files",
         files(models),
-        "Run it: " + "`" + RUNNING.format(dims=dims, name=path.name) + "`",
+        "Run it: " + running,
         "## Data",
         bullets(
             {

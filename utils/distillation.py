@@ -4,7 +4,6 @@ settings, cases and batches, the teacher and its labels of unlabelled scans.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -639,11 +638,7 @@ def load_nnunet(cfg: Distillation, num_classes: int) -> nn.Module:
             f"{cfg.channels}"
         )
     outputs = results.outputs(cfg.class_names, str(results.folder))
-    wrong = [
-        f"{key}: {plain(getattr(cfg, key))} instead of {plain(value)}"
-        for key, value in results.preprocessing.items()
-        if not _same(plain(getattr(cfg, key)), plain(value))
-    ]
+    wrong = results.unlike({key: getattr(cfg, key) for key in results.preprocessing})
     if wrong:
         raise CheckpointError(
             f"{results.folder}: this nnU-Net was trained on images prepared in another way "
@@ -663,18 +658,6 @@ def load_nnunet(cfg: Distillation, num_classes: int) -> nn.Module:
         folds.append(network)
         mirrored.append(axes)
     return NnUNetTeacher(folds, outputs, mirrored[0]).eval().requires_grad_(False)
-
-
-def _same(found: Any, expected: Any) -> bool:
-    """Whether two plain values are the same; numbers to a part in a thousand."""
-    if isinstance(found, (list, tuple)) and isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(_same, found, expected))
-    if isinstance(found, dict) and isinstance(expected, dict):
-        same_keys = found.keys() == expected.keys()
-        return same_keys and all(_same(found[key], expected[key]) for key in found)
-    if type(found) in (int, float) and type(expected) in (int, float):
-        return math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-6)
-    return found == expected
 
 
 def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, chosen: Sequence) -> bool:

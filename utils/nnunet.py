@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint import CheckpointError, load_foreign
+from utils.run import plain
 
 _UNET = "dynamic_network_architectures.architectures"
 ENCODERS = {
@@ -97,6 +98,16 @@ class Results:
             )
         return [own.index(name) for name in names]
 
+    def unlike(self, given: Mapping[str, Any]) -> list[str]:
+        """What of `preprocessing` a run has otherwise, in words; numbers are the same to a part in
+        a thousand.
+        """
+        return [
+            f"{key}: {plain(given.get(key))} instead of {plain(value)}"
+            for key, value in self.preprocessing.items()
+            if not _same(plain(given.get(key)), plain(value))
+        ]
+
     def chosen(self, names: Sequence[str]) -> list[str]:
         """The folds `names`, by default all numbered ones, or `all`; CheckpointError."""
         missing = [name for name in names if name not in self.folds]
@@ -120,8 +131,8 @@ def read_results(folder: str | Path) -> Results:
             "TRAINER__PLANS__CONFIGURATION, such as nnUNetTrainer__nnUNetPlans__3d_fullres"
         )
     check_trainer(parts[0], str(folder))
-    plans = _read_json(folder / "plans.json")
-    described = _read_json(folder / "dataset.json")
+    plans = read_json(folder / "plans.json")
+    described = read_json(folder / "dataset.json")
     source = f"{folder / 'plans.json'}, {parts[2]}"
     plan = _inherited(plans, parts[2], source)
     _check_kind(plan, source)
@@ -202,7 +213,8 @@ def check_trainer(name: object, source: str) -> None:
         )
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object that a file of a results folder holds; CheckpointError."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"more than {LARGEST_JSON} bytes")
@@ -460,6 +472,18 @@ def _numbers(values: object, count: int, kind: type, source: str) -> tuple:
     if not wanted or not all(type(v) in numbers and math.isfinite(v) for v in values):
         raise CheckpointError(f"{source} is {str(values)[:200]}, expected {count} numbers")
     return tuple(kind(value) for value in values)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Whether two plain values are the same; numbers to a part in a thousand."""
+    if isinstance(found, (list, tuple)) and isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(_same, found, expected))
+    if isinstance(found, dict) and isinstance(expected, dict):
+        same_keys = found.keys() == expected.keys()
+        return same_keys and all(_same(found[key], expected[key]) for key in found)
+    if type(found) in (int, float) and type(expected) in (int, float):
+        return math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-6)
+    return found == expected
 
 
 def _of_image(values: Sequence, axes: Sequence[int]) -> tuple:

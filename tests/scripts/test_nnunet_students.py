@@ -1,6 +1,7 @@
 """From a results folder of nnU-Net to its students: configuration, training, test, prediction."""
 
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,7 @@ from tests.nnunet_folders import (
     write_results,
 )
 from tests.scripts.conftest import run
+from utils.checkpoint import load_foreign
 
 SMALL = ("max_steps=2", "val_interval=2", "workers=0", "log_interval=1", "bn_batches=1")
 FOLDER = "results/nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -36,7 +38,8 @@ def workspace(folder, encoder="plain", labels=LABELS, **plans):
 
 def allow_mirrors(path, axes):
     """Write another inference_allowed_mirroring_axes to a checkpoint."""
-    content = torch.load(path, weights_only=False)
+    content = load_foreign(path)
+    content.pop("_best_ema", None)  # which is left out of what is read
     torch.save(content | {"inference_allowed_mirroring_axes": axes}, path)
 
 
@@ -77,6 +80,25 @@ def test_a_plain_network_teaches_students_that_segment_scans(tmp_path):
     assert nib.load(segmented).shape == nib.load(tmp_path / scan).shape
     tested = nib.load(best.parent / "predictions/case_0.nii.gz")
     assert np.array_equal(np.asarray(nib.load(segmented).dataobj), np.asarray(tested.dataobj))
+    # the student as a results folder, which teaches in turn
+    export = ("tools/export.py", "--ckpt", str(best), "--format", "nnunet", "--out", "students")
+    written = run(*export, cwd=tmp_path)
+    folder = f"students/Dataset900_Test/{Path(FOLDER).name}"
+    assert "checkpoint_final.pth, the first case of the val list: largest" in written.stdout
+    assert "nnUNetv2_predict_from" in (tmp_path / folder / "model_card.md").read_text()
+    again = run(*export, cwd=tmp_path, ok=False)
+    assert again.returncode and f"{folder}: is there already" in again.stderr
+    train(tmp_path, "--teacher", folder, "--method", "kd", "--student", "unet")
+    # a supervised student has the plans of the file's teacher, or those that are named
+    alone = ("--ckpt", str(tmp_path / "runs/mine/supervised/nnunet/seed0/best.pt"))
+    (tmp_path / "results").rename(tmp_path / "moved")
+    export = (*export[:1], *alone, *export[3:])
+    refused = run(*export, "--out", "alone", cwd=tmp_path, ok=False)
+    assert refused.returncode and f"{FOLDER}: the results folder that the run" in refused.stderr
+    assert not (tmp_path / "alone").exists()
+    moved = FOLDER.replace("results", "moved")
+    run(*export, "--out", "alone", "--plans", moved, cwd=tmp_path)
+    assert (tmp_path / folder.replace("students", "alone") / "plans.json").is_file()
 
 
 @pytest.mark.slow
