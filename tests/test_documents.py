@@ -155,8 +155,8 @@ NOT_RUN = {
 
 # Files that documents name and programs write.
 WRITTEN = {"config.yaml", "configs/mine.yaml", "configs/small_liver.yaml", "model_card.md"}
-# Flags that documents name in prose and that are those of torchrun and pip.
-FOREIGN_FLAGS = {"--nproc_per_node", "--standalone", "--require-hashes"}
+# Flags that documents name in prose and that are those of torchrun, pip and nnU-Net.
+FOREIGN_FLAGS = {"--nproc_per_node", "--standalone", "--require-hashes", "--disable_tta"}
 
 
 # --- reading ---

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dataloaders import build_dataset, describe_dataset
 from networks.nnunet import NnUNet, NnUNetTeacher, own_weights
@@ -19,6 +20,7 @@ from tests.nnunet_folders import LABELS, REGIONS, write_raw
 from tests.scripts.conftest import run
 from utils import nnunet
 from utils.checkpoint import load_network_weights
+from utils.run import plain
 
 pytestmark = pytest.mark.slow
 
@@ -224,20 +226,33 @@ def write_scans(found, raw, folder):
 @pytest.mark.parametrize("number", [801, 802, 803])
 def test_students_predict_there_as_here(trained, number, tmp_path, monkeypatch):
     raw, results = trained[number]
-    given = ("--nnunet", str(results), "--data", str(raw), "--out", "mine.yaml")
-    size = ("--networks", "nnunet", "--budget-params", "6000", "--threads", "1")
-    run("tools/new_config.py", *given, *size, cwd=tmp_path)
-    mirrored = number != 803
-    opts = ("max_steps=8", "val_interval=8", "workers=0", "lr=0.05", "crops_per_case=1")
-    opts += (f"flip_prob={0.2 if mirrored else 0.0}",)
-    train = ("train_3d_distill.py", "--config", "mine.yaml", "--method", "supervised")
-    run(*train, "--opts", *opts, cwd=tmp_path)
+    plan, mirrored = nnunet.read_results(results), number != 803
+    narrow = [width // 8 for width in plan.network["features_per_stage"]]
+    network = plan.network | {"features_per_stage": narrow}
+    values = plan.preprocessing | {
+        "dataset": "mine",
+        "format": "nnunet",
+        "data_root": str(raw),
+        "patch_size": plan.patch_size,
+        "teacher": "nnunet",
+        "teacher_checkpoint": str(results),
+        "network_args": {"nnunet": network},
+        "crops_per_case": 1,
+        "flip_prob": 0.2 if mirrored else 0.0,
+        "rot90_prob": 0.0,
+        "lr": 0.05,
+        "max_steps": 8,
+        "val_interval": 8,
+        "workers": 0,
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(plain(values)))
+    train = ("--config", "mine.yaml", "--method", "supervised", "--student", "nnunet")
+    run("train_3d_distill.py", *train, cwd=tmp_path)
     best = ("--ckpt", "runs/mine/supervised/nnunet/seed0/best.pt")
     run("tools/export.py", *best, "--format", "nnunet", "--out", "students", cwd=tmp_path)
     (folder,) = (tmp_path / "students").glob("*/*__*")
     found = nnunet.read_results(folder)
-    narrow = found.network["features_per_stage"]
-    assert max(narrow) < max(nnunet.read_results(results).network["features_per_stage"])
+    assert found.network["features_per_stage"] == narrow
     scans = write_scans(found, raw, tmp_path / "scans")
 
     # nnU-Net mirrors as the checkpoint says: along all axes, or none
