@@ -766,10 +766,14 @@ def test_bundles_are_for_volumes(tmp_path):
         monai_bundle.check_supported({"kind": "2d-semi", "config": {"patch_size": [32, 32]}})
 
 
-def test_int8_is_for_two_formats(capsys):
-    with pytest.raises(SystemExit):
-        export.parse_args(["--ckpt", "x.pt", "--format", "torchscript", "--int8"])
-    assert "--int8 is for --format onnx and openvino" in capsys.readouterr().err
+def test_flags_of_some_formats(capsys):
+    for flags, expected in (
+        (["--int8"], "--int8 is for --format onnx and openvino"),
+        (["--plans", "folder"], "--plans is for --format nnunet, not torchscript"),
+    ):
+        with pytest.raises(SystemExit):
+            export.parse_args(["--ckpt", "x.pt", "--format", "torchscript", *flags])
+        assert expected in capsys.readouterr().err
 
 
 def test_the_command_line_reports_errors(tmp_path):
