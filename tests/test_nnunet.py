@@ -210,14 +210,21 @@ def agreement(found, expected, pattern):
 
 
 def write_scans(found, raw, folder):
-    """Two scans of `raw` as they are, and as `fit_0`, `fit_1` such that claim the voxels of the
-    plans, so that they are not resampled, and are no larger than a window.
+    """Two scans of `raw` as they are, and as `fit_0`, `fit_1` such that are predicted alike: they
+    claim the voxels of the plans, so that they are not resampled, have no zeros around, and are no
+    larger than a window. What a side lacks of it is even, so that mirrors leave it in the middle.
     """
     folder.mkdir()
     for path in sorted((raw / "imagesTr").glob("case_[01]_*.nii.gz")):
         shutil.copy(path, folder)
-        image = nib.load(path).get_fdata()
-        image = image[tuple(slice(side) for side in found.patch_size)].astype(np.float32)
+        image, place = nib.load(path).get_fdata(), []
+        for axis, side in enumerate(found.patch_size):
+            others = tuple(k for k in range(3) if k != axis)
+            used = np.flatnonzero(image.any(others))
+            length = min(len(used), side)
+            length -= (side - length) % 2
+            place.append(slice(used[0], used[0] + length))
+        image = image[tuple(place)].astype(np.float32)
         name = path.name.replace("case", "fit")
         nib.save(nib.Nifti1Image(image, np.diag([*found.spacing, 1.0])), folder / name)
     return folder

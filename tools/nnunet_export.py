@@ -17,7 +17,8 @@ predicts and writes by itself what a results folder tells it.
                                        without it is nnU-Net with --disable_tta
 
 Labels of the two differ where nnU-Net goes its own way: it weights overlapping windows by a
-Gaussian, spaces them evenly, and brings logits, not labels, to the grid of the scan.
+Gaussian, spaces them evenly, brings logits, not labels, to the grid of the scan, and pads a scan
+that is smaller than a window before it mirrors it, not after.
 """
 
 import inspect
