@@ -2,6 +2,7 @@
 run_model.py with the functions of linear.py or splines.py, and what it has to know of a run.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,4 +90,6 @@ def script(told: Mapping[str, Any], model: str) -> str:
     lines = (FOLDER / NAME).read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if not line.startswith(PLACE)) + "\n"
     before, first, after = text.replace("model.onnx", model).partition("def averaged")
-    return f"{before}{functions}\n\n{first}{after}"
+    whole = re.sub(r"\n{2,}", "\n", f"{before}{functions}\n\n{first}{after}")
+    # It is to be read before it is trusted, so it is kept short: few blank lines.
+    return re.sub(r"\n(def |if __name__|import itertools)", r"\n\n\1", whole)

@@ -1,7 +1,9 @@
 """Of run_model.py: resampling as MONAI's Spacing does it, then intensities, then the crop."""
 
 import itertools
+import sys
 
+import nibabel as nib
 import numpy as np
 from run_model import normalized
 from scipy import ndimage
@@ -35,9 +37,6 @@ def prepared(image, affine, steps):
         image, affine = resampled(image, affine, steps["spacing"])
     image = np.stack([normalized(*one) for one in zip(image, steps["channels"])])
     inside = (image > 0).any(0) | (not steps["crop"])
-    box = ndimage.find_objects(inside.astype(int))
-    if not box:
-        raise SystemExit("error: nothing is left after cropping to the foreground")
-    start = np.eye(4)
-    start[:3, 3] = [side.start for side in box[0]]
+    box = ndimage.find_objects(inside.astype(int)) or sys.exit("error: no voxel above 0 is left")
+    start = nib.affines.from_matvec(np.eye(3), [side.start for side in box[0]])
     return image[:, *box[0]], affine @ start

@@ -1,7 +1,6 @@
-"""Segment a NIfTI scan: python run_model.py SCAN.nii.gz LABELS.nii.gz
+"""Segment a NIfTI scan: python run_model.py SCAN.nii.gz [CHANNEL_2.nii.gz ...] LABELS.nii.gz
 
-Several channels: one 4D file, or a file each in the order of training. Needs numpy, scipy, nibabel,
-and onnxruntime for .onnx or openvino for .xml. What is done to a scan stands in <model>.json.
+Needs numpy, scipy, nibabel, and onnxruntime for .onnx or openvino for .xml, and <model>.json.
 """
 
 import itertools
@@ -14,8 +13,7 @@ import nibabel as nib
 import numpy as np
 from linear import prepared  # what tools/export.py writes has the function itself here
 from nibabel.orientations import axcodes2ornt, ornt_transform
-from scipy import ndimage
-from scipy.special import softmax
+from scipy import ndimage, special
 
 MODEL = Path(__file__).with_name("model.onnx")
 
@@ -34,9 +32,8 @@ def normalized(channel, how, mask=None):
     """A channel (H, W, D), less a number and over another, given or of the voxels that count."""
     inside = {"all": channel == channel, "nonzero": channel != 0, "mask": mask}[how["voxels"]]
     channel = np.clip(channel, *how["clip"]) if how["clip"] else channel
-    seen = channel[inside].astype(np.float64)
-    known = {"mean": seen.mean(), "min": seen.min()}
-    known |= {"std": seen.std() or 1.0, "ptp": np.ptp(seen) or 1.0}
+    own = channel[inside].astype(np.float64)
+    known = {"mean": own.mean(), "min": own.min(), "std": own.std() or 1, "ptp": np.ptp(own) or 1}
     less, over = (np.float32(known.get(how[key], how[key])) for key in ("less", "over"))
     return np.where(inside, (channel - less) / over, channel)
 
@@ -46,16 +43,16 @@ def averaged(model, image, steps):
     size, patch = np.array(image.shape[1:]), np.array(steps["patch_size"])
     before, lack = np.maximum(patch - size, 0) // 2, np.maximum(patch - size, 0)
     image = np.pad(image, [(0, 0), *zip(before, lack - before)])
-    last = np.array(image.shape[1:]) - patch
-    along = [np.minimum(range(0, n + s, s), n) for n, s in zip(last, steps["stride"])]
-    order = sorted(itertools.product(*along), key=lambda start: start[np.argmin(patch / size)])
-    windows = [(slice(None), *map(slice, start, start + patch)) for start in np.array(order)]
+    ends = zip(np.array(image.shape[1:]) - patch, steps["stride"])
+    starts = itertools.product(*(np.minimum(range(0, n + s, s), n) for n, s in ends))
+    order = np.array(sorted(starts, key=lambda start: start[np.argmin(patch / size)]))
+    windows = [(slice(None), *map(slice, start, start + patch)) for start in order]
     count, total = (np.zeros((n, *image.shape[1:]), np.float32) for n in (1, steps["outputs"]))
     for window in windows:
         count[window] += 1
     for window in windows:
         scores = model(np.ascontiguousarray(image[window])[None])[0]
-        scores = softmax(scores, axis=0) if steps["probabilities"] else scores
+        scores = special.softmax(scores, axis=0) if steps["probabilities"] else scores
         total[window] += scores * (1 / count[window])
     return total[(slice(None), *map(slice, before, before + size))]
 
@@ -67,8 +64,7 @@ def native(labels, affine, scan_affine, shape):
     found = ndimage.affine_transform(np.pad(labels, 1, mode="edge"), to[:3, :3], **grid)
     x, y, z = np.ogrid[tuple(map(slice, shape))]
     for (a, b, c, d), side in zip(to, labels.shape):
-        place = a * x + b * y + c * z + d
-        found *= (place >= -0.5 - 1e-6) & (place <= side - 0.5 + 1e-6)
+        found *= abs(a * x + b * y + c * z + d - (side - 1) / 2) <= side / 2 + 1e-6
     return found
 
 
@@ -81,9 +77,8 @@ def segmented(files, steps):
     read = [np.asanyarray(one.dataobj).reshape(*one.shape[:3], -1) for one in turned]
     image = np.moveaxis(np.concatenate(read, -1), -1, 0).astype(np.float32)
     alike = all(np.allclose(scan.affine, affine, atol=1e-3) for scan in scans)
-    if len(image) != len(steps["channels"]) or not np.isfinite(image).all() or not alike:
-        expected = f"{len(steps['channels'])} channel(s) of finite values on one grid"
-        raise SystemExit(f"error: {files[0]}: {len(image)} channel(s); expected {expected}")
+    if len(image) != len(steps["channels"]) or not alike or not np.isfinite(image).all():
+        raise SystemExit(f"error: expected finite {len(steps['channels'])} channel(s) on one grid")
     unit = {1: 1e3, 3: 1e-3}.get(int(scans[0].header["xyzt_units"]) & 7, 1.0)  # m, microns to mm
     to_mm = np.diag([unit, unit, unit, 1.0])
     image, grid = prepared(image, to_mm @ turned[0].affine, steps)

@@ -1,5 +1,6 @@
 """Of run_model.py: preparation as nnU-Net does it: crop, intensities, then cubic splines."""
 
+import nibabel as nib
 import numpy as np
 from run_model import normalized
 from scipy import ndimage
@@ -10,9 +11,8 @@ def resampled(channel, shape, apart=None):
     if channel.shape == shape:
         return channel
     if apart is None:
-        factors = [new / old for new, old in zip(shape, channel.shape)]
         grid = {"order": 3, "mode": "nearest", "grid_mode": True}
-        wide = ndimage.zoom(channel.astype(np.float64), factors, **grid)
+        wide = ndimage.zoom(channel.astype(np.float64), np.divide(shape, channel.shape), **grid)
         return np.clip(wide, channel.min(), channel.max())
     plane = tuple(side for axis, side in enumerate(shape) if axis != apart)
     rows = np.stack([resampled(row, plane) for row in np.moveaxis(channel, apart, 0)])
@@ -35,7 +35,6 @@ def prepared(image, affine, steps):
     apart = coarse.argmax() if (coarse == coarse.max()).sum() == 1 else None
     channels = [normalized(c, how, mask) for c, how in zip(image, steps["channels"])]
     image = np.stack([resampled(channel, shape, apart) for channel in channels])
-    scale, change = np.array(mask.shape) / np.array(shape), np.eye(4)
-    change[:3, :3] = np.diag(scale)
-    change[:3, 3] = [side.start for side in box] + (scale - 1) / 2
-    return image.astype(np.float32), affine @ change
+    scale = np.array(mask.shape) / np.array(shape)
+    place = [side.start for side in box] + (scale - 1) / 2
+    return image.astype(np.float32), affine @ nib.affines.from_matvec(np.diag(scale), place)
