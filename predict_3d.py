@@ -22,7 +22,9 @@ around the atrium: give whole scans, and look for false finds far from it (datal
 
 Of each scan --output gets CASE.nii.gz, label ids on the scan's own grid (shape and affine), and
 CASE.json, which names the ids and structures and says how they were made; volumes.csv has the
-volume of each structure of every scan in ml. A structure of overlapping regions (BraTS, nnU-Net's
+volume of each structure of every scan in ml; of a DICOM series both have its SeriesInstanceUID, and
+--dicom-seg writes CASE.dcm beside them, a DICOM segmentation that refers to it (highdicom,
+requirements-export.txt). A structure of overlapping regions (BraTS, nnU-Net's
 region-based labels) is a set of ids. Scans whose result is there already are skipped, unless
 --overwrite is given. A scan that cannot be segmented does not stop the others: faults are listed at
 the end, and the exit status is 1. What training would warn of (an odd header, a scan that is not in
@@ -46,19 +48,23 @@ from torch import nn
 from tqdm import tqdm
 
 from dataloaders import DATASETS, Case, DataError, Dataset, Report, build_dataset
+from dataloaders.dicom import series_frames
 from dataloaders.lists import find_scans
-from dataloaders.volumes import read_volume
+from dataloaders.volumes import is_series, read_volume
 from inference import AMP_MODES, fast_copy, fast_dtype, predict_labels
 from networks import NETWORKS, described_network
 from utils import plugins
 from utils.checkpoint import CheckpointError, DiskError, describing, digest, load_checkpoint
 from utils.config import ConfigError, Flags, add_plugin_flags, escaped, run_checkpoint
-from utils.exported import TRUST_HELP, ExportedModel
+from utils.exported import TRUST_HELP, ExportedModel, optional
 from utils.predictions import (
+    SEGMENTATION,
+    SERIES,
     SizeTable,
     failure,
     millilitres,
     save_result,
+    save_segmentation,
     save_volume,
     settings_of,
     structure_sizes,
@@ -92,6 +98,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="segment scans again whose result is there already"
+    )
+    parser.add_argument(
+        "--dicom-seg",
+        action="store_true",
+        help="of DICOM series write CASE.dcm too, a DICOM segmentation",
     )
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -127,6 +138,11 @@ def main() -> int:
             f"--output {args.output}: holds scans of the input, results could replace them; name "
             "another"
         )
+    if args.dicom_seg:
+        optional("highdicom", SEGMENTATION)
+        other = next((c.images[0] for c in cases if not is_series(c.images[0])), None)
+        if other:
+            raise ConfigError(f"{SEGMENTATION}: {other} is no DICOM series; leave the flag out")
     args.output.mkdir(parents=True, exist_ok=True)
     structures, volumes = (
         dataset.structures(),
@@ -145,8 +161,20 @@ def main() -> int:
             cases, desc=f"segmenting with {description['network']['name']}", unit="scan"
         ):
             target = args.output / f"{case.name}.nii.gz"
+            encoded = args.output / f"{case.name}.dcm"
             try:
-                if target.exists() and not args.overwrite:
+                series, files = {}, []
+                if is_series(case.images[0]):
+                    series[SERIES], frames = series_frames(case.images[0])
+                    files = [file for file, _ in frames]
+                    volumes.series[case.name] = series[SERIES]
+                if args.dicom_seg and len(set(files)) < len(files):
+                    raise DataError(
+                        f"{files[0]}: several slices in one file; {SEGMENTATION} takes a file for "
+                        "each slice"
+                    )
+                there = target.exists() and (encoded.exists() or not args.dicom_seg)
+                if there and not args.overwrite:
                     kept += 1
                     if settings_of(target) != settings:
                         differing.append(target.name)
@@ -161,10 +189,14 @@ def main() -> int:
                     "structures": {name: list(which) for name, which in structures.items()},
                     "volumes_ml": {name: ml for name, (_, ml) in sizes.items()},
                     "input": [path.name for path in case.images],
+                    **series,
                     "settings": settings,
                 }
                 save_result(target, about, functools.partial(save_volume, ids=ids, affine=affine))
                 volumes[case.name] = sizes
+                if args.dicom_seg:
+                    told = settings["model"], settings["weights"]
+                    save_segmentation(encoded, ids, structures, files, *told)
                 done += 1
             except DiskError:  # nor would the others be written
                 raise

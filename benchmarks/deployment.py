@@ -3,16 +3,18 @@ OpenVINO in one table.
 
     python benchmarks/deployment.py --ckpt TEACHER/best.pt STUDENT/best.pt --threads 2 \
         --out deployment.md
-    python benchmarks/deployment.py --ckpt best.pt --int8 --data-root data/Task04_Hippocampus
-    python benchmarks/deployment.py --ckpt best.pt --runtimes pytorch onnx --no-dice --repeats 5
+    python benchmarks/deployment.py --ckpt best.pt --int8 --dice --data-root data/Task04_Hippocampus
+    python benchmarks/deployment.py --ckpt best.pt --runtimes pytorch onnx --repeats 5
 
 Each checkpoint is exported by tools/export.py, which checks it against PyTorch. Latency: median
 over `--repeats` passes of one window of the run's patch_size. All networks and runtimes take turns,
 so that a machine that slows down slows all of them; each timed pass follows a rest and one that is
-not timed, so that idle threads of another runtime do not disturb it. Memory: peak of a fresh
-process above one that has loaded PyTorch and the input, so weights and runtime count (Linux). Dice:
-mean over the cases of the test list, or of the validation list where there is no other, on the grid
-where the network predicts; with --no-dice, or without the data, the column is empty. A row for int8
+not timed, so that idle threads of another runtime do not disturb it. Each row is printed as soon as
+its model is there, with the time of one pass; the table of medians follows. Ctrl-C ends the
+measuring, and what was measured until then is printed and written. Memory: peak of a fresh
+process above one that has loaded PyTorch and the input, so weights and runtime count (Linux).
+--dice: mean Dice over the cases of the test list, or of the validation list where there is no
+other, on the grid where the network predicts; without the data the column is empty. A row for int8
 is the static quantisation of `tools/export.py --int8`. Packages:
 pip install -r requirements-export.txt
 """
@@ -20,6 +22,7 @@ pip install -r requirements-export.txt
 import argparse
 import contextlib
 import functools
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,6 +44,7 @@ from utils.exported import FORMATS, ExportedModel, model_files
 from utils.scripts import run_tool
 
 SETTLE = 0.3  # seconds after which the threads of an idle runtime no longer wait in a loop
+STOPPED = 130  # exit status after Ctrl-C
 RUNTIMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 HEADER = (
     "network",
@@ -78,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cases", type=int, default=0, metavar="N", help="cases for the Dice; 0: the whole list"
     )
-    parser.add_argument("--no-dice", action="store_true", help="leave the Dice out")
+    parser.add_argument("--dice", action="store_true", help="measure the Dice, which takes long")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     add_plugin_flags(parser)
     args = parser.parse_args(argv)
@@ -123,7 +127,7 @@ def dice_of(
     args: argparse.Namespace, checkpoint: dict, model: nn.Module, title: str
 ) -> float | None:
     """Mean Dice; None where the data are not there or not wanted."""
-    if args.no_dice:
+    if not args.dice:
         return None
     described = deployed.description(checkpoint)
     try:
@@ -148,58 +152,80 @@ def run_once(model: nn.Module, window: torch.Tensor) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        rows, passes = [], {}
-        for index, path in enumerate(args.ckpt):
-            checkpoint, network = deployed.load_network(
-                path, args.plugin, args.allow_changed_plugin
-            )
-            window = torch.randn(
-                1, checkpoint["network"]["in_channels"], *checkpoint["config"]["patch_size"]
-            )
-            models = {
-                ("pytorch", "float32"): None,
-                **export_all(args, path, Path(scratch) / str(index)),
-            }
-            for (runtime, precision), file in models.items():
-                if runtime not in args.runtimes:
-                    continue
-                make = functools.partial(
-                    deployed.network_of, path, args.plugin, args.allow_changed_plugin
-                )
-                if file is not None:
-                    make = functools.partial(ExportedModel, file, args.threads)
-                model = make()
-                rows.append(
-                    {
-                        "key": (index, runtime, precision),
-                        "network": name_of(checkpoint),
-                        "runtime": RUNTIMES[runtime],
-                        "parameters": count_parameters(network),
-                        "gmacs": count_macs(network, window.shape) / 1e9,
-                        "bytes": sum(part.stat().st_size for part in model_files(file))
-                        if file
-                        else None,
-                        "mib": peak_memory(make, window.shape, args.threads, whole=True),
-                        "dice": dice_of(
-                            args,
-                            checkpoint,
-                            model,
-                            f"{name_of(checkpoint)}, {RUNTIMES[runtime]} {precision}",
-                        ),
-                    }
-                )
-                passes[rows[-1]["key"]] = functools.partial(run_once, model, window)
-        seconds = harness.interleaved(passes, args.repeats, settle=SETTLE)
-    text = f"{table(rows, seconds)}\n\n{notes(args)}\n"
-    print(text)
+    measured: list[dict] = []
+    stopped = False
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            measure(args, Path(scratch), measured)
+    except KeyboardInterrupt:
+        if not measured:
+            raise
+        stopped = True
+    text = f"{table(measured)}\n\n{notes(args, measured, stopped)}\n"
+    print(f"\n{text}")
     if args.out:
         write_text(args.out, text)
-    return 0
+        print(f"written to {args.out}")
+    return STOPPED if stopped else 0
 
 
-def table(rows: Sequence[dict], seconds: dict[tuple, float]) -> str:
+def measure(args: argparse.Namespace, scratch: Path, measured: list[dict]) -> None:
+    """Put a row for each model into `measured`, as each is there, and its times. scratch: a folder
+    for the exported models.
+    """
+    passes = {}
+    for index, path in enumerate(args.ckpt):
+        checkpoint, network = deployed.load_network(path, args.plugin, args.allow_changed_plugin)
+        window = torch.randn(
+            1, checkpoint["network"]["in_channels"], *checkpoint["config"]["patch_size"]
+        )
+        models = {("pytorch", "float32"): None, **export_all(args, path, scratch / str(index))}
+        for (runtime, precision), file in models.items():
+            if runtime not in args.runtimes:
+                continue
+            make = functools.partial(
+                deployed.network_of, path, args.plugin, args.allow_changed_plugin
+            )
+            if file is not None:
+                make = functools.partial(ExportedModel, file, args.threads)
+            model = make()
+            key = (index, runtime, precision)
+            run = functools.partial(run_once, model, window)
+            row = {
+                "key": key,
+                "network": name_of(checkpoint),
+                "runtime": RUNTIMES[runtime],
+                "parameters": count_parameters(network),
+                "gmacs": count_macs(network, window.shape) / 1e9,
+                "bytes": sum(part.stat().st_size for part in model_files(file)) if file else None,
+                "mib": peak_memory(make, window.shape, args.threads, whole=True),
+                "dice": dice_of(
+                    args,
+                    checkpoint,
+                    model,
+                    f"{name_of(checkpoint)}, {RUNTIMES[runtime]} {precision}",
+                ),
+                "first": harness.interleaved({key: run}, 1, settle=SETTLE)[key],
+                "seconds": [],
+            }
+            passes[key] = run
+            measured.append(row)
+            lines = table(measured).splitlines()
+            print("\n".join(lines if len(measured) == 1 else lines[-1:]), flush=True)
+    for k in range(args.repeats):
+        seconds = harness.interleaved(passes, 1, warm=k == 0, settle=SETTLE)
+        for row in measured:
+            row["seconds"].append(seconds[row["key"]])
+
+
+def latency(row: dict) -> float:
+    """Median seconds of the interleaved passes; before them, the time of the first."""
+    return statistics.median(row["seconds"] or [row["first"]])
+
+
+def table(rows: Sequence[dict]) -> str:
     """Markdown; a cell without a value is '-'."""
+    seconds = {row["key"]: latency(row) for row in rows}
     lines = [f"| {' | '.join(HEADER)} |", "|---|---|---|" + "---:|" * (len(HEADER) - 3)]
     for row in rows:
         index, _, precision = row["key"]
@@ -220,15 +246,17 @@ def table(rows: Sequence[dict], seconds: dict[tuple, float]) -> str:
     return "\n".join(lines)
 
 
-def notes(args: argparse.Namespace) -> str:
+def notes(args: argparse.Namespace, rows: Sequence[dict], stopped: bool) -> str:
     runtimes = ", ".join(
         f"{name} {version(name)}"
         for name, form in (("onnxruntime", "onnx"), ("openvino", "openvino"))
         if form in args.runtimes
     )
+    passes = len(rows[0]["seconds"])
+    ended = "Stopped by Ctrl-C: not all was measured.\n" if stopped else ""
+    how = f"median of {passes} interleaved passes, each" if passes else "one pass"
     return (
-        f"Latency of one window, batch 1, median of {args.repeats} interleaved passes, each after "
-        f"{SETTLE} s of rest "
+        f"{ended}Latency of one window, batch 1, {how} after {SETTLE} s of rest "
         f"and one pass that is not timed; memory above an idle process that has loaded PyTorch.\n"
         f"{harness.machine(args.threads)}" + (f"; {runtimes}" if runtimes else "")
     )

@@ -87,6 +87,27 @@ def read_series(path: Path, notes: Report | None = None) -> tuple[np.ndarray, np
     Values are slope * stored + intercept of each slice, such as Hounsfield units. DataError where
     its slices are not one even stack. Warnings go to `notes`.
     """
+    _, files, slices, affine = _series_of(path, notes)
+    first = files[0][1]
+    shape = (first[_COLUMNS], first[_ROWS], len(slices), first.get(_SAMPLES, 1))
+    check_room(path, shape, 8)
+    return _voxels(slices, dict(files)), affine
+
+
+def series_frames(path: Path) -> tuple[str, list[tuple[Path, int]]]:
+    """SeriesInstanceUID of the series that `read_series` reads at `path`, and of each slice along
+    the third axis of its voxels the file and the number of its frame there.
+    """
+    identifier, _, slices, _ = _series_of(path, None)
+    return identifier, [(part.path, part.index) for part in slices]
+
+
+def _series_of(
+    path: Path, notes: Report | None
+) -> tuple[str, list[tuple[Path, dict]], list[_Slice], np.ndarray]:
+    """Identifier of the series at `path`, its files with their headers, its slices in the order of
+    the third axis, the affine of its grid.
+    """
     folder = path if path.is_dir() else path.parent
     damaged: list[Path] = []
     found = _series(folder, damaged)
@@ -114,7 +135,7 @@ def read_series(path: Path, notes: Report | None = None) -> tuple[np.ndarray, np
                 else "check the folder",
             )
         )
-    ((_, files),) = found.items()
+    ((identifier, files),) = found.items()
     if notes is not None:
         for file in damaged:
             notes.warning(
@@ -127,10 +148,7 @@ def read_series(path: Path, notes: Report | None = None) -> tuple[np.ndarray, np
     _check_alike(path, files)
     slices = [part for file, header in files for part in _slices(file, header)]
     slices, affine = _stack(path, slices)
-    first = files[0][1]
-    shape = (first[_COLUMNS], first[_ROWS], len(slices), first.get(_SAMPLES, 1))
-    check_room(path, shape, 8)
-    return _voxels(slices, dict(files)), affine
+    return identifier, files, slices, affine
 
 
 class contained:

@@ -30,6 +30,11 @@ def has_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
+def is_series(path: Path) -> bool:
+    """Whether the path of a scan is that of a DICOM series: its folder, or one of its files."""
+    return path.is_dir() or has_suffix(path, DICOM_SUFFIXES)
+
+
 def composed(name: str) -> str:
     """The name with letters and their marks in one (NFC): macOS stores them apart, and both look
     the same.
@@ -91,7 +96,7 @@ def read_volume(path: Path, notes: Report | None = None) -> tuple[np.ndarray, np
     if not path.exists():
         raise DataError(no_file(path))
     try:
-        if path.is_dir() or has_suffix(path, DICOM_SUFFIXES):
+        if is_series(path):
             voxels, affine = read_series(path, notes)
         elif has_suffix(path, ITK_SUFFIXES):
             voxels, affine = _read_itk(path)

@@ -7,7 +7,7 @@ A `sample` is a case as the network takes it. `model` is a network or an exporte
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import nibabel as nib
@@ -95,6 +95,22 @@ def description(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {key: checkpoint[key] for key in DESCRIBED if key in checkpoint} | (
         {"plugins": formats} if formats else {}
     )
+
+
+def without_folders(value: Any) -> Any:
+    """Plain values with every path that leads out of the working folder cut to its last part: how
+    the disks of the training machine are laid out is nobody's business who deploys. Of an argument
+    `--flag=PATH` the path is cut.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    flag, equals, path = value.rpartition("=") if value.startswith("--") else ("", "", value)
+    outside = path.startswith(("/", "\\\\", "~", "..")) or PureWindowsPath(path).drive
+    return f"{flag}{equals}{PureWindowsPath(path).name}" if outside else value
 
 
 def open_dataset(

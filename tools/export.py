@@ -17,7 +17,9 @@ the run's patch_size. The check compares both on windows of real size and on the
 sliding-window prediction of a case: of the run's test, validation or training list where its files
 are there, of --input, or of a generated scan. A model that fails it is not left behind. Beside the
 model goes `<model>.json`, which prediction needs:
-`python predict_3d.py --model deploy/model.onnx ...`.
+`python predict_3d.py --model deploy/model.onnx ...`. Beside onnx and openvino models of 3D networks
+goes `run_model.py` too, which segments NIfTI scans without this repository and without PyTorch
+(tools/standalone); it runs the model that was exported last to its folder.
 
 --int8 quantises weights and activations (ONNX Runtime, static, calibrated on windows of the
 training list) and compares Dice of both models on the test or validation list. Packages for all
@@ -49,7 +51,7 @@ from tqdm import tqdm
 
 from dataloaders import DataError
 from inference import to_labels
-from tools import deployed, model_card, monai_bundle, nnunet_export
+from tools import deployed, model_card, monai_bundle, nnunet_export, standalone
 from tools.deployed import Sample
 from utils.checkpoint import digest, write_text
 from utils.config import ConfigError, add_plugin_flags
@@ -191,7 +193,13 @@ def make_model(
     else:
         write(network, args.format, path, window(described, 2))
     described["exported"] = exported(args, path) | {"weights": digest(checkpoint["weights"])}
-    write_text(sidecar(path), json.dumps(described))
+    scripts = []
+    told = standalone.steps(described, dataset)
+    if args.format in ("onnx", "openvino") and told:
+        described["standalone"] = told
+        scripts.append(folder / standalone.NAME)
+        write_text(scripts[0], standalone.script(told, path.name))
+    write_text(sidecar(path), json.dumps(deployed.without_folders(described)))
     model = ExportedModel(path, args.threads, trusted=True)  # just written
     pair = (network, model, sample, described, dataset.multilabel)
     checks = {"windows": compare_windows(*pair), "case": {"source": source, **compare_case(*pair)}}
@@ -200,13 +208,13 @@ def make_model(
     show(path.name, checks)
     enforce(args, path.name, checks)
     described["exported"] |= {"checks": checks}
-    write_text(sidecar(path), json.dumps(described, indent=1))
+    write_text(sidecar(path), json.dumps(deployed.without_folders(described), indent=1))
     card = folder / "model_card.md"
     content = model_card.text(
         args, checkpoint, network, dataset.multilabel, path, described["exported"]
     )
     write_text(card, content)
-    return [*model_files(path), sidecar(path), card]
+    return [*model_files(path), sidecar(path), card, *scripts]
 
 
 def make_bundle(
@@ -361,6 +369,12 @@ def write_onnx(network: nn.Module, path: Path, example: Tensor) -> None:
             dynamo=True,
             verbose=False,
         )
+    onnx = optional("onnx", "export to ONNX and OpenVINO")
+    model = onnx.load_model(path)
+    for part in (model.graph, *model.functions):
+        for node in part.node:  # which lines of which files on this machine it comes from
+            del node.metadata_props[:]
+    onnx.save_model(model, path)
 
 
 def average_pool(image: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -587,7 +601,7 @@ def exported(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in model_files(path)),
         "versions": versions,
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "tools/export.py", *args.argv]),
+        "command": shlex.join(["python", "tools/export.py", *deployed.without_folders(args.argv)]),
     }
 
 

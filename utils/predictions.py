@@ -5,7 +5,7 @@ sizes.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +15,10 @@ from PIL import Image
 
 from utils.checkpoint import read_table, unused_name, write_table, write_text, writing
 from utils.config import ConfigError
+from utils.exported import optional
+
+SEGMENTATION = "--dicom-seg"
+SERIES = "SeriesInstanceUID"  # DICOM's name of what tells a series from all others
 
 
 def save_volume(path: Path, ids: np.ndarray, affine: np.ndarray) -> None:
@@ -41,6 +45,57 @@ def volume_image(ids: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     if np.allclose(axes.T @ axes, np.eye(3), atol=1e-5):
         image.set_qform(affine, code=1)
     return image
+
+
+def save_segmentation(
+    path: Path,
+    ids: np.ndarray,
+    structures: dict[str, tuple[int, ...]],
+    files: Sequence[Path],
+    model: str,
+    weights: str,
+) -> None:
+    """Write ids (H, W, D) of a DICOM series as DICOM SEG, a binary segment for each structure.
+
+    files: of the D slices, in their order. model, weights: what is told of the algorithm. Of
+    overlapping structures each segment is whole. What the structures are called is known, their
+    place in a terminology is not: each is a body structure of SNOMED CT, with its number as a code
+    of a scheme of our own.
+    """
+    hd = optional("highdicom", SEGMENTATION)
+    pydicom = optional("pydicom", SEGMENTATION)
+    planes = np.stack([np.isin(ids, which).T for which in structures.values()], -1)
+    coded = hd.sr.CodedConcept
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name=model, family=coded("123110", "DCM", "Artificial Intelligence"), version=weights[:16]
+    )
+    segments = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name[:64],
+            segmented_property_category=coded("123037004", "SCT", "Body structure"),
+            segmented_property_type=coded(str(number), "99STRUCTURES", name[:64]),
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+        )
+        for number, name in enumerate(structures, 1)
+    ]
+    written = hd.seg.Segmentation(
+        source_images=[pydicom.dcmread(file) for file in files],
+        pixel_array=planes,
+        segmentation_type="BINARY",
+        segment_descriptions=segments,
+        series_instance_uid=hd.UID(),
+        series_number=1,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer="research software",
+        manufacturer_model_name=model,
+        software_versions=weights[:16],
+        device_serial_number="none",
+        series_description="Segmentation by a network, for research only",
+    )
+    save_whole(path, written.save_as)
 
 
 def save_mask(path: Path, pixels: np.ndarray) -> None:
@@ -109,23 +164,31 @@ class SizeTable(dict):
     """Case -> structure -> (count, size); begins with what its CSV file holds, `write` puts all of
     it there. Lines that cannot be read are left out, with a warning: the results themselves are
     measured again.
+
+    series: case -> SeriesInstanceUID of those that are DICOM series; where there are any, the file
+    has a column for it.
     """
 
     def __init__(self, path: Path, count: str, size: str) -> None:
         super().__init__()
         self.path, self.header = path, ("case", "structure", count, size)
+        self.series: dict[str, str] = {}
         if not path.is_file() or not path.stat().st_size:
             return
         rows = read_table(path, whole=False)
-        if not rows or tuple(rows[0]) != self.header:
+        if not rows or tuple(rows[0]) not in (self.header, (*self.header, SERIES)):
             raise ConfigError(
                 f"{path}: no table of {', '.join(self.header)}; move it or choose another folder"
             )
         damaged = 0
         for line in rows[1:]:
             try:
-                case, structure, number, value = line
+                case, structure, number, value, *series = line
+                if len(line) != len(rows[0]):
+                    raise ValueError("too few or too many cells")
                 self.setdefault(case, {})[structure] = int(number), float(value)
+                if any(series):
+                    self.series[case] = series[0]
             except ValueError:
                 damaged += 1
         if damaged:
@@ -143,7 +206,11 @@ class SizeTable(dict):
         rows = [
             [case, name, *values] for case in sorted(self) for name, values in self[case].items()
         ]
-        write_table(self.path, [self.header, *rows])
+        header = self.header
+        if self.series:
+            header = (*header, SERIES)
+            rows = [[*row, self.series.get(row[0], "")] for row in rows]
+        write_table(self.path, [header, *rows])
 
 
 def failure(source: Path, error: Exception) -> str:

@@ -42,6 +42,7 @@ def write_dicom(folder, voxels, affine, number=1, leave_out=(), intercept=0):
             "0008|0060": "CT",
             "0020|000e": identifier,
             "0020|000d": "1.2.826.0.1.3680043.2.1125.99",
+            "0020|0052": "1.2.826.0.1.3680043.2.1125.98",
             "0008|0018": f"{identifier}.{k + 1}",
             "0020|0013": str(k + 1),
             "0018|0050": str(spacing[2]),

@@ -103,7 +103,7 @@ def test_other_formats_give_the_same(trained, site, kind):
         predict(cwd=site)
         expected = array(site / "out/case6.nii.gz")
         path.unlink()
-        write_dicom(site / "in/case6", voxels, image.affine)
+        identifier = write_dicom(site / "in/case6", voxels, image.affine)
     elif kind == "4D":
         expected = np.asarray(expected_of(trained).dataobj)
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., None], image.affine), path)
@@ -115,6 +115,65 @@ def test_other_formats_give_the_same(trained, site, kind):
     found = nib.load(site / "out/case6.nii.gz")
     assert np.array_equal(np.asarray(found.dataobj), expected)
     assert np.allclose(found.affine, image.affine, atol=1e-4)
+    about = json.loads((site / "out/case6.json").read_text())
+    rows = list(csv.DictReader((site / "out/volumes.csv").open()))
+    if kind == "dicom":
+        assert about["SeriesInstanceUID"] == identifier
+        assert {row["SeriesInstanceUID"] for row in rows} == {identifier}
+        predict(cwd=site)  # from what is there
+        assert list(csv.DictReader((site / "out/volumes.csv").open())) == rows
+    else:
+        assert "SeriesInstanceUID" not in about.keys() | rows[0].keys()
+
+
+def test_dicom_segmentation(trained, site):
+    hd = pytest.importorskip("highdicom")
+    from pydicom.sr.codedict import codes
+
+    path = site / "in/case6.nii.gz"
+    image = nib.load(path)
+    # Rows along y: the volume is then read from the last slice to the first.
+    affine = image.affine @ [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    voxels = np.rint(np.asarray(image.dataobj)).astype(np.int16).swapaxes(0, 1)
+    path.unlink()
+    identifier = write_dicom(site / "in/case6", voxels, affine)
+    slices = [f"{identifier}.{k + 1}" for k in reversed(range(voxels.shape[2]))]
+    predict("--dicom-seg", cwd=site)
+    ids, affine = array(site / "out/case6.nii.gz"), nib.load(site / "out/case6.nii.gz").affine
+    assert set(np.unique(ids)) == {0, 1, 2}
+
+    seg = hd.seg.segread(site / "out/case6.dcm")
+    assert [segment.segment_label for segment in map(seg.get_segment_description, (1, 2))] == [
+        "ball",
+        "box",
+    ]
+    for segment in map(seg.get_segment_description, (1, 2)):
+        assert segment.algorithm_identification.family == codes.cid7162.ArtificialIntelligence
+        assert segment.segmented_property_category == codes.SCT.BodyStructure
+    (source,) = seg.ReferencedSeriesSequence
+    assert source.SeriesInstanceUID == identifier and seg.SeriesInstanceUID != identifier
+    refers = {one.ReferencedSOPInstanceUID for one in source.ReferencedInstanceSequence}
+    assert refers == set(slices)
+    # every pixel of every slice, by the slice that it refers to
+    planes = seg.get_pixels_by_source_instance(slices, assert_missing_frames_are_empty=True)
+    for number in (1, 2):
+        assert np.array_equal(planes[..., number - 1].astype(bool), (ids == number).T)
+    # and by its own geometry alone: each pixel lies where the label map has it
+    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    volume = seg.get_volume(combine_segments=True)
+    places = np.argwhere(volume.array > 0)
+    world = to_ras @ volume.affine @ np.c_[places, np.ones(len(places))].T
+    voxels = np.rint(np.linalg.inv(affine) @ world)[:3].astype(int)
+    found = np.zeros_like(ids)
+    found[tuple(voxels)] = volume.array[tuple(places.T)]
+    assert np.array_equal(found, ids)
+
+    assert "there already 1" in predict("--dicom-seg", cwd=site).stdout
+    (site / "out/case6.dcm").unlink()
+    assert "segmented 1" in predict("--dicom-seg", cwd=site).stdout
+    shutil.copy(trained / "data/imagesTr/case0.nii.gz", site / "in")
+    refused = predict("--dicom-seg", cwd=site, ok=False)
+    assert "case0.nii.gz is no DICOM series; leave the flag out" in refused.stderr
 
 
 def test_a_bad_scan_does_not_lose_the_others(trained, site):

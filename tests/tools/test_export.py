@@ -21,6 +21,7 @@ from networks.mobile_unet import InvertedResidual
 from tests.dataloaders.test_brats import write_case
 from tests.scripts.conftest import ROOT, make_workspace, run, train
 from tests.tools.test_import_checkpoint import SMALL
+from tests.tools.test_standalone import run_alone
 from tools import deployed, export, monai_bundle
 from utils import exported
 from utils.checkpoint import CheckpointError, atomic_save, load_checkpoint
@@ -115,9 +116,11 @@ def semi_checkpoint(path, form, network, classes, patch, **extra):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_each_format(ckpt, workspace, form, tmp_path, capsys):
-    assert export.main(["--ckpt", str(ckpt), "--format", form, "--out", str(tmp_path)]) == 0
+    whole = str(workspace / ckpt)
+    assert export.main(["--ckpt", whole, "--format", form, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     path = tmp_path / f"model{FORMATS[form]}"
+    alone = form in ("onnx", "openvino")
     assert (
         "largest difference" in printed
         and "the first case of the test list" in printed
@@ -127,6 +130,7 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
     assert left == {file.name for file in exported.model_files(path)} | {
         f"{path.name}.json",
         "model_card.md",
+        *(["run_model.py"] if alone else []),
     }
 
     checkpoint, model = load_checkpoint(ckpt), ExportedModel(path, trusted=True)
@@ -136,6 +140,9 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
     assert model.description["dataset"]["spacing"] == [2.0, 2.0, 2.0]
     for file in (exported.sidecar(path), tmp_path / "model_card.md"):
         assert "case6" not in file.read_text()  # a patient's name
+    for file in tmp_path.iterdir() if alone else (exported.sidecar(path),):  # nor whose disks
+        for folder in (workspace, tmp_path.parent, ROOT):
+            assert str(folder).encode() not in file.read_bytes(), file
     network = network_of(checkpoint)
     for batch in (1, 2, 5):
         windows = torch.randn(batch, 1, 16, 16, 16)
@@ -174,6 +181,11 @@ def test_each_format(ckpt, workspace, form, tmp_path, capsys):
         np.asarray(nib.load(tmp_path / k / "case6.nii.gz").dataobj) for k in ("model", "ckpt")
     )
     assert len(np.unique(expected)) == 3 and np.array_equal(found, expected)
+    if alone:
+        (tmp_path / "in").mkdir()
+        shutil.copy("data/imagesTr/case6.nii.gz", tmp_path / "in")
+        assert run_alone([tmp_path], tmp_path).returncode == 0
+        assert np.array_equal(np.asarray(nib.load(tmp_path / "labels.nii.gz").dataobj), expected)
     about = [json.loads((tmp_path / k / "case6.json").read_text()) for k in ("model", "ckpt")]
     assert about[0]["settings"] == about[1]["settings"] | {"model": path.name}
     assert about[0]["labels"] == about[1]["labels"]
