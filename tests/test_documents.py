@@ -106,6 +106,7 @@ OWN_LISTS = {"split_dir": ""}  # of the JSON
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "btcv": NIFTI,
     "hippocampus": NIFTI,
+    "mouse_brain": NIFTI,
     "word": NIFTI,
     "spleen": NIFTI | OWN_LISTS,
     "pancreas": NIFTI | OWN_LISTS,
