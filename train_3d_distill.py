@@ -29,7 +29,7 @@ from utils.config import training_flags
 
 FLAGS = training_flags(
     __doc__,
-    ("supervised", *KD_METHODS),
+    ("supervised", *KD_METHODS, "or several at once: acf_bckd+dist"),
     {
         "teacher": f"one of {', '.join(NETWORKS)}, or the results folder of an nnU-Net",
         "student": "the network to train, from the same names",

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from utils.config import ConfigError, check_names
 from utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -30,7 +31,29 @@ KD_METHODS = Registry(
 
 PRESETS = ("clean", "as_released")
 
-__all__ = ["KD_METHODS", "PRESETS", "build_kd"]
+__all__ = ["KD_METHODS", "PRESETS", "build_kd", "methods_in"]
+
+
+def methods_in(name: str) -> list[str]:
+    """The methods of 'kd' or of several at once, 'kd+cwd', in alphabetical order, so that 'cwd+kd'
+    is the same; ConfigError for one that is unknown or there twice.
+    """
+    methods = name.split("+")
+    if len(methods) == 1:
+        return methods
+    if "supervised" in methods:
+        raise ConfigError(
+            f"method: '{name}': 'supervised' is training without a teacher and joins no method; "
+            "the segmentation loss is part of every distillation, so leave 'supervised' out"
+        )
+    check_names("method", methods, KD_METHODS)
+    twice = sorted({method for method in methods if methods.count(method) > 1})
+    if twice:
+        raise ConfigError(
+            f"method: '{name}' has {', '.join(twice)} twice; for more of a method raise its "
+            "weights in method_args"
+        )
+    return sorted(methods)
 
 
 def build_kd(
@@ -58,8 +81,21 @@ def build_kd(
     incomplete: labels may hold UNKNOWN (losses/incomplete.py). A class that has the attribute
     `incomplete` leaves such voxels out where it is True, as it then is in the module; others must
     be given labels without them.
+    Of several methods, 'kd+cwd', `method_args` has those of each under its name.
     Raises ValueError for an unknown name, preset or argument, and for a tap that a network lacks.
     """
+    methods = methods_in(name)
+    if len(methods) > 1:
+        from losses.combined import Combined  # needs torch, the names above do not
+
+        check_names(f"method {name}", method_args, methods)
+        how = {"multilabel": multilabel, "preset": preset, "incomplete": incomplete}
+        taps = student_channels, teacher_channels
+        built = {
+            method: build_kd(method, *taps, num_classes, **how, **method_args.get(method, {}))
+            for method in methods
+        }
+        return Combined(built, multilabel)
     if name not in KD_METHODS:
         raise ValueError(f"unknown method '{name}'; choose from {', '.join(sorted(KD_METHODS))}")
     if preset not in PRESETS:

@@ -32,7 +32,7 @@ ALL = sorted((ROOT / "configs").glob("*.yaml"))
 CONFIGS = [path.stem for path in ALL if not is_semi(path)]
 SEMI = [path.stem for path in ALL if is_semi(path)]
 FAMILIES = [("btcv", "word"), ("spleen", "pancreas"), ("demo_btcv", "demo_word")]
-SIZES = {"btcv": (24, 6, 0), "hippocampus": (128, 30, 50)}
+SIZES = {"btcv": (24, 6, 0), "hippocampus": (128, 30, 50), "mouse_brain": (13, 2, 5)}
 
 
 def load(name, monkeypatch, *flags):
@@ -50,7 +50,7 @@ def read_yaml(name):
 
 
 def test_the_expected_ones_are_there():
-    real = {"btcv", "word", "brats21", "hippocampus", "spleen", "pancreas"}
+    real = {"btcv", "word", "brats21", "hippocampus", "mouse_brain", "spleen", "pancreas"}
     assert real | {"demo_btcv", "demo_word", "demo_brats21"} <= set(CONFIGS)
     real = {"acdc", "la", "isic2018", "kvasir"}
     assert real | {f"demo_{name}" for name in real} | {

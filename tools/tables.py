@@ -224,8 +224,9 @@ def shown_p(value: float | None) -> str:
 
 
 def title(name: str) -> str:
-    """Of a method."""
-    return NAMES.get(name, name.upper())
+    """Of a method, or of several that trained together."""
+    parts = [name] if name in NAMES else name.split("+")
+    return " + ".join(NAMES.get(part, part.upper()) for part in parts)
 
 
 def joined(lists: Iterable[Rows]) -> list[dict]:
@@ -497,7 +498,7 @@ def kd_tables(dataset: str, runs: dict[tuple, list[dict]], published: dict) -> l
         for method in methods:
             run = any(key[0] == method and key[2] == student for key in runs)
             if run or student in taught.get(method, {}):
-                body += lines(method, student, method.upper())
+                body += lines(method, student, title(method))
         if body:
             name = f"{dataset}: methods, student {network_name(student)}"
             print_table(name, ["method", *header], body)
@@ -865,11 +866,12 @@ def alone_table(results: Results) -> Table:
 
 def kd_cells(results: Results, teacher: str, weaker: bool = True) -> dict[str, list[dict]]:
     """Method -> runs of the U-Net under a teacher, of every method that a paper has or that was
-    run; ACF-BCKD last, then its weaker form if that was run.
+    run; then those of several methods at once; ACF-BCKD last, then its weaker form if that was run.
     """
     cell = functools.partial(results.cell, student="unet", teacher=teacher, preset="clean")
     tabled = published_figures(PUBLISHED_KD)["btcv"]["distilled"]
-    found = {method: cell(method=method) for method in (*RIVALS, "acf_bckd")}
+    several = sorted({row["method"] for row in results.rows if "+" in row["method"]})
+    found = {method: cell(method=method) for method in (*RIVALS, *several, "acf_bckd")}
     found = {method: rows for method, rows in found.items() if rows or method in tabled}
     if weaker and (rows := cell(method="acf_bckd", variant=WEAKER)):
         found["acf_bckd " + WEAKER] = rows

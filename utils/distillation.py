@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dataloaders import DATASETS, Case, Dataset, Report
 from dataloaders.samplers import PatchDataset, draws
 from dataloaders.settings import DataSettings
-from losses import KD_METHODS, PRESETS, build_kd
+from losses import KD_METHODS, PRESETS, build_kd, methods_in
 from losses.incomplete import UNKNOWN
 from methods.base import pseudo_label_report
 from networks import NETWORKS, build_network, check_network
@@ -36,7 +36,7 @@ from utils.config import (
 )
 from utils.distributed import smallest_share
 from utils.modes import weightless
-from utils.registry import AnyOf, OfDims
+from utils.registry import AnyOf, Joined, OfDims
 from utils.run import Run, defaults, named, no_selection, plain, run_folder
 from utils.schedules import SCHEDULES
 
@@ -60,7 +60,8 @@ class Distillation(DataSettings):
 
     student: Annotated[str, OfDims(NETWORKS, 3)] = "unet"
     teacher: Annotated[str, OfDims(NETWORKS, 3)] = "resunet"
-    method: Annotated[str, AnyOf(("supervised",), KD_METHODS)] = "acf_bckd"
+    # several methods at once, their terms side by side: acf_bckd+dist
+    method: Annotated[str, AnyOf(("supervised",), Joined(KD_METHODS))] = "acf_bckd"
     preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
     # "": best.pt of the supervised run of `teacher`; of teacher nnunet also a results folder of
     # nnU-Net, which `teacher` can name as well
@@ -184,8 +185,16 @@ class Distillation(DataSettings):
 
     @property
     def method_keys(self) -> tuple[str, ...]:
-        of_teacher = f"{self.method}@{self.teacher}"
-        return self.method, of_teacher, f"{of_teacher}-{self.student}"
+        return tuple(key for method in self.methods for key in self._keys_of(method))
+
+    def _keys_of(self, method: str) -> tuple[str, str, str]:
+        of_teacher = f"{method}@{self.teacher}"
+        return method, of_teacher, f"{of_teacher}-{self.student}"
+
+    @property
+    def methods(self) -> list[str]:
+        """One, unless `method` joins several."""
+        return self.method.split("+")
 
     @property
     def unsure(self) -> bool:
@@ -211,9 +220,11 @@ class Distillation(DataSettings):
         incomplete: bool = False,
     ) -> nn.Module:
         """The distillation loss; TypeError or ValueError for what it does not take."""
-        arguments = self.method_arguments
+        arguments = {name: self.arguments_of(self._keys_of(name)) for name in self.methods}
         if self.leaves_out_attention(teacher_channels):
-            arguments = {"afd": 0.0, "cfd": 0.0} | arguments
+            arguments["acf_bckd"] = {"afd": 0.0, "cfd": 0.0} | arguments["acf_bckd"]
+        if len(self.methods) == 1:
+            arguments = arguments[self.method]
         return build_kd(
             self.method,
             student_channels,
@@ -227,6 +238,7 @@ class Distillation(DataSettings):
 
     def _completed(self) -> Self:
         cfg = super()._completed()
+        cfg = dataclasses.replace(cfg, method="+".join(methods_in(cfg.method)))
         asked = cfg.labelled is not None or cfg.unlabelled
         if cfg.unlabelled_batch is not None or not asked or cfg.supervised:
             return cfg
@@ -238,7 +250,7 @@ class Distillation(DataSettings):
         nnU-Net that has none.
         """
         plain = self.nnunet_folder and "residual" not in teacher_channels
-        return self.method == "acf_bckd" and bool(plain)
+        return "acf_bckd" in self.methods and bool(plain)
 
     def _check(self) -> None:
         super()._check()

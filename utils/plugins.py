@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import re
 import sys
 import traceback
 import types
@@ -43,6 +44,7 @@ class Contract:
     attributes: Mapping[str, type] = dataclasses.field(default_factory=dict)
     example: str = ""
     taken: tuple[str, ...] = ()  # names beside those of the registry that no class may have
+    joined: bool = False  # whether a key can name several at once, as in kd+cwd
 
 
 def network(registry: MutableMapping[str, type]) -> Contract:
@@ -53,7 +55,8 @@ def network(registry: MutableMapping[str, type]) -> Contract:
 
 def distillation(registry: MutableMapping[str, type]) -> Contract:
     takes = ("student_channels", "teacher_channels", "num_classes", "multilabel", "preset")
-    return Contract(registry, nn.Module, takes, example="losses/kd.py", taken=("supervised",))
+    example, taken = "losses/kd.py", ("supervised",)
+    return Contract(registry, nn.Module, takes, example=example, taken=taken, joined=True)
 
 
 def semi_supervised(registry: MutableMapping[str, type], base: type) -> Contract:
@@ -108,16 +111,18 @@ def plug_in(given: Given, contracts: Mapping[str, Contract]) -> dict[str, dict]:
                 "name: "
                 f"--opts {key}={reference}"
             )
-        cls, record = load_class(reference, contract, f"{source}: {key}")
-        name = cls.__name__
-        before = used.get(name, record)
-        if (before["file"], before["sha256"]) != (record["file"], record["sha256"]):
-            files = f"{before['file']} and {record['file']}"
-            raise ConfigError(f"{source}: {key}: {files} both have a class {name}; rename one")
-        contract.registry[name] = cls
-        used[name] = record | {"roles": [*before.get("roles", []), key]}
-        names[reference] = name
-        given[key] = (name, source)
+        parts = _parts(reference, contract)
+        for part in filter(is_reference, parts):
+            cls, record = load_class(part, contract, f"{source}: {key}")
+            name = cls.__name__
+            before = used.get(name, record)
+            if (before["file"], before["sha256"]) != (record["file"], record["sha256"]):
+                files = f"{before['file']} and {record['file']}"
+                raise ConfigError(f"{source}: {key}: {files} both have a class {name}; rename one")
+            contract.registry[name] = cls
+            used[name] = record | {"roles": [*before.get("roles", []), key]}
+            names[part] = name
+        given[key] = ("+".join(names.get(part, part) for part in parts), source)
     for key in KEYED_BY_NAME:
         value, source = given.get(key, (None, ""))
         if isinstance(value, dict):
@@ -127,6 +132,16 @@ def plug_in(given: Given, contracts: Mapping[str, Contract]) -> dict[str, dict]:
                 source,
             )
     return used
+
+
+def _parts(reference: str, contract: Contract) -> list[str]:
+    """What a value names: one class, or where the contract has `joined` several, 'kd+my.py:Loss'.
+    One whose path has a '+' stays whole.
+    """
+    parts = reference.split("+")
+    names = (*contract.registry, *contract.taken)
+    whole = all(part in names or re.search(r"\.py:\w+$", part) for part in parts)
+    return parts if contract.joined and whole else [reference]
 
 
 def load_class(reference: str, contract: Contract, source: str) -> tuple[type, dict]:

@@ -70,6 +70,19 @@ class AnyOf:
         return itertools.chain(*self.parts)
 
 
+class Joined:
+    """The names of a list or registry, and several of them at once: 'kd', 'kd+cwd'."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = names
+
+    def __contains__(self, name: str) -> bool:
+        return all(part in self.names for part in name.split("+"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+
 def lazily(package: str, places: Mapping[str, str]) -> Callable[[str], object]:
     """A module's `__getattr__` (PEP 562) for names that it offers and other modules define.
 

@@ -236,7 +236,11 @@ class Settings:
     @property
     def method_arguments(self) -> dict:
         """`method_args` of this run."""
-        given = [self.method_args.get(key) or {} for key in self.method_keys]
+        return self.arguments_of(self.method_keys)
+
+    def arguments_of(self, keys: Iterable[str]) -> dict:
+        """Those under some keys of `method_args`, the later the stronger."""
+        given = [self.method_args.get(key) or {} for key in keys]
         return {name: value for arguments in given for name, value in arguments.items()}
 
     def network_arguments(self, name: str) -> dict:

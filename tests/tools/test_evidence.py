@@ -367,12 +367,9 @@ def test_methods_are_ranked_and_tested():
     assert cells["KD"]["p against ACF-BCKD"] == "0.016" and cells["AT"]["p"] == "-"
     assert {r["run"] for r in used} == {r["run"] for r in found.rows[:5]}
     assert cells["none"]["Dice"] == "70.00" and len(body[0]) == len(header)
-    assert [line[0] for line in tables.methods_table(found, "resunet", "run")[1]] == [
-        "none",
-        "KD",
-        "CWD",
-        "ACF-BCKD",
-    ]
+    found = tables.Results(CASES, [*found.rows, spread("acf_bckd+dist", 87.0)])
+    shown = tables.methods_table(found, "resunet", "run")[1]
+    assert [line[0] for line in shown] == ["none", "KD", "CWD", "ACF-BCKD + DIST", "ACF-BCKD"]
 
 
 def test_methods_of_other_seeds_are_ranked_by_their_gain():

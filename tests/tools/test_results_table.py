@@ -194,10 +194,12 @@ def test_no_run_is_left_out(tmp_path, monkeypatch, capsys):
     write(runs / "btcv/0", method="emkd", teacher="resunet", student="espnetv2")
     write(runs / "btcv/1", method="Mine", teacher="vnet", student="Tiny", dice=0.6)
     write(runs / "btcv/2", student="Tiny")
+    write(runs / "own/4", dataset="own", method="acf_bckd+dist", teacher="resunet", dice=0.8)
     write(runs / "btcv/3", method="acf_bckd", teacher="vnet", student="unet", dice=0.5)
     layout = ("--layout", "kd", "--runs-dir", runs)
     output = run(monkeypatch, capsys, *layout, "--csv", tmp_path / "cells.csv")
     assert row(output, "own: methods, student U-Net", "MSKD_CAKD")[0][4].startswith("70.00")
+    assert row(output, "own: methods, student U-Net", "ACF-BCKD + DIST")[0][4].startswith("80.00")
     assert row(output, "brats21: methods, student U-Net", "DKD")[0][7].startswith("70.00")
     assert row(output, "btcv: methods, student ESPNetV2", "EMKD")[0][4].startswith("70.00")
     assert row(output, "btcv: methods, student Tiny", "MINE")[0][10].startswith("60.00")
@@ -205,7 +207,7 @@ def test_no_run_is_left_out(tmp_path, monkeypatch, capsys):
     assert row(output, "btcv: ACF-BCKD", "| U-Net")[0][10].startswith("50.00")
     assert "vnet: Dice % / HD95" in output
     with (tmp_path / "cells.csv").open(encoding="utf-8") as file:
-        assert sum(cell["runs"] == "1" for cell in csv.DictReader(file)) == 6
+        assert sum(cell["runs"] == "1" for cell in csv.DictReader(file)) == 7
 
 
 def test_the_few_label_layout_has_every_method_that_was_run(tmp_path, monkeypatch, capsys):
