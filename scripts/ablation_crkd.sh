@@ -4,7 +4,7 @@
 #
 #   sh scripts/ablation_crkd.sh configs/demo_acdc.yaml
 #   sh scripts/ablation_crkd.sh configs/acdc.yaml "patch_size=[96,96]" labelled_batch=6 unlabelled_batch=6 \
-#       max_steps=600 val_interval=150 workers=0           # the setting of RESULTS.md
+#       max_steps=600 val_interval=150 workers=0           # a short form, for a CPU
 #   ONLY='default|joint' SEED=1 sh scripts/ablation_crkd.sh configs/acdc.yaml
 #
 # Arguments after the configuration are KEY=VALUE settings for every training call.

@@ -52,7 +52,14 @@ from tests.tools.releases import write_patient, write_scan
 from utils.run import RESUMABLE
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "RESULTS.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "RESULTS.md",
+        ROOT / "results/NOTES.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+)
 TRAINING = ("train_3d_distill.py", "train_2d_crkd.py", "train_3d_crkd.py")
 TESTING = ("test_3d.py", "test_2d.py")
 

@@ -1,9 +1,9 @@
-"""What was measured, as lines of results/*.jsonl, and the tables and figures of RESULTS.md made of
-them.
+"""What was measured, as lines of results/*.jsonl, and the tables and figures of RESULTS.md and
+results/NOTES.md made of them.
 
     # add tested runs to a file
     python tools/evidence.py collect results/hippocampus.jsonl runs/hippocampus
-    python tools/evidence.py tables                       # write every table of RESULTS.md anew
+    python tools/evidence.py tables                       # write every table anew
     python tools/evidence.py tables --check  # status 1 if one is not what the files give
     python tools/evidence.py figures --out docs/figures
 
@@ -11,7 +11,7 @@ A file begins with the names of its cases. Each further line is a run: the comma
 its settings and commit, the mean scores of test_3d.py or test_2d.py, those of every case (means
 over the classes, in the order of the names; null: undefined) and the validation Dice in the course
 of training. Dice and Jaccard in %, distances in mm or, for few-label data, voxels. A table stands
-in RESULTS.md below a line `<!-- evidence: FILE TABLE ARGUMENTS -->`.
+in a document below a line `<!-- evidence: FILE TABLE ARGUMENTS -->`.
 """
 
 import argparse
@@ -91,8 +91,10 @@ def main() -> int:
         "file", type=Path, help="results/NAME.jsonl; lines of the same runs are replaced"
     )
     adding.add_argument("folders", type=Path, nargs="+", help="every summary.json below them")
-    writing = commands.add_parser("tables", help="write the tables of a document anew")
-    writing.add_argument("--document", type=Path, default=Path("RESULTS.md"))
+    writing = commands.add_parser("tables", help="write the tables of the documents anew")
+    writing.add_argument(
+        "--document", type=Path, nargs="+", default=[Path("RESULTS.md"), Path("results/NOTES.md")]
+    )
     writing.add_argument(
         "--results", type=Path, default=Path("results"), help="folder of the files"
     )
@@ -108,7 +110,8 @@ def main() -> int:
             return collect(args.file, args.folders)
         if args.command == "figures":
             return figures(args.results, args.out)
-        return tables(args.document, args.results, args.check)
+        # every document is written or checked, also where an earlier one differs
+        return max([tables(document, args.results, args.check) for document in args.document])
     except ValueError as error:
         sys.exit(escaped(f"error: {error}"))
 

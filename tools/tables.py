@@ -1,4 +1,5 @@
-"""All tables: of tested run folders, and those of RESULTS.md, of the lines of results/*.jsonl.
+"""All tables: of tested run folders, and those of RESULTS.md and results/NOTES.md, of the lines of
+results/*.jsonl.
 
 A row is a run: its settings, `mean` with a number of each metric in the unit of tables (METRICS in
 metrics.py), and where a structure failed `penalised` with the distances in which it counts as the
@@ -669,7 +670,7 @@ def logged(entries: Sequence[dict], name: str, step: int) -> str:
     return f"{100 * values[-1]:.1f}" if -1 <= values[-1] <= 1 else f"{values[-1]:.4g}"
 
 
-# --- lines of results/*.jsonl: the tables of RESULTS.md ---
+# --- lines of results/*.jsonl: the tables of RESULTS.md and results/NOTES.md ---
 
 
 def read(file: Path) -> tuple[list[str], list[dict]]:

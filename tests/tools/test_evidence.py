@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md are those of results/*.jsonl, whose lines are of real runs: commands,
+"""The tables of the documents are those of results/*.jsonl, whose lines are of real runs: commands,
 cases, means.
 """
 
@@ -22,6 +22,7 @@ from utils.config import labelled_name
 from utils.run import run_folder
 
 FILES = sorted((ROOT / "results").glob("*.jsonl"))
+DOCUMENTS = [ROOT / "RESULTS.md", ROOT / "results/NOTES.md"]
 MODULES = {
     f"{module.__name__}.py": module for module in (train_3d_distill, train_2d_crkd, train_3d_crkd)
 }
@@ -102,13 +103,14 @@ def test_files_are_there():
     assert FILES
 
 
-def test_tables_of_the_document_are_those_of_the_files():
-    assert evidence.tables(ROOT / "RESULTS.md", ROOT / "results", check=True) == 0
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_tables_of_the_documents_are_those_of_the_files(document):
+    assert evidence.tables(document, ROOT / "results", check=True) == 0
 
 
 def test_every_line_is_in_a_table():
-    """What was measured is shown: no run is kept out of the document."""
-    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    """What was measured is shown: no run is kept out of the documents."""
+    text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
     for file in FILES:
         found = tables.Results(*tables.read(file))
         named = re.findall(rf"<!-- evidence: {file.stem} (\w+)((?: \w+)*) -->", text)
