@@ -40,7 +40,8 @@ lists       those of --splits (default splits/NAME) if they exist, else those of
             trained on as unlabelled.
 
 With --nnunet the network in that results folder is the teacher, and spacing, intensities, patch and
-lists are those that it was trained with: tools/nnunet_config.py.
+lists are those that it was trained with: tools/nnunet_config.py. --labelled 0: no scan has a label,
+and all of them, with those of --unlabelled, are trained on by its predictions.
 
 The rest of the file are the scripts' defaults. Read the table, correct what you know
 better, and train.

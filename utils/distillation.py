@@ -333,7 +333,8 @@ class Distillation(DataSettings):
         for role in ("student",) if self.supervised else ("student", "teacher"):
             name = getattr(self, role)
             if role == "teacher" and self.bundle:
-                monai_bundle.read_bundle(self.bundle)
+                with trying("teacher"):
+                    monai_bundle.read_bundle(self.bundle)
                 channels[role] = {}
                 continue
             keys = "cases_per_batch, crops_per_case"

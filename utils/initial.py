@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import nnunet
+from utils import nnunet, plugins
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ConfigError, trying
 
@@ -141,8 +141,8 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _shapes(make: type, channels: int, classes: int, arguments: Mapping) -> nn.Module:
-    """A network without values."""
-    with torch.device("meta"):
+    """A network without values; of the user's own, which need not be made so, with some."""
+    with torch.device("cpu" if plugins.is_plugged_in(make) else "meta"):
         return make(in_channels=channels, num_classes=classes, **arguments)
 
 
