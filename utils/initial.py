@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import nnunet, plugins
-from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint import CheckpointError, describing, load_checkpoint
 from utils.config import ConfigError, trying
 
 # Arguments of the network nnunet that may differ although all weights have the same shapes
@@ -167,17 +167,18 @@ def _of_run(path: Path) -> Initial:
         )
     if not all(torch.isfinite(value).all() for value in weights.values()):
         raise CheckpointError(f"{path}: has weights that are not finite")
-    lists, config = content.get("cases", {}), content.get("config", {})
-    cases = [*lists.get("labelled", ()), *lists.get("train", ()), *lists.get("unlabelled", ())]
-    return Initial(
-        source=str(path),
-        network=str(described["name"]),
-        weights=weights,
-        classes=tuple(content.get("class_names", ())),
-        num_classes=described["num_classes"],
-        arguments=described["arguments"],
-        trained_on=(str(config.get("dataset", "")), frozenset(cases)),
-    )
+    with describing(path):
+        lists, config = content.get("cases", {}), content.get("config", {})
+        cases = [*lists.get("labelled", ()), *lists.get("train", ()), *lists.get("unlabelled", ())]
+        return Initial(
+            source=str(path),
+            network=str(described["name"]),
+            weights=weights,
+            classes=tuple(content.get("class_names", ())),
+            num_classes=int(described["num_classes"]),
+            arguments=dict(described["arguments"]),
+            trained_on=(str(config.get("dataset", "")), frozenset(cases)),
+        )
 
 
 def _of_nnunet(path: Path, name: str, network: nn.Module, classes: Sequence[str]) -> Initial:

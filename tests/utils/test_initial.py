@@ -161,6 +161,9 @@ def test_what_does_not_fit_is_refused_with_its_layers(tmp_path):
     atomic_save(content | {"weights": lost}, path)
     with pytest.raises(CheckpointError, match=f"{first} is missing; odd is unknown here"):
         initial.read_initial(settings("unet", path))
+    atomic_save(content | {"cases": ["a"]}, path)
+    with pytest.raises(CheckpointError, match=f"^{path}: "):
+        initial.read_initial(settings("unet", path))
     atomic_save({"state_dict": lost}, path)
     with pytest.raises(CheckpointError, match="no checkpoint of a training of this project"):
         initial.read_initial(settings("unet", path))
