@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import nnunet, plugins
+from utils import plugins
 from utils.checkpoint import CheckpointError, describing, load_checkpoint
 from utils.config import ConfigError, trying
 
@@ -183,6 +183,8 @@ def _of_run(path: Path) -> Initial:
 
 def _of_nnunet(path: Path, name: str, network: nn.Module, classes: Sequence[str]) -> Initial:
     """Of a results folder of nnU-Net, its first fold, or of a fold's checkpoint."""
+    from utils import nnunet  # builds on utils/run.py, which imports this module
+
     if name != "nnunet":
         raise CheckpointError(f"{path}: weights of an nnU-Net are for nnunet, not for {name}")
     inside = path.suffix == ".pth"
