@@ -104,6 +104,7 @@ def main() -> int:
     with constructing(f"{args.config}: network_args or method_args"):
         method = cfg.make_method(cfg.channels, dataset.num_classes)
     method = run.placed(method, torch.channels_last)
+    run.begin(*method.networks)
     if cfg.compile:
         method.compile()
     run.seed_apart()

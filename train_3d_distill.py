@@ -1,5 +1,4 @@
-"""Train a 3D segmentation network: a light student under a frozen teacher, or any one network by
-itself.
+"""Train a 3D segmentation network: a student under a frozen teacher, or one network by itself.
 
 Distillation methods live in losses/, one file each; ACF-BCKD is the default. A step: the teacher
 and the student see the same patches, the student's loss is the segmentation loss plus the weighted
@@ -31,7 +30,7 @@ FLAGS = training_flags(
     __doc__,
     ("supervised", *KD_METHODS, "or several at once: acf_bckd+dist"),
     {
-        "teacher": f"one of {', '.join(NETWORKS)}, or the results folder of an nnU-Net",
+        "teacher": f"one of {', '.join(NETWORKS)}, an nnU-Net's results folder, a MONAI bundle",
         "student": "the network to train, from the same names",
     },
     labelled="scans",
@@ -52,6 +51,7 @@ from networks import build_network, init_weights
 from utils import figures
 from utils.config import Count, Natural, constructing, parse
 from utils.diagnosis import Diagnosis
+from utils.disagreement import without_disagreeing
 from utils.distillation import Batches, Distillation, load_teacher, note_idle, open_lists
 from utils.modes import copied, seed_everything, statistics_estimated
 from utils.registry import OfDims
@@ -98,9 +98,7 @@ def predict(network: torch.nn.Module, sample: dict, dataset: Dataset, run: Run) 
 def evaluate(
     network: torch.nn.Module, dataset: Dataset, cases: list, run: Run
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Mean Dice over `cases` and of each class, and a picture of one of this process: image, label,
-    prediction.
-    """
+    """Mean Dice over `cases` and of each class, and a picture of one case of this process."""
     names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
     scores, picture = [], None
     for case in run.part(cases):
@@ -152,11 +150,13 @@ def main() -> int:
         arguments = cfg.network_arguments(cfg.student)
         student = build_network(cfg.student, cfg.channels, dataset.num_classes, **arguments)
         student = run.placed(init_weights(student), torch.channels_last_3d)
+        run.begin(student)
         if teacher is not None:
             teacher = teacher.to(device, memory_format=memory)
             taps = student.feature_channels, teacher.feature_channels
             kind = dataset.num_classes, dataset.multilabel, incomplete
             kd = cfg.make_method(*taps, *kind).to(device)
+    splits = without_disagreeing(cfg, teacher, dataset, splits, run, predict)
     if cfg.compile:
         student.compile()
     if cfg.compile and teacher is not None:
@@ -188,7 +188,6 @@ def main() -> int:
     if teacher is not None and chosen and not run.start:
         scores = teacher_scores or evaluate(teacher, dataset, chosen, run)[0]
         run.log.scalars(0, "teacher", scores)
-    # what the teacher says of unlabelled scans
     compared = [(c, predict(teacher, dataset.read(c), dataset, run)) for c in batches.compared]
     training_batches = batches.training()
     for step in run.steps():  # one step = one optimiser update

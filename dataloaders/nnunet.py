@@ -92,6 +92,8 @@ class NnUNetDataset(MSDDataset):
         path, sections = self.root / SPLITS, self.sections(report)
         tested = [case for case in sections["test"] if case.label]
         result = {"train": [], "val": [], "test": tested}
+        if not path.is_file() and not self.needs_labels:  # nor anything to validate on
+            return result | {"train": sections["training"]}
         if not path.is_file():
             raise DataError(
                 Finding(
@@ -205,7 +207,7 @@ class NnUNetDataset(MSDDataset):
             if listed is None:
                 result["training"] = self._with_label("Tr", ending, report)
                 result["unlabelled"] = self._without_label("Tr", ending, report)
-                if not self._files("labelsTr", ending):
+                if self.needs_labels and not self._files("labelsTr", ending):
                     report.error(
                         "empty list",
                         self.root / "labelsTr",

@@ -47,13 +47,19 @@ class Method(nn.Module):
         """The network that is validated, saved and deployed."""
         return self.network
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network that is trained, then copies of it."""
+        own = type(self.network)
+        copies = [child for child in self.children() if isinstance(child, own)]
+        return [self.network, *(copy for copy in copies if copy is not self.network)]
+
     def compile(self, *args, **kwargs) -> None:
         """`torch.compile` of the networks that a step runs, in place, with its arguments: of each
         the whole and the parts that methods call.
         """
-        for child in self.children():
-            if isinstance(child, type(self.network)):
-                compile_parts(child, *args, **kwargs)
+        for network in self.networks:
+            compile_parts(network, *args, **kwargs)
 
     def loss(self, labelled: dict, unlabelled: dict | None, step: int) -> dict[str, Tensor]:
         """Weighted scalar terms of one step; their sum is minimised.

@@ -262,6 +262,7 @@ class ESPNetV2(nn.Module):
 
     dims = 3
     stride = 16
+    encoder_parts = ("base_net",)
     unused_keys = (r"^base_net\.level[234]_0\.eesp\.module_act\.weight$",)
     alias_keys: tuple[tuple[str, str], ...] = ()
 

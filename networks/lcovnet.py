@@ -102,6 +102,10 @@ class LCOVNet(nn.Module):
 
     dims = 3
     stride = 16
+    encoder_parts = (
+        *("Encode_block1", "Encode_block2", "Encode_block3", "Encode_block4"),
+        "Encode_BottleNeck_block5",
+    )
     unused_keys = (r"^segout[123]\.weight$",)
     # Released checkpoints hold each `Up` convolution under two names.
     alias_keys = ((r"^(up[1-4])\.conv1\.", r"\1.conv."),)

@@ -72,6 +72,11 @@ class MobileUNet(nn.Module):
 
     dims = 3
     stride = 32
+    encoder_parts = (
+        "conv3x3",
+        *(f"irb_bottleneck{number}" for number in range(1, 8)),
+        "conv1x1_encode",
+    )
     unused_keys = (
         r"^irb_bottleneck[2346]\.\d+\.conv1x1\.weight$",
         r"^irb_bottleneck5\.[12]\.conv1x1\.weight$",

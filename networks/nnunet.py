@@ -210,6 +210,7 @@ class NnUNet(nn.Module):
 
     dims = 3
     stride = 8  # of the default; `multiples` has it of others
+    encoder_parts = ("encoder",)
     unused_keys: tuple[str, ...] = ()
     alias_keys = (
         (r"^decoder\.encoder\.", "encoder."),
@@ -335,6 +336,10 @@ class NnUNet(nn.Module):
             features[tap] = down[level] if side == "down" else up[level]
         features |= {"penultimate": penultimate, "decoder": x, "acf": features["stage6"]} | pair
         return SegOutput(logits, {tap: self._restored(value) for tap, value in features.items()})
+
+    def renamed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`own_weights` of a checkpoint of nnU-Net."""
+        return own_weights(state, self)
 
     def _restored(self, x: Tensor) -> Tensor:
         """A map in nnU-Net's order of axes -> in that of the image."""

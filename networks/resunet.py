@@ -21,6 +21,7 @@ class ResUNet(nn.Module):
 
     dims = 3
     stride = 8
+    encoder_parts = ("down_layer1", "down_layer2", "down_layer3", "bottom_layer")
 
     def __init__(
         self, in_channels: int, num_classes: int, channels: Sequence[int] = (64, 128, 256, 512)

@@ -28,6 +28,7 @@ class SegResNet(nets.SegResNet):
 
     dims = 3
     stride = 8
+    encoder_parts = ("convInit", "down_layers")
     unused_keys: tuple[str, ...] = ()
     alias_keys: tuple[tuple[str, str], ...] = ()
 

@@ -118,6 +118,7 @@ class UNet2D(nn.Module):
 
     dims = 2
     stride = 16
+    encoder_parts = ("encoder",)
     unused_keys = (r"^decoder\.feats_conv_16\.(weight|bias)$",)
     alias_keys: tuple[tuple[str, str], ...] = ()
     compile = compile_parts

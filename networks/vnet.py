@@ -155,6 +155,7 @@ class VNet(nn.Module):
 
     dims = 3
     stride = 16
+    encoder_parts = ("encoder",)
     unused_keys: tuple[str, ...] = ()
     alias_keys = (
         (r"^(block_(?:(?:one|two|three|four)(?:_dw)?|five)\.)", r"encoder.\1"),

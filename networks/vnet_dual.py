@@ -28,6 +28,7 @@ class DualVNet(nn.Module):
 
     dims = 3
     stride = 16
+    encoder_parts = ("encoder",)
     unused_keys: tuple[str, ...] = ()
     alias_keys: tuple[tuple[str, str], ...] = ()
     compile = compile_parts
@@ -108,6 +109,7 @@ class LeFeDNet(nn.Module):
 
     dims = 3
     stride = 16
+    encoder_parts = ("encoder",)
     unused_keys: tuple[str, ...] = ()
     alias_keys: tuple[tuple[str, str], ...] = ()
     compile = compile_parts

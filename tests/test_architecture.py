@@ -21,10 +21,11 @@ ALLOWED = {
     "reporting": {"dataloaders", "inference", "metrics", "networks", "utils"},
 }
 # What training scripts need beside their loops: keys, a trial of them, data, teacher. Libraries do
-# not import these two files.
+# not import these files.
 BESIDE_LOOPS = {
     "utils/distillation.py": {"dataloaders", "losses", "methods", "networks"},
     "utils/few_labels.py": {"dataloaders", "losses", "methods", "networks"},
+    "utils/disagreement.py": {"dataloaders", "metrics", "networks"},
 }
 SCRIPT_FOLDERS = ("scripts", "tools", "benchmarks")
 

@@ -45,6 +45,7 @@ import train_3d_distill
 from losses import KD_METHODS
 from methods import SSL_METHODS
 from networks import NETWORKS, build_network
+from tests.networks.test_monai_bundle import UNET, write_bundle
 from tests.nnunet_folders import make_plans, plan_arguments, write_results
 from tests.scripts.conftest import Result, make_workspace
 from tests.scripts.conftest import run as run_script
@@ -586,6 +587,13 @@ class Workspace:
             folds=("0", "1"),
             labels={"background": 0, "liver": 1, "tumour": 2},
         )
+        shutil.copytree(nnunet / "imagesTr", nnunet / "imagesTs")
+        for path in sorted((nnunet / "imagesTs").iterdir())[3:]:
+            path.unlink()
+        for path in sorted((nnunet / "imagesTs").iterdir()):
+            path.rename(path.with_name(f"new_{path.name}"))
+        defined = UNET | {"out_channels": 2}
+        write_bundle(self.folder / "bundles/spleen_ct_segmentation", defined)
         names = [path.name.partition(".")[0] for path in sorted((nnunet / "labelsTr").iterdir())]
         lists = self.folder / "nnUNet_preprocessed/Dataset101_Liver/splits_final.json"
         lists.parent.mkdir(parents=True)
@@ -755,7 +763,7 @@ class Workspace:
             if not word.startswith("--"):
                 grouped[-1].append(word)
         for group in grouped:
-            if group and group[0] in replaced:
+            if group and group[0] in replaced and group[1:] != ["0"]:  # none stays none
                 group[1:] = replaced[group[0]]
             if group and group[0] == "--device":
                 group[1:] = ["cpu"]

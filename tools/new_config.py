@@ -40,7 +40,8 @@ lists       those of --splits (default splits/NAME) if they exist, else those of
             trained on as unlabelled.
 
 With --nnunet the network in that results folder is the teacher, and spacing, intensities, patch and
-lists are those that it was trained with: tools/nnunet_config.py.
+lists are those that it was trained with: tools/nnunet_config.py. --labelled 0: no scan has a label,
+and all of them, with those of --unlabelled, are trained on by its predictions.
 
 The rest of the file are the scripts' defaults. Read the table, correct what you know
 better, and train.
@@ -77,7 +78,7 @@ from tools import nnunet_config
 from tools.make_splits import drawn, write_lists
 from utils.checkpoint import CheckpointError, write_text
 from utils.complexity import count_parameters, saved_bytes
-from utils.config import ConfigError, labelled_name, parse_labelled
+from utils.config import ConfigError, labelled_name, parse_labelled_or_zero
 from utils.run import run_folder
 from utils.scripts import run_tool
 
@@ -120,14 +121,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--labelled",
-        type=parse_labelled,
+        type=parse_labelled_or_zero,
         metavar="N",
-        help="few labels: so many of the training list count as labelled (8), or their share (5%%)",
+        help="few labels: so many of the training list count as labelled (8), or their share "
+        "(5%%); with --nnunet 0: no scan has a label",
     )
     parser.add_argument(
         "--unlabelled",
         metavar="FOLDER",
-        help="few labels: folder of further scans or images without labels",
+        help="few labels, --nnunet: folder of further scans or images without labels",
     )
     parser.add_argument(
         "--splits", type=Path, help="folder for train.txt, val.txt, test.txt; default: splits/NAME"
@@ -170,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.format, args.datalist = find_format(args.data, args.format, args.datalist)
     dims = 2 if args.format == "images2d" else 3
     few = dims == 2 or args.labelled is not None or bool(args.unlabelled)
+    few = few and not args.nnunet
     usual = [NETWORK_OF_FEW_LABELS[dims]] if few else list(NETWORKS_3D)
     args.networks = args.networks or (["nnunet", "unet"] if args.nnunet else usual)
     wrong = [name for name in args.networks if NETWORKS[name].dims != dims]
@@ -187,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the file must be one that the training script takes, with lists that fit the data
         script = train_3d_distill if not few else train_2d_crkd if dims == 2 else train_3d_crkd
         _, cfg = script.parse_args(["--config", str(args.out)])
-        build_dataset(**cfg.dataset_arguments()).splits(args.labelled)
+        built = build_dataset(**cfg.dataset_arguments())
+        built.needs_labels = built.needs_val = args.labelled != 0
+        built.splits(args.labelled or None)
     except (ConfigError, DataError, CheckpointError):
         for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
             if path.is_dir():
@@ -280,9 +285,14 @@ def choose_for_nnunet(
     told = describe_dataset(args.format, str(args.data), args.datalist, {})
     results = nnunet_config.fitting_results(args, told)
     arguments = {"root": str(args.data), "datalist": args.datalist, **told}
+    arguments["unlabelled"] = args.unlabelled or ""
     dataset = build_dataset(args.format, **arguments)
+    dataset.needs_labels = args.labelled != 0
     choices = nnunet_config.choose(args, results, told)
-    lists = nnunet_config.fold_lists(args, results, dataset, made)
+    if args.labelled == 0:
+        lists = nnunet_config.without_labels(args, dataset)
+    else:
+        lists = nnunet_config.fold_lists(args, results, dataset, made)
     if len(lists) == 3:  # folds beside the data
         arguments["fold"] = lists[2]
         choices["fold"] = (lists[2], "of splits_final.json")
@@ -292,6 +302,11 @@ def choose_for_nnunet(
         split_dir, why = choose_lists(args, False, names, tested, made)
         lists = split_dir, f"{why}, so the teacher may have been trained on the val list"
     choices |= choose_length(args, arguments, lists[:2], choices, few)
+    if args.labelled == 0:
+        choices["labelled"] = (0, "--labelled: the nnU-Net's prediction is the only label")
+        choices["teacher_views"] = ("one", "flips: its predictions of mirrored copies, averaged")
+    if args.unlabelled:
+        choices["unlabelled"] = (args.unlabelled, "further ones without labels")
     heading = [
         f"# {args.name}: students of {args.nnunet.resolve().name}, by tools/new_config.py.",
         f"# Classes ({', '.join(results.classes)}) and channels come from {args.datalist}.",
@@ -706,7 +721,8 @@ def choose_length(
     """
     split_dir, why = lists
     dataset = build_dataset(args.format, split_dir=split_dir, **arguments)
-    splits = dataset.splits(args.labelled)
+    dataset.needs_labels = dataset.needs_val = args.labelled != 0
+    splits = dataset.splits(args.labelled or None)
     counts = {split: len(cases) for split, cases in splits.items()}
     shown = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
     settings = {"split_dir": (split_dir, f"{why}: {shown}")}
@@ -723,8 +739,11 @@ def choose_length(
         epochs = EPOCHS_2D if dataset.dims == 2 else EPOCHS_3D
         each, total, kind = choices["unlabelled_batch"][0], counts["unlabelled"], "unlabelled"
     else:
-        epochs, total, kind = EPOCHS, counts["labelled"], "labelled"
+        kind = "labelled" if args.labelled is None else "unlabelled"
+        epochs, total = EPOCHS, counts["labelled"] + counts["unlabelled"]
         each = choices["cases_per_batch"][0]
+        if kind == "labelled":
+            total = counts["labelled"]
     steps = min(max(epochs * total // each, FEWEST), MOST) // 100 * 100
     why = f"{epochs} epochs of {total} {kind} {dataset.unit}s within {FEWEST}..{MOST}; a guess"
     return settings | {
@@ -773,6 +792,10 @@ def next_commands(args: argparse.Namespace, cfg, few: bool) -> list[str]:
         folder = run_folder(cfg.runs_dir, cfg.dataset, method, networks, cfg.seed, cfg.preset, "")
         return f"python test_{dims}d.py --ckpt {shlex.quote(str(folder / 'best.pt'))}"
 
+    if args.nnunet and args.labelled == 0:
+        return [
+            f"python train_3d_distill.py --config {config} --method {m}" for m in ("kd", "dist")
+        ]
     if args.nnunet:
         train = f"python train_3d_distill.py --config {config}"
         networks = f"nnunet-{cfg.student}"

@@ -49,9 +49,13 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"--{name.replace('_', '-')} goes with --nnunet")
         if name in ("budget_ms", "budget_params", "threads") and value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
-    for name in ("labelled", "unlabelled"):
-        if args.nnunet and getattr(args, name) is not None:
-            parser.error(f"--{name} is for few labels and does not go with --nnunet")
+    if args.nnunet and args.labelled:
+        parser.error(
+            "--labelled: with --nnunet 0, where no scan has a label; else leave it out, and give "
+            "the number to train_3d_distill.py"
+        )
+    if not args.nnunet and args.labelled == 0:
+        parser.error("--labelled 0: without labels a teacher is needed; it goes with --nnunet")
     if args.nnunet and args.patch:
         parser.error("--patch: with --nnunet the patch is that of its plans")
     if not args.nnunet and "nnunet" in (args.networks or ()):
@@ -139,6 +143,21 @@ def fold_lists(
     made += [above for above in (folder, *folder.parents) if not above.exists()]
     write_lists(folder, lists, f"fold {fold} of {found.name}")
     return str(folder), why
+
+
+def without_labels(args: argparse.Namespace, dataset) -> tuple[str, str]:
+    """split_dir and why, where the nnU-Net's prediction is the only label: lists that are there, or
+    none, since all scans are trained on and none can be validated on.
+    """
+    folder = args.splits or Path("splits") / args.name
+    if (folder / "train.txt").is_file():
+        return str(folder), "lists that are there"
+    if dataset.cases():
+        raise ConfigError(
+            f"{args.data}: has labels; leave --labelled 0 out here, so that some validate, and "
+            "give it to train_3d_distill.py"
+        )
+    return "", "all scans are trained on"
 
 
 def choose_patch(args: argparse.Namespace, results: nnunet.Results) -> dict[str, tuple]:

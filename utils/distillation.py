@@ -2,6 +2,7 @@
 settings, cases and batches, the teacher and its labels of unlabelled scans.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from dataloaders.settings import DataSettings
 from losses import KD_METHODS, PRESETS, build_kd, methods_in
 from losses.incomplete import UNKNOWN
 from methods.base import pseudo_label_report
-from networks import NETWORKS, build_network, check_network
+from networks import NETWORKS, build_network, check_network, monai_bundle
 from utils import nnunet, plugins
 from utils.checkpoint import CheckpointError, load_checkpoint, load_network_weights
 from utils.config import (
@@ -59,12 +60,13 @@ class Distillation(DataSettings):
     """Keys of student, teacher and method."""
 
     student: Annotated[str, OfDims(NETWORKS, 3)] = "unet"
-    teacher: Annotated[str, OfDims(NETWORKS, 3)] = "resunet"
+    # monai: the network of a MONAI bundle
+    teacher: Annotated[str, AnyOf(OfDims(NETWORKS, 3), ("monai",))] = "resunet"
     # several methods at once, their terms side by side: acf_bckd+dist
     method: Annotated[str, AnyOf(("supervised",), Joined(KD_METHODS))] = "acf_bckd"
     preset: Annotated[str, PRESETS] = "clean"  # as_released: the reference code's arithmetic
     # "": best.pt of the supervised run of `teacher`; of teacher nnunet also a results folder of
-    # nnU-Net, which `teacher` can name as well
+    # nnU-Net, of monai a bundle, which `teacher` can name as well
     teacher_checkpoint: str = ""
     teacher_folds: tuple[str, ...] = ()  # of a results folder, averaged; []: those that are there
     teacher_seed: Natural = 0
@@ -76,6 +78,9 @@ class Distillation(DataSettings):
     # flips: its labels are of eight mirrored copies, of an nnU-Net those that it allows
     teacher_views: Annotated[str, VIEWS] = "one"
     pseudo_confidence: Share = 0.0  # voxels where the teacher is less sure are ignored
+    # share of the unlabelled cases, those on which the folds of an nnU-Net disagree most, that is
+    # left out; 0: they are listed; null: they are not even compared
+    drop_disagreeing: float | None = 0.0
     # steps, a whole number, or below 1 the share of max_steps, in which the method's terms grow
     # from nothing to their weights; 0: none
     distill_warmup: Annotated[int | float, "[0, inf)"] = 0
@@ -102,13 +107,14 @@ class Distillation(DataSettings):
 
     @classmethod
     def adapted(cls, given: Given) -> list[str]:
-        """As Settings', with a results folder of nnU-Net as the teacher put where checkpoints are
-        named.
+        """As Settings', with a results folder of nnU-Net, or a MONAI bundle, as the teacher put
+        where checkpoints are named.
         """
         teacher, source = given.get("teacher", ("", ""))
         is_path = isinstance(teacher, str) and "/" in teacher and not teacher.endswith(".pt")
         if is_path and not plugins.is_reference(teacher):
-            given["teacher"] = ("nnunet", source)
+            kind = "monai" if monai_bundle.is_bundle(teacher) else "nnunet"
+            given["teacher"] = (kind, source)
             given["teacher_checkpoint"] = (teacher, source)
         shared = ("labelled", "unlabelled_batch") if "teacher_views" in given else ()
         own = {key: given.pop(key) for key in shared if key in given}
@@ -132,6 +138,11 @@ class Distillation(DataSettings):
         path = self.teacher_checkpoint
         folder = self.teacher == "nnunet" and path and not path.endswith(".pt")
         return path if folder and not self.supervised else ""
+
+    @property
+    def bundle(self) -> str:
+        """The MONAI bundle that the teacher comes from; "" for another teacher."""
+        return self.teacher_checkpoint if self.teacher == "monai" and not self.supervised else ""
 
     def teacher_arguments(self) -> dict:
         """Arguments of the teacher's network."""
@@ -176,7 +187,7 @@ class Distillation(DataSettings):
     def idle_keys(self) -> tuple[str, ...]:
         of_teacher = ("teacher", "teacher_checkpoint", "teacher_folds", "teacher_seed")
         of_method = ("preset", "method_args", "distill_warmup", "method_lr")
-        of_method += ("teacher_views", "pseudo_confidence")
+        of_method += ("teacher_views", "pseudo_confidence", "drop_disagreeing")
         return (*of_teacher, *of_method) if self.supervised else ()
 
     @property
@@ -225,16 +236,17 @@ class Distillation(DataSettings):
             arguments["acf_bckd"] = {"afd": 0.0, "cfd": 0.0} | arguments["acf_bckd"]
         if len(self.methods) == 1:
             arguments = arguments[self.method]
-        return build_kd(
-            self.method,
-            student_channels,
-            teacher_channels,
-            num_classes,
-            multilabel=multilabel,
-            preset=self.preset,
-            incomplete=incomplete,
-            **arguments,
-        )
+        how = {"multilabel": multilabel, "preset": self.preset, "incomplete": incomplete}
+        taps = student_channels, teacher_channels
+        try:
+            return build_kd(self.method, *taps, num_classes, **how, **arguments)
+        except ValueError as problem:
+            others = [] if teacher_channels else _methods_of_logits(*taps, num_classes, how)
+            if not others or set(self.methods) <= set(others):
+                raise
+            raise ValueError(
+                f"{problem}; this teacher has logits alone, which do for {', '.join(others)}"
+            ) from problem
 
     def _completed(self) -> Self:
         cfg = super()._completed()
@@ -247,9 +259,9 @@ class Distillation(DataSettings):
 
     def leaves_out_attention(self, teacher_channels: dict) -> bool:
         """Whether ACF-BCKD goes without AFD and CFD, which compare with a residual block: under an
-        nnU-Net that has none.
+        nnU-Net or a MONAI network that has none.
         """
-        plain = self.nnunet_folder and "residual" not in teacher_channels
+        plain = (self.nnunet_folder or self.bundle) and "residual" not in teacher_channels
         return "acf_bckd" in self.methods and bool(plain)
 
     def _check(self) -> None:
@@ -263,10 +275,36 @@ class Distillation(DataSettings):
         self._check_patch(self.student, self.network_arguments(self.student))
         if self.teacher_folds and not self.nnunet_folder and not self.supervised:
             raise ConfigError("teacher_folds: only a results folder of nnU-Net has folds")
-        if not self.supervised:
+        if self.teacher == "monai" and not self.teacher_checkpoint and not self.supervised:
+            raise ConfigError(
+                "teacher: monai is the network of a MONAI bundle; name its folder in its place"
+            )
+        if not self.supervised and not self.bundle:
             with trying(f"teacher: {self.teacher}"):
                 self._check_patch(self.teacher, self.teacher_arguments())
         self._check_labels()
+        self._check_disagreeing()
+
+    def _check_disagreeing(self) -> None:
+        share = self.drop_disagreeing
+        if share is not None and not 0 <= share < 1:
+            raise ConfigError(f"drop_disagreeing: a share in [0, 1), or null; got {share}")
+        if not share or self.supervised:
+            return
+        folds = ()
+        if self.nnunet_folder:
+            folds = nnunet.read_results(self.nnunet_folder).chosen(self.teacher_folds)
+        if len(folds) < 2:
+            raise ConfigError(
+                "drop_disagreeing: compares the folds of an nnU-Net, and this teacher "
+                f"({self.nnunet_folder or self.teacher}) has {len(folds) or 'no'} fold(s); take "
+                "one with several, or leave the key out"
+            )
+        if not self.taught:
+            raise ConfigError(
+                "drop_disagreeing: there are no unlabelled scans to leave out; name some with "
+                "--unlabelled FOLDER or --labelled N"
+            )
 
     def _check_labels(self) -> None:
         labelled, taught, batch = self.labelled, self.taught, self.batch
@@ -306,6 +344,11 @@ class Distillation(DataSettings):
         batch = smallest_share(self.batch, self.device)
         for role in ("student",) if self.supervised else ("student", "teacher"):
             name = getattr(self, role)
+            if role == "teacher" and self.bundle:
+                with trying("teacher"):
+                    monai_bundle.read_bundle(self.bundle)
+                channels[role] = {}
+                continue
             keys = "cases_per_batch, crops_per_case"
             with trying(f"network_args: {name}"), enough_voxels(name, self.patch_size, batch, keys):
                 how = plugins.trial(NETWORKS[name], self.patch_size, batch)
@@ -545,6 +588,10 @@ def load_teacher(
         return None, None
     if cfg.nnunet_folder:
         return load_nnunet(cfg, dataset.num_classes), None
+    if cfg.bundle:
+        bundle = monai_bundle.read_bundle(cfg.bundle)
+        sizes = cfg.channels, cfg.class_names, cfg.patch_size
+        return monai_bundle.load_monai(bundle, *sizes), None
     path, num_classes = teacher_path(cfg), dataset.num_classes
     own = args.plugins.get(cfg.teacher)
     name = f"{own['file']}:{cfg.teacher}" if own else cfg.teacher
@@ -635,6 +682,19 @@ def _seen_in_training(
     return found
 
 
+def _methods_of_logits(student_channels: dict, taps: dict, num_classes: int, how: dict) -> list:
+    """The methods that a teacher without feature maps can teach by; acf_bckd by its boundary terms
+    alone.
+    """
+    found = []
+    for name in KD_METHODS:
+        less = {"afd": 0.0, "cfd": 0.0} if name == "acf_bckd" else {}
+        with contextlib.suppress(ValueError), weightless():
+            build_kd(name, student_channels, taps, num_classes, **how, **less)
+            found.append(name)
+    return found
+
+
 def load_nnunet(cfg: Distillation, num_classes: int) -> nn.Module:
     """The frozen networks of an nnU-Net's results folder, one from each fold, as one teacher.
 
@@ -689,11 +749,17 @@ def _validated_alike(checkpoint: dict[str, Any], cfg: Distillation, chosen: Sequ
 
 
 def note_idle(cfg: Distillation, run: Run, has_parameters: bool, teacher: nn.Module | None) -> None:
-    """Say what of the settings does nothing. has_parameters: of the method's own, which learn."""
+    """Say what of the settings does nothing, and what teaches if it comes from another program.
+    has_parameters: of the method's own, which learn.
+    """
     if cfg.supervised:
         return
     if cfg.nnunet_folder:
         _note_nnunet(cfg, run, mirror_axes(teacher))
+    if cfg.bundle:
+        loaded = monai_bundle.described(monai_bundle.read_bundle(cfg.bundle), teacher)
+        less = " (acf_bckd without AFD and CFD)" if cfg.leaves_out_attention({}) else ""
+        run.note(f"note: the teacher is {loaded}{less}")
     if cfg.method_lr and not has_parameters:
         run.note(f"note: {cfg.method} has no parameters of its own: method_lr does nothing")
     if not cfg.taught and (cfg.pseudo_confidence or cfg.teacher_views != "one"):

@@ -134,11 +134,12 @@ class World:
 
     def average_statistics(self, module: nn.Module) -> None:
         """Average the running means and variances of batch norms, so that all processes evaluate
-        one network.
+        one network. Those of frozen norms are the same, to the last bit, and stay so.
         """
         if self.size == 1:
             return
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in norms if not getattr(m, "frozen", False)]
         self.average([s for m in norms for s in (m.running_mean, m.running_var) if s is not None])
 
     def average(self, tensors: Sequence[Tensor]) -> None:

@@ -112,11 +112,15 @@ def _training(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def running_norms(network: nn.Module) -> list[nn.Module]:
-    """The batch norms of a network that keep running statistics."""
+    """The batch norms of a network that keep running statistics, but for frozen ones
+    (utils/initial.py), whose statistics stay.
+    """
     return [
         m
         for m in network.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and m.track_running_stats
+        and not getattr(m, "frozen", False)
     ]
 
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from utils import figures, plugins
+from utils import figures, initial, plugins
 from utils.checkpoint import (
     FULL,
     PREVIOUS,
@@ -103,6 +103,7 @@ RESUMABLE = frozenset(
         "val_start",
         "max_steps",
         "teacher_checkpoint",
+        "init_checkpoint",
         "memory_gb",
         "eval_batch",
         "window_batch",
@@ -143,6 +144,9 @@ class Settings:
     network_args: dict = dataclasses.field(default_factory=dict)  # {network: {argument: value}}
     method_args: dict = dataclasses.field(default_factory=dict)  # {method: {argument: value}}
     recipe: dict = dataclasses.field(default_factory=dict)  # {name: {key: value}}, of that alone
+    # weights to start from: a checkpoint, its run folder or, of nnunet, a results folder
+    init_checkpoint: str = ""
+    freeze: str = ""  # encoder: keep its initial weights and batch norm statistics
     # Optimisation
     optimizer: Annotated[str, OPTIMIZERS] = "sgd"
     lr: Positive = 0.01
@@ -289,6 +293,15 @@ class Settings:
             check_unused(self, ("schedule_steps", "min_lr"), "schedule 'constant'")
         if self.nesterov and not self.momentum:
             raise ConfigError("nesterov: needs a momentum above 0")
+        if self.freeze:
+            networks = (self.pluggable.get("network") or self.pluggable["student"]).registry
+            network = networks[self.trained_network]
+            initial.check_freezable(self.freeze, self.trained_network, network)
+        if self.freeze and not self.init_checkpoint:
+            raise ConfigError(
+                f"freeze: {self.freeze} would keep random weights; name those to start from with "
+                "--opts init_checkpoint=FILE"
+            )
 
     def _try_out(self) -> None:
         """Build networks and method without memory: what does not fit shows before the data."""
@@ -339,6 +352,8 @@ class Run:
                 )
                 raise SystemExit(0)
         self.resumes = bool(args.resume) and _has_run(self.folder)
+        starts = cfg.init_checkpoint and not self.resumes
+        self.initial = initial.read_initial(cfg) if starts else None
         self.world, name = join_world(cfg.device)
         self.lock = Lock(self.folder / LOCK)
         if self.lock.path.exists():  # rather than after the data were read
@@ -370,6 +385,15 @@ class Run:
         """
         memory = memory if self.cfg.channels_last else torch.contiguous_format
         return self.world.synchronised(module.to(self.device, memory_format=memory), self.device)
+
+    def begin(self, *networks: nn.Module) -> None:
+        """Give the network that is trained, and copies of it that a method keeps, the weights of
+        `init_checkpoint`, and freeze their part `freeze`. After `placed`, before the optimiser.
+        """
+        if self.initial is not None:
+            self.note(initial.load_initial(networks, self.initial, self.cfg.class_names))
+        if self.cfg.freeze:
+            self.note(initial.freeze(networks, self.cfg.freeze))
 
     def seed_apart(self) -> None:
         """Other random numbers in each process from here on: of dropout, boxes, sampled losses."""
@@ -413,6 +437,8 @@ class Run:
     ) -> None:
         """What every checkpoint says of itself. splits: list -> its cases."""
         cfg = self.cfg
+        if self.initial is not None:
+            initial.seen_before(self.initial, cfg.dataset, splits)
         self.described = {
             "kind": kind,
             "network": {

@@ -38,7 +38,7 @@ from losses import KD_METHODS
 from methods import SSL_METHODS
 from networks import NETWORKS
 from tests.reliability import profiles  # noqa: F401
-from utils import distillation, few_labels, run
+from utils import disagreement, distillation, few_labels, run
 from utils.checkpoint import CheckpointError
 from utils.config import OF_FORMAT, ConfigError, load_config, marks, read_yaml
 
@@ -478,8 +478,8 @@ def attribute_reads(script):
         for child in ast.iter_child_nodes(node):
             walk(child, owners)
 
-    shared = few_labels if script is not train_3d_distill else distillation
-    for module in (script, shared, run):
+    shared = (few_labels,) if script is not train_3d_distill else (distillation, disagreement)
+    for module in (script, *shared, run):
         walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")), {"cfg"})
     return found
 

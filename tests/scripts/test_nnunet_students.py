@@ -1,6 +1,8 @@
 """From a results folder of nnU-Net to its students: configuration, training, test, prediction."""
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -18,7 +20,7 @@ from tests.nnunet_folders import (
     write_results,
 )
 from tests.scripts.conftest import run
-from utils.checkpoint import load_foreign
+from utils.checkpoint import digest, load_checkpoint, load_foreign
 
 SMALL = ("max_steps=2", "val_interval=2", "workers=0", "log_interval=1", "bn_batches=1")
 FOLDER = "results/nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -128,6 +130,52 @@ def test_a_residual_network_of_regions_teaches_all_of_acf_bckd(tmp_path):
     assert refused.returncode and "teacher_folds" in refused.stderr
 
 
+@pytest.mark.slow
+def test_without_any_label_and_without_what_the_folds_disagree_on(tmp_path):
+    workspace(tmp_path)
+    refused = run(*CONFIG, *BUDGET, "--labelled", "0", cwd=tmp_path, ok=False)
+    assert refused.returncode and "has labels; leave --labelled 0 out here" in refused.stderr
+    shutil.rmtree(tmp_path / "raw/labelsTr")
+    (tmp_path / "raw/splits_final.json").unlink()
+    (tmp_path / "more").mkdir()
+    for number in (3, 4):
+        shutil.move(tmp_path / f"raw/imagesTr/case_{number}_0000.nii.gz", tmp_path / "more")
+    flags = ("--labelled", "0", "--unlabelled", "more", "--networks", "unet")
+    out = run(*CONFIG, *BUDGET, *flags, cwd=tmp_path)
+    assert "all scans are trained on: 5 unlabelled" in out.stdout
+    options = ("drop_disagreeing=0.4", "save_interval=1", "tag=less")
+    out = train(tmp_path, "--method", "kd", opts=options)
+    assert "2 of 5 unlabelled cases are left out" in out.stderr
+    folder = tmp_path / "runs/mine/kd/nnunet-unet-0-unlabelled/seed0-less"
+    with (folder / "disagreement.csv").open() as file:
+        header, *rows = csv.reader(file)
+    values = {name: float(value) for name, value in rows}
+    assert header == ["case", "disagreement"] and len(set(values.values())) > 1
+    assert list(values.values()) == sorted(values.values(), reverse=True)
+    assert set(values) == {f"case_{number}" for number in range(5)}
+    straight = load_checkpoint(folder / "last.pt")
+    assert straight["cases"]["unlabelled"] == sorted(list(values)[2:])
+    assert all(f"{value:.3f}  {name}" in out.stderr for name, value in values.items())
+
+    # a resumed run takes what was measured: it would choose otherwise by other figures
+    (folder / "last.previous.pt").replace(folder / "last.pt")
+    again = run("train_3d_distill.py", "--resume", str(folder), cwd=tmp_path)
+    assert "comparing folds" in out.stderr and "comparing folds" not in again.stderr
+    assert digest(load_checkpoint(folder / "last.pt")["weights"]) == digest(straight["weights"])
+
+    # all are listed where none is left out, and none is compared where that is not wanted
+    out = train(tmp_path, "--method", "kd", opts=("tag=listed",))
+    assert "0 of 5 unlabelled cases are left out" in out.stderr
+    out = train(tmp_path, "--method", "kd", opts=("tag=none", "drop_disagreeing=null"))
+    assert "comparing folds" not in out.stderr
+    for flags, option, expected in (
+        (("--teacher-folds", "1"), "drop_disagreeing=0.1", "has 1 fold(s)"),
+        ((), "drop_disagreeing=1", "a share in [0, 1)"),
+    ):
+        refused = train(tmp_path, *flags, opts=(option, "tag=refused"), ok=False)
+        assert refused.returncode and expected in refused.stderr
+
+
 def test_flags_and_folders_that_do_not_fit_are_refused(tmp_path):
     workspace(tmp_path)
     for flags, expected in (
@@ -135,12 +183,13 @@ def test_flags_and_folders_that_do_not_fit_are_refused(tmp_path):
         (("--fold-lists", "none.json"), "none.json: no such file"),
         (("--patch", "8", "8", "8"), "the patch is that of its plans"),
         (("--threads", "0"), "must be above 0"),
+        (("--labelled", "2"), "give the number to train_3d_distill.py"),
     ):
         refused = run(*CONFIG, *flags, cwd=tmp_path, ok=False)
         assert refused.returncode and expected in refused.stderr, flags
         assert not (tmp_path / "mine.yaml").exists()
     plain = ("tools/new_config.py", "--data", "raw", "--out", "mine.yaml")
-    for flags in (("--budget-ms", "3"), ("--networks", "nnunet")):
+    for flags in (("--budget-ms", "3"), ("--networks", "nnunet"), ("--labelled", "0")):
         refused = run(*plain, *flags, cwd=tmp_path, ok=False)
         assert refused.returncode and "goes with --nnunet" in refused.stderr
     described = tmp_path / FOLDER / "dataset.json"
