@@ -27,13 +27,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jinja2
+import numpy as np
 import yaml
 from matplotlib.colors import to_hex
 from PIL import Image
 
 from metrics import DISTANCES, FLAGS, METRICS, SHARES, SHOWN
 from tools import report_charts as charts
-from tools.figure import Views, views_of
+from tools.figure import views_of
 from tools.report_data import (
     ReportError,
     Run,
@@ -378,8 +379,8 @@ def pictures_of(run: Run, data_root: str | None) -> dict | None:
                 image.thumbnail((3 * SIDE, SIDE))
                 found.append({"caption": caption, "whole": inline(image)})
         else:
-            parts = zip(("image", "ground truth", "prediction"), view_images(views))
-            images = {name: inline(image) for name, image in parts}
+            parts = zip(("image", "ground truth", "prediction"), views.pictures)
+            images = {name: inline(view_image(picture)) for name, picture in parts}
             found.append({"caption": caption, "place": views.place, "parts": images})
             legend |= {k: views.names[k - 1] for k in views.present}
     palette = figures.palette(max(legend, default=0) + 1)
@@ -401,25 +402,20 @@ def checkpoint_of(run: Run, data_root: str | None) -> dict:
     return checkpoint
 
 
-def view_images(views: Views) -> list[Image.Image]:
-    """The pictures with square pixels, none larger than SIDE."""
-    images = []
-    for picture in views.pictures:
-        image = Image.fromarray(picture)
-        factor = min(1.0, SIDE / max(image.width, image.height * views.aspect))
-        if image.width * factor < SIDE / 2:  # small slices are shown larger, voxel by voxel
-            factor = max(1, SIDE // 2 // image.width)
-        width = max(1, round(image.width * factor))
-        height = max(1, round(image.height * factor * views.aspect))
-        smooth = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-        images.append(image.resize((width, height), smooth))
-    return images
+def view_image(picture: np.ndarray) -> Image.Image:
+    """A picture of `Views`, not larger than SIDE."""
+    image = Image.fromarray(picture)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 def inline(image: Image.Image) -> str:
+    """A picture inside the page. Its outlines keep their colours: these are not averaged over
+    neighbours, as JPEG does otherwise.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "JPEG", quality=85, subsampling=0, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def training_charts(runs: list[Run]) -> list[str]:

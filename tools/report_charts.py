@@ -8,6 +8,7 @@ Matplotlib escapes them as it writes the SVG.
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -53,6 +54,7 @@ STYLE = {
     "axes.unicode_minus": True,
     "path.simplify_threshold": 0.5,
 }
+POINTS = 500  # of a line in a chart, at most; it is about 270 pixels wide
 Points = Sequence[tuple[float, float]]
 
 
@@ -86,6 +88,7 @@ def line_chart(
     """
     figure, axes = _over_steps(title, ylabel)
     for name, points in series.items():
+        points = thinned(points)
         index = order.index(name)
         if log:  # its axis has no place for the others
             points = [point for point in points if point[1] > 0]
@@ -106,12 +109,28 @@ def line_chart(
     return _svg(figure, f"{title}: {ylabel} over steps")
 
 
+def thinned(points: Points, most: int = POINTS) -> Points:
+    """Points that draw the same line, `most` of them at most: of each of equal stretches, the
+    lowest and the highest.
+    """
+    if len(points) <= most:
+        return points
+    values = np.array([value for _, value in points])
+    ends = np.linspace(0, len(points), most // 2 + 1).astype(int)
+    kept = set()
+    for start, end in itertools.pairwise(ends):
+        kept |= {start + int(values[start:end].argmin()), start + int(values[start:end].argmax())}
+    return [points[place] for place in sorted(kept)]
+
+
 @matplotlib.rc_context(STYLE)
 def share_chart(title: str, series: Mapping[str, Points], order: Sequence[str]) -> str:
     """Shares of a whole over training steps, stacked; hatched, so that colour is not all that tells
     them apart.
     """
     steps = sorted({step for points in series.values() for step, _ in points})
+    if len(steps) > POINTS:
+        steps = [steps[k] for k in np.linspace(0, len(steps) - 1, POINTS).astype(int)]
     figure, axes = _over_steps(title, "share, %")
     base = np.zeros(len(steps))
     for name, points in series.items():
