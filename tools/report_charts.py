@@ -25,11 +25,12 @@ from matplotlib.ticker import MaxNLocator
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 SWATCH_DASHES = ("", "7 2", "2 2", "8 2 2 2")  # the same as an SVG has them, for short lines
-HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++")
+HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, GRID = "#0a0b0c", "#c0c1c2"  # stand-ins that the page's variables replace
 STYLE = {
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # each text of an SVG repeats the list
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
