@@ -103,8 +103,11 @@ def line_chart(
         place = {"xy": (1, level), "xycoords": ("axes fraction", "data")}
         axes.annotate(name, fontsize=8.5, **place, **above)
         axes.margins(y=0.12)
+    low, high = axes.dataLim.intervaly
     if log:
         axes.set_yscale("log")
+    elif high - low < 1e-9:  # a level: its rounding is nothing to look at
+        axes.set_ylim(low - 0.5, high + 0.5)
     else:
         axes.ticklabel_format(axis="y", scilimits=(-2, 4))
     return _svg(figure, f"{title}: {ylabel} over steps")
