@@ -106,7 +106,7 @@ def line_chart(
     low, high = axes.dataLim.intervaly
     if log:
         axes.set_yscale("log")
-    elif high - low < 1e-9:  # a level: its rounding is nothing to look at
+    elif 0 <= high - low < 1e-9:  # a level: its rounding is nothing to look at
         axes.set_ylim(low - 0.5, high + 0.5)
     else:
         axes.ticklabel_format(axis="y", scilimits=(-2, 4))
