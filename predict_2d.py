@@ -13,10 +13,10 @@ of each structure and their percentage. Networks of ACDC take short-axis stacks 
 takes scans, with the slices along the third axis; intensities are scaled to 0..1 over the scan.
 --output gets NAME.nii.gz, label ids on the scan's own grid, and volumes.csv in ml.
 
-Beside each result NAME.json names its values and says how it was made. --overlays draws the borders
-into a copy of the image (of a scan: into its fullest slice). Results that are there already are
-kept, unless --overwrite is given. An image that cannot be segmented does not stop the others:
-faults are listed at the end, and the exit status is 1.
+Beside each result NAME.json names its values and says how it was made. --overlays writes the image
+beside a copy with the borders and a legend (of a scan: its fullest slice). Results that are there
+already are kept, unless --overwrite is given. An image that cannot be segmented does not stop the
+others: faults are listed at the end, and the exit status is 1.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def main() -> int:
                 slices = torch.from_numpy(np.ascontiguousarray(dataset.slices(volume)))
                 ids = predict_slices(network, slices, batch=batch, amp=args.amp).numpy()
                 ids = dataset.unslice(ids, volume)
-                shown = [(volume["image"], None), (volume["image"], ids)]
+                shown = volume["image"], None, ids, dataset.class_names[1:], case.name
                 ids = ids if photographs else dataset.native(ids, volume)
                 found = measured(ids, volume.get("native_affine"), structures)
                 about = {
@@ -150,7 +150,7 @@ def main() -> int:
                 if args.overlays:
                     save_mask(
                         args.output / "overlays" / f"{case.name}.png",
-                        figures.views(shown, dataset.num_classes),
+                        figures.compared(*shown, side=figures.SIDE),
                     )
                 if photographs:
                     write = functools.partial(save_mask, pixels=(ids * value).astype(np.uint8))

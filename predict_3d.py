@@ -24,7 +24,8 @@ Of each scan --output gets CASE.nii.gz, label ids on the scan's own grid (shape 
 CASE.json, which names the ids and structures and says how they were made; volumes.csv has the
 volume of each structure of every scan in ml; of a DICOM series both have its SeriesInstanceUID, and
 --dicom-seg writes CASE.dcm beside them, a DICOM segmentation that refers to it (highdicom,
-requirements-export.txt). A structure of overlapping regions (BraTS, nnU-Net's
+requirements-export.txt). --overlays draws each scan with its segmentation in three planes,
+overlays/CASE.png. A structure of overlapping regions (BraTS, nnU-Net's
 region-based labels) is a set of ids. Scans whose result is there already are skipped, unless
 --overwrite is given. A scan that cannot be segmented does not stop the others: faults are listed at
 the end, and the exit status is 1. What training would warn of (an odd header, a scan that is not in
@@ -48,12 +49,13 @@ from torch import nn
 from tqdm import tqdm
 
 from dataloaders import DATASETS, Case, DataError, Dataset, Report, build_dataset
+from dataloaders.cases import read_image
 from dataloaders.dicom import series_frames
 from dataloaders.lists import find_scans
 from dataloaders.volumes import is_series, read_volume
 from inference import AMP_MODES, fast_copy, fast_dtype, predict_labels
 from networks import NETWORKS, described_network
-from utils import plugins
+from utils import figures, plugins
 from utils.checkpoint import CheckpointError, DiskError, describing, digest, load_checkpoint
 from utils.config import ConfigError, Flags, add_plugin_flags, escaped, run_checkpoint
 from utils.exported import TRUST_HELP, ExportedModel, optional
@@ -63,6 +65,7 @@ from utils.predictions import (
     SizeTable,
     failure,
     millilitres,
+    save_mask,
     save_result,
     save_segmentation,
     save_volume,
@@ -104,6 +107,7 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="of DICOM series write CASE.dcm too, a DICOM segmentation",
     )
+    parser.add_argument("--overlays", action="store_true", help="also write overlays/CASE.png")
     parser.add_argument("--tta", action="store_true", help="average over the eight mirrored copies")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=tuple(AMP_MODES), default="off", help="mixed precision")
@@ -143,7 +147,8 @@ def main() -> int:
         other = next((c.images[0] for c in cases if not is_series(c.images[0])), None)
         if other:
             raise ConfigError(f"{SEGMENTATION}: {other} is no DICOM series; leave the flag out")
-    args.output.mkdir(parents=True, exist_ok=True)
+    for folder in [args.output] + [args.output / "overlays"] * args.overlays:
+        folder.mkdir(parents=True, exist_ok=True)
     structures, volumes = (
         dataset.structures(),
         SizeTable(args.output / "volumes.csv", "voxels", "volume_ml"),
@@ -181,6 +186,9 @@ def main() -> int:
                     if not volumes.has(case.name, structures):
                         ids, affine = read_volume(target)
                         volumes[case.name] = structure_sizes(ids, structures, millilitres(affine))
+                    drawn = args.output / "overlays" / f"{case.name}.png"
+                    if args.overlays and not drawn.exists():
+                        save_overlay(drawn, dataset, case, *read_volume(target))
                     continue
                 ids, affine = segment(predictor, dataset, description, case, args, notes)
                 sizes = structure_sizes(ids, structures, millilitres(affine))
@@ -192,6 +200,9 @@ def main() -> int:
                     **series,
                     "settings": settings,
                 }
+                if args.overlays:
+                    drawn = args.output / "overlays" / f"{case.name}.png"
+                    save_overlay(drawn, dataset, case, ids, affine)
                 save_result(target, about, functools.partial(save_volume, ids=ids, affine=affine))
                 volumes[case.name] = sizes
                 if args.dicom_seg:
@@ -339,6 +350,16 @@ def segment(
     del image
     native = dataset.native(prediction, sample)
     return dataset.decode_prediction(native), sample["native_affine"]
+
+
+def save_overlay(
+    path: Path, dataset: Dataset, case: Case, ids: np.ndarray, affine: np.ndarray
+) -> None:
+    """Draw the first channel of a scan with its segmentation, on the scan's own grid."""
+    image, _ = read_image(case, dataset.in_channels)
+    grey, spacing = figures.as_ras(figures.shown_range(image[0], dataset), affine)
+    ids, _ = figures.as_ras(ids, affine)
+    save_mask(path, figures.planes(grey, ids, spacing, dataset.id_names(), case.name))
 
 
 if __name__ == "__main__":

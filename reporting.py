@@ -633,16 +633,20 @@ def _score_few_labels(scoring: Scoring, predict: Callable, settings: dict) -> No
         volume = dataset.read(case)
         ids, seconds = predict(scoring, volume)
         image, label = volume["image"], volume["label"][0]
-        shown = [(image, None), (image, label), (image, ids)]
+        shown = (image, label, ids, dataset.class_names[1:], case.name)
         affine, spacing = volume.get("affine"), None
         if scoring.unit == "mm":
             ids = dataset.native(ids, volume)
             label, affine = dataset.native_label(case)
             spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        scoring.save(case.name, ids, affine, lambda: figures.views(shown, dataset.num_classes))
         how = {"protocol": args.protocol, "hd95": hd95, "empty": empty, "spacing": spacing}
         how["annotated"] = dataset.annotated(case)
-        return case_rows(case.name, ids, label, dataset.class_names, **how), seconds
+        rows = case_rows(case.name, ids, label, dataset.class_names, **how)
+        dice = [row["dice"] for row in rows]
+        scoring.save(
+            case.name, ids, affine, lambda: figures.compared(*shown, dice, side=figures.SIDE)
+        )
+        return rows, seconds
 
     results = scoring.results(score_case)
     if not scoring.world.main:

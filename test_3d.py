@@ -141,7 +141,8 @@ def score_distilled(
                 if has
             ]
         ids = dataset.decode_prediction(native).astype(np.uint8)
-        drawn = (image[0], label, prediction, len(names) + 1)
+        dice = [row["dice"] for row in rows if row["space"] == "resampled"]
+        drawn = (image, label, prediction, names, case.name, dice, figures.SIDE)
         scoring.save(case.name, ids, native_affine, lambda: figures.panel(*drawn))
         also = reporting.published_case(prediction, label, **kind, told=told) if published else None
         return rows, also, seconds

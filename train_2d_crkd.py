@@ -89,7 +89,9 @@ def evaluate(
         kind = {"num_classes": dataset.num_classes, "annotated": dataset.annotated(case)}
         scores.append(class_dice(prediction, label, **kind))
         if picture is None:
-            picture = figures.compared(volume["image"], label, prediction, dataset.num_classes)
+            names = dataset.class_names[1:]
+            shown = (volume["image"], label, prediction)
+            picture = figures.compared(*shown, names, case.name, scores[-1])
     return mean_dice(run.world.merged(scores), dataset.class_names[1:]), picture
 
 

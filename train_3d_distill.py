@@ -108,7 +108,7 @@ def evaluate(
         kind = dataset.num_classes, dataset.multilabel, dataset.annotated(case)
         scores.append(class_dice(prediction, label, *kind))
         if picture is None:
-            picture = figures.panel(np.array(sample["image"][0]), label, prediction, len(names) + 1)
+            picture = figures.panel(sample["image"], label, prediction, names, case.name, scores[0])
     return mean_dice(run.world.merged(scores), names), picture
 
 

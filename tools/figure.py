@@ -57,7 +57,7 @@ def main() -> int:
     save(
         views.pictures,
         ["image", "ground truth", *scores],
-        views.aspect,
+        f"{case}{views.place}",
         views.present,
         views.names,
         args.out,
@@ -69,9 +69,8 @@ def main() -> int:
 class Views(NamedTuple):
     """One slice of a case: the image, the ground truth and predictions."""
 
-    pictures: list[np.ndarray]  # in this order, (H, W, 3) uint8
-    dice: list[float]  # of each prediction, mean over classes
-    aspect: float  # height over width of a pixel
+    pictures: list[np.ndarray]  # in this order, (h, w, 3) uint8, enlarged and of square pixels
+    dice: list[float]  # of each prediction, mean over classes of the case
     present: list[int]  # ids that occur
     names: list[str]  # of the classes 1, 2, ...
     place: str  # ', slice 12'
@@ -99,16 +98,16 @@ def views_of(checkpoint: dict, folders: Sequence[Path], name: str, z: int | None
     scores = [class_dice(volume, label, *kind) for volume in volumes[1:]]
     shown = [figures.regions_to_ids(v) if v.ndim == 4 else v for v in volumes]
     shown = [np.where(ids <= len(names), ids, 0) for ids in shown]
-    grey, *shown = (_to_ras(volume, affine) for volume in (image[0], *shown))
+    grey, spacing = figures.as_ras(figures.shown_range(image[0], dataset), affine)
+    shown = [figures.as_ras(volume, affine)[0] for volume in shown]
     z = figures.fullest_slice(shown[0]) if z is None else z
-    if dataset.intensity == "window":
-        grey = np.clip(grey, *dataset.window)
     ids = [volume[..., z] for volume in shown]
+    look = {"side": figures.SIDE, "aspect": float(spacing[1] / spacing[0])}
     pictures = [
-        figures.overlay(grey[..., z], label, len(names) + 1)
+        figures.overlay(grey[..., z], label, len(names) + 1, **look)
         for label in (np.zeros_like(ids[0]), *ids)
     ]
-    return Views(pictures, _means(scores), _aspect(affine), _present(ids), names, f", slice {z}")
+    return Views(pictures, _means(scores), _present(ids), names, f", slice {z}")
 
 
 def _without_geometry(dataset: Dataset, folders: Sequence[Path], name: str, z: int | None) -> Views:
@@ -129,8 +128,8 @@ def _without_geometry(dataset: Dataset, folders: Sequence[Path], name: str, z: i
     if label.ndim == 3:
         z = figures.fullest_slice(label) if z is None else z
         image, ids, place = image[..., z], [volume[..., z] for volume in ids], f", slice {z}"
-    pictures = [figures.views([(image, shown)], classes) for shown in (None, *ids)]
-    return Views(pictures, _means(scores), 1.0, _present(ids), list(dataset.class_names[1:]), place)
+    pictures = [figures.view(image, shown, classes, figures.SIDE) for shown in (None, *ids)]
+    return Views(pictures, _means(scores), _present(ids), list(dataset.class_names[1:]), place)
 
 
 def _means(scores: list[list[float]]) -> list[float]:
@@ -145,23 +144,24 @@ def _present(ids: list[np.ndarray]) -> list[int]:
 def save(
     pictures: list[np.ndarray],
     titles: list[str],
-    aspect: float,
+    heading: str,
     present: list[int],
     names: list[str],
     out: Path,
 ) -> None:
-    """Write pictures (H, W, 3) in a row under their titles, with a legend of the classes
-    `present`.
+    """Write pictures (H, W, 3) in a row under their titles and one heading, with a legend of the
+    classes `present`.
     """
     plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
     count = len(pictures)
     # inches; the rest is titles and legend
-    height = 3.2 * aspect * pictures[0].shape[0] / pictures[0].shape[1] + 1.1
+    height = 3.2 * pictures[0].shape[0] / pictures[0].shape[1] + 1.35
     fig, axes = plt.subplots(1, count, figsize=(3.2 * count, height), layout="constrained")
     for ax, picture, text in zip(np.atleast_1d(axes), pictures, titles):
-        ax.imshow(picture, aspect=aspect)
+        ax.imshow(picture)
         ax.set_title(text, fontsize=9)
         ax.set_axis_off()
+    fig.suptitle(heading, x=0.01, ha="left", fontsize=10, fontweight="bold")
     colours = figures.palette(len(names) + 1)
     handles = [matplotlib.patches.Patch(color=colours[k], label=names[k - 1]) for k in present]
     columns = max(1, min(len(handles), 7))
@@ -174,23 +174,6 @@ def save(
         raise ConfigError(f"--out {out}: no kind of picture; take one of {known}")
     write_whole(out, lambda file: fig.savefig(file, dpi=130, format=form))
     plt.close(fig)
-
-
-def _to_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    return (
-        nib.as_closest_canonical(nib.Nifti1Image(volume.astype(np.float32), affine))
-        .get_fdata()
-        .astype(volume.dtype)
-    )
-
-
-def _aspect(affine: np.ndarray) -> float:
-    """Height over width of a voxel of an axial RAS slice."""
-    canonical = nib.as_closest_canonical(
-        nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine)
-    ).affine
-    sizes = np.linalg.norm(canonical[:3, :3], axis=0)
-    return float(sizes[1] / sizes[0])
 
 
 if __name__ == "__main__":

@@ -27,13 +27,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jinja2
+import numpy as np
 import yaml
 from matplotlib.colors import to_hex
 from PIL import Image
 
 from metrics import DISTANCES, FLAGS, METRICS, SHARES, SHOWN
 from tools import report_charts as charts
-from tools.figure import Views, views_of
+from tools.figure import views_of
 from tools.report_data import (
     ReportError,
     Run,
@@ -198,17 +199,9 @@ def summary(scored: list[Run]) -> dict | None:
 
 def comparison(tested: list[Run], against_first: bool) -> dict | None:
     """Paired tests of the cells that were scored on the same cases; None for fewer than two."""
-    members: dict[tuple, list[Run]] = {}
-    for run in tested:
-        members.setdefault(run.cell, []).append(run)
-    if len(members) < 2:
+    cells = {name: [run.name for run in runs] for name, runs in cells_of(tested).items()}
+    if len(cells) < 2:
         return None
-    several_sets = len({dataset for dataset, _ in members}) > 1
-    cells = {}
-    for (dataset, name), of_cell in members.items():
-        of_set = f", {dataset}" if several_sets else ""
-        seeds = f" ({len(of_cell)} seeds)" if len(of_cell) > 1 else ""
-        cells[name + of_set + seeds] = [run.name for run in of_cell]
     reference = next(iter(cells)) if against_first else None
     tables = [compared(tested, cells, metric, reference) for metric in ("dice", "hd95")]
     least = [row["least_p"] for row in tables[0]["rows"] + tables[1]["rows"] if row["n"]]
@@ -216,6 +209,20 @@ def comparison(tested: list[Run], against_first: bool) -> dict | None:
     differ = len(set(ways.values())) > 1
     ways = [f"{name}: {way}" for name, way in ways.items()] if differ else []
     return {"tables": tables, "least_p": max(least, default=0.0), "ways": ways}
+
+
+def cells_of(tested: list[Run]) -> dict[str, list[Run]]:
+    """The runs that differ in the seed alone, under one name."""
+    members: dict[tuple, list[Run]] = {}
+    for run in tested:
+        members.setdefault(run.cell, []).append(run)
+    several_sets = len({dataset for dataset, _ in members}) > 1
+    cells = {}
+    for (dataset, name), of_cell in members.items():
+        of_set = f", {dataset}" if several_sets else ""
+        seeds = f" ({len(of_cell)} seeds)" if len(of_cell) > 1 else ""
+        cells[name + of_set + seeds] = of_cell
+    return cells
 
 
 def compared(
@@ -320,23 +327,35 @@ def classes(tested: list[Run], order: list[str]) -> dict | None:
 
 
 def cases_of_all(tested: list[Run]) -> dict | None:
-    """Mean Dice of each case and run, and how it changes from the first run to the last; None for
-    one run.
+    """Mean Dice of each case under each cell, the mean over its seeds, and how the later cells
+    differ from the first; of a single cell under each seed. None for one run.
     """
     if len(tested) < 2:
         return None
-    means = [run.case_means("dice") for run in tested]
+    cells = cells_of(tested)
+    seeds_alone = len(cells) == 1
+    if seeds_alone:
+        cells = {run.name: [run] for run in tested}
+    means = [average_seeds([run.case_means("dice") for run in runs]) for runs in cells.values()]
     cases = {}
     for scores in means:
         cases |= scores
     rows = []
     for case in cases:
-        dice = [scores.get(case) for scores in means]
-        change = None if None in (dice[0], dice[-1]) else 100 * (dice[-1] - dice[0])
-        rows.append({"case": case, "dice": dice, "change": change})
-    first, last = tested[0].name, tested[-1].name
-    change = "second − first" if len(tested) == 2 else f"difference, {last} − {first}"
-    return {"header": ["case", *(f"{run.name}: Dice, %" for run in tested), change], "rows": rows}
+        first, *others = [scores.get(case) for scores in means]
+        changes = [None if None in (first, each) else 100 * (each - first) for each in others]
+        changes = [] if seeds_alone else changes
+        rows.append({"case": case, "dice": [first, *others], "changes": changes})
+    names = list(cells)
+    header = ["case", *(f"{name}: Dice, %" for name in names)]
+    if len(names) == 2 and not seeds_alone:
+        header.append("second − first")
+    elif not seeds_alone:
+        header += [f"{name} − {names[0]}" for name in names[1:]]
+    what = "Mean Dice over organs of each case and run"
+    if not seeds_alone:
+        what += "; runs that differ in the seed alone are averaged"
+    return {"header": header, "caption": what, "rows": rows}
 
 
 def cases_of(run: Run) -> dict:
@@ -378,8 +397,8 @@ def pictures_of(run: Run, data_root: str | None) -> dict | None:
                 image.thumbnail((3 * SIDE, SIDE))
                 found.append({"caption": caption, "whole": inline(image)})
         else:
-            parts = zip(("image", "ground truth", "prediction"), view_images(views))
-            images = {name: inline(image) for name, image in parts}
+            parts = zip(("image", "ground truth", "prediction"), views.pictures)
+            images = {name: inline(view_image(picture)) for name, picture in parts}
             found.append({"caption": caption, "place": views.place, "parts": images})
             legend |= {k: views.names[k - 1] for k in views.present}
     palette = figures.palette(max(legend, default=0) + 1)
@@ -401,25 +420,20 @@ def checkpoint_of(run: Run, data_root: str | None) -> dict:
     return checkpoint
 
 
-def view_images(views: Views) -> list[Image.Image]:
-    """The pictures with square pixels, none larger than SIDE."""
-    images = []
-    for picture in views.pictures:
-        image = Image.fromarray(picture)
-        factor = min(1.0, SIDE / max(image.width, image.height * views.aspect))
-        if image.width * factor < SIDE / 2:  # small slices are shown larger, voxel by voxel
-            factor = max(1, SIDE // 2 // image.width)
-        width = max(1, round(image.width * factor))
-        height = max(1, round(image.height * factor * views.aspect))
-        smooth = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-        images.append(image.resize((width, height), smooth))
-    return images
+def view_image(picture: np.ndarray) -> Image.Image:
+    """A picture of `Views`, not larger than SIDE."""
+    image = Image.fromarray(picture)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 def inline(image: Image.Image) -> str:
+    """A picture inside the page. Its outlines keep their colours: these are not averaged over
+    neighbours, as JPEG does otherwise.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "JPEG", quality=85, subsampling=0, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def training_charts(runs: list[Run]) -> list[str]:
@@ -465,7 +479,9 @@ def terms_of(run: Run, teacher: Run | None) -> dict | None:
     if run.distilled and not any(entry["kind"] == "teacher" for entry in entries):
         known = teacher_validation(run, teacher)
         entries += [{"step": 0, "kind": "teacher", **known}] if known else []
-    found = [f"{line[:1].upper()}{line[1:]}." for line in findings(entries)]
+    found = [
+        {"what": capital(each.what), "advice": capital(each.advice)} for each in findings(entries)
+    ]
     losses, shares = term_history(entries, "loss_share"), term_history(entries, "grad_share")
     norms, cosines = term_history(entries, "grad_norm"), term_history(entries, "cosine")
     order = list(shares)
@@ -488,6 +504,11 @@ def terms_of(run: Run, teacher: Run | None) -> dict | None:
         row |= {"loss": median(losses.get(name), 100), "gradient": median(points, 100)}
         rows.append(row | {"cosine": median(cosines.get(name))})
     return described | {"charts": drawn, "rows": rows}
+
+
+def capital(text: str) -> str:
+    """A sentence of a phrase."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def median(points: Sequence[tuple[int, float]] | None, factor: float = 1.0) -> float | None:

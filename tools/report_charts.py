@@ -8,6 +8,7 @@ Matplotlib escapes them as it writes the SVG.
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -24,11 +25,12 @@ from matplotlib.ticker import MaxNLocator
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 SWATCH_DASHES = ("", "7 2", "2 2", "8 2 2 2")  # the same as an SVG has them, for short lines
-HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++")
+HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, GRID = "#0a0b0c", "#c0c1c2"  # stand-ins that the page's variables replace
 STYLE = {
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # each text of an SVG repeats the list
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -53,6 +55,7 @@ STYLE = {
     "axes.unicode_minus": True,
     "path.simplify_threshold": 0.5,
 }
+POINTS = 500  # of a line in a chart, at most; it is about 270 pixels wide
 Points = Sequence[tuple[float, float]]
 
 
@@ -86,6 +89,7 @@ def line_chart(
     """
     figure, axes = _over_steps(title, ylabel)
     for name, points in series.items():
+        points = thinned(points)
         index = order.index(name)
         if log:  # its axis has no place for the others
             points = [point for point in points if point[1] > 0]
@@ -99,11 +103,28 @@ def line_chart(
         place = {"xy": (1, level), "xycoords": ("axes fraction", "data")}
         axes.annotate(name, fontsize=8.5, **place, **above)
         axes.margins(y=0.12)
+    low, high = axes.dataLim.intervaly
     if log:
         axes.set_yscale("log")
+    elif 0 <= high - low < 1e-9:  # a level: its rounding is nothing to look at
+        axes.set_ylim(low - 0.5, high + 0.5)
     else:
         axes.ticklabel_format(axis="y", scilimits=(-2, 4))
     return _svg(figure, f"{title}: {ylabel} over steps")
+
+
+def thinned(points: Points, most: int = POINTS) -> Points:
+    """Points that draw the same line, `most` of them at most: of each of equal stretches, the
+    lowest and the highest.
+    """
+    if len(points) <= most:
+        return points
+    values = np.array([value for _, value in points])
+    ends = np.linspace(0, len(points), most // 2 + 1).astype(int)
+    kept = set()
+    for start, end in itertools.pairwise(ends):
+        kept |= {start + int(values[start:end].argmin()), start + int(values[start:end].argmax())}
+    return [points[place] for place in sorted(kept)]
 
 
 @matplotlib.rc_context(STYLE)
@@ -112,6 +133,8 @@ def share_chart(title: str, series: Mapping[str, Points], order: Sequence[str]) 
     them apart.
     """
     steps = sorted({step for points in series.values() for step, _ in points})
+    if len(steps) > POINTS:
+        steps = [steps[k] for k in np.linspace(0, len(steps) - 1, POINTS).astype(int)]
     figure, axes = _over_steps(title, "share, %")
     base = np.zeros(len(steps))
     for name, points in series.items():

@@ -1,6 +1,7 @@
 """Run folders as tools/report.py reads them: what was set, logged and, after a test, scored."""
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -159,12 +160,23 @@ def read_run(folder: Path, space: str, suffix: str) -> Run:
         config=config,
         name=name,
         cell=(config["dataset"], name),
-        log=read_log(folder / "log.jsonl"),
+        log=log_of(folder / "log.jsonl"),
         summary=read_summary(summary) if tested else None,
         rows=read_rows(metrics, space) if tested else [],
         suffix=suffix,
         space=space,
     )
+
+
+def log_of(path: Path) -> list[dict]:
+    """The lines of a log, read once: a teacher's run is asked for by each of its students."""
+    state = path.stat() if path.is_file() else None
+    return _log_of(path.resolve(), state and (state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _log_of(path: Path, state: tuple[int, int] | None) -> list[dict]:
+    return read_log(path)
 
 
 def check_config(config: dict, folder: Path) -> None:
@@ -265,15 +277,17 @@ def log_series(runs: list[Run], kind: str, factor: float = 1) -> dict[str, dict[
     """Figures of a kind of log lines: key -> run -> (updates done, factor * value); undefined
     values are left out.
     """
-    series = {}
+    series, lists = {}, {}
     for run in runs:
         for line in run.log:
             if line["kind"] != kind:
                 continue
-            for key, value in figures_of(line).items():
-                if value is not None:
-                    points = series.setdefault(key, {}).setdefault(run.name, [])
-                    points.append((line["step"] + 1, factor * value))
+            step = line["step"] + 1
+            for key, value in line.items():
+                if value is not None and key not in ("step", "kind"):
+                    if (key, run.name) not in lists:
+                        lists[key, run.name] = series.setdefault(key, {})[run.name] = []
+                    lists[key, run.name].append((step, factor * value))
     return series
 
 

@@ -10,6 +10,7 @@ for each term at those steps.
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ UNSEEN = 0.05  # recall of a class below which pseudo-labels have lost it
 UNLEARNT = 0.1  # best mean Dice below which nothing was learnt
 FAQ_BACKGROUND = "docs/faq.md, 'The network predicts nothing but background'"
 FAQ_COLLAPSE = "docs/faq.md, 'Few labels: the pseudo-labels collapse'"
+
+
+class Finding(NamedTuple):
+    """Something that a reader of a run's log should know, and what to do about it."""
+
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.advice}"
 
 
 class Diagnosis:
@@ -131,9 +142,9 @@ def term_history(entries: Iterable[Mapping], figure: str) -> dict[str, list[tupl
     return history
 
 
-def _logged(entries: Iterable[Mapping], name: str) -> list[float]:
-    """Values of a term in the course of training."""
-    values = (entry.get(name) for entry in entries if entry["kind"] == "train")
+def _logged(training: Iterable[Mapping], name: str) -> list[float]:
+    """Values of a term in the course of training. training: the lines of the kind 'train'."""
+    values = (entry.get(name) for entry in training)
     return [value for value in values if value is not None]
 
 
@@ -159,13 +170,14 @@ def _stuck_since(measured: Sequence[tuple[int, float]], values: Sequence[float])
     )
 
 
-def findings(entries: Sequence[Mapping]) -> list[str]:
+def findings(entries: Sequence[Mapping]) -> list[Finding]:
     """What a reader of a run's log should know: a teacher that is no better, terms without effect,
     or against it.
 
     entries: the lines of log.jsonl. Of what was not measured nothing is said.
     """
-    texts = []
+    found = []
+    training = [entry for entry in entries if entry["kind"] == "train"]
     teacher = next((entry["dice"] for entry in entries if entry["kind"] == "teacher"), None)
     validated = [
         entry["dice"]
@@ -173,85 +185,113 @@ def findings(entries: Sequence[Mapping]) -> list[str]:
         if entry["kind"] == "val" and entry.get("dice") is not None
     ]
     if teacher is not None and validated and teacher <= max(validated):
-        texts.append(
-            "the teacher is not better than the student on the validation cases: Dice "
-            f"{teacher:.4f} against "
-            f"{max(validated):.4f}; a longer or larger teacher has more to teach"
+        found.append(
+            Finding(
+                "the teacher is not better than the student on the validation cases: Dice "
+                f"{teacher:.4f} against {max(validated):.4f}",
+                "a longer or larger teacher has more to teach",
+            )
         )
     shares, cosines = term_history(entries, "grad_share"), term_history(entries, "cosine")
+    loss = _logged(training, "loss")
     for name, measured in shares.items():
-        values = [value for _, value in measured]
-        times = f"{len(values)} measurement{'s' * (len(values) > 1)}"
-        logged, loss = _logged(entries, name), _logged(entries, "loss")
-        counts = logged and (not loss or logged[-1] >= NEGLIGIBLE * loss[-1])
-        if counts and (since := _stuck_since(measured, logged)) is not None:
-            texts.append(
-                f"the term '{name}' is stuck: since step {since + 1} it has under "
-                f"{100 * NEGLIGIBLE:.0f} % of the "
-                f"gradient norm, while its value stays at {logged[-1]:.3g}; what it goes through "
-                "may be saturated, "
-                f"then a lower learning rate helps"
-            )
-        elif max(values) < NEGLIGIBLE:
-            texts.append(
-                f"the term '{name}' is negligible: at most {100 * max(values):.2g} % of the "
-                f"gradient norm in {times}; "
-                f"raise its weight, or leave it out and save its time"
-            )
-        elif len(shares) > 1 and statistics.median(values) > DOMINANT:
-            texts.append(
-                f"the term '{name}' dominates: {100 * statistics.median(values):.0f} % of the "
-                "gradient norm at the "
-                f"median of {times}; the others hardly act beside it, lower its weight or raise "
-                "theirs"
-            )
+        found += _share_findings(name, measured, _logged(training, name), loss, len(shares) > 1)
     first = next(iter(shares), "")
     for name, measured in cosines.items():
         median = statistics.median(value for _, value in measured)
-        if (
-            median < OPPOSED
-            and max((value for _, value in shares.get(name, [])), default=0) >= NEGLIGIBLE
-        ):
-            texts.append(
-                f"the term '{name}' works against '{first}': cosine of their gradients "
-                f"{median:.2f} at the median of "
-                f"{len(measured)} measurement{'s' * (len(measured) > 1)}"
+        largest = max((value for _, value in shares.get(name, [])), default=0)
+        if median < OPPOSED and largest >= NEGLIGIBLE:
+            found.append(
+                Finding(
+                    f"the term '{name}' works against '{first}': cosine of their gradients "
+                    f"{median:.2f} at the median of {_times(measured)}",
+                    "lower its weight, let it begin later (distill_warmup), or compare with a run "
+                    "without it",
+                )
             )
-    return texts + _pseudo_label_findings(entries) + _unlearnt(validated)
+    return found + _pseudo_label_findings(entries, training) + _unlearnt(validated)
 
 
-def _pseudo_label_findings(entries: Sequence[Mapping]) -> list[str]:
+def _share_findings(
+    name: str,
+    measured: Sequence[tuple[int, float]],
+    logged: Sequence[float],
+    loss: Sequence[float],
+    others: bool,
+) -> list[Finding]:
+    """Whether a term is stuck, negligible or dominates.
+
+    measured: (step, share of the gradient norm). logged, loss: values of the term and of the whole
+    loss in the course of training. others: whether there are other terms.
+    """
+    values = [value for _, value in measured]
+    counts = logged and (not loss or logged[-1] >= NEGLIGIBLE * loss[-1])
+    since = _stuck_since(measured, logged) if counts else None
+    if since is not None:
+        what = (
+            f"the term '{name}' is stuck: since step {since + 1} it has under "
+            f"{100 * NEGLIGIBLE:.0f} % of the gradient norm, while its value stays at "
+            f"{logged[-1]:.3g}"
+        )
+        advice = "what it goes through may be saturated, then a lower learning rate helps"
+        return [Finding(what, advice)]
+    if max(values) < NEGLIGIBLE:
+        what = (
+            f"the term '{name}' is negligible: at most {100 * max(values):.2g} % of the gradient "
+            f"norm in {_times(measured)}"
+        )
+        return [Finding(what, "raise its weight, or leave it out and save its time")]
+    if others and statistics.median(values) > DOMINANT:
+        what = (
+            f"the term '{name}' dominates: {100 * statistics.median(values):.0f} % of the gradient "
+            f"norm at the median of {_times(measured)}"
+        )
+        advice = "the others hardly act beside it: lower its weight or raise theirs"
+        return [Finding(what, advice)]
+    return []
+
+
+def _times(measured: Sequence) -> str:
+    return f"{len(measured)} measurement{'s' * (len(measured) > 1)}"
+
+
+def _pseudo_label_findings(
+    entries: Sequence[Mapping], training: Sequence[Mapping]
+) -> list[Finding]:
     """What the pseudo-labels of the last quarter of the training lack, where the truth is known."""
-    foreground, truth = _logged(entries, "pseudo_foreground"), _logged(entries, "true_foreground")
+    foreground = _logged(training, "pseudo_foreground")
+    truth = _logged(training, "true_foreground")
     if not foreground or not truth:
         return []
+    advice = f"let their loss come in later or train more slowly, see {FAQ_COLLAPSE}"
     found, expected = _last_quarter(foreground), _last_quarter(truth)
     if found < LOST * expected:
-        return [
+        what = (
             f"the pseudo-labels have lost the foreground: {100 * found:.2f} % of the voxels at the "
-            f"end, where the truth has {100 * expected:.2f} %; see {FAQ_COLLAPSE}"
-        ]
+            f"end, where the truth has {100 * expected:.2f} %"
+        )
+        return [Finding(what, advice)]
     scores = next((entry for entry in reversed(entries) if entry["kind"] == "val"), {})
     names = [key for key in scores if key not in ("step", "kind", "dice")]
-    texts = []
+    lost = []
     for number in range(1, len(names) + 1):
-        recalls = _logged(entries, f"recall_{number}")
+        recalls = _logged(training, f"recall_{number}")
         if recalls and _last_quarter(recalls) < UNSEEN:
-            texts.append(
+            what = (
                 f"the pseudo-labels have lost the class '{names[number - 1]}': "
                 f"only {100 * _last_quarter(recalls):.1f} % of its voxels are labelled so, with "
-                f"enough confidence, at the end; see {FAQ_COLLAPSE}"
+                "enough confidence, at the end"
             )
-    return texts
+            lost.append(Finding(what, advice))
+    return lost
 
 
-def _unlearnt(validated: Sequence[float]) -> list[str]:
+def _unlearnt(validated: Sequence[float]) -> list[Finding]:
     if not validated or max(validated) >= UNLEARNT:
         return []
-    return [
-        f"the validation stayed near 0: the best mean Dice is {max(validated):.4f}; see "
-        f"{FAQ_BACKGROUND}"
-    ]
+    what = f"the validation stayed near 0: the best mean Dice is {max(validated):.4f}"
+    advice = f"train longer or at a higher rate, and look at the pictures; see {FAQ_BACKGROUND}"
+    return [Finding(what, advice)]
 
 
 def _last_quarter(values: Sequence[float]) -> float:

@@ -92,7 +92,7 @@ class RunLog:
         kept, damaged = [], 0
         if start_step:
             lines = _lines(self.path)
-            entries = [_entry(line) for line in lines]
+            entries = _entries(lines)
             damaged = entries[:-1].count(None)  # a crash may cut the last
             for line, entry in zip(lines, entries):
                 if entry and entry["step"] < start_step:
@@ -150,7 +150,7 @@ def read_log(path: Path) -> list[dict]:
     """The lines of log.jsonl; those that a crash cut off, or that are no lines of a log, are left
     out. No file gives no lines.
     """
-    return [entry for line in _lines(path) if (entry := _entry(line)) is not None]
+    return [entry for entry in _entries(_lines(path)) if entry is not None]
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -158,22 +158,36 @@ def _lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n") if path.is_file() else [b""]
 
 
-def _entry(line: bytes) -> dict[str, Any] | None:
+def _entries(lines: Iterable[bytes]) -> list[dict[str, Any] | None]:
+    """What the lines of a log say; None in the place of what is no line of a log."""
+    plain: set[str] = set()  # lines repeat the same few texts: each is looked at once
+    return [_entry(line, plain) for line in lines]
+
+
+def _entry(line: bytes, plain: set[str]) -> dict[str, Any] | None:
     """What a line of a log says: `step`, `kind`, and names with finite numbers or null. None for
     anything else.
+
+    plain: texts that were found to have no control characters; more are added.
     """
     try:
         entry = json.loads(line)
-        check_plain_texts(entry)
-        figures = dict(entry)
-        step, kind = figures.pop("step"), figures.pop("kind")
-        numbers = [float(value) for value in figures.values() if value is not None]
+        if type(entry["step"]) is not int or type(entry["kind"]) is not str:
+            return None
+        for name, value in entry.items():
+            if name not in plain:
+                check_plain_texts(name)
+                plain.add(name)
+            if value is None or name in ("step", "kind"):
+                continue
+            if isinstance(value, str) or not math.isfinite(value):
+                return None
+        if entry["kind"] not in plain:
+            check_plain_texts(entry["kind"])
+            plain.add(entry["kind"])
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return None
-    texts = any(isinstance(value, str) for value in figures.values())
-    if type(step) is not int or type(kind) is not str or texts:
-        return None
-    return entry if all(map(math.isfinite, numbers)) else None
+    return entry
 
 
 def check_terms(

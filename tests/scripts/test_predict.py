@@ -18,6 +18,7 @@ from dataloaders import build_dataset
 from tests.dataloaders.test_volumes import write_dicom
 from tests.scripts import test_multilabel, test_train_crkd
 from tests.scripts.conftest import make_workspace, run, train
+from utils import figures
 from utils.checkpoint import atomic_save, load_checkpoint
 
 # with less training predictions are nothing but background
@@ -111,9 +112,12 @@ def test_other_formats_give_the_same(trained, site, kind):
         expected = np.asarray(expected_of(trained).dataobj)
         sitk.WriteImage(sitk.ReadImage(str(path)), str(site / f"in/case6.{kind}"))
         path.unlink()
-    predict("--overwrite", cwd=site)
+    predict("--overwrite", "--overlays", cwd=site)
     found = nib.load(site / "out/case6.nii.gz")
     assert np.array_equal(np.asarray(found.dataobj), expected)
+    drawn = np.asarray(Image.open(site / "out/overlays/case6.png"))
+    first = (255 * figures.palette(3)[1]).round()
+    assert (drawn == first).all(-1).sum() > 100  # the outlines of the ball
     assert np.allclose(found.affine, image.affine, atol=1e-4)
     about = json.loads((site / "out/case6.json").read_text())
     rows = list(csv.DictReader((site / "out/volumes.csv").open()))
@@ -206,8 +210,9 @@ def test_what_is_there_is_kept(site):
     predict(cwd=site)
     result = site / "out/case6.nii.gz"
     before = result.stat().st_mtime_ns, (site / "out/volumes.csv").read_text()
-    again = predict(cwd=site)
+    again = predict("--overlays", cwd=site)
     assert "segmented 0, there already 1" in again.stdout
+    assert (site / "out/overlays/case6.png").is_file()  # of a result that was there
     assert not again.stderr.rstrip().startswith("warning")
     assert (result.stat().st_mtime_ns, (site / "out/volumes.csv").read_text()) == before
     (site / "out/volumes.csv").unlink()  # is made again from the label maps
@@ -461,7 +466,9 @@ def test_photographs(tmp_path):
     (tmp_path / "in/broken.jpg").unlink()
     assert "segmented 0, there already 2" in predict(cwd=tmp_path, script="predict_2d.py").stdout
     assert (tmp_path / "out/areas.csv").read_text() == before
-    assert np.asarray(Image.open(tmp_path / "out/overlays/seen0.png")).shape[0] == 30
+    # the image and its copy, side by side and enlarged
+    height, width, _ = np.asarray(Image.open(tmp_path / "out/overlays/seen0.png")).shape
+    assert height > 300 and width > height
 
 
 def test_a_full_disk_ends_the_prediction_in_one_line_and_leaves_no_part(site, monkeypatch):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.scripts.conftest import run
 from tests.tools.report_runs import CLASSES, scores_of, write_run, write_scores
-from tools import report_charts
+from tools import report_charts, report_data
 from tools.report_data import read_rows
 from utils.statistics import average_seeds, case_means, paired_comparison
 
@@ -58,7 +58,8 @@ def page(tmp_path_factory):
 
 def test_one_run(page):
     rows = table_rows(section(page, "summary"))
-    assert rows[1][0] == "unet ← resunet, kd" and "1 of 36" in rows[1] and "1,234,567" in rows[1]
+    assert rows[1][0] == "unet ← resunet, kd" and "1 of 36" in rows[1]
+    assert rows[3][:2] == ["unet ← resunet, kd", "1,234,567"]
     # the distance with the miss as the diagonal
     assert any(cell.endswith(" / 30.50*") for cell in rows[1])
     assert "* with missed and wrongly predicted organs" in section(page, "summary")
@@ -111,6 +112,7 @@ def test_terms_are_explained(page):
         "The term 'kd' is negligible: at most 0.4 % of the gradient norm in 5 measurements"
         in html.unescape(terms)
     )
+    assert "What to do:</b> Raise its weight, or leave it out and save its time." in terms
     row = next(row for row in table_rows(terms) if row[0] == "kd")
     assert row == ["kd", "60.0", "0.4", "0.4 to 0.4", "+0.20", "5"]
 
@@ -161,6 +163,49 @@ def test_seeds_are_one_cell_in_a_comparison(runs, tmp_path):
     assert row[8] == (f"{expected['p']:.4f}" if expected["p"] < 0.01 else f"{expected['p']:.3f}")
     assert "At least 6" not in comparison
     assert "Left out of every run: 2 organs" in comparison  # one missed, one absent
+
+
+def test_cases_are_compared_by_means_over_seeds(runs, tmp_path):
+    """Not the last run with the first: each cell is averaged, and differs from the first cell."""
+    alone = [write_run(runs, "supervised", seed) for seed in (0, 1)]
+    taught = [write_run(runs, "kd", seed, gain=0.05) for seed in (0, 1)]
+    other = write_run(runs, "cwd", 7)
+    text = section(report(*alone, *taught, other, cwd=tmp_path), "cases")
+    header, row = table_rows(text)[:2]
+    assert len(header) == 1 + 3 + 2 and "(2 seeds)" in header[1] and row[0] == "case00"
+    means = [
+        [case_means({"": read_rows(f / "metrics.csv", "resampled")}, "dice")[0][""]["case00"]]
+        for f in (*alone, *taught, other)
+    ]
+    cells = [100 * np.mean(part) for part in (means[:2], means[2:4], means[4:])]
+    assert row[1:4] == [f"{cell:.1f}" for cell in cells]
+    expected = [f"{cell - cells[0]:+.1f}".replace("-", "−") for cell in cells[1:]]
+    assert row[4:] == expected
+    text = section(report(*alone, cwd=tmp_path), "cases")
+    assert len(table_rows(text)[0]) == 3  # seeds of one cell stand beside each other
+
+
+def test_a_long_log_is_read_once_and_drawn_by_few_points(tmp_path, monkeypatch):
+    """A teacher's log is asked for by each of its students."""
+    path = tmp_path / "log.jsonl"
+    lines = [{"step": k, "kind": "train", "loss": float(k % 97)} for k in range(5000)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(1) or loads(line))
+    first, second = report_data.log_of(path), report_data.log_of(path)
+    assert first is second and len(parsed) == 5001  # and what follows the last line
+    monkeypatch.undo()
+    with path.open("a") as file:
+        file.write(json.dumps(lines[0]) + "\n")
+    assert len(report_data.log_of(path)) == 5001
+    points = [(line["step"], line["loss"]) for line in first]
+    thin = report_charts.thinned(points)
+    assert len(thin) <= report_charts.POINTS and set(thin) <= set(points) and thin == sorted(thin)
+    assert {min(v for _, v in thin), max(v for _, v in thin)} == {0.0, 96.0}
+    points[2345] = (2345, -500.0)  # a single spike is seen
+    assert (2345, -500.0) in report_charts.thinned(points)
+    assert report_charts.thinned(points[:50]) == points[:50]
 
 
 def test_three_runs_are_compared_in_pairs_or_with_the_first(runs, tmp_path):

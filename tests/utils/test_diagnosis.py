@@ -205,7 +205,9 @@ def log_of(shares=(), teacher=None, val=(), cosine=None):
 )
 def test_findings(log, expected):
     # undefined: null
-    texts = findings([{k: None if v != v else v for k, v in line.items()} for line in log])
+    found = findings([{k: None if v != v else v for k, v in line.items()} for line in log])
+    assert all(each.what and each.advice for each in found)
+    texts = list(map(str, found))
     assert bool(texts) == bool(expected)
     for part in expected:
         assert any(part in text for text in texts), texts
@@ -228,10 +230,12 @@ def test_a_term_that_is_stuck_is_told_from_one_that_was_taken_away():
         "at 1.6"
     )
     assert any(
-        expected in text for text in findings(logged([1.2, 1.6, 1.6, 1.6], [0.3, 0.3, 0.001, 0.0]))
+        expected in text
+        for text in map(str, findings(logged([1.2, 1.6, 1.6, 1.6], [0.3, 0.3, 0.001, 0.0])))
     )
     assert any(
-        "'kd' is stuck: since step 1 " in text for text in findings(logged([1.6] * 4, [0.0, 0.001]))
+        "'kd' is stuck: since step 1 " in text
+        for text in map(str, findings(logged([1.6] * 4, [0.0, 0.001])))
     )
     for values, shares in (
         ([1.6, 0.5, 0.01, 0.001], [0.3, 0.3, 0.001, 0.0]),  # its weight fell
@@ -241,9 +245,9 @@ def test_a_term_that_is_stuck_is_told_from_one_that_was_taken_away():
         ([0.010, 0.009, 0.008, 0.008], [0.004, 0.004]),  # a small weight
         ([0.010, 0.009, 0.008, 0.008], [0.001, 0.005, 0.009]),  # a weight that grows
     ):
-        assert not any("stuck" in text for text in findings(logged(values, shares)))
+        assert not any("stuck" in text for text in map(str, findings(logged(values, shares))))
     for values, shares in (([0.010, 0.009, 0.008], [0.004, 0.004]), ([1e-10, 1e-10], [0.0, 0.0])):
-        texts = findings(logged(values, shares))
+        texts = list(map(str, findings(logged(values, shares))))
         assert any("negligible" in text for text in texts) and not any(
             "stuck" in text for text in texts
         )
@@ -268,7 +272,7 @@ def pseudo_log(foreground, recalls, dice=(0.3, 0.5, 0.6, 0.7)):
 
 def test_pseudo_labels_that_have_lost_their_foreground_are_named():
     log = pseudo_log([0.24, 0.04, 0.03, 0.02, 0.01, 0.01, 0.004, 0.004], [(0.5, 0.5)] * 8)
-    (text,) = findings(log)
+    (text,) = map(str, findings(log))
     assert (
         "lost the foreground: 0.40 % of the voxels at the end, where the truth has 4.00 %" in text
     )
@@ -278,7 +282,7 @@ def test_pseudo_labels_that_have_lost_their_foreground_are_named():
 
 def test_a_class_that_pseudo_labels_have_lost_is_named():
     log = pseudo_log([0.04] * 8, [(0.5, 0.5)] * 6 + [(0.6, 0.04), (None, 0.05)])
-    (text,) = findings(log)
+    (text,) = map(str, findings(log))
     assert (
         "lost the class 'a <b>': only 4.5 % of its voxels are labelled so, with enough "
         "confidence, at the end" in text
@@ -292,8 +296,8 @@ def test_a_validation_that_stayed_near_0_is_named():
         found = findings([{"kind": "val", "step": k, "dice": d} for k, d in enumerate(dice)])
         assert bool(found) is said
         if said:
-            assert "stayed near 0: the best mean Dice is 0.0254" in found[0]
-            assert "'The network predicts nothing but background'" in found[0]
+            assert "stayed near 0: the best mean Dice is 0.0254" in found[0].what
+            assert "'The network predicts nothing but background'" in found[0].advice
 
 
 def test_sections_that_findings_name_are_in_the_faq():

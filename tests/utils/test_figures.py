@@ -1,8 +1,23 @@
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from utils.figures import as_arrays, palette, views
+from utils.figures import (
+    as_arrays,
+    as_ras,
+    compared,
+    enlarged,
+    fullest_slice,
+    overlay,
+    palette,
+    panel,
+    planes,
+    sheet,
+    view,
+    views,
+)
 
 GAP = 4
 GREY = np.tile(np.linspace(0, 1, 8), (6, 1))  # (6, 8)
@@ -126,3 +141,86 @@ def test_tensors_become_arrays():
         8,
         3,
     )
+
+
+def of_colour(picture, k, classes=3):
+    return (picture == colour(k, classes)).all(-1)
+
+
+def test_small_pictures_are_enlarged_by_whole_factors_and_large_ones_are_not():
+    assert enlarged((35, 50), 480) == (350, 500)
+    assert enlarged((10, 100), 480, aspect=4.0) == (200, 500)
+    assert enlarged((10, 100), 480, aspect=20.0) == (400, 200)
+    assert enlarged((512, 400), 480) == (512, 400)
+    assert enlarged((6, 8), 0) == (6, 8)
+
+
+def test_an_enlarged_outline_is_closed_crisp_and_of_two_pixels():
+    """No way leads from inside to outside but over the outline; the outline's colour is pure."""
+    picture = view(GREY[None], SQUARE, 3, side=80)
+    assert picture.shape == (60, 80, 3)
+    outline = of_colour(picture, 1)
+    inside = np.kron(SQUARE, np.ones((10, 10))) > 0
+    assert np.array_equal(outline, inside & ~ndimage.binary_erosion(inside, iterations=2))
+    plain = view(GREY[None], None, 3, side=80)
+    assert np.array_equal(picture[~inside], plain[~inside])
+    assert len(np.unique(plain)) > 3 * len(np.unique(GREY))  # smooth, no blocks
+
+
+def test_an_axial_slice_is_shown_from_below_with_its_voxels_proportions():
+    label = np.zeros((6, 8), int)
+    label[5, 7] = 1  # right and front of the patient
+    picture = overlay(GREY, label, 3, side=60, aspect=2.0)
+    assert picture.shape == (8 * 2 * 4, 6 * 4, 3)
+    rows, columns = np.nonzero(of_colour(picture, 1))
+    assert rows.max() == 7 and columns.max() == 3  # above, and on the reader's left
+
+
+def test_a_sheet_has_a_legend_of_the_classes_and_grows_with_its_texts():
+    pictures = [np.zeros((60, 80, 3), np.uint8)] * 2
+    bare = sheet(pictures, ["one", "two"])
+    full = sheet(pictures, ["one", "two"], "case", {1: "liver", 2: "x" * 300})
+    assert full.shape[1] == bare.shape[1] and full.shape[0] > bare.shape[0]
+    for k in (1, 2):
+        assert of_colour(full, k).sum() > 80 and not of_colour(bare, k).any()
+    assert (full == 0).all(-1).sum() > 2 * 60 * 80 - 1  # the pictures are whole
+
+
+def test_panels_and_comparisons_show_the_classes_that_occur():
+    image, ids = volume()
+    for picture in (
+        panel(image, ids.astype(int), ids.astype(int), ["a", "b"], "case", [0.5, np.nan]),
+        compared(image, ids, ids, ["a", "b"], "case", [np.nan, np.nan]),
+        compared(image[..., 3], None, ids[..., 3], ["a", "b"]),
+    ):
+        assert picture.dtype == np.uint8
+        assert of_colour(picture, 1).any() and not of_colour(picture, 2).any()
+
+
+def test_planes_have_the_proportions_of_the_body():
+    ids = np.zeros((20, 30, 10), np.uint8)
+    ids[5:15, 10:20, 4] = 2
+    ids[0, 0, 0] = 7  # of no class
+    picture = planes(np.random.default_rng(0).random(ids.shape), ids, (1, 1, 3), {0: "-", 2: "b"})
+    # axial 20 x 30 mm, coronal 20 x 30, sagittal 30 x 30, each at 16 pixels for a mm
+    assert picture.shape[1] == 16 * (20 + 20 + 30) + 4 * 7
+    found = of_colour(picture, 2)
+    assert found.any() and not of_colour(picture, 7, 8).any()
+
+
+def test_an_empty_volume_shows_its_middle():
+    assert fullest_slice(np.zeros((4, 4, 9))) == 4
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "SAR", "PIR"])
+def test_volumes_are_turned_as_nibabel_turns_them(axes):
+    directions = {"R": (1, 0, 0), "A": (0, 1, 0), "S": (0, 0, 1), "L": (-1, 0, 0)}
+    directions |= {"P": (0, -1, 0), "I": (0, 0, -1)}
+    affine = np.eye(4)
+    for place, (letter, size) in enumerate(zip(axes, (1.0, 2.0, 3.0))):
+        affine[:3, place] = size * np.array(directions[letter])
+    voxels = np.arange(60).reshape(3, 4, 5)
+    expected = nib.as_closest_canonical(nib.Nifti1Image(voxels.astype(np.int16), affine))
+    found, spacing = as_ras(voxels, affine)
+    assert np.array_equal(found, np.asarray(expected.dataobj))
+    assert np.allclose(spacing, expected.header.get_zooms())

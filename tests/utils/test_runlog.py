@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from utils import runlog
 from utils.config import ConfigError
 from utils.runlog import Averages, RunLog, check_terms, read_log
 
@@ -99,6 +100,15 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, line, capsys):
     write(tmp_path, [4], start=4)
     assert [entry["step"] for entry in lines(tmp_path)] == [0, 1, 2, 3, 4]
     assert "log.jsonl: 1 line(s) cannot be read and are left out" in capsys.readouterr().err
+
+
+def test_each_text_of_a_log_is_looked_at_once(tmp_path, monkeypatch):
+    write(tmp_path, range(300))
+    looked = []
+    real = runlog.check_plain_texts
+    monkeypatch.setattr(runlog, "check_plain_texts", lambda text: looked.append(text) or real(text))
+    assert len(read_log(tmp_path / "log.jsonl")) == 300
+    assert sorted(looked) == ["kind", "loss", "step", "train"]
 
 
 def test_a_new_run_starts_an_empty_log(tmp_path):
