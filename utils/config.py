@@ -40,6 +40,7 @@ OF_FORMAT = object()  # marks a key that only some data formats have a use for
 
 AMP = ("off", "bf16", "fp16")
 PROTOCOLS = ("clean", "published")  # of scores: reporting.py
+NSD_TOLERANCE = 2.0  # of NSD in the unit of distances, where nothing else is said
 SELECTIONS = ("val", "test")  # lists that may choose the best checkpoint
 
 # beyond this a number is a slip, and PyTorch's sizes and seeds fail somewhere deep
@@ -421,6 +422,26 @@ def check_run_names(cfg: Any) -> None:
                 f"class_names: {_short(name)} cannot name a class: empty, with spaces around it, "
                 f"or a name that logs and tables have for something else ({', '.join(TAKEN)})"
             )
+
+
+def class_tolerances(value: float | Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """The tolerance of NSD of each of the scored classes `names`. value: `nsd_tolerance`, one for
+    all, or {class: tolerance} with NSD_TOLERANCE for the others. ConfigError for a name that is
+    none of the classes, or what is no distance.
+    """
+    known = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    if unknown := [name for name in known if name not in names]:
+        raise ConfigError(
+            f"nsd_tolerance: {_short_text(unknown[0])} is none of the classes {', '.join(names)}"
+        )
+    for name, tolerance in known.items():
+        number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+        if not number or not 0 <= tolerance < math.inf:
+            raise ConfigError(
+                f"nsd_tolerance: expected a distance of at least 0 in mm (pixels or voxels where "
+                f"there is no voxel size), got {_short(tolerance)} for {name}"
+            )
+    return [float(known.get(name, NSD_TOLERANCE)) for name in names]
 
 
 def check_unused(cfg: Any, keys: Iterable[str], reason: str) -> None:
