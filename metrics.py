@@ -26,7 +26,7 @@ and distances 0, and is else as 'nan'.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,6 +99,9 @@ DISTANCES = tuple(key for key, metric in METRICS.items() if metric.distance)
 HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
 UNKNOWN = 255  # in labels: a voxel that nobody labelled, which counts in no metric
+PENALISED = (
+    "* with missed and false positive classes as the diagonal of the volume: compare runs by these"
+)
 # Of each class: which of the masks are empty. `spurious` is called a false positive in print.
 FLAGS = ("absent", "missed", "spurious")
 REACH = 3  # voxels within which the nearest surface is looked up place by place
@@ -202,6 +205,14 @@ def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
     as.
     """
     return float(np.linalg.norm(np.multiply(shape, spacing)))
+
+
+def tolerance_text(tolerances: Mapping[str, float], unit: str) -> str:
+    """'2 mm', or '2 mm, liver 3 mm' where some classes have others. tolerances: of each class."""
+    values = list(tolerances.values())
+    usual = max(dict.fromkeys(values), key=values.count)
+    others = [f"{name} {value:g} {unit}" for name, value in tolerances.items() if value != usual]
+    return ", ".join([f"{usual:g} {unit}", *others])
 
 
 def penalise(rows: Sequence[dict]) -> list[dict]:

@@ -231,6 +231,13 @@ def testing_flags(
         choices=empty,
         help="scores of empty masks, see metrics.py; default: agree, distillation runs: nan",
     )
+    parser.add_argument(
+        "--nsd-tolerance",
+        type=_tolerance,
+        metavar="MM",
+        help="of the surface Dice, such as 3 or '{liver: 3, vein: 1}'; default: the run's "
+        f"nsd_tolerance, {NSD_TOLERANCE:g} if it has none",
+    )
     parser.add_argument("--protocol", choices=PROTOCOLS, default="clean", help=protocol_help)
     parser.add_argument("--no-predictions", action="store_true", help="do not write label maps")
     parser.add_argument(
@@ -238,6 +245,13 @@ def testing_flags(
     )
     add_plugin_flags(parser)
     return parser
+
+
+def _tolerance(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{_short(text)}: {error}") from error
 
 
 def _folder(name: str) -> Path:
@@ -425,7 +439,7 @@ def check_run_names(cfg: Any) -> None:
 
 
 def class_tolerances(value: float | Mapping[str, float], names: Sequence[str]) -> list[float]:
-    """The tolerance of NSD of each of the scored classes `names`. value: `nsd_tolerance`, one for
+    """The tolerance of NSD of each of the classes `names`. value: `nsd_tolerance`, one for
     all, or {class: tolerance} with NSD_TOLERANCE for the others. ConfigError for a name that is
     none of the classes, or what is no distance.
     """
