@@ -22,24 +22,10 @@ while [ $# -gt 0 ]; do
     esac
 done
 case $preset in clean | as_released) ;; *) echo "error: --preset is clean or as_released, got $preset" >&2; exit 2 ;; esac
+. "$(dirname "$0")/words.sh"
 if [ -z "$dry" ]; then . "$(dirname "$0")/setup.sh"; else python=python; fi
 
 found=
-
-quoted() {  # quoted <words>: on one line, as a shell reads them back
-    line=
-    for word in "$@"; do
-        case $word in
-            '' | *[!A-Za-z0-9_./:=@%+,-]*)
-                # $( ) would take away line ends, but not before a dot
-                word=$(printf '%s.' "$word" | sed "s/'/'\\\\''/g")
-                word="'${word%.}'"
-                ;;
-        esac
-        line="$line${line:+ }$word"
-    done
-    printf '%s\n' "$line"
-}
 
 cell() {  # cell <data set> <method> <teacher, or - for none> <student> <settings>: train and test, or print how
     dataset=$1 method=$2 teacher=$3 student=$4
