@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from dataloaders.lists import patient_function
 from metrics import FLAGS, PUBLISHED, SHOWN
 from reporting import FLAG_COLUMNS, flag_columns, score_columns
 from tools.tables import read_summary, run_title, scores
@@ -46,6 +47,11 @@ class Run:
     @property
     def unit(self) -> str:
         return (self.summary or {}).get("unit", "mm")
+
+    @property
+    def patient(self) -> Callable[[str], str]:
+        """Case name -> patient: the sample of tests and intervals."""
+        return patient_function(self.config.get("patient_pattern") or "")
 
     @property
     def distilled(self) -> bool:
