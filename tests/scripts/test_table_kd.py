@@ -98,7 +98,7 @@ def test_settings_reach_the_scripts_as_they_were_typed(script, only, tmp_path):
     """No shell reads them a second time: an apostrophe is one, and what follows it is not run."""
     for folder in ("scripts", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in (script, "setup.sh"):
+    for name in (script, "setup.sh", "words.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
     for name in ("requirements.txt", "requirements-lock.txt"):
         shutil.copy(ROOT / name, tmp_path)
