@@ -276,7 +276,7 @@ def scores(ckpt: Path) -> str:
             lines.append(f"| {label} | {' | '.join(shown)} |")
         counts = native["counts"]
         note = (
-            f"Dice and Jaccard in %, {native['cases']} {summary['split']} cases on their own grid "
+            f"Shares in %, {native['cases']} {summary['split']} cases on their own grid "
             "(PyTorch, float32); "
             f"of {counts['pairs']} classes in all cases {counts['missed']} were missed and "
             f"{counts['spurious']} false positive, which the distances leave out."

@@ -352,7 +352,8 @@ def notes(summaries: list[dict], space: str) -> list[str]:
     first, rows = summaries[0], [row_of(summary, space) for summary in summaries]
     cases = {summary["native"]["cases"] for summary in summaries}
     steps = ", ".join(f"{run_title(s)} {s['step']} of {s['max_steps']}" for s in summaries)
-    shares = " and ".join(METRICS[key].title for key in metrics_of(rows) if key in SHARES)
+    *shares, last = [METRICS[key].title for key in metrics_of(rows) if key in SHARES]
+    shares = f"{', '.join(shares)} and {last}"
     counted = (
         f"{shares} in %, means over {'/'.join(map(str, sorted(cases)))} {first['split']} cases"
     )
