@@ -1,4 +1,4 @@
-"""Per-case segmentation metrics on label maps: Dice, Jaccard, HD95, ASD, with spacing in mm.
+"""Per-case segmentation metrics on label maps: Dice, Jaccard, HD95, ASD, NSD, with spacing in mm.
 
 Definitions. The surface of a mask is the mask minus its erosion by the 6-neighbourhood (4 in 2D);
 voxels on the edge of the volume belong to it. d(X -> Y) are the Euclidean distances in mm from the
@@ -7,30 +7,39 @@ surface voxels of X to those of Y.
 - hd95, definition 'directed': the larger of the two directed 95th percentiles (as MONAI).
 - asd: mean of d(P -> G), one-sided (as medpy's asd). assd: mean of d(P -> G) and d(G -> P)
   together, symmetric.
+- nsd: normalised surface Dice at a tolerance in mm (Nikolov et al. 2018): the area of both surfaces
+  that lies within the tolerance of the other, over their whole area. Here a surface is made of
+  elements, one for each 2 x 2 x 2 voxels that are partly in the mask: it lies at their common
+  corner, and its area is that of the triangles through the middles of the edges that the mask's
+  border cuts (marching cubes). In 2D an element is a line through 2 x 2 pixels, and has a length.
 
 Empty masks. Both empty: every metric is NaN, left out of means and counted (`absent`). Exactly one
-empty: Dice and Jaccard are 0, the distances are undefined (NaN), and the case is counted: `missed`
-if the prediction is empty, `spurious` if the label is. So failing can lower a mean Dice but never
-improves one. Distances are another matter: a mean that leaves failures out may fall when an organ
-is missed. Wherever one is printed, the counts and the `penalised` mean (`summarise`) stand beside
-it, in which failed distances are the volume's diagonal, longer than any that can be measured; runs
-are compared by that one. `empty='diag'` writes the diagonal into the scores themselves;
-`empty='agree'` counts two empty masks as full agreement, Dice and Jaccard 1 and distances 0, and is
-else as 'nan'.
+empty: Dice, Jaccard and NSD are 0, the distances are undefined (NaN), and the case is counted:
+`missed` if the prediction is empty, a false positive (`spurious`) if the label is. So failing can
+lower a mean Dice but never improves one. Distances are another matter: a mean that leaves failures
+out may fall when an organ is missed. Wherever one is printed, the counts and the `penalised` mean
+(`summarise`) stand beside it, in which failed distances are the volume's diagonal, longer than any
+that can be measured; runs are compared by that one. `empty='diag'` writes the diagonal into the
+scores themselves; `empty='agree'` counts two empty masks as full agreement, Dice, Jaccard and NSD 1
+and distances 0, and is else as 'nan'.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from utils.compiled import compiled
+from utils.config import NSD_TOLERANCE
 
 
 class Pair(NamedTuple):
     """A class that the prediction and the label both have: voxels of each and of both together,
-    distances in mm from each surface voxel to the other surface, and the definition of HD95.
+    distances in mm from each surface voxel to the other surface, the definition of HD95, and the
+    area of both surfaces in mm^2 (in 2D their length in mm).
     """
 
     predicted: int
@@ -40,6 +49,8 @@ class Pair(NamedTuple):
     backward: np.ndarray  # d(G -> P)
     pooled: np.ndarray
     hd95: str
+    area: float
+    area_within: float  # the tolerance of the other surface
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ METRICS = {
     ),
     "hd95": _distance("HD95", _hd95, published=True),
     "asd": _distance("ASD", lambda p: p.forward.mean(), published=True),
+    "nsd": Metric("NSD", lambda p: p.area_within / p.area),
     "assd": _distance("ASSD", lambda p: p.pooled.mean(), shown=False),
 }
 SHOWN = tuple(key for key, metric in METRICS.items() if metric.shown)
@@ -87,7 +99,11 @@ DISTANCES = tuple(key for key, metric in METRICS.items() if metric.distance)
 HD95_DEFINITIONS = ("pooled", "directed")
 EMPTY_POLICIES = ("nan", "diag", "agree")
 UNKNOWN = 255  # in labels: a voxel that nobody labelled, which counts in no metric
-FLAGS = ("absent", "missed", "spurious")  # of each class: which of the masks are empty
+PENALISED = (
+    "* with missed and false positive classes as the diagonal of the volume: compare runs by these"
+)
+# Of each class: which of the masks are empty. `spurious` is called a false positive in print.
+FLAGS = ("absent", "missed", "spurious")
 REACH = 3  # voxels within which the nearest surface is looked up place by place
 # blocks that the points of a surface are sorted into, to find the nearest of a point far away
 MOST_BLOCKS = 512
@@ -102,13 +118,15 @@ def case_metrics(
     multilabel: bool = False,
     hd95: str = "pooled",
     empty: str = "nan",
+    tolerance: float | Sequence[float] = NSD_TOLERANCE,
 ) -> list[dict[str, float]]:
     """Score one volume: a dict for each foreground class 1..num_classes-1 (each region if
     `multilabel`).
 
     prediction, label: integer label maps of equal shape `(H, W, D)` or `(H, W)`; if `multilabel`,
-    masks `(num_classes, H, W, D)`. spacing: mm per axis. Keys: METRICS, and `absent`, `missed`,
-    `spurious` (0 or 1). Where the label is UNKNOWN both count as background.
+    masks `(num_classes, H, W, D)`. spacing: mm per axis. tolerance: of NSD in mm, one for all or
+    one for each dict; a distance of just so much is within it. Keys: METRICS, and `absent`,
+    `missed`, `spurious` (0 or 1). Where the label is UNKNOWN both count as background.
     """
     prediction, label = without_unknown(np.asarray(prediction), np.asarray(label), num_classes)
     if prediction.shape != label.shape:
@@ -122,14 +140,18 @@ def case_metrics(
             f"hd95 must be one of {HD95_DEFINITIONS}, empty one of {EMPTY_POLICIES}; got {hd95}, "
             f"{empty}"
         )
+    scored = num_classes if multilabel else num_classes - 1
+    tolerances = np.broadcast_to(np.asarray(tolerance, float), scored)
+    if not (tolerances >= 0).all():
+        raise ValueError(f"tolerance must not be negative, got {tolerance}")
     if multilabel:
         _check_regions(label, num_classes)
         rows = []
         for region in range(num_classes):
             masks = (prediction[region].astype(np.uint8), label[region].astype(np.uint8))
-            rows += _score(*masks, 2, spacing, hd95, empty)
+            rows += _score(*masks, 2, spacing, hd95, empty, tolerances[[region]])
         return rows
-    return _score(prediction, label, num_classes, spacing, hd95, empty)
+    return _score(prediction, label, num_classes, spacing, hd95, empty, tolerances)
 
 
 def without_unknown(
@@ -185,6 +207,14 @@ def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
     return float(np.linalg.norm(np.multiply(shape, spacing)))
 
 
+def tolerance_text(tolerances: Mapping[str, float], unit: str) -> str:
+    """'2 mm', or '2 mm, liver 3 mm' where some classes have others. tolerances: of each class."""
+    values = list(tolerances.values())
+    usual = max(dict.fromkeys(values), key=values.count)
+    others = [f"{name} {value:g} {unit}" for name, value in tolerances.items() if value != usual]
+    return ", ".join([f"{usual:g} {unit}", *others])
+
+
 def penalise(rows: Sequence[dict]) -> list[dict]:
     """Copies of the rows in which the distances of missed and spurious organs are the row's
     `diagonal`.
@@ -207,11 +237,17 @@ def _score(
     spacing: Sequence[float],
     hd95: str,
     empty: str,
+    tolerances: np.ndarray,
 ) -> list[dict[str, float]]:
     longest = diagonal(label.shape, spacing)
     prediction, label = _foreground(prediction, label, num_classes)
     size_p, size_g, both = _counts(prediction, label, num_classes)
-    surface_distances = _surface_distances(prediction, label, (size_p > 0) & (size_g > 0), spacing)
+    wanted = (size_p > 0) & (size_g > 0)
+    surfaces = [_surface(volume, wanted) for volume in (prediction, label)]
+    surface_distances = _surface_distances(surfaces, label, wanted, spacing)
+    limits = np.append(0.0, tolerances)
+    volumes = (prediction, label)
+    area, area_within = _surface_areas(volumes, surfaces, surface_distances, spacing, limits)
     rows = []
     for k in range(1, num_classes):
         flags = dict.fromkeys(FLAGS, 0)
@@ -225,7 +261,8 @@ def _score(
             row = {key: failed if metric.distance else 0.0 for key, metric in METRICS.items()}
         else:
             pooled = np.concatenate(surface_distances[k])
-            pair = Pair(size_p[k], size_g[k], both[k], *surface_distances[k], pooled, hd95)
+            distances = (*surface_distances[k], pooled, hd95)
+            pair = Pair(size_p[k], size_g[k], both[k], *distances, area[k], area_within[k])
             row = {key: float(metric.of(pair)) for key, metric in METRICS.items()}
         rows.append(row | flags)
     return rows
@@ -244,9 +281,9 @@ def _foreground(
     """Both label maps in the smallest integer type, cut to the box around all foreground, in a
     frame of zeros.
 
-    The frame is REACH voxels wide: it makes voxels on the edge of the volume differ from their
-    outer neighbour, so they are surface, and a voxel plus an offset of at most REACH along each
-    axis is always inside.
+    The frame is REACH + 1 voxels wide: it makes voxels on the edge of the volume differ from their
+    outer neighbour, so they are surface, and a voxel or one of its corners plus an offset of at
+    most REACH along each axis is always inside.
     """
     for name, volume in (("prediction", prediction), ("label", label)):
         if volume.dtype.kind not in "biu":
@@ -266,7 +303,7 @@ def _foreground(
     # In C order, whatever that of the input: the steps between voxels below are those of a
     # flattened copy.
     cut = (np.ascontiguousarray(volume[tuple(box)], dtype=dtype) for volume in (prediction, label))
-    return tuple(np.pad(volume, REACH) for volume in cut)
+    return tuple(np.pad(volume, REACH + 1) for volume in cut)
 
 
 def _counts(
@@ -308,10 +345,10 @@ def _surface(volume: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _surface_distances(
-    prediction: np.ndarray, label: np.ndarray, wanted: np.ndarray, spacing: Sequence[float]
+    surfaces: Sequence[tuple], label: np.ndarray, wanted: np.ndarray, spacing: Sequence[float]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """d(P -> G) and d(G -> P) in mm for each id of two framed label maps; empty arrays unless
-    `wanted`.
+    `wanted`. surfaces: of P and G, as `_surface` returns them. label: the label map, for its shape.
 
     Most surface voxels of a good prediction have the other surface within a few voxels: they look
     up the neighbours of their place, nearest first, all ids at once. The rest, scattered false
@@ -319,7 +356,6 @@ def _surface_distances(
     """
     offsets, lengths = _ball(spacing)
     strides = np.array(label.strides) // label.itemsize
-    surfaces = [_surface(volume, wanted) for volume in (prediction, label)]
     directions = []
     for (_, where, begin), (map_there, where_there, begin_there) in (surfaces, surfaces[::-1]):
         ids = np.repeat(np.arange(len(wanted), dtype=label.dtype), np.diff(begin))
@@ -428,6 +464,202 @@ def _search_blocks(points, targets, begin, bounds):
                 best = min(best, dx * dx + dy * dy + dz * dz)
         result[index] = np.sqrt(best)
     return result
+
+
+def _surface_areas(
+    volumes: Sequence[np.ndarray],
+    surfaces: Sequence[tuple],
+    surface_distances: Sequence[tuple[np.ndarray, np.ndarray]],
+    spacing: Sequence[float],
+    tolerances: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each id of two framed label maps the area of both surfaces, and that within the tolerance
+    of the other surface, in mm^2 (mm in 2D). surfaces: as `_surface` returns them;
+    surface_distances: as `_surface_distances`; tolerances: mm for each id.
+
+    An element lies half a voxel's diagonal from a surface voxel, so the distance of the one differs
+    by at most a diagonal from that of the other: most elements are decided by it. The others look
+    up their neighbours, and those that have none within REACH and are allowed more search all of
+    their id.
+    """
+    shape, dtype = volumes[0].shape, volumes[0].dtype
+    strides = np.array(volumes[0].strides) // dtype.itemsize
+    steps = np.array(list(itertools.product((0, 1), repeat=len(shape)))) @ strides
+    sizes = _element_sizes(tuple(spacing))
+    offsets, lengths = _ball(spacing)
+    limits = tolerances * (1 + 1e-9)  # 3 * 0.1 is not above a tolerance of 0.3
+    voxel = float(np.linalg.norm(spacing)) * (1 + 1e-9)
+    maps = [volume.ravel() for volume in volumes]
+    elements = []
+    for flat, (surface, where, begin) in zip(maps, surfaces):
+        ids = np.repeat(np.arange(len(tolerances), dtype=dtype), np.diff(begin))
+        elements.append(_find_elements(where, ids, flat, surface, steps))
+    area, area_within = np.zeros((2, len(tolerances)))
+    for side, (index, ids, places, codes) in enumerate(elements):
+        distances = np.concatenate([pair[side] for pair in surface_distances])[index]
+        limit = limits[ids]
+        within = distances + voxel <= limit
+        open_ones = np.flatnonzero(~within & (distances - voxel <= limit))
+        within[open_ones] = _near_elements(
+            places[open_ones],
+            ids[open_ones],
+            maps[1 - side],
+            steps,
+            offsets @ strides,
+            lengths,
+            limits,
+        )
+        far = open_ones[~within[open_ones] & (limit[open_ones] > lengths[-1])]
+        for k in np.unique(ids[far]):
+            own = far[ids[far] == k]
+            _, ids_there, places_there, _ = elements[1 - side]
+            flats = places[own], places_there[ids_there == k]
+            points, targets = (np.stack(np.unravel_index(flat, shape), 1) for flat in flats)
+            within[own] = _far_distances(points, targets, spacing) <= limits[k]
+        weights = sizes[codes]
+        area += np.bincount(ids, weights, len(tolerances))
+        area_within += np.bincount(ids, weights * within, len(tolerances))
+    return area, area_within
+
+
+@compiled
+def _find_elements(where, ids, flat, surface, steps):
+    """The surface elements of a flattened label map: index in `where` of a surface voxel that they
+    touch, id, place of the first of their voxels, and code, in which bit c says whether the voxel
+    at steps[c] from there has the id. where, ids: of the surface voxels, whose corners are all
+    places that there can be; surface: the map with 0 for all other voxels.
+    """
+    most = len(where) * len(steps)
+    touched, of_id = np.empty(most, np.int64), np.empty(most, ids.dtype)
+    places, codes = np.empty(most, np.int64), np.empty(most, np.int64)
+    found = 0
+    for index in range(len(where)):
+        own = ids[index]
+        for corner in range(len(steps)):
+            place = where[index] - steps[corner]
+            code, first = 0, True
+            for c in range(len(steps)):
+                voxel = place + steps[c]
+                if flat[voxel] == own:
+                    code += 1 << c
+                if c < corner and surface[voxel] == own:
+                    first = False  # that voxel has found this place
+            if first and code < (1 << len(steps)) - 1:
+                touched[found], of_id[found] = index, own
+                places[found], codes[found] = place, code
+                found += 1
+    return touched[:found], of_id[:found], places[:found], codes[:found]
+
+
+@compiled
+def _near_elements(places, ids, flat, steps, offsets, lengths, limits):
+    """Which elements have one of their id on the flattened map of the other surface at one of
+    `offsets` (nearest first), not longer than the limit of the id.
+    """
+    within = np.zeros(len(places), np.bool_)
+    for index in range(len(places)):
+        own = ids[index]
+        for k in range(len(offsets)):
+            if lengths[k] > limits[own]:
+                break
+            inside = 0
+            for step in steps:
+                inside += flat[places[index] + offsets[k] + step] == own
+            if 0 < inside < len(steps):
+                within[index] = True
+                break
+    return within
+
+
+@functools.lru_cache(maxsize=64)
+def _element_sizes(spacing: tuple[float, ...]) -> np.ndarray:
+    """Area in mm^2 of the surface element of each code in 3D, its length in mm in 2D; 0 for the
+    codes of none and of all voxels.
+    """
+    codes, points = _element_parts(len(spacing))
+    sizes = _sizes(points * np.array(spacing))
+    return np.bincount(codes, sizes, 2**2 ** len(spacing))
+
+
+def _sizes(points: np.ndarray) -> np.ndarray:
+    """Areas of triangles (n, 3, 3), lengths of lines (n, 2, 2)."""
+    sides = points[:, 1:] - points[:, :1]
+    if points.shape[1] == 2:
+        return np.linalg.norm(sides[:, 0], axis=1)
+    return np.linalg.norm(np.cross(sides[:, 0], sides[:, 1]), axis=1) / 2
+
+
+@functools.cache
+def _element_parts(axes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The triangles (lines in 2D) of the elements: the code of each, and its points in the unit
+    cube between the centres of the voxels. Bit c of a code is the voxel at the c-th of (0, 0, 0),
+    (0, 0, 1), ...
+
+    A face is cut from one edge whose ends differ to another. In 3D the cuts join to closed lines,
+    each of which is filled with triangles. A mask and its background have the same surface, so a
+    code of more than half of the voxels has the element of the others.
+    """
+    corners = list(itertools.product((0, 1), repeat=axes))
+    codes, points = [], []
+    for code in range(2 ** len(corners)):
+        inside = {corner for c, corner in enumerate(corners) if code >> c & 1}
+        if 2 * len(inside) > len(corners):
+            inside = set(corners) - inside
+        cuts = [cut for face in _faces(axes) for cut in _face_cuts(face, inside)]
+        parts = cuts if axes == 2 else _triangles(cuts)
+        codes += [code] * len(parts)
+        points += parts
+    return np.array(codes), np.array(points)
+
+
+def _faces(axes: int) -> list[list[tuple[int, ...]]]:
+    """The square, or the six faces of the cube: their four corners one after the other around."""
+    around = [(0, 0), (0, 1), (1, 1), (1, 0)]
+    if axes == 2:
+        return [around]
+    faces = []
+    for axis, side in itertools.product(range(3), (0, 1)):
+        faces.append([(*pair[:axis], side, *pair[axis:]) for pair in around])
+    return faces
+
+
+def _face_cuts(face: Sequence[tuple], inside: set[tuple]) -> list[tuple]:
+    """Lines (point, point) in which the border of the mask cuts a face. Where two corners inside
+    lie across from each other, each is cut off by itself.
+    """
+    edges = list(zip(face, [*face[1:], face[0]]))
+    middles = [tuple((a + b) / 2 for a, b in zip(*edge)) for edge in edges]
+    crossed = [(first in inside) != (second in inside) for first, second in edges]
+    if sum(crossed) < 4:
+        return [tuple(itertools.compress(middles, crossed))] if any(crossed) else []
+    # edge k - 1 ends in corner k, and edge k begins there
+    return [(middles[k - 1], middles[k]) for k in range(4) if face[k] in inside]
+
+
+def _triangles(cuts: Sequence[tuple]) -> list[tuple]:
+    """Triangles that fill the closed lines which the cuts of the six faces make. Where the points
+    of a line are in no plane, the area depends on the corner in which all triangles meet: it is the
+    one that gives the largest area, as in the tables of Nikolov et al.
+    """
+    left, triangles = list(cuts), []
+    while left:
+        line = list(left.pop())
+        while line[-1] != line[0]:
+            follows = next(cut for cut in left if line[-1] in cut)
+            left.remove(follows)
+            line.append(follows[1] if follows[0] == line[-1] else follows[0])
+        points = line[:-1]
+        fans = []
+        for start in range(len(points)):
+            first, *others = points[start:] + points[:start]
+            fans.append([(first, *pair) for pair in itertools.pairwise(others)])
+        triangles += max(fans, key=_fan_area)
+    return triangles
+
+
+def _fan_area(triangles: Sequence[tuple]) -> float:
+    """Area on voxels of 1 mm, rounded so that of equal ones the first is taken."""
+    return round(float(_sizes(np.array(triangles)).sum()), 9)
 
 
 def summarise(rows: Sequence[dict]) -> dict:

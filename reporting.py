@@ -8,9 +8,9 @@ one empty as Dice 0 with undefined distances and a count. Mean over cases of the
 one-sided, all four metrics 0 if the prediction or the label lacks the class. Images (ISIC, Kvasir):
 HD95 directed, ASD the mean of both directed means, both empty Dice 1, distances of an empty mask
 left out. Mean over classes of the mean over cases.
-In neither do the distances of a structure that was not found make a mean worse. So the table has
-them a second time, marked *, with missed and spurious structures as the diagonal of the volume
-(`penalised` in the summary).
+It has no NSD. In neither do the distances of a class that was missed make a mean worse. So the
+table has them a second time, marked *, with missed and false positive classes as the diagonal of
+the volume (`penalised` in the summary).
 
 Scans of NIfTI formats are scored on the grid of their files, with distances in mm. The HDF5 files
 and photographs carry no voxel size: there distances are in voxels or pixels, as in every published
@@ -39,6 +39,7 @@ from metrics import (
     DISTANCES,
     FLAGS,
     METRICS,
+    PENALISED,
     PUBLISHED,
     SHOWN,
     UNKNOWN,
@@ -48,19 +49,19 @@ from metrics import (
     diagonal,
     penalise,
     summarise,
+    tolerance_text,
     without_unknown,
 )
 from networks import NETWORKS, described_network
 from utils import figures, plugins
 from utils.checkpoint import dataset_arguments, describing, load_checkpoint, write_table, write_text
 from utils.complexity import count_macs, count_parameters
-from utils.config import ConfigError, labelled_name
+from utils.config import NSD_TOLERANCE, ConfigError, class_tolerances, labelled_name
 from utils.distributed import World
 from utils.predictions import save_whole, volume_image
 
-PENALISED = (
-    "* with missed and wrongly predicted {} as the diagonal of the volume: compare runs by these"
-)
+# Flag -> its column in metrics.csv. Files from before it had this name call it as the rows do.
+FLAG_COLUMNS = {flag: flag for flag in FLAGS} | {"spurious": "false_positive"}
 
 
 # --- scores of a case ---
@@ -76,10 +77,11 @@ def case_rows(
     hd95: str,
     empty: str,
     spacing: Sequence[float] | None = None,
+    tolerances: Sequence[float] | None = None,
     annotated: np.ndarray | None = None,
 ) -> list[dict]:
     """A row for each foreground class of ids `(H, W[, D])`, with the accuracy and diagonal of the
-    whole case in each; hd95 and empty are for the clean protocol.
+    whole case in each; hd95, empty and tolerances, of NSD for each row, are for the clean protocol.
 
     spacing: in mm, None for distances in voxels. annotated: of all classes, those that the label
     tells: the others have no row, and count as background in the accuracy, which is of the labelled
@@ -93,9 +95,11 @@ def case_rows(
     if protocol == "published":
         scores = published_scores(prediction, label, len(class_names), spacing)
     else:
-        scores = case_metrics(
-            prediction, label, len(class_names), spacing=spacing, hd95=hd95, empty=empty
-        )
+        if tolerances is None:
+            tolerances = [NSD_TOLERANCE] * (len(class_names) - 1)
+        how = {"spacing": spacing, "hd95": hd95, "empty": empty, "tolerance": tolerances}
+        scores = case_metrics(prediction, label, len(class_names), **how)
+        scores = [row | {"tolerance": mm} for row, mm in zip(scores, tolerances)]
     shared = {"accuracy": float(np.mean(right[known])), "diagonal": diagonal(label.shape, spacing)}
     return [
         {"case": case, "class": name, **row, **shared}
@@ -246,7 +250,7 @@ def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: 
     and protocol, if there is one; undefined values are empty.
 
     `accuracy`, if rows have it, and `diagonal`, what a failed distance counts as in penalised
-    means, are those of the whole case.
+    means, are those of the whole case; `tolerance`, if rows have it, is that of NSD.
     """
     definitions = {"hd95": hd95}
     if protocol:
@@ -261,8 +265,9 @@ def write_csv(path: Path, rows: Sequence[dict], protocol: str, hd95: str, unit: 
 
     titles = {"space": "space", "case": "case", "class": "class"}
     titles |= {metric: column(metric) for metric in METRICS}
-    titles |= {flag: flag for flag in FLAGS}
+    titles |= FLAG_COLUMNS
     titles |= {"accuracy": "accuracy", "diagonal": f"diagonal_{unit}"}
+    titles |= {"tolerance": f"tolerance_{unit}"}
     titles = {key: title for key, title in titles.items() if key in rows[0]}
     values = [[_written(row[key]) for key in titles] for row in rows]
     write_table(path, [list(titles.values()), *values])
@@ -283,6 +288,16 @@ def score_columns(header: Iterable[str]) -> dict[str, str]:
         if metric in columns:
             raise ValueError(f"both {columns[metric]} and {column} are columns of {metric}")
         columns[metric] = column
+    return columns
+
+
+def flag_columns(header: Iterable[str]) -> dict[str, str]:
+    """Flag -> its column in the header of a metrics.csv, of the flags that the file has."""
+    header, columns = list(header), {}
+    for flag, column in FLAG_COLUMNS.items():
+        known = [name for name in (column, flag) if name in header]
+        if known:
+            columns[flag] = known[0]
     return columns
 
 
@@ -365,9 +380,7 @@ def score_cells(entry: dict, penalised: dict | None) -> str:
 
 
 def failures(counts: dict) -> int:
-    """Organs whose distances are undefined because they were missed, or predicted where there is
-    none.
-    """
+    """How many distances are undefined because the class was missed, or a false positive."""
     return counts["missed"] + counts["spurious"]
 
 
@@ -387,8 +400,7 @@ def selection(summary: dict) -> str:
 def report(summary: dict) -> None:
     """Print one table: classes, then the mean, and what a reader must know about it."""
     scores, unit = summary["native"], summary["unit"]
-    counts = scores["counts"]
-    failed = failures(counts) > 0
+    failed = failures(scores["counts"]) > 0
     print(
         f"{summary['checkpoint']}, step {summary['step']} of {summary['max_steps']}, "
         f"{summary['protocol']} protocol, "
@@ -404,12 +416,8 @@ def report(summary: dict) -> None:
     if interval:
         known = f", 95 % confidence of the mean Dice {interval[0]:.4f} to {interval[1]:.4f}"
     print(f"voxels labelled right: {100 * scores['accuracy']:.2f} %{known}")
-    print(
-        f"of {counts['pairs']} structures: {counts['missed']} missed, {counts['spurious']} "
-        f"predicted where there is none, {counts['absent']} absent"
-    )
-    if failed:
-        print(PENALISED.format("structures"))
+    print(counts_text(scores))
+    print_remarks(summary, failed)
     print(selection(summary))
     if summary["selected_on_reported"]:
         print(
@@ -418,10 +426,27 @@ def report(summary: dict) -> None:
         )
 
 
+def counts_text(scores: dict) -> str:
+    """How many classes were missed, false positive and absent, of how many in all cases."""
+    counts = scores["counts"]
+    return (
+        f"of {counts['pairs']} classes in {scores['cases']} cases: {counts['missed']} missed, "
+        f"{counts['spurious']} false positive, {counts['absent']} absent"
+    )
+
+
+def print_remarks(summary: dict, failed: bool) -> None:
+    """What NSD and the columns with * are."""
+    if "nsd_tolerance" in summary:
+        within = tolerance_text(summary["nsd_tolerance"], summary["unit"])
+        print(f"NSD: share of the surfaces that are not further apart than {within}")
+    if failed:
+        print(PENALISED)
+
+
 def report_spaces(summary: dict, spaces: Sequence[str]) -> None:
     """`report` of a distillation run, which is scored on two grids side by side."""
     scores, unit = [summary[space] for space in spaces], summary["unit"]
-    counts = scores[0]["counts"]
     failed = any(failures(entry["counts"]) for entry in scores)
     lines = _lines(scores, failed, "mean of cases")
     width = max(map(len, lines))
@@ -434,21 +459,16 @@ def report_spaces(summary: dict, spaces: Sequence[str]) -> None:
         print(f"{name:{width}}  {cells}")
     as_diagonal = ""
     if summary["empty_policy"] == "diag":
-        as_diagonal = " (missed and spurious count as the diagonal)"
-    print(
-        f"of {counts['pairs']} organs in {scores[0]['cases']} cases: {counts['missed']} "
-        f"missed, {counts['spurious']} predicted where there is none, {counts['absent']} absent; "
-        f"the distances leave these out{as_diagonal}"
-    )
-    if failed:
-        print(PENALISED.format("organs"))
+        as_diagonal = " (missed and false positive ones count as the diagonal)"
+    print(f"{counts_text(scores[0])}; the distances leave these out{as_diagonal}")
+    print_remarks(summary, failed)
     if "published_protocol" in summary:
         values = summary["published_protocol"]
         shown = {key: "undefined" if v is None else f"{v:.2f}" for key, v in values.items()}
         print(
             f"by the published code's protocol: Dice {shown['dice']} %, HD95 "
             f"{shown['hd95_voxels']} voxels "
-            f"({shown['hd95_voxels_penalised']} with missed organs as the diagonal)"
+            f"({shown['hd95_voxels_penalised']} with missed classes as the diagonal)"
         )
     print(selection(summary))
     if summary["selected_on_reported"]:
@@ -501,6 +521,13 @@ class Scoring:
                 arguments["eval_resize"] = "nearest"
             self.dataset = build_dataset(**arguments)
             self.unit = self.dataset.distance_unit
+        tolerance = args.nsd_tolerance
+        if tolerance is None:
+            tolerance = self.config.get("nsd_tolerance", NSD_TOLERANCE)
+        scored = list(self.dataset.classes.values())
+        # of each class that is scored
+        self.tolerances = dict(zip(scored, class_tolerances(tolerance, scored)))
+        with describing(path):
             self.split, default = self._splits()
             listed = [name for part in self.split.split("+") for name in checkpoint["cases"][part]]
             describe(checkpoint, path.name, self.split)  # what its summary needs is there
@@ -609,6 +636,8 @@ def score_few_labels(
     predict: a volume of the data set -> ids on the grid of `read`, and the seconds that it took.
     settings: how it predicts, for the summary.
     """
+    if args.protocol == "published" and args.nsd_tolerance is not None:
+        raise ConfigError("--nsd-tolerance: the published protocol has no NSD; leave it out")
     for flag, value in (("--hd95", args.hd95), ("--empty", args.empty)):
         if args.protocol == "published" and value is not None:
             raise ConfigError(
@@ -640,6 +669,7 @@ def _score_few_labels(scoring: Scoring, predict: Callable, settings: dict) -> No
             label, affine = dataset.native_label(case)
             spacing = np.linalg.norm(affine[:3, :3], axis=0)
         how = {"protocol": args.protocol, "hd95": hd95, "empty": empty, "spacing": spacing}
+        how |= {"tolerances": list(scoring.tolerances.values())}
         how["annotated"] = dataset.annotated(case)
         rows = case_rows(case.name, ids, label, dataset.class_names, **how)
         dice = [row["dice"] for row in rows]
@@ -662,5 +692,7 @@ def _score_few_labels(scoring: Scoring, predict: Callable, settings: dict) -> No
         **settings,
         "native": summary_of(rows, args.protocol),
     }
+    if args.protocol == "clean":
+        values["nsd_tolerance"] = scoring.tolerances
     seconds = [value for _, value in results]
     scoring.write(rows, seconds, (args.protocol, hd95, scoring.unit), values, report)

@@ -1,5 +1,5 @@
-"""Score a 2D network that was trained with few labels: per-case, per-class Dice, Jaccard, HD95 and
-ASD, predictions.
+"""Score a 2D network that was trained with few labels: per-case, per-class Dice, Jaccard, HD95,
+ASD and NSD, predictions.
 
 Needs nothing but the checkpoint and the data. ACDC is scored per volume, photographs per image, at
 their own size. Protocols and the policy for empty masks: reporting.py, metrics.py. Where the

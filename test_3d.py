@@ -1,4 +1,4 @@
-"""Score a trained 3D network: per-case, per-class Dice, Jaccard, HD95 and ASD, predictions,
+"""Score a trained 3D network: per-case, per-class Dice, Jaccard, HD95, ASD and NSD, predictions,
 overlays.
 
 Needs nothing but the checkpoint and the data. Scores of distillation runs are given on the
@@ -115,6 +115,7 @@ def score_distilled(
     dataset, published = scoring.dataset, args.protocol == "published"
     hd95, empty = args.hd95 or "pooled", args.empty or "nan"
     names = dataset.class_names if dataset.multilabel else dataset.class_names[1:]
+    tolerances = list(scoring.tolerances.values())
     kind = {"num_classes": dataset.num_classes, "multilabel": dataset.multilabel}
 
     def score_case(case) -> tuple[list[dict], dict | None, float]:
@@ -133,11 +134,12 @@ def score_distilled(
             ("resampled", prediction, label, sample["spacing"]),
             ("native", native, native_label, native_spacing),
         ):
-            scores = case_metrics(ids, truth, **kind, spacing=spacing, hd95=hd95, empty=empty)
+            how = {"spacing": spacing, "hd95": hd95, "empty": empty, "tolerance": tolerances}
+            scores = case_metrics(ids, truth, **kind, **how)
             shared = {"case": case.name, "diagonal": diagonal(truth.shape[-3:], spacing)}
             rows += [
-                {"space": space, "class": name, **shared, **row}
-                for name, row, has in zip(names, scores, told)
+                {"space": space, "class": name, **shared, **row, "tolerance": tolerance}
+                for name, row, tolerance, has in zip(names, scores, tolerances, told)
                 if has
             ]
         ids = dataset.decode_prediction(native).astype(np.uint8)
@@ -157,6 +159,7 @@ def score_distilled(
         "unit": scoring.unit,
         "hd95_definition": hd95,
         "empty_policy": empty,
+        "nsd_tolerance": scoring.tolerances,
         "tta": args.tta,
         "amp": args.amp,
         "fast": args.fast,

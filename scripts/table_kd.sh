@@ -52,23 +52,9 @@ esac
 line_end='
 '
 case $* in *"$line_end"*) echo "error: a setting has a line end, and a cell is a line" >&2; exit 2 ;; esac
+. "$(dirname "$0")/words.sh"
 if [ -z "$dry" ]; then . "$(dirname "$0")/setup.sh"; else python=python; fi
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
-quoted() {  # quoted <words>: on one line, as a shell reads them back
-    line=
-    for word in "$@"; do
-        case $word in
-            '' | *[!A-Za-z0-9_./:=@%+,-]*)
-                # $( ) would take away line ends, but not before a dot
-                word=$(printf '%s.' "$word" | sed "s/'/'\\\\''/g")
-                word="'${word%.}'"
-                ;;
-        esac
-        line="$line${line:+ }$word"
-    done
-    printf '%s\n' "$line"
-}
 
 cell() {  # cell <data set> <method> <teacher, or - for none> <student> <settings>: its trainings, one for each seed
     dataset=$1 method=$2 teacher=$3 student=$4

@@ -21,24 +21,10 @@ while [ $# -gt 0 ]; do
     esac
 done
 case $preset in clean | as_released) ;; *) echo "error: --preset is clean or as_released, got $preset" >&2; exit 2 ;; esac
+. "$(dirname "$0")/words.sh"
 if [ -z "$dry" ]; then . "$(dirname "$0")/setup.sh"; else python=python; fi
 
 found=
-
-quoted() {  # quoted <words>: on one line, as a shell reads them back
-    line=
-    for word in "$@"; do
-        case $word in
-            '' | *[!A-Za-z0-9_./:=@%+,-]*)
-                # $( ) would take away line ends, but not before a dot
-                word=$(printf '%s.' "$word" | sed "s/'/'\\\\''/g")
-                word="'${word%.}'"
-                ;;
-        esac
-        line="$line${line:+ }$word"
-    done
-    printf '%s\n' "$line"
-}
 
 cell() {  # cell <2d or 3d> <data set> <labelled> <method> <settings>: train and test every seed, or print how
     kind=$1 dataset=$2 labelled=$3 method=$4

@@ -1,5 +1,7 @@
-"""Metrics against medpy and MONAI, and what happens when a mask is empty."""
+"""Metrics against medpy, MONAI and slow references, and what happens when a mask is empty."""
 
+import functools
+import itertools
 import math
 import warnings
 
@@ -231,6 +233,176 @@ def test_equals_all_pairs(kind, shape, spacing):
             else:
                 overlap = math.nan if flags["absent"] else 0.0
                 assert values == pytest.approx([overlap, overlap] + [math.nan] * 4, nan_ok=True)
+
+
+# NSD
+
+# By hand: a surface element around voxels of the unit cube that share faces, as corners to fans of
+# triangles. What is not here is one of these turned or mirrored.
+ELEMENTS = {
+    "corner": ([(0, 0, 0)], [[(0.5, 0, 0), (0, 0.5, 0), (0, 0, 0.5)]]),
+    "edge": ([(0, 0, 0), (0, 0, 1)], [[(0.5, 0, 0), (0, 0.5, 0), (0, 0.5, 1), (0.5, 0, 1)]]),
+    "three around a corner": (
+        [(0, 0, 0), (0, 0, 1), (0, 1, 0)],
+        # a right triangle in the plane x = 0.5, and a trapezoid
+        [
+            [(0.5, 0, 0), (0.5, 0, 1), (0.5, 1, 0)],
+            [(0.5, 0, 1), (0.5, 1, 0), (0, 1, 0.5), (0, 0.5, 1)],
+        ],
+    ),
+    "face": (
+        [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)],
+        [[(0.5, 0, 0), (0.5, 0, 1), (0.5, 1, 1), (0.5, 1, 0)]],
+    ),
+    "a corner and its neighbours": (
+        [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)],
+        # a flat hexagon
+        [[(0.5, 0, 1), (0, 0.5, 1), (0, 1, 0.5), (0.5, 1, 0), (1, 0.5, 0), (1, 0, 0.5)]],
+    ),
+    "chain": (
+        [(0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)],
+        [[(0, 0.5, 0), (0, 1, 0.5), (1, 1, 0.5), (1, 0.5, 1), (0.5, 0, 1), (0.5, 0, 0)]],
+    ),
+}
+
+
+def turned(point, order, mirrored):
+    return tuple(1 - point[a] if mirror else point[a] for a, mirror in zip(order, mirrored))
+
+
+@functools.cache
+def slow_patches():
+    """Voxels of the unit cube that share faces -> the fans of their element."""
+    found = {}
+    for voxels, fans in ELEMENTS.values():
+        for order in itertools.permutations(range(3)):
+            for mirrored in itertools.product((False, True), repeat=3):
+                key = frozenset(turned(voxel, order, mirrored) for voxel in voxels)
+                placed = [[turned(point, order, mirrored) for point in fan] for fan in fans]
+                found.setdefault(key, placed)
+    return found
+
+
+def parts_by_faces(voxels):
+    """The voxels in groups that share faces."""
+    left, groups = set(voxels), []
+    while left:
+        group = {left.pop()}
+        while near := {v for v in left if any(math.dist(v, own) == 1 for own in group)}:
+            group |= near
+            left -= near
+        groups.append(frozenset(group))
+    return groups
+
+
+@functools.cache
+def slow_element(inside, spacing):
+    """Area of the surface within the cube (length within the square) between the centres of voxels,
+    of which `inside` are in the mask.
+    """
+    axes = len(spacing)
+    if 2 * len(inside) > 2**axes:
+        inside = frozenset(itertools.product((0, 1), repeat=axes)) - inside
+    if axes == 2:
+        corner_cut = math.hypot(*spacing) / 2
+        groups = parts_by_faces(inside)
+        if len(groups) == 1 and len(inside) == 2:
+            (first, second) = inside
+            return spacing[0] if first[0] != second[0] else spacing[1]
+        return corner_cut * len(groups)
+    area = 0.0
+    for group in parts_by_faces(inside):
+        for fan in slow_patches()[group]:
+            first, *others = np.array(fan) * spacing
+            for b, c in itertools.pairwise(others):
+                a = [math.dist(first, b), math.dist(b, c), math.dist(c, first)]
+                half = sum(a) / 2
+                area += math.sqrt(max(0.0, half * math.prod(half - side for side in a)))  # Heron
+    return area
+
+
+def slow_elements(mask, spacing):
+    """Places in mm and sizes of the surface elements of a mask."""
+    mask = np.pad(mask, 1)
+    corners = list(itertools.product((0, 1), repeat=mask.ndim))
+    places, sizes = [], []
+    for place in np.ndindex(*(side - 1 for side in mask.shape)):
+        inside = frozenset(c for c in corners if mask[tuple(np.add(place, c))])
+        if 0 < len(inside) < len(corners):
+            places.append(np.multiply(place, spacing))
+            sizes.append(slow_element(inside, spacing))
+    return np.array(places), np.array(sizes)
+
+
+def slow_nsd(prediction, label, spacing, tolerance):
+    (places_p, sizes_p), (places_g, sizes_g) = (
+        slow_elements(mask, spacing) for mask in (prediction, label)
+    )
+    apart = np.linalg.norm(places_p[:, None] - places_g[None], axis=-1)
+    limit = tolerance * (1 + 1e-9)  # five voxels of 0.4 mm are within 2 mm, whatever is rounded
+    within = sizes_p[apart.min(1) <= limit].sum() + sizes_g[apart.min(0) <= limit].sum()
+    return within / (sizes_p.sum() + sizes_g.sum())
+
+
+def test_every_neighbourhood_has_the_area_of_its_element():
+    for spacing in ((1.0, 1.0, 1.0), (0.7, 1.5, 4.0), (2.5, 0.4)):
+        corners = list(itertools.product((0, 1), repeat=len(spacing)))
+        sizes = metrics._element_sizes(spacing)
+        assert sizes[0] == sizes[-1] == 0
+        for code in range(1, len(sizes) - 1):
+            inside = frozenset(c for k, c in enumerate(corners) if code >> k & 1)
+            assert sizes[code] == pytest.approx(slow_element(inside, spacing), abs=1e-9), inside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "shape, spacing",
+    [((9, 9, 5), (1.5, 1.5, 2.0)), ((9, 9, 5), (0.3, 0.7, 4.0)), ((17, 9), (0.4, 2.5))],
+)
+def test_nsd_equals_all_pairs(kind, shape, spacing):
+    prediction, label = hard_maps(kind, shape)
+    for tolerance in (0.0, 1.0, 2.0, 6.1):
+        rows = case_metrics(prediction, label, 4, spacing=spacing, tolerance=tolerance)
+        for k, row in enumerate(rows, start=1):
+            p, g = prediction == k, label == k
+            if p.any() and g.any():
+                expected = slow_nsd(p, g, spacing, tolerance)
+                assert row["nsd"] == pytest.approx(expected, abs=1e-9)
+    # a tolerance for each class
+    each = case_metrics(prediction, label, 4, spacing=spacing, tolerance=(1.0, 2.0, 6.1))
+    alone = [
+        case_metrics(prediction, label, 4, spacing=spacing, tolerance=value)[k]["nsd"]
+        for k, value in enumerate((1.0, 2.0, 6.1))
+    ]
+    assert [row["nsd"] for row in each] == pytest.approx(alone, nan_ok=True)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.1, 0.7, 5.0), (0.3, 0.3)])
+def test_a_shifted_box_is_within_a_tolerance_of_the_shift(spacing):
+    shape = (12,) * len(spacing)
+    label = blob(shape, *[slice(2, 7)] * len(spacing))
+    for axis, shift in itertools.product(range(len(spacing)), (1, 3)):
+        prediction = np.roll(label, shift, axis)
+        found = [
+            case_metrics(prediction, label, 2, spacing=spacing, tolerance=tolerance)[0]["nsd"]
+            for tolerance in (shift * spacing[axis], 0.99 * shift * spacing[axis], 0.0)
+        ]
+        assert found[0] == 1.0 and 1 > found[1] >= found[2] > 0
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.5, 0.5), (0.4, 0.4, 1.0)])
+def test_nsd_of_shifted_spheres(spacing):
+    """Of two spheres that are d apart, a surface lies within t of the other over t / d of its
+    height, and so of its area (Archimedes): here up to the size of a voxel over d.
+    """
+    axes = np.meshgrid(*[np.arange(-30, 30.1, step) for step in spacing], indexing="ij")
+    spheres = [
+        (np.sqrt(axes[0] ** 2 + (axes[1] - shift) ** 2 + axes[2] ** 2) <= 20).astype(np.uint8)
+        for shift in (0, 8)
+    ]
+    for tolerance in (2.5, 4.5, 6.5):
+        (row,) = case_metrics(*spheres, 2, spacing=spacing, tolerance=tolerance)
+        assert row["nsd"] == pytest.approx(tolerance / 8, abs=max(spacing) / 8)
 
 
 def test_distances_just_within_and_beyond_the_reach_of_the_look_up():
@@ -535,6 +707,7 @@ def test_a_missed_or_invented_organ_never_improves_the_score(seed, policy):
         ),
         ((3, 3), (3, 3), (1, 1), {"hd95": "max"}, "hd95 must be one of .*got max"),
         ((3, 3), (3, 3), (1, 1), {"empty": "zero"}, "empty one of .*zero"),
+        ((3, 3), (3, 3), (1, 1), {"tolerance": -1}, "tolerance must not be negative, got -1"),
     ],
 )
 def test_shape_spacing_and_option_errors(shape_p, shape_g, spacing, options, message):

@@ -360,6 +360,7 @@ HEADERS = {
         "jaccard_clean",
         "hd95_pooled_voxels_clean",
         "asd_one_sided_voxels_clean",
+        "nsd_clean",
         "assd_voxels_clean",
     ],
     ("clean", "pixels", "directed"): [
@@ -367,6 +368,7 @@ HEADERS = {
         "jaccard_clean",
         "hd95_directed_pixels_clean",
         "asd_one_sided_pixels_clean",
+        "nsd_clean",
         "assd_pixels_clean",
     ],
     ("published", "voxels", "pooled"): [
@@ -398,9 +400,12 @@ def test_the_header_names_protocol_definition_and_unit(tmp_path, protocol, unit,
         "case",
         "class",
         *HEADERS[protocol, unit, hd95],
-        *FLAGS,
+        "absent",
+        "missed",
+        "false_positive",
         "accuracy",
         f"diagonal_{unit}",
+        *[f"tolerance_{unit}"] * (protocol == "clean"),
     ]
     assert len(lines) == len(rows) == 3
     keys = METRICS if protocol == "clean" else PUBLISHED
@@ -412,9 +417,12 @@ def test_the_header_names_protocol_definition_and_unit(tmp_path, protocol, unit,
                 if math.isnan(expected[key])
                 else float(text) == pytest.approx(expected[key], rel=1e-5)
             )
-        assert line[-5:-2] == [str(expected[flag]) for flag in FLAGS]
-        assert float(line[-2]) == pytest.approx(expected["accuracy"], rel=1e-5)
-        assert float(line[-1]) == pytest.approx(math.hypot(*shape), rel=1e-5)
+        line = dict(zip(header, line, strict=True))
+        flags = [line["absent"], line["missed"], line["false_positive"]]
+        assert flags == [str(expected[flag]) for flag in FLAGS]
+        assert float(line["accuracy"]) == pytest.approx(expected["accuracy"], rel=1e-5)
+        assert float(line[f"diagonal_{unit}"]) == pytest.approx(math.hypot(*shape), rel=1e-5)
+        assert line.get(f"tolerance_{unit}", "2") == "2"
     assert lines[1][4] == ("0" if (protocol, unit) == ("published", "voxels") else "")
 
 
@@ -501,26 +509,39 @@ def test_a_best_checkpoint_scored_where_it_was_selected_is_marked(
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_table_has_classes_mean_counts_and_a_note(capsys, protocol, marked):
     rows = [
-        entry | {"assd": 1.0}
-        for entry in (row("a", "wall", 0.5, 4.0), row("a", "left", 0.0, NAN, missed=1))
+        entry | {"assd": 1.0, "nsd": nsd}
+        for entry, nsd in (
+            (row("a", "wall", 0.5, 4.0), 0.8),
+            (row("a", "left", 0.0, NAN, missed=1), 0.0),
+        )
     ]
     native = summary_of(rows, protocol)
     summary = describe(checkpoint("val"), "best.pt", "val" if marked else "test")
+    if protocol == "clean":
+        summary["nsd_tolerance"] = {"left": 2.0, "right": 2.0, "wall": 3.0}
     report(summary | {"protocol": protocol, "unit": "voxels", "native": native})
     lines = capsys.readouterr().out.splitlines()
     assert (
         lines[0]
         == f"best.pt, step 7 of 9, {protocol} protocol, 1 {'val' if marked else 'test'} cases"
     )
-    assert lines[1].split() == ["Dice", "Jaccard", "HD95", "ASD", "HD95*", "ASD*", "(voxels)"]
-    assert lines[2].split() == ["wall", "0.5000", "0.2500", "4.00", "2.00", "4.00", "2.00"]
-    assert lines[3].split() == ["left", "0.0000", "0.0000", "-", "-", "12.00", "12.00"]
-    assert lines[4].split() == ["mean", "0.2500", "0.1250", "4.00", "2.00", "8.00", "7.00"]
+    titles = ["Dice", "Jaccard", "HD95", "ASD", "NSD", "HD95*", "ASD*", "(voxels)"]
+    figures = [
+        ["wall", "0.5000", "0.2500", "4.00", "2.00", "0.8000", "4.00", "2.00"],
+        ["left", "0.0000", "0.0000", "-", "-", "0.0000", "12.00", "12.00"],
+        ["mean", "0.2500", "0.1250", "4.00", "2.00", "0.4000", "8.00", "7.00"],
+    ]
+    if protocol == "published":  # has no NSD
+        for line in (titles, *figures):
+            del line[4 + (line is not titles)]
+    assert [line.split() for line in lines[1:5]] == [titles, *figures]
     assert lines[5] == "voxels labelled right: 48.50 %"
-    assert lines[6] == "of 2 structures: 1 missed, 0 predicted where there is none, 0 absent"
-    assert lines[7].startswith(
-        "* with missed and wrongly predicted structures as the diagonal of the volume"
-    )
+    assert lines[6] == "of 2 classes in 1 cases: 1 missed, 0 false positive, 0 absent"
+    if protocol == "clean":
+        assert lines.pop(7) == (
+            "NSD: share of the surfaces that are not further apart than 2 voxels, wall 3 voxels"
+        )
+    assert lines[7].startswith("* with missed and false positive classes as the diagonal")
     assert lines[8] == "best.pt was selected on the val list"
     assert (
         lines[9:]

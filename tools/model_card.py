@@ -283,11 +283,10 @@ def scores(ckpt: Path) -> str:
             lines.append(f"| {label} | {' | '.join(shown)} |")
         counts = native["counts"]
         note = (
-            f"Dice and Jaccard in %, {native['cases']} {summary['split']} cases on their own grid "
+            f"Shares in %, {native['cases']} {summary['split']} cases on their own grid "
             "(PyTorch, float32); "
-            f"of {counts['pairs']} structures {counts['missed']} were missed and "
-            f"{counts['spurious']} found where "
-            f"there is none, which the distances leave out."
+            f"of {counts['pairs']} classes in all cases {counts['missed']} were missed and "
+            f"{counts['spurious']} false positive, which the distances leave out."
         )
         if summary.get("selected_on_reported"):
             note += " The checkpoint was selected on these same cases: the scores are optimistic."

@@ -51,7 +51,13 @@ from utils.checkpoint import CheckpointError, load_checkpoint, write_text
 from utils.config import plain_name
 from utils.diagnosis import findings, term_history
 from utils.scripts import run_tool
-from utils.statistics import average_seeds, bootstrap_interval, case_means, paired_comparison
+from utils.statistics import (
+    average_seeds,
+    bootstrap_interval,
+    by_patient,
+    case_means,
+    paired_comparison,
+)
 
 SIDE = 560  # largest side of a picture in pixels
 
@@ -187,7 +193,8 @@ def summary(scored: list[Run]) -> dict | None:
         return None
     rows = []
     for run in scored:
-        interval = bootstrap_interval(list(run.case_means("dice").values()))
+        dice = by_patient(run.case_means("dice"), run.patient)
+        interval = bootstrap_interval(list(dice.values()))
         distances = [metric for metric in SHOWN if metric in DISTANCES]
         failed = {metric: penalised(run.summary, run.space, metric) for metric in distances}
         rows.append({"run": run, "interval": interval, "penalised": failed})
@@ -232,6 +239,8 @@ def compared(
     rows_of = {run.name: run.rows for run in tested}
     means, left_out = case_means(rows_of, metric, shared=metric == "hd95")
     averaged = {cell: average_seeds([means[name] for name in runs]) for cell, runs in cells.items()}
+    patient_of = {run.name: run.patient for run in tested}
+    averaged = {c: by_patient(scores, patient_of[cells[c][0]]) for c, scores in averaged.items()}
     rows = paired_comparison(averaged, reference)
     drawn = []
     for row in rows:

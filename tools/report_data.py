@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from dataloaders.lists import patient_function
 from metrics import FLAGS, PUBLISHED, SHOWN
-from reporting import score_columns
+from reporting import FLAG_COLUMNS, flag_columns, score_columns
 from tools.tables import read_summary, run_title, scores
 from utils.checkpoint import load_checkpoint, read_table
 from utils.config import labelled_name, read_yaml
@@ -47,6 +48,11 @@ class Run:
     @property
     def unit(self) -> str:
         return (self.summary or {}).get("unit", "mm")
+
+    @property
+    def patient(self) -> Callable[[str], str]:
+        """Case name -> patient: the sample of tests and intervals."""
+        return patient_function(self.config.get("patient_pattern") or "")
 
     @property
     def distilled(self) -> bool:
@@ -224,7 +230,10 @@ def read_rows(path: Path, space: str) -> list[dict]:
         columns = score_columns(header)
     except ValueError as error:
         raise ReportError(f"{path}: {error}; test the run again") from error
-    if missing := [name for name in ("case", "class", *FLAGS) if name not in header]:
+    flags = flag_columns(header)
+    missing = [name for name in ("case", "class") if name not in header]
+    missing += [column for flag, column in FLAG_COLUMNS.items() if flag not in flags]
+    if missing:
         raise ReportError(f"{path}: no column of {', '.join(missing)}; test the run again")
     if missing := [metric for metric in PUBLISHED if metric not in columns]:
         raise ReportError(f"{path}: no column of {', '.join(missing)}; test the run again")
@@ -236,7 +245,7 @@ def read_rows(path: Path, space: str) -> list[dict]:
                 continue
             row = {"case": line["case"], "class": line["class"]}
             row |= {key: known(line[columns[key]]) if key in columns else None for key in SHOWN}
-            row |= {flag: int(line[flag]) for flag in FLAGS}
+            row |= {flag: int(line[flags[flag]]) for flag in FLAGS}
         except ValueError as error:
             raise ReportError(f"{path}: line {number}: {error}; test the run again") from error
         rows.append(row)

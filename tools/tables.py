@@ -2,11 +2,11 @@
 results/*.jsonl.
 
 A row is a run: its settings, `mean` with a number of each metric in the unit of tables (METRICS in
-metrics.py), and where a structure failed `penalised` with the distances in which it counts as the
-diagonal. Methods, networks and data sets are those of the registries, of the papers and of the runs
-that are found, in the papers' order where they have one. Means and population standard deviations
-are over seeds. Paired tests (utils/statistics.py) take the cases as the sample, the seeds averaged
-case by case; p values are Holm's over the rows of a table.
+metrics.py), and where a class was missed or false positive `penalised` with the distances in which
+it counts as the diagonal. Methods, networks and data sets are those of the registries, of the
+papers and of the runs that are found, in the papers' order where they have one. Means and
+population standard deviations are over seeds. Paired tests (utils/statistics.py) take the patients
+as the sample, the seeds averaged case by case; p values are Holm's over the rows of a table.
 """
 
 import functools
@@ -23,10 +23,10 @@ import yaml
 
 from losses import KD_METHODS
 from methods import SSL_METHODS
-from metrics import DISTANCES, METRICS, PUBLISHED, SHARES, SHOWN
+from metrics import DISTANCES, METRICS, PENALISED, PUBLISHED, SHARES, SHOWN, tolerance_text
 from utils.checkpoint import TableError, read_json, write_table
 from utils.config import labelled_name
-from utils.statistics import average_seeds, holm, paired_comparison
+from utils.statistics import average_seeds, by_patient, holm, paired_comparison
 
 # Networks of the ACF-BCKD paper, and few-label methods of the CRKD paper, in the papers' order
 TEACHERS = {"resunet": "T1 ResU-Net", "segresnet": "T2 SegResNet"}
@@ -49,10 +49,7 @@ NAMES = FEW_LABELS | {"acf_bckd": "ACF-BCKD", "acf_bckd sum": "ACF-BCKD, weaker"
 RIVALS = tuple(method for method in KD_METHODS if method != "acf_bckd")
 PUBLISHED_KD = Path(__file__).with_name("published_kd.yaml")
 PUBLISHED_SSL = Path(__file__).with_name("published_ssl.yaml")
-PENALISED = (
-    "* with missed and wrongly predicted organs as the diagonal of the volume: compare runs by "
-    "these (nan: not known, test the run again)."
-)
+NOT_KNOWN = f"{PENALISED} (nan: not known, test the run again)."
 AGREEMENT = (
     "Agreement: Dice with the teacher's prediction on unlabelled training scans; no score, and "
     "nothing is chosen by it."
@@ -149,7 +146,7 @@ def scores(summary: dict, space: str) -> dict:
 
 
 def penalised(summary: dict, space: str, metric: str) -> float | None:
-    """The mean distance with missed and spurious organs as the diagonal; None where no organ
+    """The mean distance with missed and false positive classes as the diagonal; None where none
     failed, NaN for a summary from before there was this figure.
     """
     return row_of(summary, space).get("penalised", {}).get(metric)
@@ -289,24 +286,54 @@ def labels_of(summary: Mapping) -> str:
 
 
 def runs_table(summaries: Sequence[dict], space: str) -> tuple[list[str], list[list[str]]]:
-    """Header and a line for each run: accuracy beside size and speed."""
+    """Header and a line for each run: accuracy beside size and speed. Below runs that differ in the
+    seed alone stands their mean, with the standard deviation.
+    """
     unit = "/".join(sorted({summary.get("unit", "mm") for summary in summaries}))
     rows = [row_of(summary, space) for summary in summaries]
     metrics = metrics_of(rows)
     titles = [METRICS[key].title + f" {unit}" * (key in DISTANCES) for key in metrics]
     titles += ["agreement"] * any("agreement" in row for row in rows)
     header = ["run", *titles, "missed", "parameters", "GMACs", "ms/volume"]
-    return header, [cells(row, metrics, "agreement" in titles) for row in rows]
+    cells_of: dict[str, list[dict]] = {}
+    for row, label in zip(rows, cell_titles(summaries)):
+        cells_of.setdefault(label, []).append(row)
+    body = []
+    for label, of_cell in cells_of.items():
+        seeds = {row["seed"] for row in of_cell}
+        for row in of_cell:
+            name = f"{label}, seed {row['seed']}" if len(seeds) > 1 else label
+            body.append(cells(name, [row], metrics, "agreement" in titles))
+        # the same seed twice would count twice
+        if len(seeds) > 1 and len(seeds) == len(of_cell):
+            name = f"{label}, {len(seeds)} seeds"
+            body.append(cells(name, of_cell, metrics, "agreement" in titles))
+    return header, body
 
 
-def cells(row: dict, metrics: Sequence[str], agreement: bool) -> list[str]:
+def cell_titles(summaries: Sequence[dict]) -> list[str]:
+    """Of each run what all of its seeds have in common; the checkpoint where the table has both."""
+    titles = []
+    for summary in summaries:
+        title = run_title(summary)
+        if len({other["checkpoint"] for other in summaries}) > 1:
+            title += f", {summary['checkpoint']}"
+        titles.append(title + (f" [{summary['tag']}]" if summary["tag"] else ""))
+    return titles
+
+
+def cells(name: str, rows: Rows, metrics: Sequence[str], agreement: bool) -> list[str]:
+    """A line of `runs_table`: of one run, or the mean of several seeds."""
+    agreed = [in_unit(row.get("agreement"), "dice") for row in rows]
+    agreed = None if None in agreed else statistics.fmean(agreed)
+    missed, pairs = (sum(row[key] for row in rows) for key in ("missed", "pairs"))
     return [
-        run_title(row) + (f" [{row['tag']}]" if row["tag"] else ""),
-        *(shown([row], metric, also=" / {}*", unknown="nan") for metric in metrics),
-        *([number(in_unit(row.get("agreement"), "dice"))] * agreement),
-        f"{row['missed']}/{row['pairs']}",
-        *size([row]),
-        f"{row['ms_per_volume']:.0f}",
+        name,
+        *(shown(rows, metric, also=" / {}*", unknown="nan") for metric in metrics),
+        *([number(agreed)] * agreement),
+        f"{missed}/{pairs}",
+        *size(rows),
+        f"{statistics.fmean(row['ms_per_volume'] for row in rows):.0f}",
     ]
 
 
@@ -327,7 +354,8 @@ def notes(summaries: list[dict], space: str) -> list[str]:
     first, rows = summaries[0], [row_of(summary, space) for summary in summaries]
     cases = {summary["native"]["cases"] for summary in summaries}
     steps = ", ".join(f"{run_title(s)} {s['step']} of {s['max_steps']}" for s in summaries)
-    shares = " and ".join(METRICS[key].title for key in metrics_of(rows) if key in SHARES)
+    *shares, last = [METRICS[key].title for key in metrics_of(rows) if key in SHARES]
+    shares = f"{', '.join(shares)} and {last}"
     counted = (
         f"{shares} in %, means over {'/'.join(map(str, sorted(cases)))} {first['split']} cases"
     )
@@ -335,9 +363,9 @@ def notes(summaries: list[dict], space: str) -> list[str]:
         counted += "; distances as published tables of the data set have them (reporting.py)."
     else:
         counted += (
-            f"; HD95 {first['hd95_definition']}, ASD one-sided; 'missed': organs not found at all, "
-            "of all organs "
-            f"(their distances are undefined and left out)."
+            f"; HD95 {first['hd95_definition']}, ASD one-sided; 'missed': classes that a case has "
+            "and the prediction lacks, of all classes of all cases (their distances are undefined "
+            "and left out)."
         )
     lines = [
         counted,
@@ -347,6 +375,13 @@ def notes(summaries: list[dict], space: str) -> list[str]:
         f"Checkpoint steps: {steps}.",
         selections(summaries),
     ]
+    within = {
+        tolerance_text(summary["nsd_tolerance"], summary.get("unit", "mm"))
+        for summary in summaries
+        if summary.get("nsd_tolerance")
+    }
+    if within:
+        lines.append(f"NSD: share of the surfaces not further apart than {' or '.join(within)}.")
     if any("agreement" in summary for summary in summaries):
         lines.append(AGREEMENT)
     if any(summary["selected_on_reported"] for summary in summaries):
@@ -355,7 +390,7 @@ def notes(summaries: list[dict], space: str) -> list[str]:
             "last.pt too."
         )
     if any("penalised" in row for row in rows):
-        lines.append(PENALISED)
+        lines.append(NOT_KNOWN)
     protocols = {summary["protocol"] for summary in summaries if "protocol" in summary}
     if protocols:
         lines.append(f"Protocol (reporting.py): {', '.join(sorted(protocols))}.")
@@ -422,7 +457,7 @@ def fields(rows: Rows, metrics: Mapping[str, str]) -> dict:
 
 
 def failed_fields(rows: Rows, metrics: Mapping[str, str]) -> dict:
-    """Organs missed, of all, over the runs; and the penalised mean of each column (-> its metric),
+    """Classes missed, of all, over the runs; and the penalised mean of each column (-> its metric),
     'unknown' where a run lacks it, empty where nothing failed.
     """
     found = {key: sum(row[key] for row in rows) if rows else "" for key in ("missed", "pairs")}
@@ -561,9 +596,9 @@ def kd_notes(summaries: Rows, tagged: int, space: str) -> list[str]:
         "ran with --published.",
         "Published: HD95 is in voxels of the resampled grid (CT: 1.5 x 1.5 x 2.0 mm; BraTS: 1 mm), "
         "and organs that "
-        "were not found at all are left out of it; mean of three runs.",
+        "were missed are left out of it; mean of three runs.",
         "Parameters are those that a forward pass uses; GMACs of one patch.",
-        PENALISED,
+        NOT_KNOWN,
     ]
     if summaries:
         definitions = ", ".join(sorted({summary["hd95_definition"] for summary in summaries}))
@@ -599,7 +634,7 @@ def few_labels_layout(runs_dir: Path, chosen: str | None, protocol: str) -> list
         f"{' / '.join(METRICS[key].title for key in PUBLISHED)} of the best checkpoint on the "
         "reported cases."
     )
-    print(PENALISED)
+    print(NOT_KNOWN)
     if runs:
         print(selections(joined(runs.values())))
     if tagged:
@@ -719,8 +754,8 @@ def footer(rows: Rows, cases: int | None) -> list[str]:
         text += " best.pt was selected on these same cases."
     if any("penalised" in row for row in rows):
         text += (
-            " *: distances with a missed or wrongly predicted structure as the diagonal; compare "
-            "runs by these."
+            " *: distances with a missed or false positive class as the diagonal; compare runs by "
+            "these."
         )
     return [text]
 
@@ -777,17 +812,9 @@ class Results:
         return self.cell(method="supervised", student=network)
 
     def by_patient(self, rows: Rows, metric: str) -> dict[str, float | None]:
-        """Score of every patient: the mean over the seeds and over the patient's cases, which are
-        no sample of two.
-        """
-        of_case = average_seeds([dict(zip(self.cases, row["cases"][metric])) for row in rows])
-        patients: dict[str, list[float | None]] = {}
-        for case, value in of_case.items():
-            patients.setdefault(self.patient(case), []).append(value)
-        return {
-            patient: None if None in values else statistics.fmean(values)
-            for patient, values in patients.items()
-        }
+        """Score of every patient over the seeds."""
+        scores = [dict(zip(self.cases, row["cases"][metric])) for row in rows]
+        return by_patient(average_seeds(scores), self.patient)
 
     def compared(self, reference: Rows, others: Mapping[str, Rows]) -> dict[str, dict]:
         """Paired comparison of the Dice of each with a reference, over the seeds that both have;

@@ -40,6 +40,7 @@ OF_FORMAT = object()  # marks a key that only some data formats have a use for
 
 AMP = ("off", "bf16", "fp16")
 PROTOCOLS = ("clean", "published")  # of scores: reporting.py
+NSD_TOLERANCE = 2.0  # of NSD in the unit of distances, where nothing else is said
 SELECTIONS = ("val", "test")  # lists that may choose the best checkpoint
 
 # beyond this a number is a slip, and PyTorch's sizes and seeds fail somewhere deep
@@ -230,6 +231,13 @@ def testing_flags(
         choices=empty,
         help="scores of empty masks, see metrics.py; default: agree, distillation runs: nan",
     )
+    parser.add_argument(
+        "--nsd-tolerance",
+        type=_tolerance,
+        metavar="MM",
+        help="of the surface Dice, such as 3 or '{liver: 3, vein: 1}'; default: the run's "
+        f"nsd_tolerance, {NSD_TOLERANCE:g} if it has none",
+    )
     parser.add_argument("--protocol", choices=PROTOCOLS, default="clean", help=protocol_help)
     parser.add_argument("--no-predictions", action="store_true", help="do not write label maps")
     parser.add_argument(
@@ -237,6 +245,13 @@ def testing_flags(
     )
     add_plugin_flags(parser)
     return parser
+
+
+def _tolerance(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{_short(text)}: {error}") from error
 
 
 def _folder(name: str) -> Path:
@@ -421,6 +436,26 @@ def check_run_names(cfg: Any) -> None:
                 f"class_names: {_short(name)} cannot name a class: empty, with spaces around it, "
                 f"or a name that logs and tables have for something else ({', '.join(TAKEN)})"
             )
+
+
+def class_tolerances(value: float | Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """The tolerance of NSD of each of the classes `names`. value: `nsd_tolerance`, one for
+    all, or {class: tolerance} with NSD_TOLERANCE for the others. ConfigError for a name that is
+    none of the classes, or what is no distance.
+    """
+    known = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    if unknown := [name for name in known if name not in names]:
+        raise ConfigError(
+            f"nsd_tolerance: {_short_text(unknown[0])} is none of the classes {', '.join(names)}"
+        )
+    for name, tolerance in known.items():
+        number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+        if not number or not 0 <= tolerance < math.inf:
+            raise ConfigError(
+                f"nsd_tolerance: expected a distance of at least 0 in mm (pixels or voxels where "
+                f"there is no voxel size), got {_short(tolerance)} for {name}"
+            )
+    return [float(known.get(name, NSD_TOLERANCE)) for name in names]
 
 
 def check_unused(cfg: Any, keys: Iterable[str], reason: str) -> None:

@@ -57,6 +57,7 @@ from utils.checkpoint import (
 )
 from utils.config import (
     AMP,
+    NSD_TOLERANCE,
     OF_FORMAT,
     SELECTIONS,
     ConfigError,
@@ -69,6 +70,7 @@ from utils.config import (
     check_run_names,
     check_unused,
     check_values,
+    class_tolerances,
     escaped,
     from_flag,
     plain_name,
@@ -112,6 +114,7 @@ RESUMABLE = frozenset(
         "skip_nonfinite",
         "patient_pattern",
         "absent_classes",
+        "nsd_tolerance",
     }
 )
 
@@ -140,6 +143,8 @@ class Settings:
     # classes that the list which is trained on may lack
     absent_classes: Annotated[tuple[str, ...], OF_FORMAT] = ()
     workers: Natural = 4  # loader processes of each stream of batches; 0 loads in the main one
+    # of NSD in tests, one or {class: tolerance}: mm, or voxels where these have no size
+    nsd_tolerance: float | dict = NSD_TOLERANCE
     # Networks and method
     network_args: dict = dataclasses.field(default_factory=dict)  # {network: {argument: value}}
     method_args: dict = dataclasses.field(default_factory=dict)  # {method: {argument: value}}
@@ -260,6 +265,7 @@ class Settings:
         require_logger(cfg.logger)
         check_values(cfg)
         check_run_names(cfg)
+        class_tolerances(cfg.nsd_tolerance, cfg.class_names)
         cfg._check()
         cfg.dataset_arguments()
         cfg._try_out()

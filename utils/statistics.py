@@ -14,14 +14,15 @@ counted, never replaced.
 - low, high: bias-corrected and accelerated bootstrap interval of the mean difference over cases,
   from a fixed seed.
 
-Cases are the sample: seeds of one cell are averaged case by case first (`average_seeds`), or the
-same cases would count several times as if they were independent.
+Patients are the sample: seeds of one cell are averaged case by case first (`average_seeds`), then
+the cases of one patient, such as two frames of a heart (`by_patient`), or the same patients would
+count several times as if they were independent. Where a scan is a patient, cases are patients.
 """
 
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.stats
@@ -191,6 +192,20 @@ def average_seeds(runs: Sequence[Scores]) -> dict[str, float | None]:
         values = [run.get(case) for run in runs]
         means[case] = sum(values) / len(values) if all(map(_known, values)) else None
     return means
+
+
+def by_patient(scores: Scores, patient: Callable[[str], str]) -> dict[str, float | None]:
+    """Scores of cases -> of each patient the mean over its cases; undefined if one of them is.
+
+    patient: case name -> patient (dataloaders/lists.py: patient_function).
+    """
+    cases: dict[str, list[float | None]] = {}
+    for case, value in scores.items():
+        cases.setdefault(patient(case), []).append(value)
+    return {
+        name: sum(values) / len(values) if all(map(_known, values)) else None
+        for name, values in cases.items()
+    }
 
 
 def case_means(

@@ -116,7 +116,7 @@ def workplace(folder, python):
     """The scripts, with a shell script in place of Python."""
     for name in ("scripts", ".venv/bin"):
         (folder / name).mkdir(parents=True)
-    for name in ("table_kd.sh", "table_ssl.sh", "setup.sh"):
+    for name in ("table_kd.sh", "table_ssl.sh", "setup.sh", "words.sh"):
         shutil.copy(ROOT / "scripts" / name, folder / "scripts")
     for name in ("requirements.txt", "requirements-lock.txt"):
         shutil.copy(ROOT / name, folder)

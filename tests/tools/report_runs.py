@@ -128,7 +128,9 @@ def write_scores(folder: Path, config: dict, rows: list[dict], few_labels: bool 
         titles = ["dice", "jaccard", "hd95_pooled_mm", "asd_mm"]
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*([] if few_labels else ["space"]), "case", "class", *titles, *FLAGS])
+        # runs with few labels as they were before the column had its name
+        flags = ["absent", "missed", "spurious" if few_labels else "false_positive"]
+        writer.writerow([*([] if few_labels else ["space"]), "case", "class", *titles, *flags])
         for space in [None] if few_labels else ["resampled", "native"]:
             for row in rows:
                 values = ["" if math.isnan(row[m]) else f"{row[m]:.6g}" for m in metrics]

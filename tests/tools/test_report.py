@@ -62,7 +62,7 @@ def test_one_run(page):
     assert rows[3][:2] == ["unet ← resunet, kd", "1,234,567"]
     # the distance with the miss as the diagonal
     assert any(cell.endswith(" / 30.50*") for cell in rows[1])
-    assert "* with missed and wrongly predicted organs" in section(page, "summary")
+    assert "* with missed and false positive classes" in section(page, "summary")
     assert section(page, "comparison") is None
     for name in (
         "teacher",
@@ -206,6 +206,19 @@ def test_a_long_log_is_read_once_and_drawn_by_few_points(tmp_path, monkeypatch):
     points[2345] = (2345, -500.0)  # a single spike is seen
     assert (2345, -500.0) in report_charts.thinned(points)
     assert report_charts.thinned(points[:50]) == points[:50]
+
+
+def test_frames_are_paired_by_patient(runs, tmp_path):
+    folders = [write_run(runs, "supervised"), write_run(runs, "kd", gain=0.03)]
+    for folder in folders:  # cases 2k and 2k + 1 become the frames of patient k
+        scores = folder / "metrics.csv"
+        text = scores.read_text(encoding="utf-8")
+        for case in range(12):
+            text = text.replace(f"case{case:02d}", f"p{case // 2}_frame{case % 2}")
+        scores.write_text(text, encoding="utf-8")
+    comparison = table_rows(section(report(*folders, cwd=tmp_path), "comparison"))
+    row = next(row for row in comparison if "−" in row[0])
+    assert row[1] == "6"  # of 12 frames
 
 
 def test_three_runs_are_compared_in_pairs_or_with_the_first(runs, tmp_path):

@@ -77,12 +77,60 @@ def test_explicit_runs(tmp_path, monkeypatch, capsys):
     assert lines[3].split("|")[1].strip() == "unet <- resunet, kd, as_released"
     values = [cell.strip() for cell in lines[3].split("|")[2:8]]
     assert values == ["75.00", "37.50", "10.00 / 15.00*", "1.00 / 4.00*", "1/78", "1,961,012"]
-    assert "* with missed and wrongly predicted organs as the diagonal" in output
+    assert "* with missed and false positive classes as the diagonal" in output
+    assert "left out:" not in output
     assert (tmp_path / "x.csv").read_text().count("\n") == 3
-    with pytest.raises(SystemExit, match="no such summary"):
+    with pytest.raises(SystemExit, match="none of these runs is tested"):
         run(monkeypatch, capsys, tmp_path / "missing")
     with pytest.raises(SystemExit):
         run(monkeypatch, capsys)
+
+
+def test_seeds_are_told_apart_and_averaged(tmp_path, monkeypatch, capsys):
+    runs = [write(tmp_path / f"{k}", seed=k, dice=0.6 + 0.1 * k, hd95=9.0 + k) for k in (0, 1)]
+    taught = {"method": "kd", "teacher": "resunet"}
+    runs.append(write(tmp_path / "kd", dice=0.9, **taught))
+    runs.append(write(tmp_path / "last", dice=0.8, checkpoint="last.pt", **taught))
+    table = run(monkeypatch, capsys, *runs).splitlines()[2:7]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    names = ("unet, supervised, best.pt", "unet <- resunet, kd, best.pt")
+    seeds = [", seed 0", ", seed 1", ", 2 seeds"]
+    assert [line[0] for line in lines[:3]] == [names[0] + seed for seed in seeds]
+    assert [line[1] for line in lines] == ["60.00", "70.00", "65.00 ± 5.00", "90.00", "80.00"]
+    assert lines[2][3] == "9.50 ± 0.50 / 15.00*" and lines[2][5] == "2/156"
+    assert [line[0] for line in lines[3:]] == [names[1], names[1].replace("best", "last")]
+
+
+def test_runs_that_cannot_stand_beside_the_others_are_left_out(tmp_path, monkeypatch, capsys):
+    good = [write(tmp_path / "a"), write(tmp_path / "b", seed=1), write(tmp_path / "c", seed=2)]
+    for folder, case in zip(good, ("case1", "case1", "case2")):
+        (folder / "metrics.csv").write_text(f"case,class,dice\n{case},liver,0.7\n")
+    other = write(tmp_path / "other list", split="test")
+    foreign = write(tmp_path / "word", dataset="word")
+    config = {"student": "unet", "patch_size": [8] * 3, "max_steps": 100}
+    for name, steps in (("running", 40), ("untested", 100)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (folder / "log.jsonl").write_text(json.dumps({"step": steps - 1, "kind": "train"}) + "\n")
+    named = [tmp_path / "untested", *good, other, foreign, tmp_path / "running", tmp_path / "none"]
+    output = run(monkeypatch, capsys, *named)
+    table, _, left = output.partition("6 left out:\n")
+    assert table.count("unet, supervised, seed") == 2 and "word" not in table
+    found = dict(line[2:].split(": ", 1) for line in left.splitlines())
+    test = "run: python test_3d.py --ckpt"
+    assert found == {
+        f"{tmp_path}/untested": f"not tested; {test} {tmp_path}/untested/best.pt",
+        f"{tmp_path}/running": "still training, or stopped: step 40 of 100; "
+        f"run: python train_3d_distill.py --resume {tmp_path}/running",
+        f"{tmp_path}/none": "no run there: neither config.yaml nor best.pt",
+        f"{tmp_path}/c": "scored on other val cases, such as case2; "
+        f"{test} {tmp_path}/c/best.pt --split val",
+        f"{tmp_path}/other list": "scored on the list test, the others on val; "
+        f"{test} '{tmp_path}/other list/best.pt' --split val",
+        f"{tmp_path}/word": "of the data set word, the others of btcv; "
+        f"run: python tools/results_table.py {tmp_path}/word/summary.json",
+    }
 
 
 def test_published_layout(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Typed YAML: what is read, what is converted, and the message of each error."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from utils.config import (
     Share,
     build,
     check_values,
+    class_tolerances,
     enough_voxels,
     load_config,
     read_yaml,
@@ -254,6 +256,20 @@ def test_values_in_their_ranges_pass(values):
 def test_values_outside_of_their_ranges_name_key_and_range(values, expected):
     with pytest.raises(ConfigError, match=re.escape(expected)):
         check_values(Marked(**values))
+
+
+def test_a_tolerance_for_all_classes_or_for_some():
+    names = ("liver", "vein")
+    assert class_tolerances(3, names) == [3.0, 3.0]
+    assert class_tolerances({"vein": 1.5}, names) == [2.0, 1.5]
+    for value, expected in (
+        ({"livr": 1.0}, "nsd_tolerance: livr is none of the classes liver, vein"),
+        (-1, "a distance of at least 0 .*got -1 for liver"),
+        ({"vein": "wide"}, "got 'wide' for vein"),
+        (math.inf, "got inf"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            class_tolerances(value, names)
 
 
 def test_a_number_that_is_too_large_names_the_largest():

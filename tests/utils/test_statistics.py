@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from dataloaders.lists import patient_function
 from utils.statistics import (
     average_seeds,
     bootstrap_interval,
+    by_patient,
     case_means,
     holm,
     paired_comparison,
@@ -221,6 +223,14 @@ def test_seeds_are_averaged_case_by_case():
 
 def row(case, name, value):
     return {"case": case, "class": name, "hd95": value}
+
+
+def test_two_frames_are_one_patient():
+    scores = {"patient1_frame01": 0.5, "patient1_frame12": 0.7, "patient2_frame01": 0.9}
+    scores |= {"patient3_frame01": 0.8, "patient3_frame09": NAN, "scan": 0.1}
+    found = by_patient(scores, patient_function(""))
+    expected = {"patient1": 0.6, "patient2": 0.9, "patient3": None, "scan": 0.1}
+    assert found == pytest.approx(expected)
 
 
 def test_distances_are_averaged_over_classes_that_all_runs_found():
