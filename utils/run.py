@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+import typing
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -184,8 +185,10 @@ class Settings:
     @classmethod
     def adapted(cls, given: Given) -> list[str]:
         """Take out of `given`, in place, what a file has for other training scripts, since one file
-        can serve all; -> notes about it. The command line must be of this script.
+        can serve all; -> notes about it. The command line must be of this script. One number as
+        `patch_size` becomes all of its sides.
         """
+        _all_sides(cls, given)
         dropped = [key for key in cls.set_aside if key in given and not from_flag(given[key])]
         for key in dropped:
             del given[key]
@@ -303,6 +306,24 @@ class Settings:
             raise ConfigError(
                 f"patch_size: {list(self.patch_size)} must be multiples of {shown} for {name}"
             )
+
+
+def _all_sides(schema: type[Settings], given: Given) -> None:
+    """Put a `patch_size` that is one number, for a square or a cube, as a list into `given`;
+    ConfigError for a list of another length than the script's.
+    """
+    hint = typing.get_type_hints(schema).get("patch_size")
+    if hint is None or "patch_size" not in given:
+        return
+    value, source = given["patch_size"]
+    dims = len(typing.get_args(hint))
+    if type(value) is int:
+        given["patch_size"] = ([value] * dims, source)
+    elif isinstance(value, (list, tuple)) and len(value) != dims:
+        raise ConfigError(
+            f"{source}: 'patch_size' must be a list of {dims} values, or one number for all sides, "
+            f"got {list(value)}"
+        )
 
 
 class Run:
