@@ -74,7 +74,8 @@ def teacher_words(name: str, teacher: nn.Module, scores: Mapping[str, float] | N
 
 def device_words(device: torch.device, processes: int) -> str:
     """The device of a process, the CPU threads of each, and how many processes there are."""
-    threads = f"{torch.get_num_threads()} CPU threads"
+    count = torch.get_num_threads()
+    threads = f"{count} CPU thread{'s' * (count > 1)}"
     name = "cpu"
     if device.type == "cuda":
         name = f"{device}, {torch.cuda.get_device_name(device)}"
