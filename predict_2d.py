@@ -179,7 +179,7 @@ def main() -> int:
             f"{differing[0]}; --overwrite replaces them",
             file=sys.stderr,
         )
-    for warning in notes.spoken_warnings():
+    for warning in notes.spoken_warnings(of_training=False):
         print(warning, file=sys.stderr)
     for problem in problems:
         print(escaped(f"error: {problem}"), file=sys.stderr)

@@ -61,13 +61,13 @@ class Config(FewLabels):
 
     @classmethod
     def adapted(cls, given: Given) -> list[str]:
-        notes = super().adapted(given)
         volumes = given.get("format", ("msd", ""))[0] in OfDims(DATASETS, 3)
         sides, source = given.get("patch_size", (None, ""))
         if volumes and isinstance(sides, list) and len(sides) == 3 and not from_flag((0, source)):
             given["patch_size"] = (sides[:2], source)
-            notes.append(f"note: patch_size {sides}: slices of {sides[:2]} across the third axis")
-        return notes
+            note = f"note: patch_size {sides}: slices of {sides[:2]} across the third axis"
+            return [*super().adapted(given), note]
+        return super().adapted(given)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:

@@ -134,7 +134,7 @@ def main() -> int:
     report = Report()
     splits = open_lists(cfg, dataset, report, run)
     chosen = splits[cfg.select_on]
-    teacher, teacher_scores = load_teacher(cfg, args, dataset, splits)
+    teacher, known = load_teacher(cfg, args, dataset, splits)
     with world.main_first():  # so that one process fills the cache
         used = {split: cases for split, cases in splits.items() if split != "unlabelled" or cases}
         dataset.prepare(used, report, chosen=cfg.select_on)
@@ -173,7 +173,7 @@ def main() -> int:
     groups = [{"params": group} for group in ([of_student, of_method] if split else [trained])]
     optimizer = cfg.make_optimizer(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    run.describe("3d", cfg.student, cfg.channels, dataset.num_classes, splits, teacher)
+    run.describe("3d", cfg.student, cfg.channels, dataset.num_classes, splits, teacher, known)
     run.keep(student=student, method=kd, optimizer=optimizer, scaler=scaler)
     diagnosis = Diagnosis(cfg.diagnose_interval, student.parameters(), world, run.log, cfg.compile)
 
@@ -186,8 +186,9 @@ def main() -> int:
                 student(batch["image"].to(device, memory_format=memory))
 
     if teacher is not None and chosen and not run.start:
-        scores = teacher_scores or evaluate(teacher, dataset, chosen, run)[0]
-        run.log.scalars(0, "teacher", scores)
+        scores = known or evaluate(teacher, dataset, chosen, run)[0]
+        run.teacher_validated(scores)
+    # what the teacher says of unlabelled scans
     compared = [(c, predict(teacher, dataset.read(c), dataset, run)) for c in batches.compared]
     training_batches = batches.training()
     for step in run.steps():  # one step = one optimiser update

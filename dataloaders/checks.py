@@ -323,13 +323,19 @@ def check_size(
     case: "Case", split: str, shape: Sequence[int], patch_size: Sequence[int], report: Report
 ) -> None:
     """A warning for a case that is smaller than the patch."""
+    advice = "patches are padded with zeros"
+    if not split:  # of no list: a scan to be segmented
+        advice = (
+            "it is padded with zeros; check its voxel size, and that it shows as much of the body "
+            "as the scans of the training do"
+        )
     if any(side < want for side, want in zip(shape, patch_size)):
         report.warning(
             "small",
             case.images[0],
             f"{' x '.join(map(str, shape))} voxels",
             f"at least the patch, {' x '.join(map(str, patch_size))}",
-            "patches are padded with zeros",
+            advice,
             split=split,
             case=case.name,
         )

@@ -147,15 +147,19 @@ class Report:
     def warnings(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.level == WARNING]
 
-    def spoken_warnings(self) -> list[str]:
-        """A line for each kind of warning, with its first file."""
+    def spoken_warnings(self, of_training: bool = True) -> list[str]:
+        """A line for each kind of warning, with its first file, and with the names of the others
+        where these are no cases of a training, which tools/check_data.py could list.
+        """
         lines = []
         for first, *others in grouped(self.warnings):
-            more = (
-                f" (and {len(others)} more like it; tools/check_data.py lists them)"
-                if others
-                else ""
-            )
+            more = ""
+            if others and of_training:
+                more = f" (and {len(others)} more like it; tools/check_data.py lists them)"
+            elif others:
+                names = ", ".join(Path(finding.file).name for finding in others[:SHOWN])
+                rest = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+                more = f" (the same of {names}{rest})"
             lines.append(f"warning: {first}{more}")
         return lines
 

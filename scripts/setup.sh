@@ -11,7 +11,8 @@ if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -m venv .venv || exit 1
 fi
 if ! cat requirements.txt "$REQUIREMENTS" $LOCK | cmp -s - "$stamp"; then
-    echo "installing $REQUIREMENTS into .venv (some minutes the first time)"
+    echo "installing $REQUIREMENTS into .venv: PyTorch, MONAI and what they need, some minutes the first time;"
+    echo "  about 1.5 GB on the disk with a PyTorch for CPUs, several more with one for GPUs"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check ${LOCK:+-c "$LOCK"} -r "$REQUIREMENTS" \
         --report .venv/installed.json || exit 1
     if [ -n "$LOCK" ] && ! .venv/bin/python tools/lock.py --verify .venv/installed.json; then

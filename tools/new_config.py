@@ -7,6 +7,7 @@ and say why.
     python tools/new_config.py --data data/mine --out configs/mine.yaml --patch 96 96 64 \
         --networks resunet unet
     python tools/new_config.py --data data/mine --out configs/mine.yaml --labelled 8
+    python tools/new_config.py --data data/mine --out configs/mine.yaml --small  # for a CPU
     python tools/new_config.py --nnunet .../nnUNetTrainer__nnUNetPlans__3d_fullres \
         --data data/Dataset101_Liver --out configs/mine.yaml --budget-ms 200 --threads 4
     python tools/new_config.py --data data/polyps --out configs/polyps.yaml --labelled 5%
@@ -25,10 +26,13 @@ spacing     median voxel size of the scans, by axis (R, A, S). Where one axis is
 intensity   CT (the data set says so or, if it names no modality, most scans go below -200): a
             window from the 0.5th to the 99.5th percentile of labelled voxels. A lower end in gas
             (below -300) is raised to -200 where the labels are of soft tissue: the stomach holds
-            air. Everything else, and several channels: z-score of each channel over the scan.
-patch_size  multiples of the largest stride of --networks, at first the median scan, which is then
-            made smaller where it is longest in mm, until it has no more voxels than --max-voxels
-            (the papers' 96x96x96) and a step of two patches of the most demanding network fits
+            air. Where the values of a class lie outside, the window is made wider. Scans are cut to
+            the box of what lies above its lower end, unless that would cut off labelled voxels.
+            Everything else, and several channels: z-score of each channel over the scan.
+patch_size  multiples of the largest stride of --networks, at first as long as the shortest scan
+            where that is most of the median one, else as this one, which is then made smaller
+            where it is longest in mm, until it has no more voxels than --max-voxels (the papers'
+            96x96x96) and a step of two patches of the most demanding network fits
             --device-memory; with few labels a step of two labelled and two unlabelled ones, of
             which each is seen in two views. Images: a square of the median image's area, at most
             the papers' 320.
@@ -38,6 +42,11 @@ lists       those of --splits (default splits/NAME) if they exist, else those of
             drawn with --seed: 70 % train, 10 % val, 20 % test (or 80 % and 20 % if the data set has
             a test list of its own). Scans and images without a label are never drawn: they are
             trained on as unlabelled.
+workers     by the cores of this machine.
+
+A few steps are timed, and the time of each training on this machine is printed. --small makes a
+file for a CPU of two to four cores, whose trainings take about an hour in all: coarser voxels,
+smaller patches, narrower networks, and as many steps as fit.
 
 With --nnunet the network in that results folder is the teacher, and spacing, intensities, patch and
 lists are those that it was trained with: tools/nnunet_config.py. --labelled 0: no scan has a label,
@@ -48,6 +57,8 @@ better, and train.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -74,12 +85,13 @@ from dataloaders.faults import DataError
 from dataloaders.images2d import FOLDERS
 from dataloaders.lists import read_json
 from networks import NETWORKS, build_network
-from tools import nnunet_config
+from tools import nnunet_config, step_time
 from tools.make_splits import drawn, write_lists
 from utils.checkpoint import CheckpointError, write_text
 from utils.complexity import count_parameters, saved_bytes
 from utils.config import ConfigError, labelled_name, parse_labelled_or_zero
-from utils.run import run_folder
+from utils.header import device_words, duration
+from utils.run import resolve_device, run_folder
 from utils.scripts import run_tool
 
 # an axis is anisotropic if its voxels are more than this many times as long as the finest
@@ -87,6 +99,10 @@ COARSE = 3
 CT_BELOW = -200  # HU; air is at -1000, MRI has no negative intensities
 GAS = -300  # HU
 SAMPLES = 10_000  # labelled voxels of each scan
+SAMPLES_OF_CLASS = 500
+# HU; resampling, after which scans are cut, makes the brightest voxels of a plane darker
+CROP_MARGIN = 20
+MOST_OF_SCAN = 0.75  # of the median scan's side
 # tensors of the size of the logits that the losses keep: probabilities, one-hot labels, products
 LOSS_TENSORS = 8
 SHARE = 0.8  # of the memory that a step may take by the estimate; libraries take the rest
@@ -99,6 +115,20 @@ FEWEST, MOST = 4000, 24000  # steps
 VIEWS = 3  # passes that CRKD keeps: labelled, strong, and weak with perturbed features
 LARGEST_IMAGE = 320  # pixels of a side
 SHARES = (0.1, 0.2)  # of val and test in lists that are drawn
+LARGEST_PATCH = 96**3  # voxels, as in the papers
+SLICED = {"labelled_batch": 12, "unlabelled_batch": 12}  # of a training on slices
+# Of --small: seconds of all trainings, their steps, voxels of a patch and of the median scan, how
+# much coarser voxels may be, pixels of a side, widths
+HOUR, SMALL_STEPS = 3600, (600, 6000)
+SMALL_PATCH, SMALL_SCAN, COARSER, SMALL_IMAGE = 48 * 48 * 32, 96 * 96 * 64, 2.0, 128
+SMALL_NETWORKS = ("resunet", "unet")
+NARROW = {
+    "resunet": {"channels": [16, 32, 64, 128]},
+    "segresnet": {"init_filters": 8},
+    "unet": {"channels": [12, 24, 48, 96]},
+    "vnet": {"n_filters": 8},
+    "unet2d": {"channels": [8, 16, 32, 64, 128]},
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -144,7 +174,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--patch", type=int, nargs="+", metavar="N", help="patch size instead of a chosen one"
     )
-    parser.add_argument("--max-voxels", type=int, default=96**3, help="largest patch to choose")
+    parser.add_argument(
+        "--max-voxels",
+        type=int,
+        help=f"largest patch to choose; default: {LARGEST_PATCH}, with --small {SMALL_PATCH}",
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="for a CPU: all trainings take about an hour on two to four cores",
+    )
     parser.add_argument(
         "--device-memory",
         type=float,
@@ -161,6 +200,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     nnunet_config.add_flags(parser)
     args = parser.parse_args(argv)
     nnunet_config.check_flags(parser, args)
+    if args.small and args.nnunet:
+        parser.error("--small does not go with --nnunet; --budget-ms makes its students small")
+    args.max_voxels = args.max_voxels or (SMALL_PATCH if args.small else LARGEST_PATCH)
     return args
 
 
@@ -173,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dims = 2 if args.format == "images2d" else 3
     few = dims == 2 or args.labelled is not None or bool(args.unlabelled)
     few = few and not args.nnunet
-    usual = [NETWORK_OF_FEW_LABELS[dims]] if few else list(NETWORKS_3D)
+    usual = list(SMALL_NETWORKS if args.small else NETWORKS_3D)
+    if few:
+        usual = [NETWORK_OF_FEW_LABELS[dims]]
     args.networks = args.networks or (["nnunet", "unet"] if args.nnunet else usual)
     wrong = [name for name in args.networks if NETWORKS[name].dims != dims]
     if wrong or (args.patch and len(args.patch) != dims):
@@ -185,14 +229,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     made: list[Path] = []  # what is taken back where it turns out not to fit
     try:
         heading, settings, table = choose(args, few, made)
+        more = choose_for_machine(args, few)
+        settings, table = settings | more, table | more
         made += [args.out, *absent_folders(args.out)]
         write_text(args.out, yaml_text(heading, settings))
         # the file must be one that the training script takes, with lists that fit the data
-        script = train_3d_distill if not few else train_2d_crkd if dims == 2 else train_3d_crkd
-        _, cfg = script.parse_args(["--config", str(args.out)])
-        built = build_dataset(**cfg.dataset_arguments())
-        built.needs_labels = built.needs_val = args.labelled != 0
-        built.splits(args.labelled or None)
+        trainings = planned(args, few, dims)
+        cfg = trainings[-1].cfg
+        dataset = build_dataset(**cfg.dataset_arguments())
+        dataset.needs_labels = dataset.needs_val = args.labelled != 0
+        dataset.splits(args.labelled or None)
+        seconds = step_seconds(trainings, dataset)
+        if args.small:
+            length = choose_small_length(seconds)
+            settings, table = settings | length, table | length
+            write_text(args.out, yaml_text(heading, settings))
     except (ConfigError, DataError, CheckpointError):
         for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
             if path.is_dir():
@@ -205,10 +256,137 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(table)
     if args.nnunet:
         nnunet_config.show_candidates(args)
+    show_times(trainings, seconds, settings["max_steps"][0])
     print(f"wrote {args.out}, for {' '.join(args.networks)}. Next:")
-    for command in next_commands(args, cfg, few):
+    for command in next_commands(args, trainings):
         print(f"  {command}")
     return 0
+
+
+class Training:
+    """A training that the file is for: what it is called, its script and flags, and its settings.
+
+    ConfigError where the script does not take the file.
+    """
+
+    def __init__(self, title: str, args: argparse.Namespace, script, flags: Sequence[str]) -> None:
+        self.title, self.script, self.flags = title, script, list(flags)
+        with contextlib.redirect_stderr(io.StringIO()):  # its notes are for who trains
+            _, self.cfg = script.parse_args(["--config", str(args.out), *self.flags])
+        self.dims = 2 if script is train_2d_crkd else 3
+
+    @property
+    def folder(self) -> Path:
+        cfg = self.cfg
+        if self.script is train_3d_distill:
+            networks = cfg.networks
+        else:
+            networks = f"{cfg.network}-{labelled_name(cfg.labelled)}"
+        names = cfg.runs_dir, cfg.dataset, cfg.method, networks
+        return run_folder(*names, cfg.seed, cfg.preset, "")
+
+    def command(self, config: Path) -> str:
+        name = Path(self.script.__file__).name
+        return shlex.join(["python", name, "--config", str(config), *self.flags])
+
+
+def planned(args: argparse.Namespace, few: bool, dims: int) -> list[Training]:
+    """The trainings of the file, in their order; ConfigError if a script does not take it."""
+    alone = "--method", "supervised"
+    if few:
+        script = train_2d_crkd if dims == 2 else train_3d_crkd
+        return [
+            Training("the labels alone", args, script, alone),
+            Training("with the unlabelled ones", args, script, ()),
+        ]
+    if args.labelled == 0:
+        return [
+            Training(f"student under {name}", args, train_3d_distill, ("--method", method))
+            for method, name in (("kd", "KD"), ("dist", "DIST"))
+        ]
+    if args.nnunet:
+        return [
+            Training("student alone", args, train_3d_distill, alone),
+            Training("distilled student", args, train_3d_distill, ()),
+        ]
+    teachers = [name for name in args.networks if name in ("resunet", "segresnet")]
+    teacher = (teachers or args.networks)[0]
+    student = "unet" if "unet" in args.networks else args.networks[-1]
+    trainings = [
+        Training("teacher", args, train_3d_distill, (*alone, "--student", teacher)),
+        Training("student alone", args, train_3d_distill, (*alone, "--student", student)),
+    ]
+    if student == teacher:  # the only network
+        trainings.pop()
+    flags = "--teacher", teacher, "--student", student
+    return [*trainings, Training("distilled student", args, train_3d_distill, flags)]
+
+
+def sliced(args: argparse.Namespace, training: Training) -> list[Training]:
+    """A training of few labels on slices of the same scans, where the patch allows it."""
+    stride = NETWORKS["unet2d"].stride
+    if training.script is not train_3d_crkd:
+        return []
+    if any(side % stride for side in training.cfg.patch_size[:2]):
+        return []
+    flags = "--opts", *(f"{key}={value}" for key, value in SLICED.items())
+    return [Training("on slices", args, train_2d_crkd, flags)]
+
+
+def step_seconds(trainings: Sequence[Training], dataset) -> list[float]:
+    """Seconds of a step of each training on this machine."""
+    found, built = [], {}
+    for training in trainings:
+        cfg = training.cfg
+        if training.script is not train_3d_distill:
+            found.append(step_time.few_labels_step(cfg, dataset))
+            continue
+        built[cfg.student] = cfg.network_arguments(cfg.student)
+        of_teacher = None
+        if not cfg.supervised:
+            of_teacher = cfg.teacher_arguments() if cfg.nnunet_folder else built[cfg.teacher]
+        found.append(step_time.distillation_step(cfg, dataset, of_teacher))
+    return found
+
+
+def show_times(trainings: Sequence[Training], seconds: Sequence[float], steps: int) -> None:
+    """Print how long each training takes here."""
+    device = resolve_device(trainings[0].cfg.device)
+    print(f"time here ({device_words(device, 1)}), without reading scans and validating:")
+    for training, each in zip(trainings, seconds):
+        print(f"  {training.title:24}  about {duration(each * steps)} for {steps:,} steps")
+
+
+def choose_for_machine(args: argparse.Namespace, few: bool) -> dict[str, tuple[object, str]]:
+    """workers, and with --small narrow networks and, for distillation, an optimiser that gets on in
+    few steps.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    if torch.cuda.is_available():
+        workers, why = min(8, max(1, cores - 1)), f"of {cores} cores"
+    else:
+        workers, why = min(2, cores // 2), f"of {cores} cores, which compute the steps too"
+    choices: dict[str, tuple[object, str]] = {"workers": (workers, why)}
+    if args.small:
+        narrow = {name: NARROW[name] for name in args.networks if name in NARROW}
+        choices["network_args"] = (narrow, "--small: narrow networks")
+    if args.small and not few:
+        choices["optimizer"] = ("adamw", "--small: gets on in few steps, as in the demonstration")
+        choices["lr"] = (0.003, "of adamw")
+    return choices
+
+
+def choose_small_length(seconds: Sequence[float]) -> dict[str, tuple[object, str]]:
+    """max_steps and the intervals of --small, by the seconds of a step of each training."""
+    fewest, most = SMALL_STEPS
+    steps = int(min(max(HOUR / sum(seconds), fewest), most)) // 100 * 100
+    total = duration(steps * sum(seconds))
+    return {
+        "max_steps": (steps, f"--small: all trainings take about {total} here"),
+        "val_interval": (steps // 4, "four times"),
+        "save_interval": (min(100, steps // 4), "what an interruption costs at most, in steps"),
+    }
 
 
 def choose_for_scans(
@@ -236,11 +414,14 @@ def choose_for_scans(
 
     choices: dict[str, tuple[object, str]] = {}  # key -> value, why
     choices["spacing"] = choose_spacing(scans)
+    if args.small:
+        choices["spacing"] = coarser(*choices["spacing"], scans)
     named = modalities(args.data / args.datalist)
     choices |= choose_intensity(scans, named, told["in_channels"])
     median = median_shape(scans, choices["spacing"][0])
     estimate = step_memory(args.networks, told["in_channels"], len(told["class_names"]), 3)
-    choices |= choose_patch(args, median, choices["spacing"][0], estimate, few)
+    smallest = median_shape(scans, choices["spacing"][0], np.min)
+    choices |= choose_patch(args, median, choices["spacing"][0], estimate, few, smallest)
     choices["flip_prob"] = choose_flips(told["class_names"])
 
     try:
@@ -431,14 +612,21 @@ def inspect(cases: Sequence, unit: str, seed: int, look: Callable) -> list[dict]
 
 def look_at_scan(dataset, case, rng: np.random.Generator) -> dict:
     """Of a scan in RAS order: `shape` (voxels), `spacing` (mm), `lowest` intensity and a sample of
-    the labelled voxels' intensities, `labelled`, first channel.
+    the labelled voxels' intensities, `labelled`, and of those of each class, `of_class`, first
+    channel; `kept_below`, see there.
     """
     image, affine = read_image(case, dataset.in_channels)
     grid = image.shape[1:], affine
     label = read_label(case, dataset.allowed_ids, *grid, ignore=dataset.ignore_label)
     to_ras = nib.orientations.io_orientation(affine)[:, 0].astype(int)
     order = np.argsort(to_ras)  # the stored axis that is R, A, S
-    values = image[0][(label > 0) & (label != UNKNOWN)]
+    labelled = (label > 0) & (label != UNKNOWN)
+    of_class = {}
+    for k, name in dataset.id_titles().items():
+        inside = image[0][label == k]
+        if len(inside):
+            of_class[name] = inside[:: math.ceil(len(inside) / SAMPLES_OF_CLASS)]
+    values = image[0][labelled]
     if len(values) > SAMPLES:
         values = rng.choice(values, SAMPLES, replace=False)
     return {
@@ -446,6 +634,8 @@ def look_at_scan(dataset, case, rng: np.random.Generator) -> dict:
         "spacing": np.linalg.norm(affine[:3, :3], axis=0)[order],
         "lowest": float(image[0].min()),
         "labelled": values,
+        "of_class": of_class,
+        "kept_below": kept_below(image[0], labelled),
     }
 
 
@@ -473,6 +663,18 @@ def choose_spacing(scans: Sequence[dict]) -> tuple[list[float], str]:
     return [float(f"{value:.3g}") for value in target], why
 
 
+def coarser(spacing: Sequence[float], why: str, scans: Sequence[dict]) -> tuple[list[float], str]:
+    """A spacing on which the median scan has no more than SMALL_SCAN voxels, at most COARSER times
+    as coarse.
+    """
+    voxels = math.prod(median_shape(scans, spacing))
+    factor = min((voxels / SMALL_SCAN) ** (1 / 3), COARSER)
+    if factor <= 1:
+        return list(spacing), why
+    larger = [float(f"{factor * side:.3g}") for side in spacing]
+    return larger, f"--small: {factor:.2g} times the {why}"
+
+
 def choose_intensity(
     scans: Sequence[dict], names: Sequence[str], channels: int
 ) -> dict[str, tuple[object, str]]:
@@ -495,7 +697,9 @@ def choose_intensity(
         window = [CT_BELOW if gas else 5 * math.floor(low / 5), 5 * math.ceil(high / 5)]
         if window[0] == window[1]:
             window[1] += 5
+        window, wider = widened(window, scans)
         note = f"; the former, {low:.0f}, is gas in tissue: raised to {CT_BELOW}" if gas else ""
+        note += f"; made wider for {', '.join(wider)}" if wider else ""
         note += (
             "" if below else f"; no scan goes below {CT_BELOW}: stored with an offset or masked?"
         )
@@ -506,7 +710,7 @@ def choose_intensity(
                 [float(v) for v in window],
                 f"0.5th to 99.5th percentile of labelled voxels{note}",
             ),
-            "crop_foreground": (True, "cuts the air around the patient"),
+            "crop_foreground": choose_crop(scans, window[0]),
         }
     why = "several channels" if channels > 1 else f"not CT ({named})"
     return {
@@ -515,10 +719,70 @@ def choose_intensity(
     }
 
 
-def median_shape(scans: Sequence[dict], spacing: Sequence[float]) -> list[int]:
-    """Median voxels of the scans on the grid of `spacing`."""
+def widened(window: Sequence[float], scans: Sequence[dict]) -> tuple[list[float], list[str]]:
+    """The window, made wider for classes whose values it would clip, and the names of these: of all
+    voxels together a small structure is no half percent.
+
+    What counts of a class are its 5th to 95th percentiles, and of one that is not itself full of
+    air only what is no gas.
+    """
+    low, high = window
+    wider = []
+    for name in dict.fromkeys(name for scan in scans for name in scan["of_class"]):
+        values = np.concatenate([scan["of_class"].get(name, []) for scan in scans])
+        first, middle, last = np.percentile(values, [5, 50, 95])
+        if middle > CT_BELOW:
+            first = max(first, CT_BELOW)
+        if first < low or last > high:
+            wider.append(name)
+        low = min(low, 5 * math.floor(first / 5))
+        high = max(high, 5 * math.ceil(last / 5))
+    return [low, high], wider
+
+
+def choose_crop(scans: Sequence[dict], low: float) -> tuple[bool, str]:
+    """crop_foreground, for a window that begins at `low`."""
+    cut = sum(scan["kept_below"] <= low + CROP_MARGIN for scan in scans)
+    if cut:
+        return False, f"cutting to what lies above {low:g} would cut off labels of {cut} scan(s)"
+    return True, "cuts the air around the patient, and nothing that is labelled"
+
+
+def kept_below(image: np.ndarray, labelled: np.ndarray) -> float:
+    """The intensity below which a threshold must lie, so that the box of what is above it holds all
+    labelled voxels; infinite where there is none.
+
+    image: (H, W, D). labelled: the same shape, bool. Along an axis the box begins at the first
+    plane whose brightest voxel is above the threshold; this plane must not come after the first
+    labelled one. The same holds from the other end.
+    """
+    least = math.inf
+    for axis in range(3):
+        others = tuple(k for k in range(3) if k != axis)
+        planes = np.flatnonzero(labelled.any(others))
+        if not len(planes):
+            return math.inf
+        brightest = image.max(others)
+        least = min(least, brightest[: planes[0] + 1].max(), brightest[planes[-1] :].max())
+    return float(least)
+
+
+def median_shape(
+    scans: Sequence[dict], spacing: Sequence[float], statistic: Callable = np.median
+) -> list[int]:
+    """Median voxels of the scans on the grid of `spacing`, or another statistic of them."""
     shapes = [scan["shape"] * scan["spacing"] / np.array(spacing) for scan in scans]
-    return [max(1, round(float(value))) for value in np.median(shapes, 0)]
+    return [max(1, round(float(value))) for value in statistic(shapes, 0)]
+
+
+def fitting_side(median: int, smallest: int, multiple: int) -> int:
+    """The longest side of a patch: one that all scans fill, if that is most of the median scan,
+    else one that holds this.
+    """
+    below = min(median, smallest) // multiple * multiple
+    if below >= MOST_OF_SCAN * median:
+        return below
+    return math.ceil(median / multiple) * multiple
 
 
 def device_memory(given: float | None) -> tuple[float, str]:
@@ -562,6 +826,7 @@ def choose_patch(
     spacing: Sequence[float],
     estimate: Callable[[Sequence[int], int], float],
     few: bool,
+    smallest: Sequence[int],
 ) -> dict[str, tuple[object, str]]:
     """patch_size, crop, rot90_prob, and cases_per_batch and crops_per_case or, with few labels,
     labelled_batch and unlabelled_batch.
@@ -579,7 +844,7 @@ def choose_patch(
             )
         patch, why = list(args.patch), f"--patch; {scan}"
     else:
-        patch = [math.ceil(side / multiple) * multiple for side in median]
+        patch = [fitting_side(n, shortest, multiple) for n, shortest in zip(median, smallest)]
         if max(patch) == multiple:  # norms want more than one voxel in the deepest layer
             patch[2] *= 2
         # a patch of equal sides can be turned
@@ -604,8 +869,10 @@ def choose_patch(
             patch = smaller
         limit = f", made smaller for {' and '.join(dict.fromkeys(limits))}" if limits else ""
         why = f"{scan}, multiples of {multiple}{limit}"
+        if any(side > n for side, n in zip(patch, smallest)):
+            why += f"; shorter scans, the least {'x'.join(map(str, smallest))}, are padded"
     whole = all(side >= n for side, n in zip(patch, median))
-    batches = (2, 1) if few or whole else (4, 2, 1)
+    batches = (2, 1) if few or whole or args.small else (4, 2, 1)
     batch, takes = choose_batch(batches, patch, passes, estimate, memory, where)
     turned = square and patch[0] == patch[1]
     held = math.prod(map(min, patch, median)) / math.prod(median)
@@ -654,11 +921,13 @@ def choose_image_patch(
         patch, why = list(args.patch), f"--patch; {why}"
     else:
         side = math.ceil(math.sqrt(rows * columns) / multiple) * multiple
-        side = min(max(side, 2 * multiple), LARGEST_IMAGE // multiple * multiple)
+        largest = SMALL_IMAGE if args.small else LARGEST_IMAGE
+        side = min(max(side, 2 * multiple), largest // multiple * multiple)
         while side > 2 * multiple and estimate([side, side], VIEWS) > SHARE * memory:
             side -= multiple
-        patch, why = [side, side], f"{why}, multiples of {multiple}, at most {LARGEST_IMAGE}"
-    batch, takes = choose_batch((12, 8, 4, 2, 1), patch, VIEWS, estimate, memory, where)
+        patch, why = [side, side], f"{why}, multiples of {multiple}, at most {largest}"
+    batches = (4, 2, 1) if args.small else (12, 8, 4, 2, 1)
+    batch, takes = choose_batch(batches, patch, VIEWS, estimate, memory, where)
     return {
         "patch_size": (patch, why),
         "labelled_batch": (batch, takes),
@@ -783,53 +1052,20 @@ def show(choices: dict[str, tuple[object, str]]) -> None:
         print(f"{key:{widths[0]}}  {value:{widths[1]}}  {why}")
 
 
-def next_commands(args: argparse.Namespace, cfg, few: bool) -> list[str]:
-    """What to do with the configuration, to the scores."""
-    config = shlex.quote(str(args.out))
-    commands = [f"python tools/check_data.py --config {config}"]
-
-    def tested(method: str, networks: str, dims: int) -> str:
-        folder = run_folder(cfg.runs_dir, cfg.dataset, method, networks, cfg.seed, cfg.preset, "")
-        return f"python test_{dims}d.py --ckpt {shlex.quote(str(folder / 'best.pt'))}"
-
-    if args.nnunet and args.labelled == 0:
-        return [
-            f"python train_3d_distill.py --config {config} --method {m}" for m in ("kd", "dist")
-        ]
-    if args.nnunet:
-        train = f"python train_3d_distill.py --config {config}"
-        networks = f"nnunet-{cfg.student}"
-        return [
-            *commands,
-            f"{train} --method supervised",
-            f"{train} --teacher {shlex.quote(str(args.nnunet))}",
-            tested(cfg.method, networks, 3),
-        ]
-    if not few:
-        teachers = [name for name in args.networks if name in ("resunet", "segresnet")]
-        teacher = (teachers or args.networks)[0]
-        student = "unet" if "unet" in args.networks else args.networks[-1]
-        train = f"python train_3d_distill.py --config {config}"
-        return [
-            *commands,
-            f"{train} --method supervised --student {teacher}",
-            f"{train} --teacher {teacher} --student {student}",
-            tested(cfg.method, f"{teacher}-{student}", 3),
-        ]
-    name, dims = labelled_name(cfg.labelled), len(cfg.patch_size)
-    train = f"python train_{dims}d_crkd.py --config {config}"
-    commands += [
-        f"{train} --method supervised  # the labels alone",
-        train,
-        tested(cfg.method, f"{cfg.network}-{name}", dims),
-    ]
-    if dims == 3 and not any(side % NETWORKS["unet2d"].stride for side in cfg.patch_size[:2]):
-        batches = "labelled_batch=12 unlabelled_batch=12"
-        commands += [
-            f"python train_2d_crkd.py --config {config} --opts {batches}  # on slices",
-            tested(cfg.method, f"unet2d-{name}", 2),
-        ]
-    return commands
+def next_commands(args: argparse.Namespace, trainings: Sequence[Training]) -> list[str]:
+    """What to do with the configuration, to the table of scores."""
+    if args.labelled == 0:  # there is nothing to score
+        return [f"{training.command(args.out)}  # {training.title}" for training in trainings]
+    commands = [f"python tools/check_data.py --config {shlex.quote(str(args.out))}"]
+    on_slices = sliced(args, trainings[-1])
+    trained = [*trainings, *on_slices]
+    for training in trained:
+        commands.append(f"{training.command(args.out)}  # {training.title}")
+    for training in trained:
+        best = shlex.quote(str(training.folder / "best.pt"))
+        commands.append(f"python test_{training.dims}d.py --ckpt {best}")
+    folders = shlex.join(str(training.folder) for training in trained)
+    return [*commands, f"python tools/results_table.py {folders}"]
 
 
 if __name__ == "__main__":

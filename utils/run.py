@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+import typing
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ from utils.config import (
 )
 from utils.diagnosis import findings
 from utils.distributed import join_world
+from utils.header import Pace, header, teacher_words
 from utils.modes import keep_freed_memory, rng_state, seed_everything, set_rng_state
 from utils.numerics import StepWatch, use_deterministic
 from utils.runlog import LOGGERS, Averages, RunLog, SilentLog, read_log, require_logger, start_wandb
@@ -192,8 +194,10 @@ class Settings:
     @classmethod
     def adapted(cls, given: Given) -> list[str]:
         """Take out of `given`, in place, what a file has for other training scripts, since one file
-        can serve all; -> notes about it. The command line must be of this script.
+        can serve all; -> notes about it. The command line must be of this script. One number as
+        `patch_size` becomes all of its sides.
         """
+        _all_sides(cls, given)
         dropped = [key for key in cls.set_aside if key in given and not from_flag(given[key])]
         for key in dropped:
             del given[key]
@@ -327,6 +331,24 @@ class Settings:
             )
 
 
+def _all_sides(schema: type[Settings], given: Given) -> None:
+    """Put a `patch_size` that is one number, for a square or a cube, as a list into `given`;
+    ConfigError for a list of another length than the script's.
+    """
+    hint = typing.get_type_hints(schema).get("patch_size")
+    if hint is None or "patch_size" not in given:
+        return
+    value, source = given["patch_size"]
+    dims = len(typing.get_args(hint))
+    if type(value) is int:
+        given["patch_size"] = ([value] * dims, source)
+    elif isinstance(value, (list, tuple)) and len(value) != dims:
+        raise ConfigError(
+            f"{source}: 'patch_size' must be a list of {dims} values, or one number for all sides, "
+            f"got {list(value)}"
+        )
+
+
 class Run:
     """One training, seen from one of its processes.
 
@@ -440,11 +462,15 @@ class Run:
         num_classes: int,
         splits: Mapping,
         teacher: nn.Module | None = None,
+        teacher_scores: Mapping[str, float] | None = None,
     ) -> None:
-        """What every checkpoint says of itself. splits: list -> its cases."""
+        """What every checkpoint says of itself. splits: list -> its cases. teacher_scores: on the
+        validation cases, if they are known, for the header.
+        """
         cfg = self.cfg
         if self.initial is not None:
             initial.seen_before(self.initial, cfg.dataset, splits)
+        self.teacher, self.teacher_scores = teacher, teacher_scores
         self.described = {
             "kind": kind,
             "network": {
@@ -468,7 +494,7 @@ class Run:
         """What last.pt holds the state of, by name, and takes it back from on --resume.
 
         Modules are watched for gradients that are not finite; None has an empty state; one part is
-        the `scaler`. Opens the log and takes signals from here on.
+        the `scaler`. Prints the header, opens the log and takes signals from here on.
         """
         self.parts = parts
         modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -483,7 +509,33 @@ class Run:
             if self.cfg.logger:
                 service = start_wandb(self.folder, values, self.start > 0)
             self.log = RunLog(self.folder, self.start, service)
+        self._introduce()
         self.signal = StopSignal()
+
+    def _introduce(self) -> None:
+        """Print what is trained, on what, where, and how to watch it."""
+        if not self.world.main or self.start >= self.cfg.max_steps:
+            return
+        about = header(
+            self.cfg,
+            self.described,
+            self.folder,
+            self.device,
+            self.world.size,
+            self.parts,
+            self.teacher,
+            self.teacher_scores,
+        )
+        if self.start:
+            about.append(f"goes on from step {self.start:,} of {self.cfg.max_steps:,}")
+        print(escaped("\n".join(about)), flush=True)
+
+    def teacher_validated(self, scores: Mapping[str, float]) -> None:
+        """Log the teacher's scores on the validation cases; print them if the header did not."""
+        self.log.scalars(0, "teacher", scores)
+        if self.world.main and self.teacher_scores is None:
+            found = teacher_words(self.cfg.teacher, self.teacher, scores)
+            print(escaped(f"{'teacher':8} {found}"), flush=True)
 
     def _restore(self) -> None:
         state, warning = load_last(self.folder)
@@ -582,22 +634,49 @@ class Run:
             unit="step",
             disable=not main,
         )
+        self._show_progress()
+        pace = Pace(cfg.max_steps - self.start, self._validations_left(), resumed=self.start > 0)
         for step in self.bar:
+            began = time.perf_counter()
             self.step, self.done = step, step + 1
             last = self.done == cfg.max_steps
             stops = self.world.any(bool(self.signal))
-            begun = self.done >= cfg.val_start
-            self.validates = last or (begun and self.done % cfg.val_interval == 0)
+            self.validates = self._validates_after(self.done)
             self.saves = last or stops or self.done % cfg.save_interval == 0
             self.logs = last or self.done % cfg.log_interval == 0
             self._saved, self.measured = False, {}
             yield step
+            estimate = pace.took(time.perf_counter() - began, self.validates, self.saves)
+            if estimate and main:
+                self.bar.write(estimate)
             if self._saved:  # validation takes a while
                 stops = stops or self.world.any(bool(self.signal))
             if stops and not last:
                 self._stops = True
                 self.bar.close()
                 return
+
+    def _validates_after(self, done: int) -> bool:
+        """Whether a validation is due when `done` steps are."""
+        cfg = self.cfg
+        due = done >= cfg.val_start and done % cfg.val_interval == 0
+        return due or done == cfg.max_steps
+
+    def _validations_left(self) -> int:
+        """How many validations are due from `start` on."""
+        cfg = self.cfg
+        first = max(self.start, cfg.val_start - 1)  # steps after which none of them is due
+        regular = max(cfg.max_steps // cfg.val_interval - first // cfg.val_interval, 0)
+        last_is_regular = first < cfg.max_steps and cfg.max_steps % cfg.val_interval == 0
+        return regular if last_is_regular else regular + 1
+
+    def _show_progress(self, loss: float | None = None) -> None:
+        """Loss and best score beside the progress bar."""
+        best = f"best {100 * self.best['dice']:.1f} at {self.best['step']}"
+        shown = [f"loss {loss:.3f}"] if loss is not None else []
+        if self.best["step"] >= 0:
+            shown.append(best)
+        self.bar.set_postfix_str(", ".join(shown))
 
     @property
     def settles(self) -> bool:
@@ -610,8 +689,7 @@ class Run:
         total = sum(means.get(name, math.nan) for name in terms)  # NaN if all steps were left out
         values = {"loss": total, **means, **more, **self.watch.report()}
         self.log.scalars(self.step, "train", values)
-        best = f"{self.best['dice']:.3f}" if self.best["step"] >= 0 else "-"
-        self.bar.set_postfix(loss=f"{total:.3f}", best=best)
+        self._show_progress(total)
 
     def part(self, cases: Sequence) -> Iterator:
         """The cases that this process validates on, with a progress bar."""

@@ -30,6 +30,14 @@ from utils.config import ConfigError
 LOGGERS = ("", "wandb")
 # names in a line of the log that are the scripts' own
 OWN = ("step", "kind", "loss", "lr", "skipped", "loss_scale")
+# kind of line -> its group in TensorBoard, but for the loss and the mean Dice
+BOARD_GROUPS = {
+    "train": "z_terms",
+    "val": "val_classes",
+    "teacher": "val_teacher",
+    "agreement": "val_with_teacher",
+    "diagnosis": "z_diagnosis",
+}
 
 
 def require_logger(name: str) -> None:
@@ -76,6 +84,18 @@ def start_wandb(folder: Path, config: Mapping[str, Any], resumed: bool) -> Any:
     return run
 
 
+def board_tag(kind: str, name: str) -> str:
+    """The TensorBoard tag of a value of the log.
+
+    TensorBoard sorts groups by name and opens the first two. So the loss and the mean Dice are
+    alone with what the scripts themselves log, as `train/loss` and `val/dice`, and all other groups
+    have names that sort after these two.
+    """
+    if (kind == "train" and name in OWN) or (kind == "val" and name == "dice"):
+        return f"{kind}/{name}"
+    return f"{BOARD_GROUPS.get(kind, kind)}/{name}"
+
+
 class RunLog:
     """Writes `log.jsonl` and TensorBoard events in `folder`; on resume, lines from `start_step` on
     are dropped first.
@@ -110,9 +130,7 @@ class RunLog:
             self.board = SummaryWriter(str(folder), purge_step=start_step if start_step else None)
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line {"step", "kind", ...values}; NaN becomes null. TensorBoard tags are
-        kind/name.
-        """
+        """One line {"step", "kind", ...values}; NaN becomes null. TensorBoard tags: `board_tag`."""
         clean = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
         line = memoryview(
             (json.dumps({"step": step, "kind": kind, **clean}) + "\n").encode("utf-8")
@@ -123,7 +141,7 @@ class RunLog:
             os.fsync(self.file.fileno())  # a checkpoint is never newer than the log on the disk
         with self._board():
             for name, value in values.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+                self.board.add_scalar(board_tag(kind, name), value, step)
 
     def image(self, step: int, tag: str, picture: np.ndarray) -> None:
         """Add an RGB picture (H, W, 3) uint8 to TensorBoard."""

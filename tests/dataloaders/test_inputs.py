@@ -8,6 +8,7 @@ import pytest
 
 from dataloaders.brats import BraTSDataset
 from dataloaders.cases import Case
+from dataloaders.checks import check_size
 from dataloaders.faults import Report
 from dataloaders.lists import find_images, find_scans, read_datalist, read_split, select
 from dataloaders.volumes import DataError, as_stored, channel_number
@@ -29,6 +30,21 @@ def whole(name):
 def shown(found, root):
     cases, problems = found
     return {case.name: [str(p.relative_to(root)) for p in case.images] for case in cases}, problems
+
+
+def test_warnings_of_scans_to_be_segmented_name_the_others(tmp_path):
+    """No list has them, so tools/check_data.py cannot."""
+    spoken = {}
+    for split in ("", "train"):
+        report = Report()
+        for name in "abc":
+            case = Case(name, (str(tmp_path / f"{name}.nii.gz"),))
+            check_size(case, split, (20, 20, 4), (16, 16, 8), report)
+        (spoken[split],) = report.spoken_warnings(of_training=bool(split))
+    assert "a.nii.gz: 20 x 20 x 4 voxels" in spoken[""]
+    assert "padded with zeros; check its voxel size" in spoken[""]
+    assert spoken[""].endswith("(the same of b.nii.gz, c.nii.gz)")
+    assert "2 more like it; tools/check_data.py lists them" in spoken["train"]
 
 
 def test_folder_and_file_of_whole_scans(tmp_path):

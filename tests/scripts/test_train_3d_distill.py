@@ -428,7 +428,8 @@ def test_teacher_of_other_classes_is_refused(workspace):
     [
         ("max_step=4", "did you mean 'max_steps'"),
         ("max_steps=many", "must be an integer"),
-        ("patch_size=[16,16]", "list of 3 values"),
+        ("patch_size=[16,16]", "list of 3 values, or one number for all sides"),
+        ("patch_size=20", "patch_size: [20, 20, 20] must be multiples of 8"),
         ("patch_size=[16,16,20]", "multiples of 8"),
         ("student=unett", "unknown value 'unett'"),
         ("format=mds", "format: unknown value 'mds'; choose from msd"),

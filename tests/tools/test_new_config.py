@@ -4,16 +4,21 @@ refuses.
 
 import itertools
 import json
+import re
 import shlex
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
 
+import train_3d_crkd
+import train_3d_distill
+from dataloaders import build_dataset
 from tests.scripts.conftest import run
-from tools import make_demo_data, new_config
+from tools import make_demo_data, new_config, step_time
 from utils.checkpoint import load_checkpoint
 from utils.config import ConfigError
 
@@ -89,7 +94,8 @@ def test_what_is_written_trains_and_tests(tmp_path, dataset, layout):
     )
     assert "patch_size" in written.stdout
     scripts = follow(written.stdout, tmp_path)
-    assert scripts == ["tools/check_data.py", *["train_3d_distill.py"] * 2, "test_3d.py"]
+    expected = [*["train_3d_distill.py"] * 3, *["test_3d.py"] * 3]
+    assert scripts == ["tools/check_data.py", *expected, "tools/results_table.py"]
     folder = tmp_path / "runs/mine/acf_bckd/resunet-unet/seed0"
     # What the configuration leaves to the data set is stored, and prediction does without it.
     stored = yaml.safe_load((folder / "config.yaml").read_text())
@@ -129,8 +135,8 @@ def test_what_is_written_for_few_labels_trains_and_tests(tmp_path):
     assert "cases_per_batch" not in values
     assert "2 labelled, 1 unlabelled, 1 val, 1 test" in written.stdout
     scripts = follow(written.stdout, tmp_path)
-    assert scripts[1:4] == [*["train_3d_crkd.py"] * 2, "test_3d.py"]
-    assert scripts[4:] == ["train_2d_crkd.py", "test_2d.py"]
+    assert scripts[1:4] == [*["train_3d_crkd.py"] * 2, "train_2d_crkd.py"]
+    assert scripts[4:] == [*["test_3d.py"] * 2, "test_2d.py", "tools/results_table.py"]
     cases = load_checkpoint(tmp_path / "runs/mine/crkd/vnet-2/seed0/best.pt")["cases"]
     assert (len(cases["labelled"]), len(cases["unlabelled"])) == (2, 1)
 
@@ -159,7 +165,8 @@ def test_what_is_written_for_images_trains_and_tests(tmp_path):
     assert [len(names) for names in lists] == [14, 2, 4] and masks[0].stem in lists[0]
     assert "2 labelled, 12 unlabelled, 2 val, 4 test" in written.stdout
     scripts = follow(written.stdout, tmp_path)
-    assert scripts[1:] == [*["train_2d_crkd.py"] * 2, "test_2d.py"]
+    expected = [*["train_2d_crkd.py"] * 2, *["test_2d.py"] * 2, "tools/results_table.py"]
+    assert scripts[1:] == expected
 
 
 def write(
@@ -195,6 +202,7 @@ def write(
 
 def written(tmp_path, monkeypatch, *arguments):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(step_time, "seconds_of", lambda step, device: 0.5)
     assert (
         new_config.main(["--data", "data", "--out", "mine.yaml", "--networks", "unet", *arguments])
         == 0
@@ -250,6 +258,115 @@ def test_gas_in_soft_tissue_does_not_set_the_window(tmp_path, monkeypatch):
     assert written(tmp_path, monkeypatch)["window"] == [-200.0, 60.0]
 
 
+def test_a_small_bright_structure_makes_the_window_wider(tmp_path, monkeypatch, capsys):
+    names = {"0": "background", "1": "left lung", "2": "stone"}
+    write(tmp_path / "data", low=-1000, modality={"0": "CT"}, labels=names)
+    for kind, value in (("images", 900.0), ("labels", 2)):
+        path = tmp_path / f"data/{kind}/c0.nii.gz"
+        image = nib.load(path)
+        voxels = np.asarray(image.dataobj).copy()
+        voxels[8, 8, 4] = value  # one of more than a thousand labelled voxels
+        nib.save(nib.Nifti1Image(voxels, image.affine), path)
+    assert written(tmp_path, monkeypatch)["window"] == [40.0, 900.0]
+    assert "made wider for stone" in capsys.readouterr().out
+
+
+def test_scans_are_not_cut_where_that_would_cut_labels(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "data", low=-1000, modality={"0": "CT"})
+    path = tmp_path / "data/images/c2.nii.gz"
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[:6] = -900.0  # air over the first planes of the label
+    nib.save(nib.Nifti1Image(voxels, image.affine), path)
+    assert written(tmp_path, monkeypatch)["crop_foreground"] is False
+    assert "would cut off labels of 1 scan(s)" in capsys.readouterr().out
+
+
+def test_the_threshold_that_keeps_all_labels_is_the_highest():
+    """Against the boxes of all thresholds."""
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        image = rng.integers(0, 12, (5, 6, 4)).astype(float)
+        labelled = rng.random(image.shape) < 0.05
+        labelled[2, 3, 1] = True
+        limit = new_config.kept_below(image, labelled)
+        for threshold in range(-1, 12):
+            inside = np.argwhere(image > threshold)
+            keeps = False
+            if len(inside):
+                first, last = inside.min(0), inside.max(0)
+                places = np.argwhere(labelled)
+                keeps = bool((places >= first).all() and (places <= last).all())
+            assert keeps == (threshold < limit)
+    assert new_config.kept_below(image, np.zeros(image.shape, bool)) == np.inf
+
+
+@pytest.mark.slow
+def test_a_step_of_each_script_is_timed_and_scaled_to_the_whole_patch(tmp_path, monkeypatch):
+    write(tmp_path / "data", shape=(64, 64, 32))
+    small = ("--small", "--patch", "64", "64", "32")
+    written(tmp_path, monkeypatch, *small, "--networks", "resunet", "unet")
+    (tmp_path / "mine.yaml").rename(tmp_path / "distill.yaml")
+    written(tmp_path, monkeypatch, *small, "--labelled", "2", "--networks", "vnet")
+    taken = []
+
+    def once(step, device):
+        step()  # it runs
+        taken.append(device)
+        return 0.5
+
+    monkeypatch.setattr(step_time, "seconds_of", once)
+    flags = ["--config", "distill.yaml", "--opts", "device=cpu"]
+    _, cfg = train_3d_distill.parse_args(flags)
+    dataset = build_dataset(**cfg.dataset_arguments())
+    seconds = step_time.distillation_step(cfg, dataset, new_config.NARROW["resunet"])
+    timed, batch = step_time.timed_patch(cfg.patch_size, [8, 8, 8], cfg.batch, torch.device("cpu"))
+    assert seconds == 0.5 * cfg.batch * 64 * 64 * 32 / (np.prod(timed) * batch)
+    _, cfg = train_3d_crkd.parse_args(["--config", "mine.yaml", "--opts", "device=cpu"])
+    seconds = step_time.few_labels_step(cfg, build_dataset(**cfg.dataset_arguments()))
+    assert seconds > 0.5 and len(taken) == 2
+
+
+def test_the_shortest_of_some_steps_counts(monkeypatch):
+    def timed(*durations):
+        steps, clock = [], []
+        for k, taken in enumerate(durations):
+            clock += [100.0 * k, 100.0 * k + taken]
+        ticks = iter(clock)
+        monkeypatch.setattr(step_time.time, "perf_counter", lambda: next(ticks))
+        return step_time.seconds_of(lambda: steps.append(0), torch.device("cpu")), len(steps)
+
+    assert timed(0.125, 0.0625, 0.25, 0.01) == (0.0625, 1 + step_time.REPEATS)
+    assert timed(9.0, 0.1) == (9.0, 2)  # one took longer than there is time for
+
+
+def test_small_trainings_and_what_they_take(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "data", shape=(80, 80, 24), low=-1000)
+    values = written(tmp_path, monkeypatch, "--small", "--networks", "resunet", "unet")
+    text = capsys.readouterr().out
+    assert values["network_args"]["unet"] == {"channels": [12, 24, 48, 96]}
+    assert np.prod(values["patch_size"]) <= new_config.SMALL_PATCH
+    assert values["max_steps"] <= new_config.SMALL_STEPS[1] and values["workers"] <= 8
+    for title in ("teacher", "student alone", "distilled student"):
+        assert re.search(rf"{title} +about .* for {values['max_steps']:,} steps", text)
+
+
+def test_the_steps_of_small_trainings_take_an_hour():
+    chosen = new_config.choose_small_length([0.5, 0.2, 0.8])
+    assert (chosen["max_steps"][0], chosen["val_interval"][0]) == (2400, 600)
+    assert "about 1 h 0 min" in chosen["max_steps"][1]
+    assert new_config.choose_small_length([1e3])["max_steps"][0] == 600
+
+
+def test_what_is_timed_on_a_processor_is_small_enough_and_fits_the_networks():
+    cpu = torch.device("cpu")
+    assert step_time.timed_patch([96, 96, 64], [32, 32, 32], 4, cpu) == ([32, 32, 32], 2)
+    patch, batch = step_time.timed_patch([96, 88, 40], [8, 8, 8], 4, cpu)
+    assert not any(side % 8 for side in patch) and np.prod(patch) * batch <= 32**3
+    gpu = torch.device("cuda")
+    assert step_time.timed_patch([96, 88, 40], [8, 8, 8], 4, gpu) == ([96, 88, 40], 4)
+
+
 @pytest.mark.parametrize("content", [{"modality": {"0": "MRI"}}, {"modality": "T2 FLAIR"}, {}])
 def test_other_images_are_z_scored(tmp_path, monkeypatch, content):
     write(tmp_path / "data", **content)
@@ -280,7 +397,7 @@ def test_spacing_patch_and_batch(tmp_path, monkeypatch):
     least = written(tmp_path, monkeypatch, "--device-memory", "0.001")["patch_size"]
     assert least == [16, 16, 8]  # one voxel in the deepest layer would be too few
     (tmp_path / "mine.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"patch_size: .* leaves unet one voxel"):
+    with pytest.raises(ConfigError, match=r"patch_size: .* leaves resunet one voxel"):
         written(tmp_path, monkeypatch, "--patch", "8", "8", "8", "--networks", "resunet")
     assert not (tmp_path / "mine.yaml").exists()
     assert written(tmp_path, monkeypatch, "--patch", "32", "16", "8")["patch_size"] == [32, 16, 8]

@@ -36,6 +36,7 @@ from utils.run import (
     run_folder,
     run_script,
 )
+from utils.runlog import read_log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +329,7 @@ class Tiny(Settings):
     method: str = "own"
     preset: str = "clean"
     network: str = "net"
+    teacher: str = "big"
     class_names: tuple[str, ...] = ("background", "organ")
 
     def dataset_arguments(self):
@@ -362,6 +364,51 @@ def test_what_is_due_at_which_step(tiny_run):
     assert [k + 1 for k, (_, validates, _) in enumerate(due) if validates] == [3, 6, 7]
     assert [k + 1 for k, (_, _, saves) in enumerate(due) if saves] == [5, 7]
     assert run.end() == 0
+
+
+@pytest.mark.parametrize(
+    "start, interval, first, steps",
+    [(0, 3, 0, 7), (3, 3, 0, 9), (0, 2, 5, 8), (6, 2, 9, 7), (2, 50, 0, 7)],
+)
+def test_validations_are_counted_as_they_come(tiny_run, monkeypatch, start, interval, first, steps):
+    run, _ = tiny_run(max_steps=steps, val_interval=interval)
+    monkeypatch.setattr(Tiny, "val_start", first)
+    run.start = start
+    expected = run._validations_left()
+    assert expected == sum(run.validates for _ in run.steps())
+    run.end()
+
+
+def test_the_header_and_the_best_score_are_shown(tiny_run, capsys):
+    run, layer = tiny_run(max_steps=4, log_interval=1, val_interval=2, lists={"val": ["a", "b"]})
+    shown = capsys.readouterr().out
+    assert "data     d, 2 val" in shown and "network  net, 2 parameters" in shown
+    assert f"tensorboard --logdir {run.folder}" in shown
+    picture = np.zeros((4, 4, 3), np.uint8)
+    for step in run.steps():
+        run.averages.add({"seg": torch.tensor(1.5)})
+        run.record({"seg": None})
+        if run.validates:
+            run.validated({"dice": 0.8234 - step / 10}, picture, layer.state_dict())
+        run.save(layer.state_dict())
+    assert "loss 1.500, best 72.3 at 2" in capsys.readouterr().err
+    run.end()
+    # of more steps, and of none that are left
+    resumed, _ = tiny_run(resume=True, max_steps=2000)
+    assert "goes on from step 4 of 2,000" in capsys.readouterr().out
+    resumed.end()
+    done, _ = tiny_run(resume=True, max_steps=4)
+    assert "data" not in capsys.readouterr().out
+    done.end()
+
+
+def test_a_teacher_whose_dice_was_not_known_is_shown_when_it_is(tiny_run, capsys):
+    run, _ = tiny_run(max_steps=4, teacher=nn.Linear(9, 10))
+    assert "teacher  big, 100 parameters\n" in capsys.readouterr().out
+    run.teacher_validated({"dice": 0.75})
+    assert "teacher  big, 100 parameters, validation Dice 75.0" in capsys.readouterr().out
+    assert read_log(run.folder / "log.jsonl") == [{"step": 0, "kind": "teacher", "dice": 0.75}]
+    run.end()
 
 
 def test_a_signal_saves_and_ends_the_steps_and_resume_goes_on(tiny_run, capsys):

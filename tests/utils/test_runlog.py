@@ -7,7 +7,7 @@ import torch
 
 from utils import runlog
 from utils.config import ConfigError
-from utils.runlog import Averages, RunLog, check_terms, read_log
+from utils.runlog import BOARD_GROUPS, Averages, RunLog, board_tag, check_terms, read_log
 
 
 def lines(folder):
@@ -33,6 +33,22 @@ def test_one_line_per_call(tmp_path):
     log.close()
     assert lines(tmp_path)[1] == {"step": 3, "kind": "val", "dice": 0.5}
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_opens_on_the_loss_and_the_mean_dice(tmp_path):
+    """It sorts groups by name and opens the first two."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log, values = RunLog(tmp_path), {"loss": 1.0, "lr": 0.1, "dice": 0.5, "aorta": 0.5}
+    for kind in BOARD_GROUPS:
+        log.scalars(0, kind, values)
+    log.close()
+    board = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    tags = sorted(board.Tags()["scalars"])
+    assert tags[:3] == ["train/loss", "train/lr", "val/dice"]
+    groups = sorted({tag.split("/")[0] for tag in tags})
+    assert groups[:2] == ["train", "val"]
+    assert len(tags) == len(BOARD_GROUPS) * len(values)  # none stands for another
+    assert board_tag("of a kind of one's own", "x") == "of a kind of one's own/x"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
