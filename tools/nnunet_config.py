@@ -11,10 +11,13 @@ student             for each of --networks the widest candidate within --budget-
 """
 
 import argparse
+import functools
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from dataloaders import DataError
 from dataloaders.lists import read_json
@@ -187,6 +190,9 @@ def candidates(
     milliseconds of a pass.
     """
     tried = [("nnunet", results.network, "the teacher")]
+    with torch.device("meta"):
+        teacher = build_network("nnunet", results.in_channels, classes, **results.network)
+    most = parameter_budget(args, count_parameters(teacher))
     for network in args.networks:
         if network == "nnunet":
             widths = list(results.network["features_per_stage"])
@@ -197,12 +203,19 @@ def candidates(
             continue
         key = "features_per_stage" if network == "nnunet" else "channels"
         given = results.network if network == "nnunet" else {}
-        for divisor in DIVISORS[network == "nnunet" :]:
-            narrow = [max(1, round(width / divisor)) for width in widths]
-            arguments = dict(given) | {key: narrow}
-            if arguments.get("stem_channels"):
-                arguments["stem_channels"] = max(1, round(given["stem_channels"] / divisor))
-            tried.append((network, arguments, "-".join(map(str, narrow))))
+        made = functools.partial(narrowed, given, key, widths)
+        divisors = list(DIVISORS[network == "nnunet" :])
+        if most:
+            for first in range(widths[0] - 1, 0, -1):  # between two of them may be a wider one
+                arguments = made(widths[0] / first)
+                with torch.device("meta"):
+                    built = build_network(network, results.in_channels, classes, **arguments)
+                if count_parameters(built) <= most:
+                    divisors.append(widths[0] / first)
+                    break
+        for divisor in sorted(divisors):
+            arguments = made(divisor)
+            tried.append((network, arguments, "-".join(map(str, arguments[key]))))
     rows: list[dict] = []
     for network, arguments, widths in tried:
         built = build_network(network, results.in_channels, classes, **arguments)
@@ -222,11 +235,24 @@ def candidates(
     return rows
 
 
+def narrowed(given: dict, key: str, widths: Sequence[int], divisor: float) -> dict:
+    """Arguments of a network whose widths, those of `key`, are divided."""
+    arguments = dict(given) | {key: [max(1, round(width / divisor)) for width in widths]}
+    if arguments.get("stem_channels"):
+        arguments["stem_channels"] = max(1, round(given["stem_channels"] / divisor))
+    return arguments
+
+
+def parameter_budget(args: argparse.Namespace, teacher: int) -> float | None:
+    """The most parameters of a student of a teacher with so many; None where time decides alone."""
+    if args.budget_params or args.budget_ms:
+        return args.budget_params
+    return SHARE * teacher
+
+
 def pick(args: argparse.Namespace, rows: Sequence[dict]) -> dict[str, dict]:
     """Network -> its candidate with the most parameters within the budget; marks it `picked`."""
-    most = args.budget_params or math.inf
-    if not args.budget_params and not args.budget_ms:
-        most = SHARE * rows[0]["parameters"]
+    most = parameter_budget(args, rows[0]["parameters"]) or math.inf
     slowest = args.budget_ms or math.inf
     picked: dict[str, dict] = {}
     for row in sorted(rows[1:], key=lambda row: -row["parameters"]):

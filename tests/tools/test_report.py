@@ -89,10 +89,10 @@ def test_equal_runs_give_equal_pages(tmp_path):
 
 def test_missed_organs_count_as_zero_and_are_shown(page):
     rows = {row[0]: row for row in table_rows(section(page, "cases"))}
-    assert rows["case01"][5] == "1" and rows["case01"][-1] == "missed"
-    assert rows["case02"][5] == "0" and rows["case02"][-1] == "–"
+    assert rows["case01"][6] == "1" and rows["case01"][-1] == "missed"
+    assert rows["case02"][6] == "0" and rows["case02"][-1] == "–"
     # The mean of the case with the miss holds the zero.
-    found = [float(value) for value in rows["case01"][6:8]]
+    found = [float(value) for value in rows["case01"][7:9]]
     assert float(rows["case01"][1]) == pytest.approx(sum(found) / 3, abs=0.09)
     (duct,) = [row for row in table_rows(section(page, "classes")) if row[0] == "duct"]
     assert duct[1] == "12" and duct[-3:] == ["1", "0", "1"]
@@ -217,7 +217,7 @@ def test_frames_are_paired_by_patient(runs, tmp_path):
             text = text.replace(f"case{case:02d}", f"p{case // 2}_frame{case % 2}")
         scores.write_text(text, encoding="utf-8")
     comparison = table_rows(section(report(*folders, cwd=tmp_path), "comparison"))
-    row = next(row for row in comparison if "−" in row[0])
+    row = next(row for row in comparison if row[0].endswith("− unet, supervised"))
     assert row[1] == "6"  # of 12 frames
 
 
@@ -236,7 +236,7 @@ def test_three_runs_are_compared_in_pairs_or_with_the_first(runs, tmp_path):
 
 def test_few_cases_are_pointed_out(runs, tmp_path):
     folders = [write_run(runs, "supervised", cases=4), write_run(runs, "kd", cases=4, gain=0.1)]
-    assert "so few differing cases can give is 0.125" in section(
+    assert "so few differing patients can give is 0.125" in section(
         report(*folders, cwd=tmp_path), "comparison"
     )
 
