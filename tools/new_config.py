@@ -318,7 +318,9 @@ def planned(args: argparse.Namespace, few: bool, dims: int) -> list[Training]:
     ]
     if student == teacher:  # the only network
         trainings.pop()
-    flags = "--teacher", teacher, "--student", student
+    flags = ["--teacher", teacher, "--student", student]
+    if teacher not in ("resunet", "segresnet"):  # it has no residual block for ACF-BCKD to look at
+        flags += ["--method", "kd"]
     return [*trainings, Training("distilled student", args, train_3d_distill, flags)]
 
 

@@ -92,7 +92,7 @@ def test_regions_are_scored_and_written_as_ids(workspace):
     run("tools/figure.py", str(folder), "--out", "figure.png", cwd=workspace)
     run("tools/report.py", str(folder), cwd=workspace)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "enhancing tumour" in page and page.count('src="data:image/png') == 3
+    assert "enhancing tumour" in page and page.count('src="data:image/jpeg') == 3
 
 
 def test_a_key_that_the_format_ignores_is_an_error(workspace):

@@ -70,7 +70,7 @@ method_args: {crkd: {threshold: 0.5, csd_samples: 16, projection_channels: 8}}
 """,
 }
 CRKD_TERMS = {"sup", "pseudo_s", "pseudo_fp", "lec", "csd", "ckd_pixel", "ckd_feature"}
-FLAGS = ("absent", "missed", "spurious")
+FLAGS = ("absent", "missed", "false_positive")
 
 
 class Kind(NamedTuple):
@@ -347,10 +347,11 @@ def test_every_run_is_scored_by_both_protocols(trained, kind, method, protocol):
     hd95, sides = (
         ("directed", "mean_of_both") if published and unit == "pixels" else ("pooled", "one_sided")
     )
-    titles = ["dice", "jaccard", f"hd95_{hd95}_{unit}", f"asd_{sides}_{unit}"] + [
-        f"assd_{unit}"
-    ] * (not published)
+    titles = ["dice", "jaccard", f"hd95_{hd95}_{unit}", f"asd_{sides}_{unit}"]
     last = [*FLAGS, "accuracy", f"diagonal_{unit}"]
+    if not published:
+        titles += ["nsd", f"assd_{unit}"]
+        last.append(f"tolerance_{unit}")
     assert list(rows[0]) == ["case", "class", *(f"{title}_{protocol}" for title in titles), *last]
     assert [(row["case"], row["class"]) for row in rows] == [
         (name, k) for name in names for k in classes
