@@ -178,10 +178,11 @@ def main() -> int:
                         f"{files[0]}: several slices in one file; {SEGMENTATION} takes a file for "
                         "each slice"
                     )
-                there = target.exists() and (encoded.exists() or not args.dicom_seg)
+                other = target.exists() and settings_of(target) != settings
+                there = target.exists() and (other or encoded.exists() or not args.dicom_seg)
                 if there and not args.overwrite:
                     kept += 1
-                    if settings_of(target) != settings:
+                    if other:
                         differing.append(target.name)
                     if not volumes.has(case.name, structures):
                         ids, affine = read_volume(target)

@@ -125,7 +125,7 @@ teacher_cells() {
 student_cells() {
     for dataset in $datasets; do
         for method in $(methods_on "$dataset"); do
-            taught=${students%% *}
+            for taught in $students; do break; done  # the first
             [ "$method" != acf_bckd ] || taught=$students
             for teacher in $teachers; do
                 for student in $taught; do cell "$dataset" "$method" "$teacher" "$student" "$@"; done

@@ -8,7 +8,11 @@
 # .venv trains the students. EPOCHS of ITERATIONS: of nnU-Net. STEPS: of students. What is complete is not repeated.
 # data/Task04_Hippocampus has the scans; data/nnunet gets all that nnU-Net writes.
 set -e
-nnunet=$(dirname "$(command -v nnUNetv2_plan_and_preprocess)")/python
+nnunet=$(command -v nnUNetv2_plan_and_preprocess) || {
+    echo "error: no nnUNetv2_plan_and_preprocess in PATH; put the environment of nnU-Net first" >&2
+    exit 2
+}
+nnunet=$(dirname "$nnunet")/python
 . "$(dirname "$0")/setup.sh"
 work=$PWD/data/nnunet config=data/nnunet/hippocampus
 export nnUNet_raw="$work/raw" nnUNet_preprocessed="$work/preprocessed" nnUNet_results="$work/results"
@@ -17,7 +21,7 @@ epochs=${EPOCHS:-26} iterations=${ITERATIONS:-50} steps=${STEPS:-1000}
 data=$nnUNet_raw/Dataset004_Hippocampus
 teacher=$nnUNet_results/Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres
 
-if [ ! -f "$data/dataset.json" ]; then
+if [ ! -f "$data/planned" ]; then
     $python - "$data" "$nnUNet_preprocessed/Dataset004_Hippocampus" <<'PYTHON'
 """The lists of splits/hippocampus as a raw data set of nnU-Net; its test list as imagesTs."""
 import json
@@ -48,6 +52,7 @@ described = {
 (data / "dataset.json").write_text(json.dumps(described))
 PYTHON
     nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres
+    touch "$data/planned"
 fi
 if [ ! -f "$teacher/fold_0/checkpoint_final.pth" ]; then
     "$nnunet" - "$epochs" "$iterations" <<'PYTHON'

@@ -97,13 +97,16 @@ def description(checkpoint: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+TEXTS = ("patient_pattern", "class_names", "tag")  # no paths, whatever they look like
+
+
 def without_folders(value: Any) -> Any:
     """Plain values with every path that leads out of the working folder cut to its last part: how
     the disks of the training machine are laid out is nobody's business who deploys. Of an argument
     `--flag=PATH` the path is cut.
     """
     if isinstance(value, dict):
-        return {key: without_folders(part) for key, part in value.items()}
+        return {key: part if key in TEXTS else without_folders(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_folders(part) for part in value]
     if not isinstance(value, str):

@@ -114,14 +114,14 @@ def line_chart(
 
 
 def thinned(points: Points, most: int = POINTS) -> Points:
-    """Points that draw the same line, `most` of them at most: of each of equal stretches, the
-    lowest and the highest.
+    """Points that draw the same line, about `most` of them: the first and the last, and of each of
+    equal stretches the lowest and the highest.
     """
     if len(points) <= most:
         return points
     values = np.array([value for _, value in points])
     ends = np.linspace(0, len(points), most // 2 + 1).astype(int)
-    kept = set()
+    kept = {0, len(points) - 1}
     for start, end in itertools.pairwise(ends):
         kept |= {start + int(values[start:end].argmin()), start + int(values[start:end].argmax())}
     return [points[place] for place in sorted(kept)]

@@ -77,7 +77,7 @@ def named_runs(args: argparse.Namespace) -> int:
         if path.is_file():
             tested[path] = tables.read_summary(path)
         else:
-            left_out.append((path, *untested(path.parent)))
+            left_out.append((path, *untested(path)))
     usual = most_common_list(tested)
     for path, summary in list(tested.items()):
         if difference := other_list(path, summary, usual):
@@ -103,8 +103,9 @@ def named_runs(args: argparse.Namespace) -> int:
     return 0
 
 
-def untested(folder: Path) -> tuple[str, str]:
-    """Why a folder has no summary, and the command that makes it; '' where there is none."""
+def untested(path: Path) -> tuple[str, str]:
+    """Why a summary is not there, and the command that makes it; '' where there is none."""
+    folder = path.parent
     best, config = folder / "best.pt", folder / "config.yaml"
     if not best.is_file() and not config.is_file():
         return "no run there: neither config.yaml nor best.pt", ""
@@ -118,7 +119,7 @@ def untested(folder: Path) -> tuple[str, str]:
         if last < wanted:
             resume = f"python {script(settings, 'train')} --resume {shlex.quote(str(folder))}"
             return f"still training, or stopped: step {last} of {wanted}", resume
-    return "not tested", command_of_test(folder, "summary")
+    return "not tested", command_of_test(folder, path.stem)
 
 
 def script(settings: dict, what: str) -> str:
@@ -176,13 +177,10 @@ def other_list(path: Path, summary: dict, usual: dict) -> str:
     if cases != usual["cases"]:
         return f"scored on {cases} cases, the others on {usual['cases']}"
     names = cases_of(path)
-    if names and usual["names"] and names != usual["names"]:
-        return f"scored on other {usual['split']} cases, such as {other_case(names, usual)}"
-    return ""
-
-
-def other_case(names: list[str], usual: dict) -> str:
-    return next(name for name in names if name not in usual["names"])
+    if not names or not usual["names"]:
+        return ""
+    differing = sorted(set(names) - set(usual["names"])) or sorted(set(usual["names"]) - set(names))
+    return f"scored on other {usual['split']} cases, such as {differing[0]}" if differing else ""
 
 
 if __name__ == "__main__":

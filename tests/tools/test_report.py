@@ -201,7 +201,10 @@ def test_a_long_log_is_read_once_and_drawn_by_few_points(tmp_path, monkeypatch):
     assert len(report_data.log_of(path)) == 5001
     points = [(line["step"], line["loss"]) for line in first]
     thin = report_charts.thinned(points)
-    assert len(thin) <= report_charts.POINTS and set(thin) <= set(points) and thin == sorted(thin)
+    assert thin[0] == points[0] and thin[-1] == points[-1]
+    assert (
+        len(thin) <= report_charts.POINTS + 2 and set(thin) <= set(points) and thin == sorted(thin)
+    )
     assert {min(v for _, v in thin), max(v for _, v in thin)} == {0.0, 96.0}
     points[2345] = (2345, -500.0)  # a single spike is seen
     assert (2345, -500.0) in report_charts.thinned(points)

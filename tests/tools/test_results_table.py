@@ -105,6 +105,11 @@ def test_runs_that_cannot_stand_beside_the_others_are_left_out(tmp_path, monkeyp
     good = [write(tmp_path / "a"), write(tmp_path / "b", seed=1), write(tmp_path / "c", seed=2)]
     for folder, case in zip(good, ("case1", "case1", "case2")):
         (folder / "metrics.csv").write_text(f"case,class,dice\n{case},liver,0.7\n")
+    fewer = write(tmp_path / "d", seed=3)  # says as many cases as the others
+    (fewer / "metrics.csv").write_text("case,class,dice\ncase0,liver,0.7\n")
+    for folder in good[:2]:
+        with (folder / "metrics.csv").open("a") as file:
+            file.write("case0,liver,0.7\n")
     other = write(tmp_path / "other list", split="test")
     foreign = write(tmp_path / "word", dataset="word")
     config = {"student": "unet", "patch_size": [8] * 3, "max_steps": 100}
@@ -113,9 +118,17 @@ def test_runs_that_cannot_stand_beside_the_others_are_left_out(tmp_path, monkeyp
         folder.mkdir()
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "log.jsonl").write_text(json.dumps({"step": steps - 1, "kind": "train"}) + "\n")
-    named = [tmp_path / "untested", *good, other, foreign, tmp_path / "running", tmp_path / "none"]
+    named = [
+        tmp_path / "untested",
+        *good,
+        fewer,
+        other,
+        foreign,
+        tmp_path / "running",
+        tmp_path / "none",
+    ]
     output = run(monkeypatch, capsys, *named)
-    table, _, left = output.partition("6 left out:\n")
+    table, _, left = output.partition("7 left out:\n")
     assert table.count("unet, supervised, seed") == 2 and "word" not in table
     found = dict(line[2:].split(": ", 1) for line in left.splitlines())
     test = "run: python test_3d.py --ckpt"
@@ -128,6 +141,8 @@ def test_runs_that_cannot_stand_beside_the_others_are_left_out(tmp_path, monkeyp
         f"{test} {tmp_path}/c/best.pt --split val",
         f"{tmp_path}/other list": "scored on the list test, the others on val; "
         f"{test} '{tmp_path}/other list/best.pt' --split val",
+        f"{tmp_path}/d": "scored on other val cases, such as case1; "
+        f"{test} {tmp_path}/d/best.pt --split val",
         f"{tmp_path}/word": "of the data set word, the others of btcv; "
         f"run: python tools/results_table.py {tmp_path}/word/summary.json",
     }
